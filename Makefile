@@ -1,0 +1,39 @@
+# What is done most often, one command each. The set-up behind them is scripts/setup.sh.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+export PYTHON TORCH
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help:  ## show this
+	@echo "make TARGET [ARGS='options'] [PYTHON=$(PYTHON)] [TORCH=$(TORCH)]"
+	@sed -n 's/^\([a-z]*\):  ## /  \1\t/p' Makefile
+	@echo "Each makes or reuses the virtual environment .venv. The torch of PYTHON is used if it has one, else TORCH."
+
+setup:  ## only make or update .venv, with what the tests and linters need
+	@bash scripts/setup.sh dev
+
+demo:  ## four processes share memory, on any machine: ARGS='--ranks 2'
+	@bash scripts/setup.sh
+	.venv/bin/symmem demo --ranks 4 $(ARGS)
+
+test:  ## the whole suite: ARGS='-k rendezvous'
+	@bash scripts/setup.sh test
+	.venv/bin/python -m pytest $(ARGS)
+
+lint:  ## ruff and mypy
+	@bash scripts/setup.sh dev
+	.venv/bin/python -m ruff check
+	.venv/bin/python -m ruff format --check
+	.venv/bin/python -m mypy
+
+bench:  ## symmem bench: ARGS='host --json'
+	@bash scripts/setup.sh
+	.venv/bin/symmem bench $(or $(ARGS),host)
+
+clean:  ## remove .venv and everything else that is made
+	rm -rf .venv/bin/python .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.git -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,38 @@
+"""What the machine and its environment say, whatever the configuration asks for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["gpu_model", "multicast_blocker"]
+
+
+def multicast_blocker(environ: Mapping[str, str] | None = None) -> str | None:
+    """The environment variable that forbids multicast whatever the configuration says, as ``NAME=value``."""
+    environ = os.environ if environ is None else environ
+    for name in ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "NVSHMEM_DISABLE_NVLS"):
+        if environ.get(name, "").strip() not in ("", "0"):
+            return f"{name}={environ[name]}"
+    value = environ.get("NCCL_NVLS_ENABLE", "")
+    # NCCL reads a C integer, for which 00 and 0x0 are zero as well.
+    try:
+        blocked = int(value, 0) == 0
+    except ValueError:
+        blocked = False
+    return f"NCCL_NVLS_ENABLE={value}" if blocked else None
+
+
+def gpu_model(root: str = "/proc/driver/nvidia/gpus") -> str | None:
+    """Model name of this host's first NVIDIA GPU as its driver gives it; None if there is none."""
+    for path in sorted(Path(root).glob("*/information")):
+        try:
+            lines = path.read_text(errors="replace").splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            label, _, model = line.partition(":")
+            if label.strip() == "Model" and model.strip():
+                return model.strip()
+    return None

@@ -1,0 +1,145 @@
+"""The grammar of ``SYMMEM_ENABLE``, which is that of nvFuser's ``NVFUSER_ENABLE``.
+
+Options are separated by commas, and each may have arguments in parentheses; spaces are allowed around every
+part::
+
+    symmetric_memory_backend(native,pytorch_nccl), multicast(off)
+
+Positions count characters of the variable's value from 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+from symmem.config.values import advise, shown
+from symmem.errors import ConfigError
+
+__all__ = ["Argument", "Option", "find_option", "parse_options", "place_of"]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of an option, and the position of its first character."""
+
+    text: str
+    position: int
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option with its arguments, and the position of its first character."""
+
+    name: str
+    args: tuple[Argument, ...]
+    position: int
+
+
+def place_of(variable: str, position: int) -> str:
+    """How errors and origins name a character of an environment variable."""
+    return f"{variable}, character {position}"
+
+
+def parse_options(text: str, variable: str, known: Collection[str]) -> tuple[Option, ...]:
+    """Parse the value of an environment variable that is ours alone.
+
+    Args:
+        text: The value; empty or blank means no options.
+        variable: Name of the variable, for errors.
+        known: The names of options that exist.
+
+    Raises:
+        ConfigError: Unbalanced parenthesis, empty item, unknown or repeated option.
+    """
+    options: dict[str, Option] = {}
+    for start, end in _items(text, variable) if text.strip() else ():
+        option = _option(text, start, end, variable)
+        if option.name not in known:
+            what = f"unknown option {shown(option.name)}"
+            _fail(variable, option.position, what, advise(option.name, known))
+        _add(options, option, variable)
+    return tuple(options.values())
+
+
+def find_option(text: str, variable: str, name: str) -> Option | None:
+    """Find one option in an environment variable whose other options belong to somebody else.
+
+    The others are skipped unread: their names, arguments and repetitions are their owner's business. Only
+    where they hide which part is ours (unbalanced parentheses) is that an error.
+
+    Raises:
+        ConfigError: The option is malformed or given twice.
+    """
+    if name not in text:
+        return None
+    options: dict[str, Option] = {}
+    for start, end in _items(text, variable):
+        if text[start:end].partition("(")[0].strip() == name:
+            _add(options, _option(text, start, end, variable), variable)
+    return options.get(name)
+
+
+def _fail(variable: str, position: int, what: str, hint: str) -> NoReturn:
+    raise ConfigError(f"{place_of(variable, position)}: {what}", hint=hint)
+
+
+def _add(options: dict[str, Option], option: Option, variable: str) -> None:
+    if option.name in options:
+        first = options[option.name].position
+        what = f"option {option.name!r} is given twice, first at character {first}"
+        _fail(variable, option.position, what, "give each option once, with all its arguments")
+    options[option.name] = option
+
+
+def _items(text: str, variable: str) -> Iterator[tuple[int, int]]:
+    """Start and end of each item between commas that are outside of parentheses."""
+    start, opened = 0, 0
+    for index, char in enumerate(text):
+        if char == "(":
+            if opened:
+                _fail(variable, index + 1, "parentheses cannot be nested", "close the first by ')'")
+            opened = index + 1
+        elif char == ")":
+            if not opened:
+                _fail(variable, index + 1, "')' without '('", "remove it, or write name(argument)")
+            opened = 0
+        elif char == "," and not opened:
+            yield start, index
+            start = index + 1
+    if opened:
+        _fail(variable, opened, "'(' is never closed", "add ')' after the last argument")
+    yield start, len(text)
+
+
+def _option(text: str, start: int, end: int, variable: str) -> Option:
+    """Parse one item, in which parentheses are known to be balanced and not nested."""
+    before, parenthesis, rest = text[start:end].partition("(")
+    name = _word(before, start, variable, "name(argument)")
+    if not parenthesis:
+        return Option(name.text, (), name.position)
+    inside, _, after = rest.partition(")")
+    opened = start + len(before)
+    if after.strip():
+        position = opened + len(inside) + 2 + _indent(after) + 1
+        _fail(variable, position, f"expected ',' but got {shown(after.strip())}", "separate options by ','")
+    return Option(name.text, tuple(_arguments(inside, opened + 1, variable)), name.position)
+
+
+def _arguments(text: str, start: int, variable: str) -> Iterator[Argument]:
+    for piece in text.split(","):
+        yield _word(piece, start, variable, "an argument")
+        start += len(piece) + 1
+
+
+def _word(piece: str, start: int, variable: str, expected: str) -> Argument:
+    """Strip a piece of text, which must not be blank, and give its position."""
+    word = piece.strip()
+    if not word:
+        _fail(variable, start + 1, "empty item", f"write {expected} here, or remove the separator")
+    return Argument(word, start + _indent(piece) + 1)
+
+
+def _indent(piece: str) -> int:
+    return len(piece) - len(piece.lstrip())
