@@ -1,0 +1,558 @@
+"""Groups of ranks, and the one way they meet: agree or fail.
+
+A :class:`Group` wraps a ``torch.distributed`` process group, or a rank, size and store, and offers
+:meth:`Group.collective`: a ``with`` block in which ranks exchange bytes and file descriptors. At the end of the
+block, and at each exchange in it, either all ranks go on or all raise the same error: the first failing rank's,
+or one that names who died, did not come, or is at another step. Nothing else in symmem waits for a peer, but
+signals, which have their own timeout.
+
+Protocol. Rounds are numbered. In each, every rank submits a message or its error to rank 0, which publishes
+either all messages or one error (see :mod:`symmem.wires`). A rank that fails outside of an exchange submits its
+error to the round that is next, so the others learn of it at once. A rank whose time is up withdraws its message.
+The first rounds go over the store and tell who is where; when all ranks can pass descriptors to each other, the
+following go over sockets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import select
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch.distributed as dist
+
+from symmem.backends import descriptors as scm
+from symmem.backends.descriptors import Contribution, Received
+from symmem.config import Settings, load_settings
+from symmem.errors import (
+    ForkedError,
+    GroupError,
+    MismatchError,
+    PeerTimeoutError,
+    RendezvousError,
+    SymmemError,
+    from_wire,
+    to_wire,
+)
+from symmem.wires import Message, SocketWire, StoreWire, Wire, watch_process
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, Store
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Collective", "Group", "GroupLike", "Place", "differing", "resolve_group"]
+
+log = logging.getLogger("symmem.group")
+
+GRACE = 0.5
+"""Seconds a rank waits for rank 0's verdict past its own timeout, so that all ranks raise the same error."""
+
+_met: dict[tuple[str, int], int] = {}  # by name and rank: how many groups of that name have met here before
+_groups: weakref.WeakSet[Group] = weakref.WeakSet()
+_by_process_group: weakref.WeakKeyDictionary[Any, Group] = weakref.WeakKeyDictionary()
+
+
+def differing(values: Sequence[object]) -> tuple[str, tuple[int, ...]]:
+    """Say which ranks have which value, and which ranks are not with the majority (on a draw: with rank 0)."""
+    ranks: dict[object, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    text = ", ".join(f"{value} on rank{'s' * (len(r) > 1)} {_spans(r)}" for value, r in ranks.items())
+    common = max(ranks.values(), key=len)
+    return text, tuple(rank for rank in range(len(values)) if rank not in common)
+
+
+def _spans(ranks: list[int]) -> str:
+    """Write sorted ranks compactly: 0-3, 6."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and spans[-1][-1] == rank - 1:
+            spans[-1][1:] = [rank]
+        else:
+            spans.append([rank])
+    return ", ".join("-".join(map(str, span)) for span in spans)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs: which ranks can pass descriptors to which.
+
+    Attributes:
+        host: SYMMEM_HOST_ID, else the kernel's boot id, which containers of one host share.
+        network: The network namespace; abstract sockets do not reach out of it.
+        name: The host's name, for messages.
+        pid: The process, in its own PID namespace.
+    """
+
+    host: str
+    network: int
+    name: str
+    pid: int
+
+    @classmethod
+    def here(cls) -> Place:
+        """The place of this process."""
+        host = os.environ.get("SYMMEM_HOST_ID") or Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return cls(host, os.stat("/proc/self/ns/net").st_ino, socket.gethostname(), os.getpid())
+
+
+class Collective:
+    """One collective operation in progress; made by :meth:`Group.collective`."""
+
+    def __init__(self, group: Group, operation: str, timeout: float) -> None:
+        self.group = group
+        self.operation = operation
+        self.timeout = timeout
+        self.deadline = time.monotonic() + timeout
+
+    @property
+    def passes_descriptors(self) -> bool:
+        """See :attr:`symmem.backends.base.Collective.passes_descriptors`."""
+        return self.group._passes_descriptors
+
+    def exchange(self, step: str, payload: bytes = b"", descriptors: Sequence[int] = ()) -> Received:
+        """See :meth:`symmem.backends.base.Collective.exchange`."""
+        if descriptors:
+            self.group._require_descriptors()
+        return self.group._round(self, step, Contribution(payload, tuple(descriptors)))
+
+
+class Group:
+    """Ranks that meet. Make one with :func:`resolve_group`, or from a store with :meth:`from_store`.
+
+    Making one is local; all ranks make the groups of one name in the same order. Two threads of a rank may use a
+    group, but their collectives must be in the same order on all ranks, as with any process group.
+
+    Attributes:
+        name: The process group's name, or the name given.
+        rank: This process's rank within the group.
+        size: Number of ranks.
+        settings: The configuration for this group.
+    """
+
+    def __init__(
+        self, store: Store, rank: int, size: int, name: str, process_group: ProcessGroup | None = None
+    ) -> None:
+        if size < 1 or not 0 <= rank < size:
+            raise GroupError(f"rank {rank} of {size} is not a rank of a group: 0 <= rank < size is needed")
+        self.name, self.rank, self.size = name, rank, size
+        # Weak, so that a destroyed process group and what hangs on it can go.
+        self._process_group = weakref.ref(process_group) if process_group is not None else lambda: None
+        self.settings: Settings = load_settings(group=name)
+        self._store = store
+        self._socket_wire: SocketWire | None = None
+        self._places: tuple[Place, ...] | None = None
+        self._watched: dict[int, int] = {}  # pidfd -> rank
+        self._poll = select.poll()
+        self._sequence = 0
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+        self._closed = False
+        _groups.add(self)
+
+    @classmethod
+    def from_store(cls, rank: int, size: int, store: Store, name: str = "default") -> Group:
+        """A group without ``torch.distributed`` process groups.
+
+        Args:
+            rank: This process's rank.
+            size: Number of ranks.
+            store: Any ``torch.distributed.Store`` that all of them share; TCPStore, FileStore, HashStore.
+            name: The same on all ranks, and different for groups of different ranks on one store.
+
+        Raises:
+            GroupError: The rank is not in range(size).
+        """
+        return cls(store, rank, size, name)
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ``torch.distributed.ProcessGroup``; None if it was destroyed, or for a group made from a store."""
+        return self._process_group()
+
+    def __repr__(self) -> str:
+        return f"Group({self.name!r}, rank={self.rank}, size={self.size})"
+
+    # The collective.
+
+    @contextlib.contextmanager
+    def collective(self, operation: str, timeout: float | None = None) -> Iterator[Collective]:
+        """Begin a collective operation; all ranks must.
+
+        Args:
+            operation: Named in errors and logs; the same on all ranks.
+            timeout: Seconds for the whole of it; default ``settings.rendezvous_timeout``.
+
+        Raises:
+            SymmemError: The same on all ranks: the error that any rank raised within the block (of another
+                library: as RendezvousError), PeerLostError, PeerTimeoutError, MismatchError.
+            ForkedError: This process was forked after the group was made.
+        """
+        self._check_usable(operation)
+        with self._lock:
+            timeout = self.settings.rendezvous_timeout if timeout is None else timeout
+            collective = Collective(self, operation, timeout)
+            before = self._sequence
+            try:
+                self._join(collective)
+                yield collective
+                self._round(collective, "agree", Contribution(b""))
+            except _Agreed as agreed:
+                agreed.error.known_to = self.name
+                raise agreed.error from agreed.__cause__
+            except BaseException as error:
+                local = self._report(collective, error)
+                local.known_to = self.name
+                if self._places is None:
+                    self._disconnect()  # half-way: the next collective begins anew
+                if local is error or not isinstance(error, Exception):
+                    raise
+                raise local from error
+            finally:
+                log.debug(
+                    "%s: rank %d of group %r, rounds %d to %d, %.3f ms",
+                    *(operation, self.rank, self.name, before, self._sequence),
+                    (time.monotonic() - collective.deadline + timeout) * 1e3,
+                )
+
+    def fail(self, operation: str, error: BaseException) -> None:
+        """Let the next collective of this group fail on all other ranks with this rank's error. Does not block.
+
+        Nothing is done if the error came out of a collective of this group: then all ranks have it.
+        """
+        if self._closed or os.getpid() != self._pid or getattr(error, "known_to", None) == self.name:
+            return
+        with self._lock:
+            self._report(Collective(self, operation, 1.0), error)
+
+    def _report(self, collective: Collective, error: BaseException) -> SymmemError:
+        """Submit an error instead of a contribution; returns what the other ranks will raise."""
+        wire_error = from_wire(to_wire(error)) if not isinstance(error, SymmemError) else error
+        wire_error.located(rank=self.rank, group=self.name, step=collective.operation)
+        message = self._message(collective, collective.operation, error=wire_error)
+        if self.size > 1:
+            try:
+                self._publish_or_submit(message)
+            except (SymmemError, RuntimeError, OSError) as unsent:
+                log.warning("could not tell the group of %s: %s", wire_error, unsent)
+        return wire_error
+
+    def _message(
+        self,
+        collective: Collective,
+        step: str,
+        contributions: Sequence[Contribution] = (),
+        error: SymmemError | None = None,
+    ) -> Message:
+        self._sequence += 1
+        wired = to_wire(error) if error else None
+        return Message(self._sequence, step, collective.deadline, list(contributions), wired)
+
+    @functools.cached_property
+    def _store_wire(self) -> StoreWire:
+        # Counted at the first collective, not when the group is made, which a single rank may do.
+        generation = _met[self.name, self.rank] = _met.get((self.name, self.rank), -1) + 1
+        # A worker group that torchrun restarted must not see keys of the one before.
+        job = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        return StoreWire(self._store, f"symmem/{job}/{self.name}/{generation}", self.rank, self.size)
+
+    @property
+    def _wire(self) -> Wire:
+        return self._socket_wire or self._store_wire
+
+    def _publish_or_submit(self, message: Message) -> None:
+        if self.rank == 0:
+            self._wire.publish(message)
+        else:
+            self._wire.submit(message)
+
+    def _round(self, collective: Collective, step: str, contribution: Contribution) -> Received:
+        """Exchange contributions; every error raised from here is known to all ranks (:class:`_Agreed`)."""
+        message = self._message(collective, f"{collective.operation}: {step}", [contribution])
+        if self.size == 1:
+            fds = tuple(os.dup(fd) for fd in contribution.descriptors)
+            return Received([Contribution(contribution.payload, fds)])
+        verdict = (self._lead if self.rank == 0 else self._follow)(message, collective)
+        if verdict.error:
+            verdict.close()
+            raise _Agreed(from_wire(verdict.error))
+        return Received(verdict.contributions)
+
+    def _lead(self, message: Message, collective: Collective) -> Message:
+        try:
+            messages = self._wire.collect(message.sequence, collective.deadline)
+        except SymmemError as error:
+            self._explain(error, message, collective)
+            return self._publish(message, error=error)
+        try:
+            error = _judge({0: message} | messages)
+            if error is not None:
+                error.located(rank=self.rank, group=self.name, step=message.step)
+                return self._publish(message, error=error)
+            everything = [messages[rank].contributions[0] for rank in range(1, self.size)]
+            verdict = self._publish(message, [*message.contributions, *everything])
+            # The leader's own descriptors stay the caller's; what it returns must be closed by the receiver.
+            own = tuple(os.dup(fd) for fd in message.descriptors())
+            verdict.contributions[0] = Contribution(message.contributions[0].payload, own)
+            messages = {}
+            return verdict
+        finally:
+            for unused in messages.values():
+                unused.close()
+
+    def _publish(
+        self, message: Message, contributions: Sequence[Contribution] = (), error: SymmemError | None = None
+    ) -> Message:
+        verdict = Message(
+            message.sequence,
+            message.step,
+            message.deadline,
+            list(contributions),
+            to_wire(error) if error else None,
+        )
+        self._wire.publish(verdict)
+        return verdict
+
+    def _follow(self, message: Message, collective: Collective) -> Message:
+        try:
+            self._wire.submit(message)
+            return self._wire.verdict(message.sequence, collective.deadline + GRACE)
+        except PeerTimeoutError as error:
+            self._explain(error, message, collective)
+            withdrawal = Message(message.sequence, message.step, message.deadline, error=to_wire(error))
+            with contextlib.suppress(SymmemError, RuntimeError, OSError):
+                self._wire.submit(withdrawal)
+            raise _Agreed(error) from None
+        except SymmemError as error:
+            self._explain(error, message, collective)
+            raise _Agreed(error) from error.__cause__
+
+    def _explain(self, error: SymmemError, message: Message, collective: Collective) -> None:
+        """Complete an error of the wire with what only the group knows."""
+        error.located(rank=self.rank, group=self.name, step=message.step)
+        if isinstance(error, PeerTimeoutError) and not error.hint:
+            error.what += f" (timeout {collective.timeout:g} s)"
+            error.hint = (
+                f"see what ranks {list(error.peers)} do; all ranks must make the same calls in the same order. "
+                "If they are only slow, raise rendezvous_timeout"
+            )
+
+    # Who is where.
+
+    def _join(self, collective: Collective) -> None:
+        """On the first collective: tell each other who is where, and set up sockets if they can reach all."""
+        if self.size == 1 or self._places is not None:
+            return
+        listener = scm.Listener(self.size) if self.rank == 0 else None
+        with contextlib.ExitStack() as undo:
+            if listener:
+                undo.callback(listener.close)
+            card = {"place": asdict(Place.here()), "welcome": asdict(listener.welcome) if listener else None}
+            cards = [
+                json.loads(c.payload) for c in self._round(collective, "join", Contribution(_dump(card)))
+            ]
+            places = tuple(Place(**card["place"]) for card in cards)
+            if len({(place.host, place.network) for place in places}) == 1:
+                self._connect(collective, listener, scm.Welcome(**cards[0]["welcome"]))
+                with self._exchange_own_process(collective) as processes:
+                    self._places = places
+                    self._watch(processes)
+            self._places = places
+
+    def _connect(self, collective: Collective, listener: scm.Listener | None, welcome: scm.Welcome) -> None:
+        with contextlib.ExitStack() as undo:
+            deadline = collective.deadline
+            peers = {}
+            if listener is None:
+                peers = {0: scm.connect(welcome, self.rank, deadline)}
+                undo.callback(peers[0].close)
+            # Once all agree that they are connected, the leader finds every rank in its queue.
+            self._round(collective, "connect", Contribution(b""))
+            if listener is None:
+                scm.check_leader(peers[0], welcome, deadline)
+            else:
+                peers = listener.accept(deadline)
+            self._socket_wire = SocketWire(peers)
+            undo.pop_all()
+
+    def _exchange_own_process(self, collective: Collective) -> Received:
+        own = watch_process(os.getpid())
+        try:
+            return self._round(collective, "watch", Contribution(b"", () if own is None else (own,)))
+        finally:
+            if own is not None:
+                os.close(own)
+
+    def _watch(self, received: Received) -> None:
+        for rank, contribution in enumerate(received):
+            if rank != self.rank:
+                for descriptor in contribution.descriptors:
+                    descriptor = os.dup(descriptor)
+                    self._watched[descriptor] = rank
+                    self._poll.register(descriptor, select.POLLIN)
+
+    def lost(self) -> tuple[int, ...]:
+        """Ranks whose process is known to have ended; only ranks of the same host are watched."""
+        return tuple(sorted(self._watched[descriptor] for descriptor, _event in self._poll.poll(0)))
+
+    @property
+    def _passes_descriptors(self) -> bool:
+        return self._socket_wire is not None or self.size == 1
+
+    def _require_descriptors(self) -> None:
+        if self._passes_descriptors:
+            return
+        places = self._places or ()
+        text, peers = differing([f"{place.name} (network namespace {place.network})" for place in places])
+        if len({place.host for place in places}) > 1:
+            text, peers = differing([f"host {place.name} ({place.host})" for place in places])
+            hint = "choose a backend that spans hosts (`nvshmem`), or a group within one host"
+        else:
+            hint = (
+                "the ranks are in different containers of one host: let them share the network namespace "
+                "(docker: --network=host; Kubernetes: one pod), or choose a backend that spans hosts (`nvshmem`)"
+            )
+        raise RendezvousError(
+            f"file descriptors cannot pass between all ranks: {text}", hint=hint, peers=peers
+        )
+
+    # Life.
+
+    def _check_usable(self, operation: str) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedError(
+                f"the group {self.name!r} was made before this process was forked",
+                hint="make a group in the child, or start workers with the 'spawn' method",
+                group=self.name,
+                step=operation,
+            )
+        if self._closed:
+            raise GroupError(f"the group {self.name!r} is closed", rank=self.rank, step=operation)
+
+    def _disconnect(self) -> None:
+        if self._socket_wire is not None:
+            self._socket_wire.close()
+            self._socket_wire = None
+        for descriptor in self._watched:
+            self._poll.unregister(descriptor)
+            os.close(descriptor)
+        self._watched = {}
+
+    def close(self) -> None:
+        """Leave the group; peers that still wait for this rank are told. Local; may be called again."""
+        self._closed = True
+        self._disconnect()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # a constructor that raised, or the end of the interpreter
+            self._disconnect()
+
+
+class _Agreed(Exception):  # noqa: N818  # not an error of its own: it carries one
+    """An error that the other ranks know of already."""
+
+    def __init__(self, error: SymmemError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _dump(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _judge(messages: dict[int, Message]) -> SymmemError | None:
+    """What is wrong with a round, if anything; a rank's own failure counts before one that only waited."""
+    errors = [from_wire(message.error) for _rank, message in sorted(messages.items()) if message.error]
+    if errors:
+        return next((error for error in errors if not isinstance(error, PeerTimeoutError)), errors[0])
+    steps = [message.step for _rank, message in sorted(messages.items())]
+    if len(set(steps)) == 1:
+        return None
+    text, peers = differing([f"{step!r}" for step in steps])
+    return MismatchError(
+        f"ranks are at different steps: {text}",
+        hint="all ranks of a group must make the same collective calls in the same order",
+        peers=peers,
+    )
+
+
+GroupLike: TypeAlias = "Group | ProcessGroup | DeviceMesh | str | None"
+"""Whatever names a group; see :func:`resolve_group`."""
+
+
+def resolve_group(group: GroupLike = None) -> Group:
+    """The :class:`Group` of whatever names one; the same object each time. Local.
+
+    Args:
+        group: A Group, a process group or subgroup, the name of one, a one-dimensional DeviceMesh, or None for
+            the default process group.
+
+    Raises:
+        GroupError: There is no such group, or this process is not in it, or the mesh has more dimensions.
+    """
+    if isinstance(group, Group):
+        return group
+    process_group = _process_group(group)
+    known = _by_process_group.get(process_group)
+    if known is None or known._closed:
+        from torch.distributed.distributed_c10d import _get_process_group_store
+
+        rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
+        store = _get_process_group_store(process_group)
+        known = Group(store, rank, size, process_group.group_name, process_group)
+        _by_process_group[process_group] = known
+    return known
+
+
+def _process_group(group: ProcessGroup | DeviceMesh | str | None) -> ProcessGroup:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise GroupError(
+            "torch.distributed is not initialised, so there is no process group",
+            hint="call torch.distributed.init_process_group(), or pass symmem.Group.from_store(rank, size, store)",
+        )
+    if group is None:
+        return dist.group.WORLD  # type: ignore[return-value]
+    if isinstance(group, str):
+        names = sorted(dist.distributed_c10d._world.pg_names.values())
+        if group not in names:
+            raise GroupError(f"there is no process group {group!r} here; there are {names}")
+        return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+    if isinstance(group, dist.ProcessGroup):
+        if dist.get_rank(group) < 0:
+            raise GroupError("this process is not a member of the group")
+        return group
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise GroupError("this process is not a member of the group", hint="call it on its members only")
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise GroupError(
+                f"a DeviceMesh of {group.ndim} dimensions is several groups",
+                hint=f"pass one dimension, such as mesh[{(group.mesh_dim_names or ('name',))[0]!r}]",
+            )
+        return group.get_group()
+    raise GroupError(
+        f"{type(group).__name__} is not a group",
+        hint="pass a process group, its name, a one-dimensional DeviceMesh, a symmem.Group, or None",
+    )
+
+
+def _leave_in_child() -> None:
+    """A forked child closes its copies of the sockets; else the parent's death would not show at its peers."""
+    for group in list(_groups):
+        group._disconnect()
+
+
+os.register_at_fork(after_in_child=_leave_in_child)

@@ -1,0 +1,133 @@
+"""Which bytes of an allocation a tensor takes: sizes, strides, dtype, offset; integers only, checked once."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from symmem.errors import InvalidArgumentError
+
+__all__ = ["Layout"]
+
+_QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
+_MAX_NBYTES = 2**63 - 1 - 2**30  # what an int64 can address, less room for rounding up
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A strided tensor within an allocation.
+
+    Attributes:
+        sizes: Elements of each dimension.
+        strides: Elements from one index to the next, of each dimension.
+        dtype: Any but the quantized dtypes.
+        offset: Bytes from the beginning of the allocation to the first element.
+    """
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int = 0
+
+    @classmethod
+    def make(
+        cls, sizes: int | Iterable[int], dtype: torch.dtype | None, strides: Iterable[int] | None
+    ) -> Layout:
+        """Check what a user asked for.
+
+        Args:
+            sizes: One size or several; none for a tensor of no dimensions.
+            dtype: None for ``torch.get_default_dtype()``.
+            strides: None for contiguous.
+
+        Raises:
+            InvalidArgumentError: A value is not an integer, negative, too large; strides that let two elements
+                share memory; a dtype that memory cannot be viewed as.
+        """
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if not isinstance(dtype, torch.dtype):
+            raise InvalidArgumentError(f"dtype must be a torch.dtype, not {dtype!r}")
+        if dtype in _QUANTIZED:
+            raise InvalidArgumentError(
+                f"memory cannot be viewed as {dtype}: its elements mean nothing without a scale",
+                hint="allocate the integer dtype that it is stored in",
+            )
+        checked = _integers("sizes", (sizes,) if isinstance(sizes, int) else sizes)
+        if strides is None:
+            steps, step = [], 1
+            for size in reversed(checked):
+                steps.append(step)
+                step *= max(size, 1)
+            layout = cls(checked, tuple(reversed(steps)), dtype)
+        else:
+            layout = cls(checked, _integers("strides", strides), dtype)
+            if len(layout.strides) != len(checked):
+                raise InvalidArgumentError(f"{len(checked)} sizes, but {len(layout.strides)} strides")
+            if layout.overlaps:
+                raise InvalidArgumentError(
+                    f"with sizes {checked} and strides {layout.strides} two elements would share memory",
+                    hint="allocate it dense, and expand or unfold the tensor afterwards",
+                )
+        if layout.nbytes > _MAX_NBYTES:
+            raise InvalidArgumentError(
+                f"sizes {checked} of {dtype} take {layout.nbytes} bytes: more than 2**63"
+            )
+        return layout
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, offset: int) -> Layout:
+        """The layout of a tensor that lies ``offset`` bytes into an allocation."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, offset)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from the first element to the end of the last; 0 if there is none."""
+        if 0 in self.sizes:
+            return 0
+        last = sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether two elements may share memory (as torch decides it: dimensions must nest)."""
+        if 0 in self.sizes:
+            return False
+        reach = 0
+        for stride, size in sorted(zip(self.strides, self.sizes, strict=True)):
+            if size > 1:
+                if stride <= reach:
+                    return True
+                reach += (size - 1) * stride
+        return False
+
+    def view(self, memory: torch.Tensor) -> torch.Tensor:
+        """The tensor, over the uint8 tensor of the whole allocation, of shape [at least offset + nbytes]."""
+        elements = memory[self.offset : self.offset + self.nbytes].view(self.dtype)
+        return elements.as_strided(self.sizes, self.strides)
+
+    def view_all(self, memory: torch.Tensor, world: int, stride: int) -> torch.Tensor:
+        """The tensors of all ranks as one of shape [world, *sizes].
+
+        Args:
+            memory: Uint8, shape [world * stride]: all ranks' allocations side by side.
+            world: Number of ranks.
+            stride: Bytes from one rank's allocation to the next.
+        """
+        usable = (memory.numel() - self.offset) // self.dtype.itemsize * self.dtype.itemsize
+        elements = memory[self.offset : self.offset + usable].view(self.dtype)
+        return elements.as_strided((world, *self.sizes), (stride // self.dtype.itemsize, *self.strides))
+
+
+def _integers(what: str, values: Iterable[int]) -> tuple[int, ...]:
+    try:
+        checked = tuple(operator.index(value) for value in values)
+    except TypeError as error:
+        raise InvalidArgumentError(f"{what} must be integers, not {values!r}") from error
+    if any(value < 0 for value in checked):
+        raise InvalidArgumentError(f"{what} must not be negative: {checked}")
+    if any(value > 2**63 - 1 for value in checked):
+        raise InvalidArgumentError(f"{what} must be below 2**63: {checked}")
+    return checked

@@ -1,0 +1,560 @@
+"""The front door: :class:`SymmetricTensor`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from symmem.backends import select_backend
+from symmem.backends.base import SIGNAL_CHANNELS, tensor_at
+from symmem.config import load_settings
+from symmem.errors import (
+    ClosedError,
+    ForkedError,
+    InvalidArgumentError,
+    NotRendezvousedError,
+    NotSymmetricError,
+    RankError,
+    SymmemError,
+    UnsupportedError,
+)
+from symmem.group import Group, GroupLike, resolve_group
+from symmem.layout import Layout
+from symmem.live import Block, block_at, record
+from symmem.rendezvous import rendezvous
+
+if TYPE_CHECKING:
+    from symmem.backends.base import Mapping
+
+__all__ = ["SymmetricTensor", "allocate", "find"]
+
+
+class SymmetricTensor:
+    """A tensor that every rank of a group has, at the same offset of memory that the others can reach.
+
+    A handle, not a Tensor: :attr:`tensor` is a plain tensor. Make one with :meth:`allocate`, let the ranks meet
+    with :meth:`rendezvous`, then use peers' memory. The memory lives as long as a handle or any tensor over it,
+    this rank's or a peer's, does; :meth:`close` ends the use of it through handles at once.
+
+    Methods that take ``group`` mean the group of the first rendezvous if it is None. Ranks are ranks of that group.
+    """
+
+    def __init__(self, block: Block, layout: Layout) -> None:
+        """Use :meth:`allocate`, :meth:`wrap` or :func:`find`."""
+        self._block = block
+        self._layout = layout
+        self._tensor: torch.Tensor | None = layout.view(block.allocation.tensor(block))
+
+    @classmethod
+    def allocate(
+        cls,
+        sizes: int | Iterable[int],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        *,
+        strides: Iterable[int] | None = None,
+        group: GroupLike = None,
+        backend: str | Sequence[str] | None = None,
+    ) -> SymmetricTensor:
+        """Allocate zeroed memory. Not collective; every rank then calls :meth:`rendezvous`.
+
+        Args:
+            sizes: Shape: an integer, or integers; ``()`` for no dimensions; a size may be 0.
+            dtype: Any but the quantized ones; default ``torch.get_default_dtype()``.
+            device: Default: that of the backend; with ``auto``, the current CUDA device if there is one, else CPU.
+            strides: In elements; default contiguous. Elements may have gaps between them, not share memory.
+            group: Whose settings apply. If given, an error here is also raised, on the other ranks, by the group's
+                next collective: they need not wait for this rank until the timeout.
+            backend: A name, or names in order of preference; default: the configuration's.
+
+        Raises:
+            InvalidArgumentError: Sizes, strides, dtype or device.
+            ConfigError: Unknown backend, or an error in the environment or the cluster file.
+            BackendUnavailableError: No backend that was asked for works here; says why for each.
+            OutOfMemoryError, ResourceLimitError: A limit was reached; nothing is left behind.
+        """
+        known = resolve_group(group) if group is not None or _has_default_group() else None
+        try:
+            layout = Layout.make(sizes, dtype, strides)
+            overrides = {} if backend is None else {"backend": backend}
+            settings = load_settings(overrides, group=known.name if known else None)
+            wanted = _device(device)
+            chosen = select_backend(settings.backend, wanted.type if wanted else None)
+            if wanted is None:
+                wanted = torch.device(chosen.device_type)
+            if wanted.type == "cuda" and wanted.index is None:
+                wanted = torch.device("cuda", torch.cuda.current_device())
+            allocation = chosen.allocate(layout.nbytes, wanted, known)
+        except SymmemError as error:
+            if known is not None and group is not None:
+                known.fail("allocate", error)
+            raise
+        block = Block(allocation, layout)
+        record(block)
+        return cls(block, layout)
+
+    @classmethod
+    def wrap(cls, tensor: torch.Tensor, *, backend: str | None = None) -> SymmetricTensor:
+        """The handle for a tensor, or a view of one, that lies in symmetric memory. Local.
+
+        It shares the memory, and what groups have rendezvoused it, with the handle it came from: peers are reached
+        at the same offset. :meth:`rendezvous` on it checks that this holds on all ranks.
+
+        Args:
+            tensor: A plain tensor.
+            backend: Which backend it must be of; None for any.
+
+        Raises:
+            NotSymmetricError: It is not; names the check that failed: ``type``, ``layout``, ``address``, ``extent``,
+                ``strides`` or ``backend``.
+            ClosedError: It was, and its handle was closed.
+        """
+
+        def failed(check: str, why: str) -> NoReturn:
+            raise NotSymmetricError(
+                f"not symmetric memory, by the check {check!r}: {why}",
+                hint="allocate it with symmem.allocate(...), and use its .tensor or views of that",
+            )
+
+        if not isinstance(tensor, torch.Tensor):
+            failed("type", f"a {type(tensor).__name__} is not a tensor")
+        address = _address(tensor)
+        if address is None:
+            failed(
+                "layout",
+                f"a {type(tensor).__name__} of layout {tensor.layout} on {tensor.device} has no address",
+            )
+        block = block_at(address)
+        if block is None or block.allocation.device != tensor.device:
+            failed("address", f"no live allocation on {tensor.device} holds {address:#x}")
+        allocation = block.allocation
+        layout = Layout.of(tensor, address - allocation.pointer)
+        if layout.offset + layout.nbytes > allocation.nbytes:
+            failed(
+                "extent",
+                f"it ends {layout.offset + layout.nbytes - allocation.nbytes} bytes past the allocation",
+            )
+        if layout.overlaps:
+            failed("strides", f"with sizes {layout.sizes} and strides {layout.strides} elements share memory")
+        if backend is not None and allocation.backend.name != backend:
+            failed("backend", f"it is memory of {allocation.backend.name!r}, not of {backend!r}")
+        handle = cls(block, layout)
+        handle._check_open("wrap")
+        return handle
+
+    # What it is.
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """This rank's tensor: plain, of :attr:`shape` and :attr:`dtype`; the same object each time."""
+        self._check_open("tensor")
+        assert self._tensor is not None
+        return self._tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Sizes, the same on all ranks."""
+        return torch.Size(self._layout.sizes)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides in elements, the same on all ranks."""
+        return self._layout.strides
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type."""
+        return self._layout.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's memory lies."""
+        return self._block.allocation.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from the first element to the end of the last."""
+        return self._layout.nbytes
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend."""
+        return self._block.allocation.backend.name
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups that have rendezvoused it, the first one first."""
+        return tuple(self._block.mappings)
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called on this handle or another of the same memory."""
+        return self._block.closed
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"groups={[group.name for group in self.groups]}"
+        return (
+            f"SymmetricTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', "
+            f"backend={self.backend!r}, {state})"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            "a SymmetricTensor cannot be pickled or copied: it is this process's view of memory",
+            hint="send its .tensor (a copy), or let each rank allocate its own and rendezvous",
+        )
+
+    # Meeting.
+
+    def rendezvous(self, group: GroupLike = None, timeout: float | None = None) -> SymmetricTensor:
+        """Let the ranks of a group reach each other's memory. Collective over the group, the first time.
+
+        Once it has succeeded, further calls with the same group return at once. After a failure, which is the same
+        on all ranks, it may be tried again. A second group may rendezvous the same tensor; each has signals of
+        its own.
+
+        Args:
+            group: A process group, its name, a one-dimensional DeviceMesh, a :class:`Group`; None for the default
+                process group.
+            timeout: Seconds; default the setting ``rendezvous_timeout``.
+
+        Returns:
+            This handle.
+
+        Raises:
+            MismatchError: Ranks disagree on shape, dtype, strides, backend or version; names them and the values.
+            PeerTimeoutError, PeerLostError: Names the ranks that did not come, or died.
+            GroupError: No such group, or this process is not in it.
+            SymmemError: What else failed, on any rank: all raise that rank's error.
+        """
+        self._check_open("rendezvous")
+        resolved = resolve_group(group)
+        if timeout is not None:
+            _check_timeout(timeout)
+        self._check_process("rendezvous")
+        if (resolved, self._layout) not in self._block.compared:
+            rendezvous(self._block, self._layout, resolved, timeout)
+        return self
+
+    def _mapping(self, operation: str, group: GroupLike) -> Mapping:
+        """The mapping that a group's rendezvous made."""
+        self._check_open(operation)
+        self._check_process(operation)
+        mappings = self._block.mappings
+        if group is None and mappings:
+            return next(iter(mappings.values()))
+        resolved = resolve_group(group)
+        if resolved not in mappings:
+            raise NotRendezvousedError(
+                f"the group {resolved.name!r} has not rendezvoused this tensor",
+                hint="let all its ranks call rendezvous(group) first",
+                rank=resolved.rank,
+                group=resolved.name,
+                step=operation,
+            )
+        return mappings[resolved]
+
+    # Peers' memory.
+
+    def remote_tensor(self, rank: int, *, group: GroupLike = None) -> torch.Tensor:
+        """A rank's tensor, as a plain tensor of the same shape, strides and dtype. Local.
+
+        It and its views keep the memory mapped. Loads and stores go to the peer's memory directly; order them
+        with :meth:`barrier` or signals.
+
+        Raises:
+            RankError: Not ``0 <= rank < world_size``.
+            UnsupportedError: That rank's memory is not load/store reachable from here; use :meth:`put`/:meth:`get`.
+        """
+        mapping = self._mapping("remote_tensor", group)
+        rank = _check_rank(rank, mapping, "remote_tensor")
+        if rank == mapping.group.rank:
+            return self.tensor
+        return self._layout.view(mapping.tensor(rank, self._block.allocation.nbytes, self._block))
+
+    @property
+    def remote_pointers(self) -> torch.Tensor:
+        """Address of every rank's first element as seen from this rank: int64 tensor of shape [world] on the device.
+
+        For the group of the first rendezvous; 0 where a rank's memory is not load/store reachable.
+        """
+        return self.pointers_of(None)
+
+    def pointers_of(self, group: GroupLike) -> torch.Tensor:
+        """:attr:`remote_pointers` for a given group."""
+        mapping = self._mapping("remote_pointers", group)
+        offset = self._layout.offset
+        pointers = [pointer + offset if pointer else 0 for pointer in mapping.pointers]
+        return torch.tensor(pointers, dtype=torch.int64, device=self.device)
+
+    def contiguous_view(self, *, group: GroupLike = None) -> torch.Tensor:
+        """All ranks' tensors as one, of shape [world, *shape]; ``[r]`` is rank r's memory. Local.
+
+        Where the bytes of a tensor are a multiple of the backend's granularity (host: 4096) it is contiguous
+        throughout; otherwise its first stride skips the padding.
+
+        Raises:
+            UnsupportedError: The backend cannot map all ranks' memory side by side.
+        """
+        mapping = self._mapping("contiguous_view", group)
+        address, stride = mapping.contiguous()
+        world = mapping.group.size
+        memory = tensor_at(address, world * stride, self.device, (self._block, mapping))
+        return self._layout.view_all(memory, world, stride)
+
+    @property
+    def multicast_ptr(self) -> int:
+        """An address that stores to all ranks of the first rendezvous's group at once, or reduces over them.
+
+        Set up when it is first asked for, which is collective. Never 0.
+
+        Raises:
+            MulticastUnavailableError: There is none; says why.
+        """
+        return self._mapping("multicast_ptr", None).multicast() + self._layout.offset
+
+    def signal_pad(self, rank: int, *, group: GroupLike = None) -> torch.Tensor:
+        """A rank's signal pad: uint32 tensor of shape [channels, world], element [c, s] set by source rank s."""
+        mapping = self._mapping("signal_pad", group)
+        rank = _check_rank(rank, mapping, "signal_pad")
+        words = SIGNAL_CHANNELS * mapping.group.size
+        pad = tensor_at(mapping.signal_pad(rank)[0], 4 * words, self.device, (self._block, mapping))
+        return pad.view(torch.uint32).view(SIGNAL_CHANNELS, mapping.group.size)
+
+    # Signals. On CUDA they are work on the current stream; on the CPU they are done when the call returns.
+
+    def barrier(self, channel: int = 0, timeout: float | None = None, *, group: GroupLike = None) -> None:
+        """Wait for all ranks; what each stored before, in any rank's memory, is visible to all afterwards.
+
+        Args:
+            channel: ``0 <= channel < 64``; barriers of different channels are independent.
+            timeout: Seconds; default the setting ``signal_timeout``.
+            group: See the class.
+
+        Raises:
+            PeerTimeoutError: Names the rank that did not come. The barrier of this channel is then abandoned: the
+                other ranks raise as well, now or when they come to it.
+            PeerLostError: Names the rank that died.
+        """
+        mapping, seconds = self._signals("barrier", channel, timeout, group)
+        mapping.barrier(channel, seconds)
+
+    def put_signal(
+        self, rank: int, channel: int = 0, timeout: float | None = None, *, group: GroupLike = None
+    ) -> None:
+        """Set this rank's flag at ``rank``; first waits until the one before was taken. What was stored is visible.
+
+        Raises:
+            PeerTimeoutError, PeerLostError: ``rank`` did not take the one before. May be tried again.
+        """
+        mapping, seconds = self._signals("put_signal", channel, timeout, group)
+        mapping.put_signal(_check_rank(rank, mapping, "put_signal"), channel, seconds)
+
+    def wait_signal(
+        self, rank: int, channel: int = 0, timeout: float | None = None, *, group: GroupLike = None
+    ) -> None:
+        """Wait for the flag from ``rank`` and take it; what ``rank`` stored before it set the flag is visible.
+
+        Raises:
+            PeerTimeoutError, PeerLostError: It was not set. May be tried again.
+        """
+        mapping, seconds = self._signals("wait_signal", channel, timeout, group)
+        mapping.wait_signal(_check_rank(rank, mapping, "wait_signal"), channel, seconds)
+
+    def synchronize(self, *, group: GroupLike = None) -> None:
+        """Wait until the work on the current stream is done, and raise if a barrier or signal in it failed. Local.
+
+        On CUDA a barrier or signal that fails stops the kernels of this process, so that nothing goes on with stale
+        data: CUDA then reports a launch failure wherever it is next asked, which this turns into the error below.
+        The process cannot use that GPU any more. On the CPU there is nothing to wait for.
+
+        Raises:
+            PeerTimeoutError, PeerLostError: A barrier or signal failed; names the rank, its peer and the channel.
+        """
+        mapping = self._mapping("synchronize", group)
+        mapping.check()
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.current_stream(self.device).synchronize()
+            except RuntimeError:
+                mapping.check()
+                raise
+        mapping.check()
+
+    def _signals(
+        self, operation: str, channel: int, timeout: float | None, group: GroupLike
+    ) -> tuple[Mapping, float]:
+        mapping = self._mapping(operation, group)
+        if not isinstance(channel, int) or not 0 <= channel < SIGNAL_CHANNELS:
+            raise InvalidArgumentError(
+                f"channel must be in range({SIGNAL_CHANNELS}), not {channel!r}",
+                rank=mapping.group.rank,
+                group=mapping.group.name,
+                step=operation,
+            )
+        if timeout is None:
+            return mapping, mapping.group.settings.signal_timeout
+        return mapping, _check_timeout(timeout)
+
+    # One-sided copies.
+
+    def put(self, source: torch.Tensor, rank: int, *, group: GroupLike = None) -> None:
+        """Copy ``source`` into a rank's tensor; on CUDA, work on the current stream. The peer does nothing.
+
+        Args:
+            source: Of this tensor's shape and dtype, on its device.
+            rank: Whose.
+            group: See the class.
+
+        Raises:
+            InvalidArgumentError: Another shape, dtype or device. To copy a part, put through a handle of that part:
+                ``SymmetricTensor.wrap(st.tensor[3:5])``.
+        """
+        mapping = self._mapping("put", group)
+        rank = _check_rank(rank, mapping, "put")
+        self._check_like(source, "put")
+        if mapping.pointers[rank]:
+            _raw(self.remote_tensor(rank, group=mapping.group)).copy_(_raw(source))  # type: ignore[arg-type]
+        else:
+            mapping.put(rank, self._layout.offset, self._flat(source.contiguous(), mapping, "put"))
+
+    def get(self, rank: int, out: torch.Tensor | None = None, *, group: GroupLike = None) -> torch.Tensor:
+        """Copy a rank's tensor into ``out``, or into a new tensor; on CUDA, work on the current stream.
+
+        Returns:
+            ``out``, or the new tensor.
+
+        Raises:
+            InvalidArgumentError: ``out`` has another shape, dtype or device.
+        """
+        mapping = self._mapping("get", group)
+        rank = _check_rank(rank, mapping, "get")
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device) if out is None else out
+        self._check_like(out, "get")
+        if mapping.pointers[rank]:
+            _raw(out).copy_(_raw(self.remote_tensor(rank, group=mapping.group)))  # type: ignore[arg-type]
+            return out
+        dense = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+        mapping.get(rank, self._layout.offset, self._flat(dense, mapping, "get"))
+        return out if dense is out else out.copy_(dense)
+
+    def _flat(self, tensor: torch.Tensor, mapping: Mapping, operation: str) -> torch.Tensor:
+        """The bytes of a contiguous tensor, which go to or come from contiguous memory."""
+        if not self.tensor.is_contiguous():
+            mapping.unsupported(operation, "peers that are not load/store reachable need a contiguous tensor")
+        return tensor.view(-1).view(torch.uint8)
+
+    def _check_like(self, other: torch.Tensor, operation: str) -> None:
+        mine, theirs = ((t.shape, t.dtype, t.device) for t in (self.tensor, other))
+        if mine != theirs:
+            names = "shape {}, dtype {}, device {}"
+            raise InvalidArgumentError(
+                f"{operation} needs {names.format(*mine)}, not {names.format(*theirs)}", step=operation
+            )
+
+    # The end.
+
+    def close(self) -> None:
+        """End the use of this memory through handles. Local; may be called again.
+
+        Tensors that were taken from it stay valid; the memory is freed once the last of them is gone. Peers that
+        have mapped it keep it.
+        """
+        self._block.close()
+        self._tensor = None
+
+    def __enter__(self) -> SymmetricTensor:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _check_open(self, operation: str) -> None:
+        if self._block.closed:
+            raise ClosedError(
+                f"this symmetric tensor of shape {tuple(self.shape)} was closed",
+                hint="allocate a new one, or close it later",
+                step=operation,
+            )
+
+    def _check_process(self, operation: str) -> None:
+        if self._block.process != os.getpid():
+            raise ForkedError(
+                "this symmetric tensor was allocated before this process was forked; the child is no rank",
+                hint="use its .tensor, which is shared with the parent, or allocate in the child with a new group",
+                step=operation,
+            )
+
+
+def allocate(
+    sizes: int | Iterable[int],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | int | None = None,
+    *,
+    strides: Iterable[int] | None = None,
+    group: GroupLike = None,
+    backend: str | Sequence[str] | None = None,
+) -> SymmetricTensor:
+    """See :meth:`SymmetricTensor.allocate`."""
+    return SymmetricTensor.allocate(sizes, dtype, device, strides=strides, group=group, backend=backend)
+
+
+def find(tensor: torch.Tensor) -> SymmetricTensor | None:
+    """The handle of the allocation that a plain tensor or view lies in, or None. Local, O(log n).
+
+    The handle has the shape and dtype of the allocation; :meth:`SymmetricTensor.wrap` gives one for the view.
+    """
+    address = _address(tensor)
+    block = None if address is None else block_at(address)
+    return None if block is None or block.closed else SymmetricTensor(block, block.layout)
+
+
+def _address(tensor: torch.Tensor) -> int | None:
+    """Address of the first element; None for a tensor that has none: sparse, meta, fake, a functional wrapper."""
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        return None
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return None
+
+
+_RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements as bits: torch cannot copy all dtypes, and a copy must not touch their values."""
+    return tensor.view(_RAW[tensor.dtype.itemsize])
+
+
+def _has_default_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _device(device: torch.device | str | int | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidArgumentError(f"{device!r} is not a device: {error}") from error
+
+
+def _check_rank(rank: Any, mapping: Mapping, operation: str) -> int:
+    if isinstance(rank, int) and 0 <= rank < mapping.group.size:
+        return rank
+    raise RankError(
+        f"rank {rank!r} is not in range({mapping.group.size})",
+        hint="ranks are those of the group that rendezvoused, not global ranks",
+        rank=mapping.group.rank,
+        group=mapping.group.name,
+        step=operation,
+    )
+
+
+def _check_timeout(timeout: float) -> float:
+    if not 0 < timeout < float("inf"):
+        raise InvalidArgumentError(f"timeout must be a positive number of seconds, not {timeout!r}")
+    return timeout

@@ -1,0 +1,313 @@
+"""How the ranks of a group pass messages: over the job's store, or over unix sockets on one host.
+
+Both are stars around rank 0, the leader: every other rank submits one message a round, the leader collects them
+and publishes one verdict. What a round asks of the store grows linearly with the group, and the sockets ask
+nothing of it: only a group's first round, or a group that spans hosts, uses the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import select
+import socket
+import struct
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol
+
+from symmem.backends import descriptors as scm
+from symmem.backends.descriptors import Contribution
+from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch.distributed import Store
+
+__all__ = ["Message", "SocketWire", "StoreWire", "Wire", "watch_process"]
+
+log = logging.getLogger("symmem.wires")
+
+
+@dataclass
+class Message:
+    """What a rank submits (one contribution or an error), or the leader publishes (all of them or an error).
+
+    ``sequence`` numbers the group's rounds; what is left over from an earlier round is recognised and dropped.
+    ``deadline`` is on CLOCK_MONOTONIC, thus meaningful within one host only.
+    """
+
+    sequence: int
+    step: str
+    deadline: float
+    contributions: list[Contribution] = field(default_factory=list)
+    error: dict[str, Any] | None = None
+
+    def header(self) -> dict[str, Any]:
+        """Everything but the payloads and descriptors, as plain data."""
+        return {
+            "sequence": self.sequence,
+            "step": self.step,
+            "deadline": self.deadline,
+            "sizes": [len(c.payload) for c in self.contributions],
+            "counts": [len(c.descriptors) for c in self.contributions],
+            "error": self.error,
+        }
+
+    @classmethod
+    def unpack(cls, header: dict[str, Any], body: bytes, descriptors: tuple[int, ...] = ()) -> Message:
+        """The inverse of :meth:`header` and the concatenated payloads and descriptors."""
+        contributions, at, first = [], 0, 0
+        for size, count in zip(header["sizes"], header["counts"], strict=True):
+            contributions.append(Contribution(body[at : at + size], descriptors[first : first + count]))
+            at, first = at + size, first + count
+        return cls(header["sequence"], header["step"], header["deadline"], contributions, header["error"])
+
+    def body(self) -> bytes:
+        """All payloads in order."""
+        return b"".join(c.payload for c in self.contributions)
+
+    def descriptors(self) -> tuple[int, ...]:
+        """All descriptors in order."""
+        return tuple(d for c in self.contributions for d in c.descriptors)
+
+    def close(self) -> None:
+        """Close the descriptors of a message that was received and is not used."""
+        scm.close_all(self.descriptors())
+
+
+class Wire(Protocol):
+    """A star around rank 0."""
+
+    carries_descriptors: bool
+
+    def submit(self, message: Message) -> None:
+        """Send to the leader; replaces what this rank submitted in the same round."""
+
+    def collect(self, sequence: int, deadline: float) -> dict[int, Message]:
+        """At the leader: the message of every other rank; returns early, with fewer, once one carries an error."""
+
+    def publish(self, message: Message) -> None:
+        """At the leader: send to all others."""
+
+    def verdict(self, sequence: int, deadline: float) -> Message:
+        """At the others: what the leader published in this round."""
+
+    def close(self) -> None:
+        """Give up all resources."""
+
+
+class StoreWire:
+    """Messages as keys of a ``torch.distributed.Store``.
+
+    A round of n ranks takes 2 requests from each rank (its message, a counter), one wait each, and a read of n keys
+    by the leader. The last rank to come, or the first that failed, sets ``ready``, so nobody polls.
+    """
+
+    carries_descriptors = False
+
+    def __init__(self, store: Store, prefix: str, rank: int, size: int) -> None:
+        self._store, self._prefix, self._rank, self._size = store, prefix, rank, size
+
+    def _key(self, sequence: int, name: object) -> str:
+        return f"{self._prefix}/{sequence}/{name}"
+
+    def submit(self, message: Message) -> None:
+        sequence = message.sequence
+        self._set(self._key(sequence, self._rank), message)
+        if message.error or self._store.add(self._key(sequence, "count"), 1) == self._size - 1:
+            self._store.set(self._key(sequence, "ready"), b"1")
+
+    def collect(self, sequence: int, deadline: float) -> dict[int, Message]:
+        ranks = range(1, self._size)
+        self._store.set(self._key(sequence, 0), b"")  # only so that the others can tell whether rank 0 came
+        self._wait(self._key(sequence, "ready"), deadline, sequence, ranks)
+        keys = {rank: self._key(sequence, rank) for rank in ranks}
+        if self._store.has_extended_api() and self._store.check(list(keys.values())):
+            values = dict(zip(keys, self._store.multi_get(list(keys.values())), strict=True))
+        else:
+            values = {r: self._store.get(key) for r, key in keys.items() if self._store.check([key])}
+        messages = {rank: self._decode(value) for rank, value in values.items()}
+        if len(messages) == len(keys) and sequence and not any(m.error for m in messages.values()):
+            # All have come to this round, so all have read the verdict before: its keys can go.
+            for name in ("verdict", "ready", "count", *range(self._size)):
+                self._store.delete_key(self._key(sequence - 1, name))
+        return messages
+
+    def publish(self, message: Message) -> None:
+        self._set(self._key(message.sequence, "verdict"), message)
+
+    def verdict(self, sequence: int, deadline: float) -> Message:
+        key = self._key(sequence, "verdict")
+        self._wait(key, deadline, sequence, range(self._size))
+        return self._decode(self._store.get(key))
+
+    def close(self) -> None:
+        pass  # the store belongs to the job
+
+    def _set(self, key: str, message: Message) -> None:
+        head = json.dumps(message.header()).encode()
+        self._store.set(key, struct.pack("!I", len(head)) + head + message.body())
+
+    @staticmethod
+    def _decode(value: bytes) -> Message:
+        (size,) = struct.unpack_from("!I", value)
+        return Message.unpack(json.loads(value[4 : 4 + size]), value[4 + size :])
+
+    def _wait(self, key: str, deadline: float, sequence: int, ranks: Iterable[int]) -> None:
+        remaining = max(deadline - time.monotonic(), 0.001)
+        try:
+            self._store.wait([key], timedelta(seconds=remaining))
+        except RuntimeError as error:
+            # Stores differ in what they raise when time is up; the clock tells a timeout from a broken store.
+            if time.monotonic() < deadline - 0.05:
+                raise RendezvousError(
+                    f"the job's store failed: {error}", hint="the process that serves it may have ended"
+                ) from error
+            absent = tuple(
+                rank
+                for rank in ranks
+                if rank != self._rank and not self._store.check([self._key(sequence, rank)])
+            )
+            raise PeerTimeoutError(
+                f"ranks {list(absent)} did not come in time" if absent else "rank 0 did not answer in time",
+                peers=absent or (0,),
+            ) from None
+
+
+def watch_process(pid: int) -> int | None:
+    """A descriptor that polls readable once the process has ended (pidfd_open(2)), or None on a kernel without."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        log.warning(
+            "cannot watch processes (%s): a peer's death in a barrier shows only at the timeout", error
+        )
+        return None
+
+
+class SocketWire:
+    """Messages and descriptors over unix sockets; the death of a rank shows at once.
+
+    Args:
+        peers: At the leader a connection to each other rank; at the others one to rank 0.
+    """
+
+    carries_descriptors = True
+
+    def __init__(self, peers: dict[int, socket.socket]) -> None:
+        self._peers = peers
+        self._inbox: dict[int, deque[Message]] = {peer: deque() for peer in peers}
+        self._gone: set[int] = set()
+        self._poll = select.poll()
+        self._at: dict[int, int] = {}
+        for peer, sock in peers.items():
+            self._poll.register(sock, select.POLLIN)
+            self._at[sock.fileno()] = peer
+
+    def submit(self, message: Message) -> None:
+        self._send(0, message)
+
+    def publish(self, message: Message) -> None:
+        for peer in self._peers:
+            # A rank that cannot be told is dead or stuck: the next round that needs it says so.
+            with contextlib.suppress(PeerLostError, PeerTimeoutError):
+                self._send(peer, message)
+
+    def collect(self, sequence: int, deadline: float) -> dict[int, Message]:
+        messages: dict[int, Message] = {}
+        try:
+            looked = False
+            while True:
+                deadline = min([deadline, *self._take(sequence, messages)])
+                missing = tuple(peer for peer in self._peers if peer not in messages)
+                if any(message.error for message in messages.values()) or (looked and not missing):
+                    return messages
+                if gone := tuple(peer for peer in missing if peer in self._gone):
+                    raise _lost(gone)
+                if missing and time.monotonic() > deadline:
+                    raise PeerTimeoutError(f"ranks {list(missing)} did not come in time", peers=missing)
+                # When all are here, look once more at what has arrived: somebody may have withdrawn.
+                looked = not self._receive(deadline if missing else 0.0)
+        except BaseException:
+            for message in messages.values():
+                message.close()
+            raise
+
+    def _take(self, sequence: int, messages: dict[int, Message]) -> list[float]:
+        """Move this round's messages out of the inboxes, drop older ones; returns the deadlines that came."""
+        deadlines = []
+        for peer, inbox in self._inbox.items():
+            while inbox and inbox[0].sequence <= sequence:
+                message = inbox.popleft()
+                if message.sequence < sequence:
+                    message.close()
+                    continue
+                if peer in messages:  # withdrawn
+                    messages[peer].close()
+                messages[peer] = message
+                deadlines.append(message.deadline)
+        return deadlines
+
+    def verdict(self, sequence: int, deadline: float) -> Message:
+        inbox = self._inbox[0]
+        while True:
+            while inbox:
+                message = inbox.popleft()
+                if message.sequence == sequence:
+                    return message
+                message.close()
+            if self._gone:
+                raise _lost((0,))
+            if time.monotonic() > deadline:
+                raise PeerTimeoutError(
+                    "rank 0, which gathers for the group, did not answer in time", peers=(0,)
+                )
+            self._receive(deadline)
+
+    def close(self) -> None:
+        for sock in self._peers.values():
+            sock.close()
+        for inbox in self._inbox.values():
+            while inbox:
+                inbox.popleft().close()
+
+    def _send(self, peer: int, message: Message) -> None:
+        try:
+            deadline = max(message.deadline, time.monotonic() + 1.0)
+            scm.send(self._peers[peer], message.header(), message.body(), message.descriptors(), deadline)
+        except TimeoutError as error:
+            raise PeerTimeoutError(f"rank {peer} does not read its messages", peers=(peer,)) from error
+        except ConnectionError as error:
+            raise _lost((peer,)) from error
+
+    def _receive(self, deadline: float) -> bool:
+        """Wait until ``deadline`` for messages and put them into the inboxes; False if nothing happened."""
+        remaining = max(deadline - time.monotonic(), 0.0)
+        events = self._poll.poll(remaining * 1000)
+        for descriptor, _event in events:
+            peer = self._at[descriptor]
+            try:
+                header, body, fds = scm.receive(self._peers[peer], max(deadline, time.monotonic() + 1.0))
+            except (EOFError, ConnectionError):
+                self._gone.add(peer)
+                self._poll.unregister(descriptor)
+            except TimeoutError as error:
+                raise PeerTimeoutError(f"rank {peer} stopped amid a message", peers=(peer,)) from error
+            else:
+                self._inbox[peer].append(Message.unpack(header, body, fds))
+        return bool(events)
+
+
+def _lost(peers: tuple[int, ...]) -> PeerLostError:
+    named = f"rank{'s' * (len(peers) > 1)} {', '.join(map(str, peers))}"
+    return PeerLostError(
+        f"{named} died, or left the group",
+        hint=f"look at the log of {named} for the first error; then restart the job, or make a new group",
+        peers=peers,
+    )

@@ -1,0 +1,108 @@
+"""Backends by name, loaded when they are first asked for.
+
+A third party adds a backend with an entry point in the group ``symmem.backends``: a name, and ``module:Class`` of
+a subclass of :class:`symmem.backends.base.Backend`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+import torch
+
+from symmem.config import BACKENDS
+from symmem.errors import BackendUnavailableError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from symmem.backends.base import Backend
+
+__all__ = ["AUTO_ORDER", "available_names", "get_backend", "select_backend"]
+
+_BUILTIN = {
+    "host": "symmem.backends.host:HostBackend",
+    "native": "symmem.backends.native:NativeBackend",
+}
+assert _BUILTIN.keys() <= set(BACKENDS)
+
+AUTO_ORDER = {
+    "cuda": ("native", "nvshmem", "pytorch_cuda", "pytorch_nvshmem", "pytorch_nccl"),
+    "cpu": ("host",),
+}
+"""What ``auto`` tries, by the type of the device that the memory is to lie on. A third party's is never guessed."""
+
+_instances: dict[str, Backend] = {}
+_probed: set[str] = set()
+_lock = threading.RLock()
+
+
+def available_names() -> tuple[str, ...]:
+    """All names that a backend can be chosen by: the built-in ones, then those of third parties."""
+    return (*BACKENDS, *sorted(_entry_points().keys() - set(BACKENDS)))
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of that name; the same object each time in a process. Does not probe it.
+
+    Raises:
+        ConfigError: There is none of that name.
+        BackendUnavailableError: Its module cannot be imported.
+    """
+    with _lock:
+        if name not in _instances:
+            target = _BUILTIN.get(name) or _entry_points().get(name)
+            if target is None:
+                raise ConfigError(
+                    f"unknown backend {name!r}; there are: auto, {', '.join(available_names())}"
+                )
+            module, _, attribute = target.partition(":")
+            try:
+                cls = getattr(importlib.import_module(module), attribute)
+            except ImportError as error:
+                raise BackendUnavailableError(f"the backend {name!r} cannot be imported: {error}") from error
+            _instances[name] = cls(name)
+        return _instances[name]
+
+
+def select_backend(order: Sequence[str], device_type: str | None) -> Backend:
+    """The first backend of ``order`` that works here, by probing (once a process).
+
+    Args:
+        order: Names in order of preference, or ``("auto",)``: :data:`AUTO_ORDER`. A single name is a choice: if it
+            doesn't work, that is an error.
+        device_type: ``"cpu"`` or ``"cuda"``; None takes that of the backend, and for ``auto`` that of this machine.
+
+    Raises:
+        BackendUnavailableError: None works; the text has the reason for each.
+    """
+    if tuple(order) == ("auto",):
+        device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+        order = AUTO_ORDER.get(device_type, ())
+    reasons = []
+    for name in order:
+        try:
+            backend = get_backend(name)
+            if device_type not in (None, backend.device_type):
+                reasons.append(f"{name}: its memory is {backend.device_type}, not {device_type}")
+                continue
+            with _lock:
+                if name not in _probed:
+                    backend.probe()
+                    _probed.add(name)
+        except BackendUnavailableError as error:
+            reasons.append(f"{name}: {error}")
+        else:
+            return backend
+    raise BackendUnavailableError(
+        f"no backend of {list(order)} works for {device_type or 'any'} tensors in this process:\n"
+        + "\n".join(f"  - {reason}" for reason in reasons),
+        hint="`symmem doctor` says for each backend what it needs",
+    )
+
+
+def _entry_points() -> dict[str, str]:
+    return {point.name: point.value for point in entry_points(group="symmem.backends")}

@@ -1,0 +1,289 @@
+"""Messages and file descriptors between processes of one host, over private, authenticated unix sockets.
+
+One rank, the leader, listens on an abstract socket with a random name; the others connect (a star). A descriptor
+passes by SCM_RIGHTS (unix(7)), which needs no privilege, unlike ``pidfd_getfd(2)``, which containers forbid.
+
+Who may join: each side checks the other's user with SO_PEERCRED, and both show a secret that only the group's
+store knows: the follower its first half, the leader its second. A stranger that connects is refused, logged, and
+holds nobody up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import logging
+import os
+import secrets
+import selectors
+import socket
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError, ResourceLimitError
+
+__all__ = ["Contribution", "Listener", "Received", "Welcome", "connect", "receive", "send"]
+
+log = logging.getLogger("symmem.descriptors")
+
+_PREFIX = struct.Struct("!III")  # bytes of header, bytes of body, number of descriptors
+_HELLO = struct.Struct("!32sI")  # first half of the secret, rank
+_BATCH = 200  # Linux passes at most SCM_MAX_FD = 253 descriptors a message
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one rank gave to an exchange."""
+
+    payload: bytes
+    descriptors: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
+class Received:
+    """What all ranks gave to an exchange, in rank order; owns the descriptors in it."""
+
+    contributions: list[Contribution] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Contribution]:
+        return iter(self.contributions)
+
+    def __getitem__(self, rank: int) -> Contribution:
+        return self.contributions[rank]
+
+    def __len__(self) -> int:
+        return len(self.contributions)
+
+    def close(self) -> None:
+        """Close all descriptors; may be called again."""
+        contributions, self.contributions = self.contributions, []
+        for contribution in contributions:
+            close_all(contribution.descriptors)
+
+    def __enter__(self) -> Received:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def close_all(descriptors: Sequence[int]) -> None:
+    """Close descriptors that this process owns."""
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _remaining(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 0.001)
+
+
+def send(
+    sock: socket.socket,
+    header: dict[str, Any],
+    body: bytes,
+    descriptors: Sequence[int],
+    deadline: float,
+) -> None:
+    """Send one message.
+
+    Raises:
+        TimeoutError: The peer did not read it by ``deadline`` (``time.monotonic()``).
+        OSError: The peer is gone.
+    """
+    head = json.dumps(header).encode()
+    sock.settimeout(_remaining(deadline))
+    sock.sendall(_PREFIX.pack(len(head), len(body), len(descriptors)))
+    for start in range(0, len(descriptors), _BATCH):
+        socket.send_fds(sock, [b"\0"], list(descriptors[start : start + _BATCH]))
+    sock.sendall(head + body)
+
+
+def receive(sock: socket.socket, deadline: float) -> tuple[dict[str, Any], bytes, tuple[int, ...]]:
+    """Receive one message: header, body, and descriptors, which the caller then owns.
+
+    Raises:
+        EOFError: The peer closed the connection.
+        TimeoutError: No whole message came by ``deadline``.
+        ResourceLimitError: This process may not have so many descriptors; the ones that came are closed.
+    """
+    sizes = _PREFIX.unpack(_receive_exactly(sock, _PREFIX.size, deadline))
+    descriptors: list[int] = []
+    try:
+        truncated = False
+        for start in range(0, sizes[2], _BATCH):
+            sock.settimeout(_remaining(deadline))
+            # Without MSG_CMSG_CLOEXEC the descriptors would leak into every program this process starts.
+            data, batch, flags, _ = socket.recv_fds(
+                sock, 1, min(_BATCH, sizes[2] - start), socket.MSG_CMSG_CLOEXEC
+            )
+            descriptors += batch
+            truncated |= bool(flags & socket.MSG_CTRUNC)
+            if not data:
+                raise EOFError("the peer closed the connection")
+        body = _receive_exactly(sock, sizes[0] + sizes[1], deadline)
+        if truncated or len(descriptors) != sizes[2]:
+            raise ResourceLimitError(
+                f"of {sizes[2]} file descriptors that peers sent, {len(descriptors)} fit under this process's "
+                "limit (RLIMIT_NOFILE)",
+                hint="raise it (`ulimit -n`), or hold fewer symmetric tensors at a time",
+            )
+        return json.loads(body[: sizes[0]]), body[sizes[0] :], tuple(descriptors)
+    except BaseException:
+        close_all(descriptors)
+        raise
+
+
+def _receive_exactly(sock: socket.socket, nbytes: int, deadline: float) -> bytes:
+    data = bytearray()
+    while len(data) < nbytes:
+        sock.settimeout(_remaining(deadline))
+        chunk = sock.recv(nbytes - len(data))
+        if not chunk:
+            raise EOFError("the peer closed the connection")
+        data += chunk
+    return bytes(data)
+
+
+def _peer_user(sock: socket.socket) -> tuple[int, int]:
+    """The process and user at the other end (SO_PEERCRED)."""
+    pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """Where a leader listens and what proves membership; it travels over the group's store, nowhere else."""
+
+    address: str
+    secret: str
+
+    @property
+    def halves(self) -> tuple[bytes, bytes]:
+        """What a follower shows, and what the leader shows: 32 bytes each."""
+        secret = bytes.fromhex(self.secret)
+        return secret[:32], secret[32:]
+
+
+class Listener:
+    """The leader's side of the star."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.welcome = Welcome(f"symmem-{secrets.token_hex(16)}", secrets.token_hex(64))
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket.bind("\0" + self.welcome.address)
+        # All followers connect before the leader accepts: the queue has room for them, and for strangers.
+        self._socket.listen(size + 64)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._socket.close()
+
+    def accept(self, deadline: float) -> dict[int, socket.socket]:
+        """Accept every follower, each exactly once; refuse everyone else.
+
+        Returns:
+            A connection to each rank from 1 on.
+
+        Raises:
+            PeerTimeoutError: Names the ranks that did not connect by ``deadline``.
+        """
+        members: dict[int, socket.socket] = {}
+        with contextlib.ExitStack() as undo, selectors.DefaultSelector() as selector:
+            strangers: dict[socket.socket, bytes] = {}
+            undo.callback(lambda: [sock.close() for sock in (*members.values(), *strangers)])
+            self._socket.setblocking(False)
+            selector.register(self._socket, selectors.EVENT_READ)
+            while len(members) < self.size - 1:
+                if time.monotonic() > deadline:
+                    missing = tuple(sorted(set(range(1, self.size)) - members.keys()))
+                    raise PeerTimeoutError(
+                        f"ranks {list(missing)} did not connect to this rank's socket", peers=missing
+                    )
+                for key, _events in selector.select(_remaining(deadline)):
+                    if key.fileobj is self._socket:
+                        self._admit(strangers, selector)
+                    else:
+                        self._identify(key.fileobj, strangers, members, selector)  # type: ignore[arg-type]
+            for sock in strangers:
+                sock.close()
+            undo.pop_all()
+        return members
+
+    def _admit(self, strangers: dict[socket.socket, bytes], selector: selectors.BaseSelector) -> None:
+        """Take a connection from the queue; until it has shown the secret it is a stranger."""
+        sock, _address = self._socket.accept()
+        pid, uid = _peer_user(sock)
+        if uid != os.getuid():
+            log.warning(
+                "refused a connection of process %d: it runs as user %d, not %d", pid, uid, os.getuid()
+            )
+            sock.close()
+            return
+        sock.setblocking(False)
+        strangers[sock] = b""
+        selector.register(sock, selectors.EVENT_READ)
+
+    def _identify(
+        self,
+        sock: socket.socket,
+        strangers: dict[socket.socket, bytes],
+        members: dict[int, socket.socket],
+        selector: selectors.BaseSelector,
+    ) -> None:
+        """Read what a stranger shows; once it is whole, let it in or refuse it."""
+        chunk = b""
+        with contextlib.suppress(ConnectionError):
+            chunk = sock.recv(_HELLO.size - len(strangers[sock]))
+        strangers[sock] += chunk
+        if chunk and len(strangers[sock]) < _HELLO.size:
+            return
+        selector.unregister(sock)
+        hello = strangers.pop(sock)
+        shown, proof = self.welcome.halves
+        if len(hello) == _HELLO.size:
+            secret, rank = _HELLO.unpack(hello)
+            if hmac.compare_digest(secret, shown) and 0 < rank < self.size and rank not in members:
+                sock.settimeout(1.0)
+                sock.sendall(proof)
+                members[rank] = sock
+                return
+        log.warning("refused a connection of process %d: it is not a rank of this group", _peer_user(sock)[0])
+        sock.close()
+
+
+def connect(welcome: Welcome, rank: int, deadline: float) -> socket.socket:
+    """Connect to a leader and show membership; :func:`check_leader` must follow once the leader accepts."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.settimeout(_remaining(deadline))
+        sock.connect("\0" + welcome.address)
+        uid = _peer_user(sock)[1]
+        if uid != os.getuid():
+            raise RendezvousError(
+                f"the socket of rank 0 belongs to user {uid}, this process runs as user {os.getuid()}",
+                hint="start all ranks as the same user, in the same user namespace",
+            )
+        sock.sendall(_HELLO.pack(welcome.halves[0], rank))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def check_leader(sock: socket.socket, welcome: Welcome, deadline: float) -> None:
+    """Check that the process that accepted is the group's leader.
+
+    Raises:
+        PeerLostError: It is not, or it went away.
+    """
+    try:
+        shown = _receive_exactly(sock, 32, deadline)
+    except (EOFError, OSError) as error:
+        raise PeerLostError(f"rank 0 did not accept this rank's connection: {error}", peers=(0,)) from error
+    if not hmac.compare_digest(shown, welcome.halves[1]):
+        raise PeerLostError("the process at rank 0's socket is not this group's leader", peers=(0,))

@@ -1,0 +1,137 @@
+"""Host shared memory: symmetric memory for CPU tensors, on any Linux machine, with no GPU and no privilege.
+
+An allocation is an anonymous memory file (memfd_create(2)): it has no name, so nothing is left on the system
+however its processes end. At a rendezvous each rank passes its file, and a second one for its signal pad, to the
+others, and maps all of them side by side. The kernel frees the memory once no process maps it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+
+import torch
+
+from symmem.backends.base import Allocation, Backend, Capability, Collective, Group
+from symmem.backends.libc import PAGE, Region, available_memory, limit_error, round_up
+from symmem.backends.shared import SharedMapping, pass_and_map
+from symmem.backends.signals import SharedSignals
+from symmem.errors import BackendUnavailableError, OutOfMemoryError, SymmemError
+
+__all__ = ["HostAllocation", "HostBackend", "HostMapping"]
+
+
+def _memory_file(nbytes: int) -> int:
+    """A new anonymous file of ``nbytes`` zeros; its pages are made when they are first touched."""
+    try:
+        descriptor = os.memfd_create("symmem", os.MFD_CLOEXEC)
+    except OSError as error:
+        raise limit_error(error, "cannot make a memory file") from error
+    try:
+        os.ftruncate(descriptor, nbytes)
+    except OSError as error:
+        os.close(descriptor)
+        raise limit_error(error, f"cannot make a memory file of {nbytes} bytes") from error
+    return descriptor
+
+
+class HostAllocation(Allocation):
+    """A memory file and its mapping in this process.
+
+    Attributes:
+        descriptor: The memory file; kept for later rendezvous.
+        extent: Bytes of it: ``nbytes`` rounded up to whole pages, at least one.
+    """
+
+    def __init__(self, backend: HostBackend, nbytes: int) -> None:
+        self.extent = max(round_up(nbytes, PAGE), PAGE)
+        self._region = Region(self.extent)
+        self.descriptor = _memory_file(self.extent)
+        weakref.finalize(self, os.close, self.descriptor).atexit = False
+        pointer = self._region.place(0, self.descriptor, self.extent)
+        super().__init__(backend, torch.device("cpu"), nbytes, pointer)
+
+
+class _Files(Region):
+    """A range of addresses into which memory files are mapped."""
+
+    def open(self) -> None:
+        """Nothing is to be done: what was placed is accessible at once."""
+
+
+class HostMapping(SharedMapping):
+    """All ranks' memory, and the signals that processes give each other through it."""
+
+    def __init__(
+        self, backend: HostBackend, allocation: HostAllocation, group: Group, files: list[tuple[int, ...]]
+    ) -> None:
+        pad = _pad_extent(group.size)
+        region = _Files(group.size * (allocation.extent + pad))
+        super().__init__(
+            backend, group, allocation.device, region, files, allocation.extent, pad, allocation.pointer
+        )
+        self._signals = SharedSignals(group, self._pads, region)
+
+    @property
+    def signals(self) -> SharedSignals:
+        return self._signals
+
+
+def _pad_extent(size: int) -> int:
+    return round_up(SharedSignals.nbytes(size), PAGE)
+
+
+class HostBackend(Backend):
+    """Backend ``host``."""
+
+    device_type = "cpu"
+    capabilities = (
+        Capability.REMOTE_TENSOR
+        | Capability.CONTIGUOUS_VIEW
+        | Capability.SIGNALS
+        | Capability.ONE_SIDED
+        | Capability.SECOND_GROUP
+    )
+
+    def probe(self) -> None:
+        if not sys.platform.startswith("linux"):
+            raise BackendUnavailableError(
+                f"the backend 'host' needs Linux, not {sys.platform}: memory files and futexes",
+                hint="use a Linux machine, virtual machine or container",
+            )
+        try:
+            allocation = self.allocate(1, torch.device("cpu"), None)
+            seen = pass_and_map(allocation.descriptor, allocation.extent, _Files, allocation.tensor())
+        except (OSError, SymmemError) as error:
+            raise self._unavailable(f"it could not make, pass and map a page of shared memory: {error}") from error
+        if not seen:
+            raise self._unavailable("a store to shared memory is not visible through a second mapping")
+
+    def _unavailable(self, why: str) -> BackendUnavailableError:
+        return BackendUnavailableError(
+            f"the backend 'host' does not work: {why}",
+            hint="a sandbox may forbid memfd_create, unix sockets or mmap: see its policy",
+        )
+
+    def allocate(self, nbytes: int, device: torch.device, group: Group | None) -> HostAllocation:
+        # A memory file takes its pages when they are touched, and a process that touches one too many is killed
+        # (or gets SIGBUS). What can never fit is refused here, while there is somebody to tell.
+        available = available_memory()
+        if nbytes > available:
+            raise OutOfMemoryError(
+                f"{nbytes} bytes of shared memory were asked for, {available} are available",
+                hint="free memory, allocate less, or raise the container's memory limit",
+            )
+        return HostAllocation(self, nbytes)
+
+    def rendezvous(self, allocation: Allocation, collective: Collective) -> HostMapping:
+        assert isinstance(allocation, HostAllocation)
+        group = collective.group
+        pad = _memory_file(_pad_extent(group.size))
+        try:
+            received = collective.exchange("map", b"", [allocation.descriptor, pad])
+        finally:
+            os.close(pad)
+        with received:
+            return HostMapping(self, allocation, group, [c.descriptors for c in received])

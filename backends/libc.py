@@ -1,0 +1,172 @@
+"""The few system calls that Python's standard library does not offer: mmap at a fixed address, futex, membarrier."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import resource
+import weakref
+from pathlib import Path
+
+from symmem.errors import OutOfMemoryError, ResourceLimitError, SymmemError
+
+__all__ = [
+    "PAGE",
+    "Region",
+    "available_memory",
+    "fence",
+    "futex_wait",
+    "futex_wake",
+    "limit_error",
+    "round_up",
+]
+
+PAGE: int = os.sysconf("SC_PAGESIZE")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.syscall.restype = ctypes.c_long
+
+_PROT_NONE, _PROT_READ_WRITE = 0, 3
+_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+# Numbers of futex(2) and membarrier(2) in the kernel's tables; the same for all 64-bit "generic" architectures.
+_FUTEX, _MEMBARRIER = {"x86_64": (202, 324)}.get(platform.machine(), (98, 283))
+_FUTEX_WAIT, _FUTEX_WAKE = 0, 1
+_MEMBARRIER_PRIVATE_EXPEDITED, _MEMBARRIER_REGISTER_PRIVATE_EXPEDITED = 8, 16
+
+
+def round_up(nbytes: int, granularity: int) -> int:
+    """The smallest multiple of ``granularity`` that is at least ``nbytes``."""
+    return -(-nbytes // granularity) * granularity
+
+
+def available_memory() -> int:
+    """Bytes that can still be used before the kernel, or this container's limit, stops somebody."""
+    meminfo = Path("/proc/meminfo").read_text()
+    available = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        used = int(limit.with_name("memory.current").read_text())
+        available = min(available, max(int(text) - used, 0))
+    return available
+
+
+def limit_error(error: OSError, what: str) -> SymmemError:
+    """The named error for a system call that failed on a limit, with the limit's present value."""
+    code = error.errno
+    if code == errno.EMFILE:
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return ResourceLimitError(
+            f"{what}: this process may have {soft} open files (RLIMIT_NOFILE)",
+            hint="raise it (`ulimit -n`), or hold fewer symmetric tensors at a time",
+        )
+    if code == errno.ENFILE:
+        limit = Path("/proc/sys/fs/file-max").read_text().strip()
+        return ResourceLimitError(
+            f"{what}: this machine may have {limit} open files", hint="raise /proc/sys/fs/file-max"
+        )
+    if code == errno.EFBIG:
+        soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        return ResourceLimitError(
+            f"{what}: this process may make files of {soft} bytes (RLIMIT_FSIZE)",
+            hint="raise it (`ulimit -f`)",
+        )
+    if code == errno.ENOMEM:
+        space = resource.getrlimit(resource.RLIMIT_AS)[0]
+        maps = Path("/proc/sys/vm/max_map_count").read_text().strip()
+        return OutOfMemoryError(
+            f"{what}: no memory, address space or mappings left (available {available_memory()} bytes, RLIMIT_AS "
+            f"{'unlimited' if space < 0 else space}, at most {maps} mappings)",
+            hint="free tensors, raise `ulimit -v` or /proc/sys/vm/max_map_count, or allocate less",
+        )
+    return ResourceLimitError(f"{what}: {error}", hint="see the system call's manual page for this error")
+
+
+def _mmap(address: int | None, nbytes: int, protection: int, flags: int, descriptor: int) -> int:
+    result = _libc.mmap(address, nbytes, protection, flags, descriptor, 0)
+    if result == _MAP_FAILED:
+        code = ctypes.get_errno()
+        raise limit_error(OSError(code, os.strerror(code)), f"cannot map {nbytes} bytes")
+    return int(result)
+
+
+class Region:
+    """A range of addresses, reserved at once, unmapped when the last reference to it is gone.
+
+    Args:
+        nbytes: A multiple of the page size.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.address = _mmap(None, nbytes, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1)
+        # Not at the interpreter's exit: a thread or a tensor may still use the memory, and the kernel unmaps it.
+        weakref.finalize(self, _libc.munmap, self.address, nbytes).atexit = False
+
+    def place(self, offset: int, descriptor: int, nbytes: int) -> int:
+        """Map the first ``nbytes`` of a file at ``offset``, shared and writable; returns the address."""
+        flags = _MAP_SHARED | _MAP_FIXED
+        return _mmap(self.address + offset, nbytes, _PROT_READ_WRITE, flags, descriptor)
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+def futex_wait(address: int, expected: int, timeout: float) -> None:
+    """Sleep while the uint32 at ``address`` is ``expected``, at most ``timeout`` seconds; may wake for nothing."""
+    spec = _Timespec(int(timeout), int(timeout % 1 * 1e9))
+    _libc.syscall(
+        ctypes.c_long(_FUTEX),
+        ctypes.c_void_p(address),
+        ctypes.c_int(_FUTEX_WAIT),
+        ctypes.c_uint32(expected),
+        ctypes.byref(spec),
+        None,
+        ctypes.c_int(0),
+    )
+
+
+def futex_wake(address: int) -> None:
+    """Wake everybody, in any process, who sleeps on the uint32 at ``address``."""
+    _libc.syscall(
+        ctypes.c_long(_FUTEX),
+        ctypes.c_void_p(address),
+        ctypes.c_int(_FUTEX_WAKE),
+        ctypes.c_int(0x7FFFFFFF),
+        None,
+        None,
+        ctypes.c_int(0),
+    )
+
+
+if platform.machine() == "x86_64":
+
+    def fence() -> None:
+        """Order this thread's earlier loads and stores before its later ones, as other processes see them.
+
+        On x86-64 nothing is to be done: the hardware keeps loads in order with loads and stores with stores,
+        which is what a flag protocol needs (Intel SDM 3A, 8.2.2).
+        """
+else:
+    _libc.syscall(ctypes.c_long(_MEMBARRIER), ctypes.c_int(_MEMBARRIER_REGISTER_PRIVATE_EXPEDITED), 0, 0)
+
+    def fence() -> None:
+        """Order this thread's earlier loads and stores before its later ones, as other processes see them.
+
+        membarrier(2) runs a full barrier on the calling thread.
+        """
+        _libc.syscall(ctypes.c_long(_MEMBARRIER), ctypes.c_int(_MEMBARRIER_PRIVATE_EXPEDITED), 0, 0)

@@ -1,0 +1,124 @@
+"""What the backends share that export memory and map all ranks' side by side: ``host`` and ``native``.
+
+They differ in what memory is and how it is imported (:class:`Range`), and in who signals (:class:`Signals`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from symmem.backends.base import Backend, Group, Mapping, tensor_at
+from symmem.backends.descriptors import close_all
+
+__all__ = ["Range", "SharedMapping", "Signals", "pass_and_map"]
+
+
+class Range(Protocol):
+    """A reserved range of addresses, in which memory is mapped; unmapped when the last reference to it is gone."""
+
+    address: int
+
+    def place(self, offset: int, token: Any, nbytes: int) -> int:
+        """Map the first ``nbytes`` of what another process exported at ``offset``; returns the address."""
+
+    def open(self) -> None:
+        """Allow access to what was placed. Called once, when the range is full."""
+
+
+class Signals(Protocol):
+    """Barrier and signals over the pads of all ranks; see :class:`symmem.backends.base.Mapping`."""
+
+    def barrier(self, channel: int, timeout: float) -> None:
+        """Wait for all ranks."""
+
+    def put_signal(self, rank: int, channel: int, timeout: float) -> None:
+        """Set this rank's flag at ``rank``."""
+
+    def wait_signal(self, rank: int, channel: int, timeout: float) -> None:
+        """Wait for the flag from ``rank`` and take it."""
+
+
+class SharedMapping(Mapping):
+    """All ranks' memory side by side in one range of addresses, then all ranks' signal pads.
+
+    Args:
+        backend: Whose it is.
+        group: The group that met.
+        device: Where tensors over the memory lie.
+        region: ``size * (stride + pad_stride)`` reserved bytes.
+        tokens: Each rank's memory and signal pad, as ``region.place`` takes them.
+        stride: Bytes of each rank's memory.
+        pad_stride: Bytes of each rank's pad.
+        own: Address that this rank's tensors have already; they keep it.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        group: Group,
+        device: torch.device,
+        region: Range,
+        tokens: Sequence[tuple[Any, ...]],
+        stride: int,
+        pad_stride: int,
+        own: int,
+    ) -> None:
+        first_pad = group.size * stride
+        pointers = [region.place(rank * stride, memory, stride) for rank, (memory, _) in enumerate(tokens)]
+        self._pads = tuple(
+            region.place(first_pad + rank * pad_stride, pad, pad_stride)
+            for rank, (_, pad) in enumerate(tokens)
+        )
+        region.open()
+        pointers[group.rank] = own
+        super().__init__(backend, group, device, pointers)
+        self._region = region
+        self._stride, self._pad_stride = stride, pad_stride
+
+    @property
+    def signals(self) -> Signals:
+        """Who signals over the pads."""
+        raise NotImplementedError
+
+    def barrier(self, channel: int, timeout: float) -> None:
+        self.signals.barrier(channel, timeout)
+
+    def put_signal(self, rank: int, channel: int, timeout: float) -> None:
+        self.signals.put_signal(rank, channel, timeout)
+
+    def wait_signal(self, rank: int, channel: int, timeout: float) -> None:
+        self.signals.wait_signal(rank, channel, timeout)
+
+    def contiguous(self) -> tuple[int, int]:
+        return self._region.address, self._stride
+
+    def signal_pad(self, rank: int) -> tuple[int, int]:
+        return self._pads[rank], self._pad_stride
+
+
+def pass_and_map(
+    descriptor: int, nbytes: int, reserve: Callable[[int], Range], memory: torch.Tensor
+) -> bool:
+    """Pass memory through a socket, map it a second time, and say whether a store is seen there. For probes.
+
+    Args:
+        descriptor: The exported memory; stays the caller's.
+        nbytes: Bytes of it.
+        reserve: Makes a range of so many bytes.
+        memory: The same memory as it is mapped already, as a uint8 tensor.
+    """
+    with contextlib.ExitStack() as undo:
+        left, right = (undo.enter_context(end) for end in socket.socketpair())
+        socket.send_fds(left, [b"\0"], [descriptor])
+        descriptors = socket.recv_fds(right, 1, 1)[1]
+        undo.callback(close_all, descriptors)
+        second = reserve(nbytes)
+        second.place(0, descriptors[0], nbytes)
+        second.open()
+        memory.fill_(42)
+        return bool(tensor_at(second.address, 1, memory.device, second).item() == 42)

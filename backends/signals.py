@@ -1,0 +1,160 @@
+"""Signals between processes of one host: words in shared memory, and futexes to sleep on.
+
+A rank's pad holds uint32 words, all 0 at first::
+
+    flag[channel, source]    1 while a signal from `source` has not been taken; `source` sets it, the owner clears it
+    arrived[channel]         how many barriers of this channel the owner has come to, modulo 2**32
+    abandoned[channel]       1 + the rank that the owner waited for when it gave up a barrier
+
+Each word has one writer at a time (a flag's ownership passes with its value), so no atomic read-modify-write is
+needed: aligned 32-bit stores, a fence between data and word, and futex(2), which compares the word and sleeps in
+one step, so that a wake-up cannot be lost.
+
+The barrier is one store by each rank and world - 1 loads (all-to-all, one round); it counts instead of setting and
+clearing, so that a rank may run into the next barrier while others still read the words of this one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from symmem.backends.base import SIGNAL_CHANNELS, Group
+from symmem.backends.libc import fence, futex_wait, futex_wake
+from symmem.errors import PeerLostError, PeerTimeoutError
+
+__all__ = ["SharedSignals"]
+
+_SPINS = 20  # looks, each giving way to others, before it sleeps
+_NAP = 0.05  # seconds between two looks at whether the awaited process still lives
+
+
+class SharedSignals:
+    """Signal pads of all ranks, mapped into this process.
+
+    Args:
+        group: For its rank, size, name, and which ranks are lost.
+        pads: Address of each rank's pad.
+        owner: Kept alive, since it keeps the pads mapped.
+    """
+
+    def __init__(self, group: Group, pads: Sequence[int], owner: object) -> None:
+        self._group = group
+        self._owner = owner
+        self._rank, size = group.rank, group.size
+        words = SIGNAL_CHANNELS * (size + 2)
+        self._pads = tuple(pads)
+        self._words = [(ctypes.c_uint32 * words).from_address(pad) for pad in pads]
+        self._arrived = SIGNAL_CHANNELS * size
+        self._abandoned = SIGNAL_CHANNELS * (size + 1)
+        self._peers = [(self._rank + i) % size for i in range(1, size)]
+
+    @staticmethod
+    def nbytes(size: int) -> int:
+        """Bytes of one pad in a group of ``size`` ranks."""
+        return 4 * SIGNAL_CHANNELS * (size + 2)
+
+    def barrier(self, channel: int, timeout: float) -> None:
+        """See :meth:`Mapping.barrier`. Once a rank gives up, the channel's barrier is unusable on all ranks."""
+        at = self._arrived + channel
+        own = self._words[self._rank]
+        self._check_abandoned(self._rank, channel)
+        target = (own[at] + 1) & 0xFFFFFFFF
+        fence()
+        own[at] = target
+        futex_wake(self._pads[self._rank] + 4 * at)
+        deadline = time.monotonic() + timeout
+        for peer in self._peers:
+            try:
+                self._wait(
+                    peer,
+                    at,
+                    lambda word: (word - target) & 0x80000000 == 0,
+                    peer,
+                    deadline,
+                    f"barrier on channel {channel}",
+                    channel,
+                )
+                self._check_abandoned(peer, channel)
+            except (PeerLostError, PeerTimeoutError) as error:
+                own[self._abandoned + channel] = 1 + (error.peers or (peer,))[0]
+                futex_wake(self._pads[self._rank] + 4 * at)
+                raise
+        fence()
+
+    def put_signal(self, rank: int, channel: int, timeout: float) -> None:
+        """See :meth:`Mapping.put_signal`."""
+        at = channel * self._group.size + self._rank
+        deadline = time.monotonic() + timeout
+        self._wait(rank, at, lambda word: word == 0, rank, deadline, f"put_signal on channel {channel}")
+        fence()
+        self._words[rank][at] = 1
+        futex_wake(self._pads[rank] + 4 * at)
+
+    def wait_signal(self, rank: int, channel: int, timeout: float) -> None:
+        """See :meth:`Mapping.wait_signal`."""
+        at = channel * self._group.size + rank
+        deadline = time.monotonic() + timeout
+        self._wait(
+            self._rank, at, lambda word: word != 0, rank, deadline, f"wait_signal on channel {channel}"
+        )
+        fence()
+        self._words[self._rank][at] = 0
+        futex_wake(self._pads[self._rank] + 4 * at)
+
+    def _wait(
+        self,
+        pad: int,
+        at: int,
+        ready: Callable[[int], bool],
+        peer: int,
+        deadline: float,
+        step: str,
+        channel: int | None = None,
+    ) -> None:
+        """Wait until word ``at`` of ``pad`` is ready, which is up to ``peer``: spin, then sleep."""
+        words = self._words[pad]
+        for _ in range(_SPINS):
+            if ready(words[at]):
+                return
+            os.sched_yield()  # the awaited rank may have to run on this very processor
+        while not ready(word := words[at]):
+            if channel is not None:
+                self._check_abandoned(peer, channel)
+            lost = self._group.lost()
+            remaining = deadline - time.monotonic()
+            if (peer in lost or remaining <= 0) and not ready(words[at]):
+                raise self._error(peer, step, lost)
+            futex_wait(self._pads[pad] + 4 * at, word, min(_NAP, max(remaining, 0.0)))
+
+    def _error(self, peer: int, step: str, lost: tuple[int, ...]) -> PeerLostError | PeerTimeoutError:
+        error: PeerLostError | PeerTimeoutError
+        if peer in lost:
+            error = PeerLostError(
+                f"rank {peer}'s process ended before it came",
+                hint=f"look at the log of rank {peer} for the first error; then restart the job",
+                peers=(peer,),
+            )
+        else:
+            error = PeerTimeoutError(
+                f"rank {peer} did not come in time",
+                hint=f"see what rank {peer} does; if it is only slow, raise signal_timeout",
+                peers=(peer,),
+            )
+        error.located(rank=self._rank, group=self._group.name, step=step)
+        return error
+
+    def _check_abandoned(self, rank: int, channel: int) -> None:
+        awaited = self._words[rank][self._abandoned + channel]
+        if not awaited:
+            return
+        raise PeerTimeoutError(
+            f"rank {rank} gave up a barrier on this channel when rank {awaited - 1} died or did not come in time",
+            hint="use another channel, or allocate the tensor anew once the cause is mended",
+            peers=(awaited - 1,),
+            rank=self._rank,
+            group=self._group.name,
+            step=f"barrier on channel {channel}",
+        )

@@ -1,0 +1,39 @@
+"""A10: the same cases on every backend. A backend that does not work here is skipped with the probe's reason."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from symmem.tools.conformance import CASES, run_case
+from symmem.tools.doctor import examine
+
+
+@functools.cache
+def _why_not(backend: str) -> str:
+    finding = examine(backend)
+    return "" if finding.available else f"{finding.why_not} -> {finding.remedy}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    option = metafunc.config.getoption
+    backends = option("--backends").split(",")
+    worlds = [int(world) for world in option("--worlds").split(",")]
+    # By backend first: one pool at a time is alive, and a transport is frozen for the life of a process.
+    chosen = [(backend, world, name) for backend in backends for world in worlds for name in CASES]
+    metafunc.parametrize(("backend", "world", "name"), chosen, ids=[f"{b}-{w}-{n}" for b, w, n in chosen])
+
+
+def test_case(backend: str, world: int, name: str, pools, new_pool, request: pytest.FixtureRequest) -> None:
+    required = backend in request.config.getoption("--require").split(",")
+    if why_not := _why_not(backend):
+        (pytest.fail if required else pytest.skip)(why_not)
+    case = CASES[name]
+    pools.keep_only(backend)
+    breaks = case.breaks and backend != "host"
+    pool = new_pool(world) if breaks else pools.get(world, "" if backend == "host" else backend)
+    reasons = set(pool.run(run_case, name, backend, timeout=90))
+    assert len(reasons) == 1, f"ranks disagree on whether to skip: {reasons}"
+    if reason := reasons.pop():
+        pytest.skip(reason)

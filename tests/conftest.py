@@ -1,0 +1,64 @@
+"""Options, and pools of ranks that stay alive over many tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from symmem.config import BACKENDS
+from symmem.tools.ranks import RankPool
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backends", default=",".join(BACKENDS), help="names of backends to run conformance on")
+    parser.addoption("--require", default="", help="names of backends whose skips are failures")
+    parser.addoption("--worlds", default="2,4", help="numbers of ranks for conformance")
+
+
+class Pools:
+    """Pools by number of ranks and purpose; a pool of which a rank died is replaced."""
+
+    def __init__(self) -> None:
+        self._pools: dict[tuple[int, str], RankPool] = {}
+
+    # A rank that fails a test must not let the others wait for long.
+    env = {"SYMMEM_ENABLE": "rendezvous_timeout(30s),signal_timeout(20s)"}
+
+    def get(self, size: int, purpose: str = "") -> RankPool:
+        key = (size, purpose)
+        if key in self._pools and not self._pools[key].alive:
+            self._pools.pop(key).close()
+        if key not in self._pools:
+            self._pools[key] = RankPool(size, env=self.env)
+        return self._pools[key]
+
+    def keep_only(self, purpose: str) -> None:
+        for key in [key for key in self._pools if key[1] not in ("", purpose)]:
+            self._pools.pop(key).close()
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Pools]:
+    made = Pools()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def new_pool() -> Iterator[Callable[..., RankPool]]:
+    """Makes pools for one test, which may kill ranks."""
+    made: list[RankPool] = []
+
+    def make(size: int, **options: object) -> RankPool:
+        options.setdefault("env", Pools.env)
+        made.append(RankPool(size, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.close()

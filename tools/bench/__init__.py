@@ -1,0 +1,1 @@
+"""Benchmarks: each prints figures of one shape, beside a peer's from the same run."""

@@ -1,0 +1,101 @@
+"""``symmem bench host``: barrier, remote copy, and allocate + rendezvous of host shared memory."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+
+import symmem
+from symmem.group import resolve_group
+from symmem.tools.bench.figures import Figure, alternate, show
+from symmem.tools.ranks import RankPool
+
+__all__ = ["run"]
+
+_COPY = 16 << 20
+_FRESH = 64 << 20
+
+
+def _barrier() -> tuple[float, float]:
+    """Median seconds of a barrier, ours and gloo's, each the mean over a run of them."""
+    st = symmem.allocate(1, backend="host").rendezvous()
+    count = 200
+
+    def ours() -> None:
+        for _ in range(count):
+            st.barrier()
+
+    def gloo() -> None:
+        for _ in range(count):
+            dist.barrier()
+
+    ours()
+    gloo()
+    mine, peers = alternate(ours, gloo, rounds=9)
+    return mine / count, peers / count
+
+
+def _copies() -> list[tuple[float, float]]:
+    """On rank 0: median seconds of a pull and of a push of a peer's 16 MiB, each beside a local copy."""
+    st = symmem.allocate(_COPY, torch.uint8, backend="host").rendezvous()
+    st.tensor.fill_(1)
+    local, other = torch.ones(_COPY, dtype=torch.uint8), torch.ones(_COPY, dtype=torch.uint8)
+    st.barrier()
+    timings = []
+    if dist.get_rank() == 0:
+        remote = st.remote_tensor(1)
+        # Each pair reads from, or writes to, the same tensor: what is in a cache helps both alike.
+        for ours, beside in (
+            (lambda: local.copy_(remote), lambda: local.copy_(other)),
+            (lambda: remote.copy_(local), lambda: other.copy_(local)),
+        ):
+            ours()
+            timings.append(alternate(ours, beside, rounds=60))
+    st.barrier()
+    return timings
+
+
+def _fresh() -> tuple[float, float, float]:
+    """Median seconds to allocate 64 MiB, to rendezvous it, and of the exchange of bytes and descriptors alone."""
+    group = resolve_group()
+    samples = []
+    for _ in range(15):
+        dist.barrier()
+        begin = perf_counter()
+        st = symmem.allocate(_FRESH, torch.uint8, backend="host")
+        allocated = perf_counter()
+        st.rendezvous()
+        met = perf_counter()
+        # As many rounds as a rendezvous has (compare, map, agree), with nothing to map.
+        with group.collective("measure") as collective:
+            collective.exchange("compare", b"x" * 300)
+            collective.exchange("map", b"", [0, 0]).close()
+        samples.append((allocated - begin, met - allocated, perf_counter() - met))
+    columns = list(zip(*samples, strict=True))
+    return statistics.median(columns[0]), statistics.median(columns[1]), statistics.median(columns[2])
+
+
+def measure(world: int) -> list[Figure]:
+    """All figures at one world size; of all ranks, the slowest counts."""
+    with RankPool(world) as pool:
+        barrier = max(pool.run(_barrier))
+        fresh = max(pool.run(_fresh), key=sum)
+        copies = pool.run(_copies)[0] if world > 1 else []
+    figures = [Figure("barrier", "host", world, 0, barrier[0] * 1e6, "us", "gloo", barrier[1] * 1e6)]
+    for name, seconds in zip(("alloc_fresh", "rendezvous", "exchange"), fresh, strict=True):
+        figures.append(Figure(name, "host", world, _FRESH, seconds * 1e6, "us"))
+    for name, (ours, local) in zip(("p2p_pull", "p2p_push"), copies, strict=False):
+        figures.append(
+            Figure(name, "host", world, _COPY, _COPY / ours / 1e9, "GB/s", "local", _COPY / local / 1e9)
+        )
+    return figures
+
+
+def run(worlds: Sequence[int], *, as_json: bool) -> int:
+    """Measure and print."""
+    show([figure for world in worlds for figure in measure(world)], as_json=as_json)
+    return 0

@@ -1,0 +1,82 @@
+"""The ``symmem`` command. Each subcommand is a module that is imported when it is chosen, so that the rest is quick."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from symmem.errors import SymmemError
+from symmem.tools import config_command
+from symmem.version import VERSION
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``symmem ARGV``; returns the exit code: 0, 1 for what was found to be wrong, 2 for wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog="symmem", description="Symmetric memory for PyTorch.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"symmem {VERSION}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    doctor = commands.add_parser("doctor", help="which backends work here, why not, and how to fix it")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
+
+    demo = commands.add_parser("demo", help="let several processes share memory, and check what they see")
+    demo.add_argument(
+        "--ranks", type=_positive, default=4, metavar="N", help="number of processes (default 4)"
+    )
+    demo.add_argument("--backend", metavar="NAME", help="backend (default: the configuration's)")
+    demo.add_argument("--json", action="store_true", help="print JSON")
+    demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser("bench", help="measure, beside a peer in the same run")
+    suites = bench.add_subparsers(title="suites", metavar="SUITE", required=True)
+    host = suites.add_parser("host", help="host shared memory beside gloo and a local copy")
+    host.add_argument(
+        "--ranks", type=_positive, nargs="+", default=[2, 4], metavar="N", help="world sizes (2 4)"
+    )
+    host.add_argument("--json", action="store_true", help="print one JSON object a figure and line")
+    host.set_defaults(run=_bench_host)
+
+    config_command.add_parser(commands)
+
+    args = parser.parse_args(argv)
+    try:
+        code: int = args.run(args)
+        return code
+    except SymmemError as error:
+        print(f"symmem: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from symmem.tools import doctor
+
+    return doctor.run(as_json=args.json)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from symmem.tools import demo
+
+    return demo.run(args.ranks, args.backend, as_json=args.json)
+
+
+def _bench_host(args: argparse.Namespace) -> int:
+    from symmem.tools.bench import host
+
+    return host.run(args.ranks, as_json=args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""What a case is, and how a rank runs one."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import symmem
+from symmem.backends import get_backend
+from symmem.backends.base import Backend, Capability
+from symmem.errors import SymmemError
+from symmem.group import Group, resolve_group
+
+__all__ = ["CASES", "Case", "Context", "Resources", "Skipped", "case", "expect", "run_case"]
+
+
+class Skipped(Exception):  # noqa: N818  # an outcome, not an error
+    """The case does not apply to this backend or world; the text says why."""
+
+
+class Context:
+    """What a case gets: one rank's place in the default process group, and the backend under test.
+
+    Attributes:
+        backend: The backend under test.
+        rank: This rank.
+        world: Number of ranks.
+        device: Where the backend's memory lies, on this rank.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.backend: Backend = get_backend(name)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        cuda = self.backend.device_type == "cuda"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+    @property
+    def next(self) -> int:
+        """The rank after this one, in a ring."""
+        return (self.rank + 1) % self.world
+
+    @property
+    def previous(self) -> int:
+        """The rank before this one, in a ring."""
+        return (self.rank - 1) % self.world
+
+    @property
+    def group(self) -> Group:
+        """The default group."""
+        return resolve_group()
+
+    def allocate(self, sizes: Any, dtype: torch.dtype = torch.float32, **options: Any) -> symmem.SymmetricTensor:
+        """Allocate with the backend under test."""
+        return symmem.allocate(sizes, dtype, backend=self.backend.name, **options)
+
+    def shared(self, sizes: Any, dtype: torch.dtype = torch.float32, **options: Any) -> symmem.SymmetricTensor:
+        """Allocate, and rendezvous in the default group."""
+        return self.allocate(sizes, dtype, **options).rendezvous()
+
+    def needs(self, *, world: int = 1, capability: Capability | None = None) -> None:
+        """Skip the case unless there are so many ranks, and the backend can do so."""
+        if self.world < world:
+            raise Skipped(f"needs {world} ranks")
+        if capability is not None and capability not in self.backend.capabilities:
+            raise Skipped(f"{self.backend.name} has no {capability.name}")
+
+    def meet(self) -> None:
+        """Wait until all ranks are here and their device work is done, by means other than those under test."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        with self.group.collective("meet", timeout=30):
+            pass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that every backend must do.
+
+    Attributes:
+        name: Unique; says what must hold.
+        rows: The rows of the mission that it shows, such as ``A5``.
+        function: Run on all ranks at once.
+        requires: Skipped on backends without.
+        world: The least number of ranks.
+        breaks: It leaves the ranks' process unusable (a CUDA context after a trap): they need a pool of their own.
+    """
+
+    name: str
+    rows: str
+    function: Callable[[Context], None]
+    requires: Capability | None
+    world: int
+    breaks: bool
+
+
+CASES: dict[str, Case] = {}
+"""All cases by name."""
+
+
+def case(
+    rows: str, *, requires: Capability | None = None, world: int = 1, breaks: bool = False
+) -> Callable[[Callable[[Context], None]], Callable[[Context], None]]:
+    """Enter a function into the suite."""
+
+    def enter(function: Callable[[Context], None]) -> Callable[[Context], None]:
+        name = function.__name__
+        assert name not in CASES, f"two cases {name}"
+        CASES[name] = Case(name, rows, function, requires, world, breaks)
+        return function
+
+    return enter
+
+
+@contextlib.contextmanager
+def expect(kind: type[SymmemError], *texts: str, peers: tuple[int, ...] | None = None) -> Iterator[None]:
+    """The block must raise an error of exactly this kind whose text holds all of ``texts``."""
+    try:
+        yield
+    except SymmemError as error:
+        assert type(error) is kind, f"expected {kind.__name__}, got {type(error).__name__}: {error}"
+        for text in texts:
+            assert text in str(error), f"expected {text!r} in: {error}"
+        assert peers is None or error.peers == peers, f"expected peers {peers}, got {error.peers}: {error}"
+    else:
+        raise AssertionError(f"expected {kind.__name__}, but nothing was raised")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a process holds of the system.
+
+    Attributes:
+        descriptors: Open file descriptors.
+        mappings: Mapped memory files of symmem.
+    """
+
+    descriptors: int
+    mappings: int
+
+    @classmethod
+    def now(cls) -> Resources:
+        """Count, after a collection of garbage."""
+        gc.collect()
+        maps = Path("/proc/self/maps").read_text()
+        return cls(len(list(Path("/proc/self/fd").iterdir())), maps.count("/memfd:symmem"))
+
+
+def run_case(name: str, backend: str) -> str | None:
+    """Run one case on this rank; to be called on all ranks of the default process group.
+
+    Returns:
+        None, or why the case was skipped.
+
+    Raises:
+        AssertionError: It does not hold, or something leaked.
+    """
+    chosen, context = CASES[name], Context(backend)
+    try:
+        context.needs(world=chosen.world, capability=chosen.requires)
+    except Skipped as skipped:
+        return str(skipped)
+    context.meet()  # the first meeting of a group sets up what stays: sockets, watched processes
+    before = Resources.now()
+    try:
+        chosen.function(context)
+        if not chosen.breaks:
+            context.meet()
+            with context.group.collective("release", timeout=30):
+                _check_released(before)
+    except Skipped as skipped:
+        return str(skipped)
+    except BaseException as error:
+        context.group.fail(name, error)  # the other ranks need not wait for this one
+        raise
+    return None
+
+
+def _check_released(before: Resources) -> None:
+    """Other libraries' threads may hold a descriptor for a moment; what is leaked stays."""
+    deadline = time.monotonic() + 2.0
+    while (after := Resources.now()) != before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert after.descriptors <= before.descriptors, f"descriptors leaked: {before} before, {after} after"
+    assert after.mappings <= before.mappings, f"mappings leaked: {before} before, {after} after"

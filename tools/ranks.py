@@ -1,0 +1,251 @@
+"""Pools of rank processes that stay alive over many tasks: under the demo, the benchmarks and the tests.
+
+A rank is forked from a server process that has imported torch already, so a pool starts in a fraction of a second.
+The parent serves the ranks' TCPStore; thus any rank, rank 0 included, may die without taking the store along.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import importlib.util
+import inspect
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Outcome", "RankPool", "RanksFailedError"]
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload([__name__])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task on one rank.
+
+    Attributes:
+        value: What the function returned.
+        error: What it raised, or RuntimeError if the process died or did not answer in time.
+        trace: The traceback as text.
+    """
+
+    value: Any = None
+    error: BaseException | None = None
+    trace: str = ""
+
+
+class RanksFailedError(RuntimeError):
+    """A task failed on some ranks; ``outcomes`` has all ranks'."""
+
+    def __init__(self, outcomes: Sequence[Outcome]) -> None:
+        failed = {rank: o for rank, o in enumerate(outcomes) if o.error is not None}
+        super().__init__(
+            f"{len(failed)} of {len(outcomes)} ranks failed\n"
+            + "\n".join(f"--- rank {rank}\n{o.trace or repr(o.error)}" for rank, o in failed.items())
+        )
+        self.outcomes = list(outcomes)
+
+
+class RankPool:
+    """``size`` processes in a default process group, which run functions on demand.
+
+    Args:
+        size: Number of ranks.
+        env: Environment of the ranks, over that of this process; None as a value removes a variable.
+        timeout: Seconds that a task may take, unless :meth:`run` says otherwise.
+        process_group: The ``torch.distributed`` backend to initialise, or None for no process group.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        env: Mapping[str, str | None] | None = None,
+        timeout: float = 60.0,
+        process_group: str | None = "gloo",
+    ) -> None:
+        self.size = size
+        self.timeout = timeout
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        for rank in range(size):
+            here, there = _context.Pipe()
+            process = _context.Process(
+                target=_serve,
+                args=(there, rank, size, self._store.port, dict(env or {}), process_group),
+                name=f"rank{rank}",
+                daemon=True,
+            )
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    @property
+    def pids(self) -> list[int]:
+        """The ranks' processes."""
+        return [process.pid for process in self._processes]
+
+    @property
+    def alive(self) -> bool:
+        """Whether all ranks live."""
+        return all(process.is_alive() for process in self._processes)
+
+    def kill(self, rank: int) -> None:
+        """Kill a rank with SIGKILL."""
+        self._processes[rank].kill()
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> list[Any]:
+        """Call ``function(*args)`` on all ranks; returns their results in rank order.
+
+        Args:
+            function: At module level of a module that the ranks can load (by name, or by its file).
+            *args: Picklable.
+            timeout: Seconds.
+
+        Raises:
+            RanksFailedError: Some rank raised, died, or did not answer in time (all are killed then).
+        """
+        outcomes = self.outcomes(function, *args, timeout=timeout)
+        if any(outcome.error is not None for outcome in outcomes):
+            raise RanksFailedError(outcomes)
+        return [outcome.value for outcome in outcomes]
+
+    def outcomes(
+        self, function: Callable[..., Any], *args: Any, timeout: float | None = None
+    ) -> list[Outcome]:
+        """Like :meth:`run`, but tells what became of each rank instead of raising."""
+        self.submit(function, *args)
+        return self.collect(timeout)
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> None:
+        """Begin a task on all ranks; :meth:`collect` must follow."""
+        reference = (function.__module__, inspect.getfile(function), function.__qualname__)
+        task = pickle.dumps((reference, pickle.dumps(args)))
+        for pipe in self._pipes:
+            try:
+                pipe.send_bytes(task)
+            except OSError:  # that rank is dead: `collect` will say so
+                continue
+
+    def collect(self, timeout: float | None = None) -> list[Outcome]:
+        """Wait for the task that :meth:`submit` began."""
+        deadline = time.monotonic() + (timeout or self.timeout)
+        outcomes: dict[int, Outcome] = {}
+        while len(outcomes) < self.size and (remaining := deadline - time.monotonic()) > 0:
+            pending = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in outcomes}
+            for pipe in wait(list(pending), remaining):
+                rank = pending[pipe]  # type: ignore[index]
+                try:
+                    outcomes[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+                except (EOFError, OSError):
+                    self._processes[rank].join(5)
+                    code = self._processes[rank].exitcode
+                    outcomes[rank] = Outcome(error=RuntimeError(f"rank {rank} died with exit code {code}"))
+        if len(outcomes) < self.size:
+            self._show_stacks([rank for rank in range(self.size) if rank not in outcomes])
+        hung = Outcome(error=RuntimeError(f"did not answer in {timeout or self.timeout:g} s and was killed"))
+        return [outcomes.get(rank, hung) for rank in range(self.size)]
+
+    def _show_stacks(self, ranks: list[int]) -> None:
+        """Let hung ranks print where they are, then kill all: a pool with a hung rank is of no more use."""
+        for rank in ranks:
+            print(f"--- rank {rank} hangs at:", file=sys.stderr, flush=True)
+            os.kill(self._processes[rank].pid, signal.SIGUSR1)
+            time.sleep(0.2)
+        for rank in range(self.size):
+            self.kill(rank)
+
+    def close(self) -> None:
+        """End all ranks; may be called again."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            process.close()
+        self._pipes, self._processes = [], []
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _serve(
+    pipe: Connection, rank: int, size: int, port: int, env: dict[str, str | None], process_group: str | None
+) -> None:
+    faulthandler.register(signal.SIGUSR1)
+    torch.set_num_threads(1)
+    local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    for name, value in {**{key: str(number) for key, number in local.items()}, **env}.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    if process_group is not None:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(rank % torch.cuda.device_count())
+        dist.init_process_group(process_group, store=store, rank=rank, world_size=size)
+    globals()["store"] = store
+    while True:
+        try:
+            reference, args = pickle.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(
+                0
+            )  # the parent is gone, or closed the pool: skip destructors that may wait for other ranks
+        pipe.send_bytes(_outcome(reference, args))
+
+
+def _outcome(reference: tuple[str, str, str], args: bytes) -> bytes:
+    try:
+        # The module first: the arguments may be of its classes.
+        function = _resolve(*reference)
+        return pickle.dumps(Outcome(value=function(*pickle.loads(args))))
+    except BaseException as error:
+        trace = traceback.format_exc()
+        try:
+            # The traceback's frames would keep tensors alive.
+            return pickle.dumps(Outcome(error=error.with_traceback(None), trace=trace))
+        except Exception:
+            return pickle.dumps(Outcome(error=RuntimeError(f"{type(error).__name__}: {error}"), trace=trace))
+
+
+def _resolve(module_name: str, file: str, qualified: str) -> Any:
+    """The function; a test module that is not importable by its name is loaded from its file."""
+    if module_name not in sys.modules:
+        try:
+            importlib.import_module(module_name)
+        except ImportError:
+            spec = importlib.util.spec_from_file_location(module_name, file)
+            assert spec is not None
+            assert spec.loader is not None
+            module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+    target: Any = sys.modules[module_name]
+    for part in qualified.split("."):
+        target = getattr(target, part)
+    return target
+
+
+def rank_store() -> dist.Store:
+    """Within a rank of a pool: the store that all ranks share."""
+    return globals()["store"]
