@@ -48,8 +48,9 @@ from symmem.errors import (
 from symmem.wires import Message, SocketWire, StoreWire, Wire, watch_process
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Store
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.distributed_c10d import Store
 
 __all__ = ["Collective", "Group", "GroupLike", "Place", "differing", "resolve_group"]
 
@@ -296,10 +297,10 @@ class Group:
             self._explain(error, message, collective)
             return self._publish(message, error=error)
         try:
-            error = _judge({0: message} | messages)
-            if error is not None:
-                error.located(rank=self.rank, group=self.name, step=message.step)
-                return self._publish(message, error=error)
+            wrong = _judge({0: message} | messages)
+            if wrong is not None:
+                wrong.located(rank=self.rank, group=self.name, step=message.step)
+                return self._publish(message, error=wrong)
             everything = [messages[rank].contributions[0] for rank in range(1, self.size)]
             verdict = self._publish(message, [*message.contributions, *everything])
             # The leader's own descriptors stay the caller's; what it returns must be closed by the receiver.
@@ -359,9 +360,7 @@ class Group:
             if listener:
                 undo.callback(listener.close)
             card = {"place": asdict(Place.here()), "welcome": asdict(listener.welcome) if listener else None}
-            cards = [
-                json.loads(c.payload) for c in self._round(collective, "join", Contribution(_dump(card)))
-            ]
+            cards = [json.loads(c.payload) for c in self._round(collective, "join", Contribution(_dump(card)))]
             places = tuple(Place(**card["place"]) for card in cards)
             if len({(place.host, place.network) for place in places}) == 1:
                 self._connect(collective, listener, scm.Welcome(**cards[0]["welcome"]))
@@ -423,9 +422,7 @@ class Group:
                 "the ranks are in different containers of one host: let them share the network namespace "
                 "(docker: --network=host; Kubernetes: one pod), or choose a backend that spans hosts (`nvshmem`)"
             )
-        raise RendezvousError(
-            f"file descriptors cannot pass between all ranks: {text}", hint=hint, peers=peers
-        )
+        raise RendezvousError(f"file descriptors cannot pass between all ranks: {text}", hint=hint, peers=peers)
 
     # Life.
 
@@ -459,7 +456,7 @@ class Group:
             self._disconnect()
 
 
-class _Agreed(Exception):  # noqa: N818  # not an error of its own: it carries one
+class _Agreed(Exception):  # not an error of its own: it carries one
     """An error that the other ranks know of already."""
 
     def __init__(self, error: SymmemError) -> None:
@@ -527,12 +524,12 @@ def _process_group(group: ProcessGroup | DeviceMesh | str | None) -> ProcessGrou
         names = sorted(dist.distributed_c10d._world.pg_names.values())
         if group not in names:
             raise GroupError(f"there is no process group {group!r} here; there are {names}")
-        return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+        return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type, attr-defined]
     if isinstance(group, dist.ProcessGroup):
         if dist.get_rank(group) < 0:
             raise GroupError("this process is not a member of the group")
         return group
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
+    if group is dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
         raise GroupError("this process is not a member of the group", hint="call it on its members only")
     from torch.distributed.device_mesh import DeviceMesh
 

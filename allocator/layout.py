@@ -33,9 +33,7 @@ class Layout:
     offset: int = 0
 
     @classmethod
-    def make(
-        cls, sizes: int | Iterable[int], dtype: torch.dtype | None, strides: Iterable[int] | None
-    ) -> Layout:
+    def make(cls, sizes: int | Iterable[int], dtype: torch.dtype | None, strides: Iterable[int] | None) -> Layout:
         """Check what a user asked for.
 
         Args:
@@ -72,9 +70,7 @@ class Layout:
                     hint="allocate it dense, and expand or unfold the tensor afterwards",
                 )
         if layout.nbytes > _MAX_NBYTES:
-            raise InvalidArgumentError(
-                f"sizes {checked} of {dtype} take {layout.nbytes} bytes: more than 2**63"
-            )
+            raise InvalidArgumentError(f"sizes {checked} of {dtype} take {layout.nbytes} bytes: more than 2**63")
         return layout
 
     @classmethod

@@ -343,9 +343,7 @@ class SymmetricTensor:
         mapping, seconds = self._signals("barrier", channel, timeout, group)
         mapping.barrier(channel, seconds)
 
-    def put_signal(
-        self, rank: int, channel: int = 0, timeout: float | None = None, *, group: GroupLike = None
-    ) -> None:
+    def put_signal(self, rank: int, channel: int = 0, timeout: float | None = None, *, group: GroupLike = None) -> None:
         """Set this rank's flag at ``rank``; first waits until the one before was taken. What was stored is visible.
 
         Raises:
@@ -385,9 +383,7 @@ class SymmetricTensor:
                 raise
         mapping.check()
 
-    def _signals(
-        self, operation: str, channel: int, timeout: float | None, group: GroupLike
-    ) -> tuple[Mapping, float]:
+    def _signals(self, operation: str, channel: int, timeout: float | None, group: GroupLike) -> tuple[Mapping, float]:
         mapping = self._mapping(operation, group)
         if not isinstance(channel, int) or not 0 <= channel < SIGNAL_CHANNELS:
             raise InvalidArgumentError(

@@ -27,7 +27,7 @@ from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 __all__ = ["Message", "SocketWire", "StoreWire", "Wire", "watch_process"]
 
@@ -112,7 +112,8 @@ class StoreWire:
     carries_descriptors = False
 
     def __init__(self, store: Store, prefix: str, rank: int, size: int) -> None:
-        self._store, self._prefix, self._rank, self._size = store, prefix, rank, size
+        self._store: Any = store  # torch's stubs leave out bytes as values, and has_extended_api
+        self._prefix, self._rank, self._size = prefix, rank, size
 
     def _key(self, sequence: int, name: object) -> str:
         return f"{self._prefix}/{sequence}/{name}"
@@ -170,9 +171,7 @@ class StoreWire:
                     f"the job's store failed: {error}", hint="the process that serves it may have ended"
                 ) from error
             absent = tuple(
-                rank
-                for rank in ranks
-                if rank != self._rank and not self._store.check([self._key(sequence, rank)])
+                rank for rank in ranks if rank != self._rank and not self._store.check([self._key(sequence, rank)])
             )
             raise PeerTimeoutError(
                 f"ranks {list(absent)} did not come in time" if absent else "rank 0 did not answer in time",
@@ -185,9 +184,7 @@ def watch_process(pid: int) -> int | None:
     try:
         return os.pidfd_open(pid)
     except OSError as error:
-        log.warning(
-            "cannot watch processes (%s): a peer's death in a barrier shows only at the timeout", error
-        )
+        log.warning("cannot watch processes (%s): a peer's death in a barrier shows only at the timeout", error)
         return None
 
 
@@ -265,9 +262,7 @@ class SocketWire:
             if self._gone:
                 raise _lost((0,))
             if time.monotonic() > deadline:
-                raise PeerTimeoutError(
-                    "rank 0, which gathers for the group, did not answer in time", peers=(0,)
-                )
+                raise PeerTimeoutError("rank 0, which gathers for the group, did not answer in time", peers=(0,))
             self._receive(deadline)
 
     def close(self) -> None:

@@ -89,9 +89,7 @@ class Group(Protocol):
     def lost(self) -> tuple[int, ...]:
         """Ranks whose process is known to have ended. Costs a few microseconds, never blocks."""
 
-    def collective(
-        self, operation: str, timeout: float | None = None
-    ) -> contextlib.AbstractContextManager[Collective]:
+    def collective(self, operation: str, timeout: float | None = None) -> contextlib.AbstractContextManager[Collective]:
         """Begin a collective operation; all ranks must. For what a mapping sets up later, such as multicast.
 
         Args:

@@ -20,7 +20,7 @@ import selectors
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,9 +117,7 @@ def receive(sock: socket.socket, deadline: float) -> tuple[dict[str, Any], bytes
         for start in range(0, sizes[2], _BATCH):
             sock.settimeout(_remaining(deadline))
             # Without MSG_CMSG_CLOEXEC the descriptors would leak into every program this process starts.
-            data, batch, flags, _ = socket.recv_fds(
-                sock, 1, min(_BATCH, sizes[2] - start), socket.MSG_CMSG_CLOEXEC
-            )
+            data, batch, flags, _ = socket.recv_fds(sock, 1, min(_BATCH, sizes[2] - start), socket.MSG_CMSG_CLOEXEC)
             descriptors += batch
             truncated |= bool(flags & socket.MSG_CTRUNC)
             if not data:
@@ -146,6 +144,11 @@ def _receive_exactly(sock: socket.socket, nbytes: int, deadline: float) -> bytes
             raise EOFError("the peer closed the connection")
         data += chunk
     return bytes(data)
+
+
+def _close_sockets(sockets: Iterable[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()
 
 
 def _peer_user(sock: socket.socket) -> tuple[int, int]:
@@ -195,7 +198,7 @@ class Listener:
         members: dict[int, socket.socket] = {}
         with contextlib.ExitStack() as undo, selectors.DefaultSelector() as selector:
             strangers: dict[socket.socket, bytes] = {}
-            undo.callback(lambda: [sock.close() for sock in (*members.values(), *strangers)])
+            undo.callback(lambda: _close_sockets([*members.values(), *strangers]))
             self._socket.setblocking(False)
             selector.register(self._socket, selectors.EVENT_READ)
             while len(members) < self.size - 1:
@@ -209,8 +212,7 @@ class Listener:
                         self._admit(strangers, selector)
                     else:
                         self._identify(key.fileobj, strangers, members, selector)  # type: ignore[arg-type]
-            for sock in strangers:
-                sock.close()
+            _close_sockets(strangers)
             undo.pop_all()
         return members
 
@@ -219,9 +221,7 @@ class Listener:
         sock, _address = self._socket.accept()
         pid, uid = _peer_user(sock)
         if uid != os.getuid():
-            log.warning(
-                "refused a connection of process %d: it runs as user %d, not %d", pid, uid, os.getuid()
-            )
+            log.warning("refused a connection of process %d: it runs as user %d, not %d", pid, uid, os.getuid())
             sock.close()
             return
         sock.setblocking(False)

@@ -68,9 +68,7 @@ class HostMapping(SharedMapping):
     ) -> None:
         pad = _pad_extent(group.size)
         region = _Files(group.size * (allocation.extent + pad))
-        super().__init__(
-            backend, group, allocation.device, region, files, allocation.extent, pad, allocation.pointer
-        )
+        super().__init__(backend, group, allocation.device, region, files, allocation.extent, pad, allocation.pointer)
         self._signals = SharedSignals(group, self._pads, region)
 
     @property

@@ -97,9 +97,7 @@ class SharedSignals:
         """See :meth:`Mapping.wait_signal`."""
         at = channel * self._group.size + rank
         deadline = time.monotonic() + timeout
-        self._wait(
-            self._rank, at, lambda word: word != 0, rank, deadline, f"wait_signal on channel {channel}"
-        )
+        self._wait(self._rank, at, lambda word: word != 0, rank, deadline, f"wait_signal on channel {channel}")
         fence()
         self._words[self._rank][at] = 0
         futex_wake(self._pads[self._rank] + 4 * at)

@@ -16,21 +16,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--worlds", default="2,4", help="numbers of ranks for conformance")
 
 
+# A rank that fails a test must not let the others wait for long.
+ENV = {"SYMMEM_ENABLE": "rendezvous_timeout(30s),signal_timeout(20s)"}
+
+
 class Pools:
     """Pools by number of ranks and purpose; a pool of which a rank died is replaced."""
 
     def __init__(self) -> None:
         self._pools: dict[tuple[int, str], RankPool] = {}
 
-    # A rank that fails a test must not let the others wait for long.
-    env = {"SYMMEM_ENABLE": "rendezvous_timeout(30s),signal_timeout(20s)"}
-
     def get(self, size: int, purpose: str = "") -> RankPool:
         key = (size, purpose)
         if key in self._pools and not self._pools[key].alive:
             self._pools.pop(key).close()
         if key not in self._pools:
-            self._pools[key] = RankPool(size, env=self.env)
+            self._pools[key] = RankPool(size, env=ENV)
         return self._pools[key]
 
     def keep_only(self, purpose: str) -> None:
@@ -55,7 +56,7 @@ def new_pool() -> Iterator[Callable[..., RankPool]]:
     made: list[RankPool] = []
 
     def make(size: int, **options: object) -> RankPool:
-        options.setdefault("env", Pools.env)
+        options.setdefault("env", ENV)
         made.append(RankPool(size, **options))  # type: ignore[arg-type]
         return made[-1]
 

@@ -15,9 +15,7 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``symmem ARGV``; returns the exit code: 0, 1 for what was found to be wrong, 2 for wrong usage."""
-    parser = argparse.ArgumentParser(
-        prog="symmem", description="Symmetric memory for PyTorch.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog="symmem", description="Symmetric memory for PyTorch.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"symmem {VERSION}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -26,9 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.set_defaults(run=_doctor)
 
     demo = commands.add_parser("demo", help="let several processes share memory, and check what they see")
-    demo.add_argument(
-        "--ranks", type=_positive, default=4, metavar="N", help="number of processes (default 4)"
-    )
+    demo.add_argument("--ranks", type=_positive, default=4, metavar="N", help="number of processes (default 4)")
     demo.add_argument("--backend", metavar="NAME", help="backend (default: the configuration's)")
     demo.add_argument("--json", action="store_true", help="print JSON")
     demo.set_defaults(run=_demo)
@@ -36,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = commands.add_parser("bench", help="measure, beside a peer in the same run")
     suites = bench.add_subparsers(title="suites", metavar="SUITE", required=True)
     host = suites.add_parser("host", help="host shared memory beside gloo and a local copy")
-    host.add_argument(
-        "--ranks", type=_positive, nargs="+", default=[2, 4], metavar="N", help="world sizes (2 4)"
-    )
+    host.add_argument("--ranks", type=_positive, nargs="+", default=[2, 4], metavar="N", help="world sizes (2 4)")
     host.add_argument("--json", action="store_true", help="print one JSON object a figure and line")
     host.set_defaults(run=_bench_host)
 

@@ -83,15 +83,13 @@ def run(ranks: int, backend: str | None, *, as_json: bool) -> int:
         pids = pool.pids
     right = all(step["right"] for steps in results for step in steps)
     if as_json:
-        told = [
-            {"rank": rank, "pid": pid, "steps": steps} for rank, (pid, steps) in enumerate(zip(pids, results))
-        ]
+        told = [{"rank": rank, "pid": pids[rank], "steps": steps} for rank, steps in enumerate(results)]
         print(json.dumps({"backend": chosen.name, "ranks": ranks, "right": right, "results": told}, indent=2))
         return 0 if right else 1
     print(f"{ranks} processes started by {os.getpid()}, backend {chosen.name!r}\n")
     rows = [
         (rank, pid, step["step"], f"{step['ms']:.2f}", "ok" if step["right"] else "WRONG", step["what"])
-        for rank, (pid, steps) in enumerate(zip(pids, results))
+        for rank, (pid, steps) in enumerate(zip(pids, results, strict=True))
         for step in steps
     ]
     print(render(("rank", "pid", "step", "ms", "check", "what it did"), rows))

@@ -66,10 +66,7 @@ def run(*, as_json: bool) -> int:
         print(json.dumps({"machine": machine, "backends": [asdict(f) for f in findings]}, indent=2))
     else:
         print(", ".join(f"{key} {value}" for key, value in machine.items()), end="\n\n")
-        rows = [
-            (f.backend, "works" if f.available else "no", f.device, ", ".join(f.capabilities))
-            for f in findings
-        ]
+        rows = [(f.backend, "works" if f.available else "no", f.device, ", ".join(f.capabilities)) for f in findings]
         print(render(("backend", "here", "memory", "can do"), rows))
         for finding in findings:
             if not finding.available:

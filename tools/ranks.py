@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import Store
 
 __all__ = ["Outcome", "RankPool", "RanksFailedError"]
 
@@ -79,7 +81,7 @@ class RankPool:
     ) -> None:
         self.size = size
         self.timeout = timeout
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         for rank in range(size):
@@ -125,9 +127,7 @@ class RankPool:
             raise RanksFailedError(outcomes)
         return [outcome.value for outcome in outcomes]
 
-    def outcomes(
-        self, function: Callable[..., Any], *args: Any, timeout: float | None = None
-    ) -> list[Outcome]:
+    def outcomes(self, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> list[Outcome]:
         """Like :meth:`run`, but tells what became of each rank instead of raising."""
         self.submit(function, *args)
         return self.collect(timeout)
@@ -199,7 +199,7 @@ def _serve(
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
     if process_group is not None:
         if torch.cuda.is_available():
             torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -209,9 +209,7 @@ def _serve(
         try:
             reference, args = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):
-            os._exit(
-                0
-            )  # the parent is gone, or closed the pool: skip destructors that may wait for other ranks
+            os._exit(0)  # the parent is gone, or closed the pool: skip destructors that may wait for other ranks
         pipe.send_bytes(_outcome(reference, args))
 
 
@@ -246,6 +244,7 @@ def _resolve(module_name: str, file: str, qualified: str) -> Any:
     return target
 
 
-def rank_store() -> dist.Store:
+def rank_store() -> Store:
     """Within a rank of a pool: the store that all ranks share."""
-    return globals()["store"]
+    store: Store = globals()["store"]
+    return store

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -49,12 +50,12 @@ def _copies() -> list[tuple[float, float]]:
     if dist.get_rank() == 0:
         remote = st.remote_tensor(1)
         # Each pair reads from, or writes to, the same tensor: what is in a cache helps both alike.
-        for ours, beside in (
-            (lambda: local.copy_(remote), lambda: local.copy_(other)),
-            (lambda: remote.copy_(local), lambda: other.copy_(local)),
+        for target, source, beside in (
+            (local, remote, partial(local.copy_, other)),
+            (remote, local, partial(other.copy_, local)),
         ):
-            ours()
-            timings.append(alternate(ours, beside, rounds=60))
+            target.copy_(source)
+            timings.append(alternate(partial(target.copy_, source), beside, rounds=60))
     st.barrier()
     return timings
 
@@ -89,9 +90,7 @@ def measure(world: int) -> list[Figure]:
     for name, seconds in zip(("alloc_fresh", "rendezvous", "exchange"), fresh, strict=True):
         figures.append(Figure(name, "host", world, _FRESH, seconds * 1e6, "us"))
     for name, (ours, local) in zip(("p2p_pull", "p2p_push"), copies, strict=False):
-        figures.append(
-            Figure(name, "host", world, _COPY, _COPY / ours / 1e9, "GB/s", "local", _COPY / local / 1e9)
-        )
+        figures.append(Figure(name, "host", world, _COPY, _COPY / ours / 1e9, "GB/s", "local", _COPY / local / 1e9))
     return figures
 
 

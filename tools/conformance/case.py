@@ -22,7 +22,7 @@ from symmem.group import Group, resolve_group
 __all__ = ["CASES", "Case", "Context", "Resources", "Skipped", "case", "expect", "run_case"]
 
 
-class Skipped(Exception):  # noqa: N818  # an outcome, not an error
+class Skipped(Exception):  # an outcome, not an error
     """The case does not apply to this backend or world; the text says why."""
 
 

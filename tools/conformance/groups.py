@@ -102,8 +102,8 @@ def what_differs_is_named_on_all_ranks(ctx: Context) -> None:
         ("'dtype'", {"sizes": 8, "dtype": torch.int32 if last else torch.float32}),
         ("'strides'", {"sizes": (4, 4), "strides": (1, 4) if last else (4, 1)}),
     ):
-        st = ctx.allocate(**options)  # type: ignore[arg-type]
-        with expect(MismatchError, what, peers=odd if ctx.world > 2 else (1,)):
+        st = ctx.allocate(**options)
+        with expect(MismatchError, what, peers=odd):
             st.rendezvous()
         with expect(NotRendezvousedError):
             st.remote_tensor(0)

@@ -81,9 +81,9 @@ def bad_requests_are_refused_by_name(ctx: Context) -> None:
     for sizes in (-1, (4, -2), (2**40, 2**40), 2**63, (2**63, 2**63)):
         with expect(InvalidArgumentError):
             ctx.allocate(sizes)
-    for sizes in (1.5, (2, "3"), "12", None, (None,)):
+    for odd in (1.5, (2, "3"), "12", None, (None,)):
         with expect(InvalidArgumentError, "integers"):
-            ctx.allocate(sizes)
+            ctx.allocate(odd)
     for strides in ((0, 1), (1, 1), (1,), (-3, 1), (1.5, 1), 3):
         with expect(InvalidArgumentError):
             ctx.allocate((2, 3), strides=strides)
