@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from symmem.errors import SymmemError
 from symmem.tools import config_command
 from symmem.version import VERSION
 
 __all__ = ["main"]
+
+_PEERS = ("cuda", "nvshmem", "nccl")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     host.add_argument("--json", action="store_true", help="print one JSON object a figure and line")
     host.set_defaults(run=_bench_host)
 
+    gpu = suites.add_parser("gpu", help="one backend beside torch's transports, on all GPUs of this machine")
+    gpu.add_argument("--backend", default="native", metavar="NAME", help="ours (native)")
+    gpu.add_argument("--peers", nargs="+", choices=_PEERS, default=_PEERS, metavar="NAME", help="cuda nvshmem nccl")
+    gpu.add_argument("--ranks", type=_positive, metavar="N", help="number of ranks (default: all GPUs)")
+    gpu.add_argument("--json", action="store_true", help="print one JSON object a figure and line")
+    gpu.set_defaults(run=_bench_gpu)
+
+    validate = commands.add_parser("validate", help="run the conformance suite and the figures, and write a report")
+    validate.add_argument("--backends", type=_names, default=["all"], metavar="NAMES", help="comma-separated, or all")
+    validate.add_argument("--require", type=_names, default=[], metavar="NAMES", help="whose skips are failures")
+    validate.add_argument("--ranks", type=_positive, metavar="N", help="number of ranks (default: GPUs, else 4)")
+    validate.add_argument("--report", type=Path, metavar="DIR", help="write validation-N.md and .json there")
+    validate.add_argument("--no-figures", action="store_true", help="only the conformance suite")
+    validate.set_defaults(run=_validate)
+
     config_command.add_parser(commands)
 
     args = parser.parse_args(argv)
@@ -54,6 +72,10 @@ def _positive(text: str) -> int:
     return value
 
 
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from symmem.tools import doctor
 
@@ -70,6 +92,29 @@ def _bench_host(args: argparse.Namespace) -> int:
     from symmem.tools.bench import host
 
     return host.run(args.ranks, as_json=args.json)
+
+
+def _bench_gpu(args: argparse.Namespace) -> int:
+    import torch
+
+    from symmem.tools.bench import gpu
+
+    return gpu.run(args.backend, args.peers, args.ranks or torch.cuda.device_count(), as_json=args.json)
+
+
+def _validate(args: argparse.Namespace) -> int:
+    import torch
+
+    from symmem.backends import available_names, get_backend
+    from symmem.tools import validate
+
+    backends, required = (
+        list(available_names()) if names == ["all"] else names for names in (args.backends, args.require)
+    )
+    for name in {*backends, *required}:
+        get_backend(name)
+    world = args.ranks or torch.cuda.device_count() or 4
+    return validate.run(backends, required, world, args.report, figures=not args.no_figures)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ class RankPool:
         size: Number of ranks.
         env: Environment of the ranks, over that of this process; None as a value removes a variable.
         timeout: Seconds that a task may take, unless :meth:`run` says otherwise.
-        process_group: The ``torch.distributed`` backend to initialise, or None for no process group.
+        process_group: The ``torch.distributed`` backend to initialise; "auto" for gloo, and NCCL where there are
+            GPUs; None for no process group.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class RankPool:
         *,
         env: Mapping[str, str | None] | None = None,
         timeout: float = 60.0,
-        process_group: str | None = "gloo",
+        process_group: str | None = "auto",
     ) -> None:
         self.size = size
         self.timeout = timeout
@@ -203,6 +204,8 @@ def _serve(
     if process_group is not None:
         if torch.cuda.is_available():
             torch.cuda.set_device(rank % torch.cuda.device_count())
+        if process_group == "auto":
+            process_group = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(process_group, store=store, rank=rank, world_size=size)
     globals()["store"] = store
     while True:

@@ -48,13 +48,15 @@ class Figure:
 
 
 def alternate(ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Median seconds of two calls, taken in turn, so that a machine whose speed drifts treats both alike."""
+    """Median seconds of two calls, taken in turn and each as often first, so that drift treats both alike."""
     samples: tuple[list[float], list[float]] = ([], [])
+    pair = list(zip(samples, (ours, peer), strict=True))
     for _ in range(rounds):
-        for taken, call in zip(samples, (ours, peer), strict=True):
+        for taken, call in pair:
             begin = perf_counter()
             call()
             taken.append(perf_counter() - begin)
+        pair.reverse()
     return statistics.median(samples[0]), statistics.median(samples[1])
 
 

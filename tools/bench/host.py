@@ -55,7 +55,7 @@ def _copies() -> list[tuple[float, float]]:
             (remote, local, partial(other.copy_, local)),
         ):
             target.copy_(source)
-            timings.append(alternate(partial(target.copy_, source), beside, rounds=60))
+            timings.append(alternate(partial(target.copy_, source), beside, rounds=200))
     st.barrier()
     return timings
 

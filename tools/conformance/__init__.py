@@ -9,12 +9,12 @@ Programs and tests run it with :func:`run_case` on the ranks of a pool::
         for case in CASES.values():
             pool.run(run_case, case.name, "host")
 
-A backend of a third party, once it has its entry point in ``symmem.backends``, joins by its name. A case that needs
-a capability which the backend does not list is :class:`Skipped`, with that as the reason. Each case counts
+A backend of a third party, once it has its entry point in ``symmem.backends``, joins by its name. Where a
+case needs a capability that the backend does not list, it must refuse by a named error instead. Each case counts
 descriptors and mappings before and after, so a leak fails the case that made it.
 """
 
 from symmem.tools.conformance import groups, memory, peers, signals
-from symmem.tools.conformance.case import CASES, Case, Context, Skipped, run_case
+from symmem.tools.conformance.case import CASES, Case, Context, run_case
 
-__all__ = ["CASES", "Case", "Context", "Skipped", "groups", "memory", "peers", "run_case", "signals"]
+__all__ = ["CASES", "Case", "Context", "groups", "memory", "peers", "run_case", "signals"]

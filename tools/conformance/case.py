@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -16,14 +17,10 @@ import torch.distributed as dist
 import symmem
 from symmem.backends import get_backend
 from symmem.backends.base import Backend, Capability
-from symmem.errors import SymmemError
+from symmem.errors import SymmemError, UnsupportedError
 from symmem.group import Group, resolve_group
 
-__all__ = ["CASES", "Case", "Context", "Resources", "Skipped", "case", "expect", "run_case"]
-
-
-class Skipped(Exception):  # an outcome, not an error
-    """The case does not apply to this backend or world; the text says why."""
+__all__ = ["CASES", "Case", "Context", "Resources", "case", "expect", "run_case"]
 
 
 class Context:
@@ -65,13 +62,6 @@ class Context:
         """Allocate, and rendezvous in the default group."""
         return self.allocate(sizes, dtype, **options).rendezvous()
 
-    def needs(self, *, world: int = 1, capability: Capability | None = None) -> None:
-        """Skip the case unless there are so many ranks, and the backend can do so."""
-        if self.world < world:
-            raise Skipped(f"needs {world} ranks")
-        if capability is not None and capability not in self.backend.capabilities:
-            raise Skipped(f"{self.backend.name} has no {capability.name}")
-
     def meet(self) -> None:
         """Wait until all ranks are here and their device work is done, by means other than those under test."""
         if self.device.type == "cuda":
@@ -88,8 +78,8 @@ class Case:
         name: Unique; says what must hold.
         rows: The rows of the mission that it shows, such as ``A5``.
         function: Run on all ranks at once.
-        requires: Skipped on backends without.
-        world: The least number of ranks.
+        requires: What a backend needs for it; one that lacks it must refuse by a named error instead.
+        world: The least number of ranks; skipped in smaller worlds.
         breaks: It leaves the ranks' process unusable (a CUDA context after a trap): they need a pool of their own.
     """
 
@@ -163,24 +153,41 @@ def run_case(name: str, backend: str) -> str | None:
         AssertionError: It does not hold, or something leaked.
     """
     chosen, context = CASES[name], Context(backend)
-    try:
-        context.needs(world=chosen.world, capability=chosen.requires)
-    except Skipped as skipped:
-        return str(skipped)
+    if context.world < chosen.world:
+        return f"needs {chosen.world} ranks"
+    lacking = (chosen.requires or Capability(0)) & ~context.backend.capabilities
+    function = functools.partial(_refuses, lacking=lacking) if lacking else chosen.function
     context.meet()  # the first meeting of a group sets up what stays: sockets, watched processes
     before = Resources.now()
     try:
-        chosen.function(context)
+        function(context)
         if not chosen.breaks:
             context.meet()
             with context.group.collective("release", timeout=30):
                 _check_released(before)
-    except Skipped as skipped:
-        return str(skipped)
     except BaseException as error:
         context.group.fail(name, error)  # the other ranks need not wait for this one
         raise
     return None
+
+
+_USES: dict[Capability, Callable[[symmem.SymmetricTensor, Context], object]] = {
+    Capability.REMOTE_TENSOR: lambda st, ctx: st.remote_tensor(ctx.next),
+    Capability.CONTIGUOUS_VIEW: lambda st, ctx: st.contiguous_view(),
+    Capability.SIGNALS: lambda st, ctx: st.barrier(),
+    Capability.ONE_SIDED: lambda st, ctx: st.get(ctx.next),
+    Capability.SECOND_GROUP: lambda st, ctx: st.rendezvous(dist.new_group(list(range(ctx.world)))),
+}
+
+
+def _refuses(ctx: Context, lacking: Capability) -> None:
+    """What a backend does not list among its capabilities, it must refuse by a named error."""
+    st = ctx.shared(16)
+    for capability, use in _USES.items():
+        if capability in lacking:
+            with expect(UnsupportedError, ctx.backend.name):
+                use(st, ctx)
+    ctx.meet()
 
 
 def _check_released(before: Resources) -> None:

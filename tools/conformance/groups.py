@@ -65,7 +65,7 @@ def a_wrong_group_is_refused_by_name(ctx: Context) -> None:
 @case("A4", world=2)
 def a_subgroup_meets_alone(ctx: Context) -> None:
     members = list(range(1, ctx.world))
-    pair = dist.new_group(members, backend=dist.get_backend())
+    pair = dist.new_group(members)
     st = ctx.allocate(8)
     if ctx.rank in members:
         st.rendezvous(pair)

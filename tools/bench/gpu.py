@@ -1,0 +1,182 @@
+"""``symmem bench gpu``: ours beside one of torch's transports in the same processes, on all GPUs of this machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import symmem
+from symmem.tools.bench.figures import Figure, show
+from symmem.tools.ranks import RankPool
+
+__all__ = ["PEERS", "measure", "run"]
+
+PEERS = {"cuda": "CUDA", "nvshmem": "NVSHMEM", "nccl": "NCCL"}
+"""Names of torch's transports: in figures, and as torch spells them."""
+
+_FRESH = (4 << 10, 2 << 20, 64 << 20, 1 << 30)
+_COPIES = (64 << 20, 1 << 30)
+
+
+class _Torch:
+    """torch's symmetric memory with one transport."""
+
+    def __init__(self, transport: str) -> None:
+        import torch.distributed._symmetric_memory as symm_mem
+
+        self._module: Any = symm_mem
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        # torch 2.11 refuses to set "CUDA", which is the default.
+        if symm_mem.get_backend(self._device) != transport:
+            symm_mem.set_backend(transport)  # type: ignore[arg-type]
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        memory: torch.Tensor = self._module.empty(nbytes, dtype=torch.uint8, device=self._device)
+        return memory
+
+    def rendezvous(self, memory: torch.Tensor) -> Any:
+        return self._module.rendezvous(memory, dist.group.WORLD)
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _all_here() -> None:
+    torch.cuda.synchronize()
+    dist.barrier()
+    torch.cuda.synchronize()
+
+
+def _timed(call: Callable[[], object]) -> tuple[float, Any]:
+    begin = time.perf_counter()
+    result = call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin, result
+
+
+def _fresh(transport: str, backend: str, nbytes: int, rounds: int) -> list[float]:
+    """Median seconds of allocate and of rendezvous: ours, then torch's; taken in turn."""
+    theirs = _Torch(transport)
+    ours = partial(symmem.allocate, nbytes, torch.uint8, backend=backend)
+    samples: list[tuple[float, float, float, float]] = []
+    for turn in range(rounds + 1):
+        _all_here()
+        alloc, st = _timed(ours)
+        _all_here()
+        meet, _ = _timed(st.rendezvous)
+        _all_here()
+        peer_alloc, memory = _timed(partial(theirs.allocate, nbytes))
+        _all_here()
+        peer_meet, handle = _timed(partial(theirs.rendezvous, memory))
+        if turn:  # the first sets up libraries and connections
+            samples.append((alloc, meet, peer_alloc, peer_meet))
+        _all_here()
+        del st, memory, handle, _
+    return [statistics.median(column) for column in zip(*samples, strict=True)]
+
+
+def _copies(transport: str, backend: str, nbytes: int, rounds: int = 9) -> list[float]:
+    """Median seconds of a pull and a push, all ranks at once with their neighbour: ours, then torch's."""
+    theirs = _Torch(transport)
+    peer = (dist.get_rank() + 1) % dist.get_world_size()
+    st = symmem.allocate(nbytes, torch.uint8, backend=backend).rendezvous()
+    memory = theirs.allocate(nbytes)
+    handle = theirs.rendezvous(memory)
+    pairs = [(st.tensor, st.remote_tensor(peer)), (memory, handle.get_buffer(peer, (nbytes,), torch.uint8))]
+    scratch = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    calls = [partial(scratch.copy_, remote) for _, remote in pairs] + [
+        partial(remote.copy_, scratch) for _, remote in pairs
+    ]
+    repeats = max(1, (2 << 30) // nbytes)
+    samples: list[list[float]] = [[] for _ in calls]
+    for turn in range(rounds + 1):
+        for taken, call in zip(samples, calls, strict=True):
+            _all_here()
+            begin, end = _event(), _event()
+            begin.record()
+            for _ in range(repeats):
+                call()
+            end.record()
+            end.synchronize()
+            if turn:
+                taken.append(begin.elapsed_time(end) / 1e3 / repeats)
+    _all_here()
+    pull, peer_pull, push, peer_push = (statistics.median(taken) for taken in samples)
+    return [pull, push, peer_pull, peer_push]
+
+
+def _barrier(transport: str, backend: str, count: int = 100, rounds: int = 15) -> list[float]:
+    """Median seconds of a barrier within a CUDA graph, and of one eager call: ours, then torch's."""
+    theirs = _Torch(transport)
+    st = symmem.allocate(1024, torch.uint8, backend=backend).rendezvous()
+    handle = theirs.rendezvous(theirs.allocate(1024))
+    result = []
+    for call in (st.barrier, handle.barrier):
+        call()
+        _all_here()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(count):
+                call()
+        graphs, eager = [], []
+        for turn in range(rounds + 1):
+            _all_here()
+            begin, end = _event(), _event()
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            _all_here()
+            seconds, _ = _timed(lambda call=call: [call() for _ in range(count)])  # type: ignore[misc]
+            if turn:
+                graphs.append(begin.elapsed_time(end) / 1e3 / count)
+                eager.append(seconds / count)
+        result.append((statistics.median(graphs), statistics.median(eager)))
+        _all_here()
+        del graph
+    return [*result[0], *result[1]]
+
+
+def measure(backend: str, peer: str, world: int) -> list[Figure]:
+    """All figures of a backend beside one of torch's transports. Of all ranks, the slowest counts."""
+    transport, figures = PEERS[peer], []
+    name = f"torch_{peer}"
+
+    def slowest(pool: RankPool, function: Callable[..., list[float]], *args: Any) -> list[float]:
+        columns = zip(*pool.run(function, transport, backend, *args, timeout=240), strict=True)
+        return [max(column) for column in columns]
+
+    def add(figure: str, nbytes: int, ours: float, theirs: float, unit: str) -> None:
+        def convert(seconds: float) -> float:
+            return seconds * 1e6 if unit == "us" else nbytes / seconds / 1e9
+
+        figures.append(Figure(figure, backend, world, nbytes, convert(ours), unit, name, convert(theirs)))
+
+    with RankPool(world, timeout=240) as pool:
+        for nbytes in _FRESH:
+            alloc, meet, peer_alloc, peer_meet = slowest(pool, _fresh, nbytes, 9 if nbytes < 1 << 30 else 5)
+            add("alloc_fresh", nbytes, alloc, peer_alloc, "us")
+            add("rendezvous", nbytes, meet, peer_meet, "us")
+            add("alloc_and_rendezvous", nbytes, alloc + meet, peer_alloc + peer_meet, "us")
+        for nbytes in _COPIES:
+            pull, push, peer_pull, peer_push = slowest(pool, _copies, nbytes)
+            add("p2p_pull", nbytes, pull, peer_pull, "GB/s")
+            add("p2p_push", nbytes, push, peer_push, "GB/s")
+        if peer != "nccl":  # its barrier is not implemented (torch 2.11)
+            graph, eager, peer_graph, peer_eager = slowest(pool, _barrier)
+            add("barrier_graph", 0, graph, peer_graph, "us")
+            add("barrier_eager", 0, eager, peer_eager, "us")
+    return figures
+
+
+def run(backend: str, peers: Sequence[str], world: int, *, as_json: bool) -> int:
+    """Measure and print."""
+    show([figure for peer in peers for figure in measure(backend, peer, world)], as_json=as_json)
+    return 0
