@@ -34,11 +34,14 @@ import torch.distributed as dist
 
 from symmem.backends import descriptors as scm
 from symmem.backends.descriptors import Contribution, Received
+from symmem.backends.libc import duplicate, is_limit, limit_error
 from symmem.config import Settings, load_settings
 from symmem.errors import (
     ForkedError,
     GroupError,
     MismatchError,
+    OutOfMemoryError,
+    PeerLostError,
     PeerTimeoutError,
     RendezvousError,
     SymmemError,
@@ -116,6 +119,7 @@ class Collective:
         self.operation = operation
         self.timeout = timeout
         self.deadline = time.monotonic() + timeout
+        self.told = False  # whether the other ranks know of the error that is on its way
 
     @property
     def passes_descriptors(self) -> bool:
@@ -213,14 +217,14 @@ class Group:
                 agreed.error.known_to = self.name
                 raise agreed.error from agreed.__cause__
             except BaseException as error:
-                local = self._report(collective, error)
+                local = _named(error) if collective.told else self._report(collective, error)
                 local.known_to = self.name
-                if self._places is None:
-                    self._disconnect()  # half-way: the next collective begins anew
                 if local is error or not isinstance(error, Exception):
                     raise
                 raise local from error
             finally:
+                if self._places is None:
+                    self._disconnect()  # half-way: the next collective begins anew
                 log.debug(
                     "%s: rank %d of group %r, rounds %d to %d, %.3f ms",
                     *(operation, self.rank, self.name, before, self._sequence),
@@ -239,7 +243,7 @@ class Group:
 
     def _report(self, collective: Collective, error: BaseException) -> SymmemError:
         """Submit an error instead of a contribution; returns what the other ranks will raise."""
-        wire_error = from_wire(to_wire(error)) if not isinstance(error, SymmemError) else error
+        wire_error = _named(error)
         wire_error.located(rank=self.rank, group=self.name, step=collective.operation)
         message = self._message(collective, collective.operation, error=wire_error)
         if self.size > 1:
@@ -282,8 +286,7 @@ class Group:
         """Exchange contributions; every error raised from here is known to all ranks (:class:`_Agreed`)."""
         message = self._message(collective, f"{collective.operation}: {step}", [contribution])
         if self.size == 1:
-            fds = tuple(os.dup(fd) for fd in contribution.descriptors)
-            return Received([Contribution(contribution.payload, fds)])
+            return Received([Contribution(contribution.payload, duplicate(contribution.descriptors))])
         verdict = (self._lead if self.rank == 0 else self._follow)(message, collective)
         if verdict.error:
             verdict.close()
@@ -293,9 +296,14 @@ class Group:
     def _lead(self, message: Message, collective: Collective) -> Message:
         try:
             messages = self._wire.collect(message.sequence, collective.deadline)
-        except SymmemError as error:
-            self._explain(error, message, collective)
-            return self._publish(message, error=error)
+        except BaseException as error:
+            named = _named(error)
+            self._explain(named, message, collective)
+            verdict = self._publish(message, error=named)
+            if isinstance(error, Exception):
+                return verdict
+            collective.told = True  # an interrupt goes on here, as itself
+            raise
         try:
             wrong = _judge({0: message} | messages)
             if wrong is not None:
@@ -304,7 +312,7 @@ class Group:
             everything = [messages[rank].contributions[0] for rank in range(1, self.size)]
             verdict = self._publish(message, [*message.contributions, *everything])
             # The leader's own descriptors stay the caller's; what it returns must be closed by the receiver.
-            own = tuple(os.dup(fd) for fd in message.descriptors())
+            own = duplicate(message.descriptors())
             verdict.contributions[0] = Contribution(message.contributions[0].payload, own)
             messages = {}
             return verdict
@@ -335,9 +343,22 @@ class Group:
             with contextlib.suppress(SymmemError, RuntimeError, OSError):
                 self._wire.submit(withdrawal)
             raise _Agreed(error) from None
+        except PeerLostError as error:
+            reason = self._last_words(message.sequence) or error
+            self._explain(reason, message, collective)
+            raise _Agreed(reason) from reason.__cause__
         except SymmemError as error:
+            # The verdict came and this rank could not take it: the others learn of that in the round that is next.
             self._explain(error, message, collective)
-            raise _Agreed(error) from error.__cause__
+            raise
+
+    def _last_words(self, sequence: int) -> SymmemError | None:
+        """Why rank 0 left amid the join, if it could tell: it had no sockets yet, thus by the store."""
+        if self._places is None:
+            with contextlib.suppress(SymmemError, RuntimeError):
+                verdict = self._store_wire.verdict(sequence, time.monotonic() + GRACE)
+                return from_wire(verdict.error) if verdict.error else None
+        return None
 
     def _explain(self, error: SymmemError, message: Message, collective: Collective) -> None:
         """Complete an error of the wire with what only the group knows."""
@@ -364,26 +385,40 @@ class Group:
             places = tuple(Place(**card["place"]) for card in cards)
             if len({(place.host, place.network) for place in places}) == 1:
                 self._connect(collective, listener, scm.Welcome(**cards[0]["welcome"]))
-                with self._exchange_own_process(collective) as processes:
-                    self._places = places
-                    self._watch(processes)
+                self._watch(self._exchange_own_process(collective))
+                # So that either all ranks have sockets from here on, or none has.
+                self._round(collective, "joined", Contribution(b""))
             self._places = places
+            if self.rank == 0 and self._socket_wire is not None:
+                self._store_wire.forget(self._sequence)
 
     def _connect(self, collective: Collective, listener: scm.Listener | None, welcome: scm.Welcome) -> None:
         with contextlib.ExitStack() as undo:
-            deadline = collective.deadline
             peers = {}
             if listener is None:
-                peers = {0: scm.connect(welcome, self.rank, deadline)}
+                with self._hearing_last_words():
+                    peers = {0: scm.connect(welcome, self.rank, collective.deadline)}
                 undo.callback(peers[0].close)
             # Once all agree that they are connected, the leader finds every rank in its queue.
             self._round(collective, "connect", Contribution(b""))
-            if listener is None:
-                scm.check_leader(peers[0], welcome, deadline)
-            else:
-                peers = listener.accept(deadline)
+            if listener is not None:
+                peers = listener.accept()
             self._socket_wire = SocketWire(peers)
             undo.pop_all()
+        if listener is None:
+            with self._hearing_last_words():
+                scm.check_leader(peers[0], welcome, collective.deadline)
+
+    @contextlib.contextmanager
+    def _hearing_last_words(self) -> Iterator[None]:
+        """If rank 0 is found to be gone within the block, raise what it told."""
+        try:
+            yield
+        except PeerLostError as error:
+            if reason := self._last_words(self._sequence + 1):
+                self._sequence += 1  # as rank 0 did when it told
+                raise _Agreed(reason) from error
+            raise
 
     def _exchange_own_process(self, collective: Collective) -> Received:
         own = watch_process(os.getpid())
@@ -394,11 +429,11 @@ class Group:
                 os.close(own)
 
     def _watch(self, received: Received) -> None:
+        """Take over the descriptors of all processes."""
         for rank, contribution in enumerate(received):
-            if rank != self.rank:
-                for descriptor in contribution.descriptors:
-                    descriptor = os.dup(descriptor)
-                    self._watched[descriptor] = rank
+            for descriptor in contribution.descriptors:
+                self._watched[descriptor] = rank
+                if rank != self.rank:
                     self._poll.register(descriptor, select.POLLIN)
 
     def lost(self) -> tuple[int, ...]:
@@ -442,9 +477,8 @@ class Group:
             self._socket_wire.close()
             self._socket_wire = None
         for descriptor in self._watched:
-            self._poll.unregister(descriptor)
             os.close(descriptor)
-        self._watched = {}
+        self._watched, self._poll = {}, select.poll()
 
     def close(self) -> None:
         """Leave the group; peers that still wait for this rank are told. Local; may be called again."""
@@ -462,6 +496,17 @@ class _Agreed(Exception):  # not an error of its own: it carries one
     def __init__(self, error: SymmemError) -> None:
         super().__init__(error)
         self.error = error
+
+
+def _named(error: BaseException) -> SymmemError:
+    """The error of this vocabulary for one of another library or of the system."""
+    if isinstance(error, SymmemError):
+        return error
+    if isinstance(error, OSError) and is_limit(error):
+        return limit_error(error, "a system call failed")
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError("this process may have no more memory", hint="raise `ulimit -v`, or allocate less")
+    return from_wire(to_wire(error))
 
 
 def _dump(value: object) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -69,8 +70,12 @@ class Layout:
                     f"with sizes {checked} and strides {layout.strides} two elements would share memory",
                     hint="allocate it dense, and expand or unfold the tensor afterwards",
                 )
-        if layout.nbytes > _MAX_NBYTES:
-            raise InvalidArgumentError(f"sizes {checked} of {dtype} take {layout.nbytes} bytes: more than 2**63")
+        # torch calculates with the sizes of an empty tensor as well, as if 0 were 1.
+        reach = max(math.prod(max(size, 1) for size in checked), *layout.strides, 0) * dtype.itemsize
+        if max(layout.nbytes, reach) > _MAX_NBYTES:
+            raise InvalidArgumentError(
+                f"sizes {checked} of {dtype} reach over {max(layout.nbytes, reach)} bytes: too many"
+            )
         return layout
 
     @classmethod

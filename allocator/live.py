@@ -45,7 +45,9 @@ class Block:
         self.compared.clear()
 
 
-_lock = threading.Lock()
+# The collector may run anywhere, also in the middle of what is done here under the lock, and with it a `__del__` that
+# looks up a tensor: thus a lock that its holder may take again, and an order of steps that leaves the book readable.
+_lock = threading.RLock()
 _pointers: list[int] = []  # sorted
 _blocks: dict[int, weakref.ref[Block]] = {}
 _collected: deque[tuple[int, weakref.ref[Block]]] = deque()
@@ -54,12 +56,12 @@ _collected: deque[tuple[int, weakref.ref[Block]]] = deque()
 def record(block: Block) -> None:
     """Enter a block into the book; it leaves by itself when it is collected."""
     pointer = block.allocation.pointer
-    # The collector may run anywhere, also in the middle of an insertion here: it only takes a note.
+    # A note only: the collector may run in the middle of an insertion here.
     reference = weakref.ref(block, lambda reference: _collected.append((pointer, reference)))
     with _lock:
         _drop_collected()
-        bisect.insort(_pointers, pointer)
         _blocks[pointer] = reference
+        bisect.insort(_pointers, pointer)
 
 
 def block_at(address: int) -> Block | None:
@@ -77,5 +79,5 @@ def _drop_collected() -> None:
     while _collected:
         pointer, reference = _collected.popleft()
         del _pointers[bisect.bisect_left(_pointers, pointer)]
-        if _blocks[pointer] is reference:  # else the address is in use again already
+        if _blocks.get(pointer) is reference:  # else the address is in use again already
             del _blocks[pointer]

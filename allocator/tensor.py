@@ -551,6 +551,6 @@ def _check_rank(rank: Any, mapping: Mapping, operation: str) -> int:
 
 
 def _check_timeout(timeout: float) -> float:
-    if not 0 < timeout < float("inf"):
+    if not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
         raise InvalidArgumentError(f"timeout must be a positive number of seconds, not {timeout!r}")
     return timeout

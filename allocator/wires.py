@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import select
 import socket
@@ -22,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from symmem.backends import descriptors as scm
 from symmem.backends.descriptors import Contribution
-from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError
+from symmem.backends.libc import is_limit, limit_error
+from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError, SymmemError, from_wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -61,7 +63,14 @@ class Message:
 
     @classmethod
     def unpack(cls, header: dict[str, Any], body: bytes, descriptors: tuple[int, ...] = ()) -> Message:
-        """The inverse of :meth:`header` and the concatenated payloads and descriptors."""
+        """The inverse of :meth:`header` and the concatenated payloads and descriptors.
+
+        Raises:
+            RendezvousError: It is not; the descriptors are closed.
+        """
+        if not _is_sound(header, len(body), len(descriptors)):
+            scm.close_all(descriptors)
+            raise RendezvousError(f"a peer sent something that is no message: {str(header)[:80]}")
         contributions, at, first = [], 0, 0
         for size, count in zip(header["sizes"], header["counts"], strict=True):
             contributions.append(Contribution(body[at : at + size], descriptors[first : first + count]))
@@ -79,6 +88,24 @@ class Message:
     def close(self) -> None:
         """Close the descriptors of a message that was received and is not used."""
         scm.close_all(self.descriptors())
+
+
+def _is_sound(header: dict[str, Any], nbytes: int, descriptors: int) -> bool:
+    """Whether a header is that of a message with a body of ``nbytes`` bytes and so many descriptors."""
+    try:
+        sizes, counts = header["sizes"], header["counts"]
+        if header["error"] is not None:
+            from_wire(header["error"])
+        return (
+            isinstance(header["sequence"], int)
+            and isinstance(header["step"], str)
+            and math.isfinite(header["deadline"])
+            and len(sizes) == len(counts)
+            and all(isinstance(number, int) and number >= 0 for number in (*sizes, *counts))
+            and (sum(sizes), sum(counts)) == (nbytes, descriptors)
+        )
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+        return False
 
 
 class Wire(Protocol):
@@ -114,6 +141,7 @@ class StoreWire:
     def __init__(self, store: Store, prefix: str, rank: int, size: int) -> None:
         self._store: Any = store  # torch's stubs leave out bytes as values, and has_extended_api
         self._prefix, self._rank, self._size = prefix, rank, size
+        self._kept = 1  # the first round whose keys are still there
 
     def _key(self, sequence: int, name: object) -> str:
         return f"{self._prefix}/{sequence}/{name}"
@@ -134,11 +162,16 @@ class StoreWire:
         else:
             values = {r: self._store.get(key) for r, key in keys.items() if self._store.check([key])}
         messages = {rank: self._decode(value) for rank, value in values.items()}
-        if len(messages) == len(keys) and sequence and not any(m.error for m in messages.values()):
-            # All have come to this round, so all have read the verdict before: its keys can go.
-            for name in ("verdict", "ready", "count", *range(self._size)):
-                self._store.delete_key(self._key(sequence - 1, name))
+        if len(messages) == len(keys) and not any(m.error for m in messages.values()):
+            self.forget(sequence)
         return messages
+
+    def forget(self, sequence: int) -> None:
+        """At the leader: all ranks have come to this round, so all have read the verdicts before: their keys can go."""
+        for past in range(self._kept, sequence):
+            for name in ("verdict", "ready", "count", *range(self._size)):
+                self._store.delete_key(self._key(past, name))
+        self._kept = max(self._kept, sequence)
 
     def publish(self, message: Message) -> None:
         self._set(self._key(message.sequence, "verdict"), message)
@@ -157,8 +190,8 @@ class StoreWire:
 
     @staticmethod
     def _decode(value: bytes) -> Message:
-        (size,) = struct.unpack_from("!I", value)
-        return Message.unpack(json.loads(value[4 : 4 + size]), value[4 + size :])
+        size = int.from_bytes(value[:4], "big")
+        return Message.unpack(scm.parse_header(value[4 : 4 + size]), value[4 + size :])
 
     def _wait(self, key: str, deadline: float, sequence: int, ranks: Iterable[int]) -> None:
         remaining = max(deadline - time.monotonic(), 0.001)
@@ -180,10 +213,16 @@ class StoreWire:
 
 
 def watch_process(pid: int) -> int | None:
-    """A descriptor that polls readable once the process has ended (pidfd_open(2)), or None on a kernel without."""
+    """A descriptor that polls readable once the process has ended (pidfd_open(2)), or None on a kernel without.
+
+    Raises:
+        ResourceLimitError: This process may have no more descriptors.
+    """
     try:
         return os.pidfd_open(pid)
     except OSError as error:
+        if is_limit(error):
+            raise limit_error(error, "cannot watch a process") from error
         log.warning("cannot watch processes (%s): a peer's death in a barrier shows only at the timeout", error)
         return None
 
@@ -208,12 +247,14 @@ class SocketWire:
             self._at[sock.fileno()] = peer
 
     def submit(self, message: Message) -> None:
-        self._send(0, message)
+        # If rank 0 is gone: what it told before it left is still to be read.
+        with contextlib.suppress(PeerLostError):
+            self._send(0, message)
 
     def publish(self, message: Message) -> None:
         for peer in self._peers:
             # A rank that cannot be told is dead or stuck: the next round that needs it says so.
-            with contextlib.suppress(PeerLostError, PeerTimeoutError):
+            with contextlib.suppress(SymmemError):
                 self._send(peer, message)
 
     def collect(self, sequence: int, deadline: float) -> dict[int, Message]:
@@ -227,9 +268,10 @@ class SocketWire:
                     return messages
                 if gone := tuple(peer for peer in missing if peer in self._gone):
                     raise _lost(gone)
-                if missing and time.monotonic() > deadline:
+                if missing and looked and time.monotonic() > deadline:
                     raise PeerTimeoutError(f"ranks {list(missing)} did not come in time", peers=missing)
-                # When all are here, look once more at what has arrived: somebody may have withdrawn.
+                # When all are here, look once more at what has arrived: somebody may have withdrawn. Look too when
+                # time is up: it may be this rank that was late.
                 looked = not self._receive(deadline if missing else 0.0)
         except BaseException:
             for message in messages.values():
@@ -261,9 +303,8 @@ class SocketWire:
                 message.close()
             if self._gone:
                 raise _lost((0,))
-            if time.monotonic() > deadline:
+            if not self._receive(deadline) and time.monotonic() > deadline:
                 raise PeerTimeoutError("rank 0, which gathers for the group, did not answer in time", peers=(0,))
-            self._receive(deadline)
 
     def close(self) -> None:
         for sock in self._peers.values():
@@ -276,10 +317,21 @@ class SocketWire:
         try:
             deadline = max(message.deadline, time.monotonic() + 1.0)
             scm.send(self._peers[peer], message.header(), message.body(), message.descriptors(), deadline)
-        except TimeoutError as error:
-            raise PeerTimeoutError(f"rank {peer} does not read its messages", peers=(peer,)) from error
         except ConnectionError as error:
             raise _lost((peer,)) from error
+        except OSError as error:
+            self._drop(peer)  # it may have got a part, and would take what follows for the rest
+            if isinstance(error, TimeoutError):
+                raise PeerTimeoutError(f"rank {peer} does not read its messages", peers=(peer,)) from error
+            raise limit_error(error, f"cannot send to rank {peer}") from error
+
+    def _drop(self, peer: int) -> None:
+        """Take a rank for gone: what would come from it next cannot be told from the rest of what came last."""
+        if peer not in self._gone:
+            self._gone.add(peer)
+            self._poll.unregister(self._peers[peer])
+            with contextlib.suppress(OSError):
+                self._peers[peer].shutdown(socket.SHUT_RDWR)
 
     def _receive(self, deadline: float) -> bool:
         """Wait until ``deadline`` for messages and put them into the inboxes; False if nothing happened."""
@@ -288,14 +340,17 @@ class SocketWire:
         for descriptor, _event in events:
             peer = self._at[descriptor]
             try:
-                header, body, fds = scm.receive(self._peers[peer], max(deadline, time.monotonic() + 1.0))
+                message = Message.unpack(*scm.receive(self._peers[peer], max(deadline, time.monotonic() + 1.0)))
             except (EOFError, ConnectionError):
-                self._gone.add(peer)
-                self._poll.unregister(descriptor)
+                self._drop(peer)
             except TimeoutError as error:
+                self._drop(peer)
                 raise PeerTimeoutError(f"rank {peer} stopped amid a message", peers=(peer,)) from error
+            except RendezvousError:
+                self._drop(peer)
+                raise
             else:
-                self._inbox[peer].append(Message.unpack(header, body, fds))
+                self._inbox[peer].append(message)
         return bool(events)
 
 

@@ -26,6 +26,10 @@ __all__ = ["AUTO_ORDER", "available_names", "get_backend", "select_backend"]
 _BUILTIN = {
     "host": "symmem.backends.host:HostBackend",
     "native": "symmem.backends.native:NativeBackend",
+    "nvshmem": "symmem.backends.nvshmem:NvshmemBackend",
+    "pytorch_cuda": "symmem.backends.pytorch:TorchBackend",
+    "pytorch_nccl": "symmem.backends.pytorch:TorchNcclBackend",
+    "pytorch_nvshmem": "symmem.backends.pytorch:TorchNvshmemBackend",
 }
 assert _BUILTIN.keys() <= set(BACKENDS)
 
@@ -56,9 +60,7 @@ def get_backend(name: str) -> Backend:
         if name not in _instances:
             target = _BUILTIN.get(name) or _entry_points().get(name)
             if target is None:
-                raise ConfigError(
-                    f"unknown backend {name!r}; there are: auto, {', '.join(available_names())}"
-                )
+                raise ConfigError(f"unknown backend {name!r}; there are: auto, {', '.join(available_names())}")
             module, _, attribute = target.partition(":")
             try:
                 cls = getattr(importlib.import_module(module), attribute)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import ctypes
 import enum
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -130,30 +129,17 @@ class Collective(Protocol):
         """
 
 
-class _CudaBytes:
-    """Device memory in the form that ``torch.as_tensor`` adopts, keeping ``owner`` alive."""
-
-    def __init__(self, pointer: int, nbytes: int, owner: object) -> None:
-        self.owner = owner
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (pointer, False),
-            "version": 3,
-        }
-
-
 def tensor_at(pointer: int, nbytes: int, device: torch.device, owner: object) -> torch.Tensor:
     """A uint8 tensor of shape [nbytes] over memory at ``pointer``; it and its views keep ``owner`` alive.
 
     ``owner`` must not hold a tensor made from itself: such a circle runs through C++, where the garbage collector
     does not see it. At least one byte at ``pointer`` must be mapped, even for ``nbytes == 0``.
     """
-    if device.type == "cpu":
-        memory = (ctypes.c_ubyte * max(nbytes, 1)).from_address(pointer)
-        memory.owner = owner  # type: ignore[attr-defined]
-        return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
-    return torch.as_tensor(_CudaBytes(pointer, max(nbytes, 1), owner), device=device)[:nbytes]
+    # The device is stated, not looked up by torch: for a peer's memory the driver names the peer's GPU, and through
+    # __cuda_array_interface__ or from_blob it would come as a copy, or as a tensor of the wrong device.
+    storage: Any = torch._C._construct_storage_from_data_pointer(pointer, device, max(nbytes, 1))
+    storage.owner = owner  # torch keeps a storage's Python object, and thus this, as long as any tensor over it
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (nbytes,), (1,))
 
 
 class Allocation:

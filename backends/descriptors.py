@@ -5,18 +5,19 @@ passes by SCM_RIGHTS (unix(7)), which needs no privilege, unlike ``pidfd_getfd(2
 
 Who may join: each side checks the other's user with SO_PEERCRED, and both show a secret that only the group's
 store knows: the follower its first half, the leader its second. A stranger that connects is refused, logged, and
-holds nobody up.
+holds nobody up: the leader accepts once all followers have connected and shown what they have to show, so that it
+never waits for a connection, nor for what comes out of one.
 """
 
 from __future__ import annotations
 
+import array
 import contextlib
 import hmac
 import json
 import logging
 import os
 import secrets
-import selectors
 import socket
 import struct
 import time
@@ -33,6 +34,8 @@ log = logging.getLogger("symmem.descriptors")
 _PREFIX = struct.Struct("!III")  # bytes of header, bytes of body, number of descriptors
 _HELLO = struct.Struct("!32sI")  # first half of the secret, rank
 _BATCH = 200  # Linux passes at most SCM_MAX_FD = 253 descriptors a message
+_CHUNK = 1 << 20  # bytes to make room for before they have come
+_BACKLOG = 4096  # connections that wait; the kernel allows no more (net.core.somaxconn)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def receive(sock: socket.socket, deadline: float) -> tuple[dict[str, Any], bytes
         EOFError: The peer closed the connection.
         TimeoutError: No whole message came by ``deadline``.
         ResourceLimitError: This process may not have so many descriptors; the ones that came are closed.
+        RendezvousError: What came is not a message.
     """
     sizes = _PREFIX.unpack(_receive_exactly(sock, _PREFIX.size, deadline))
     descriptors: list[int] = []
@@ -116,8 +120,7 @@ def receive(sock: socket.socket, deadline: float) -> tuple[dict[str, Any], bytes
         truncated = False
         for start in range(0, sizes[2], _BATCH):
             sock.settimeout(_remaining(deadline))
-            # Without MSG_CMSG_CLOEXEC the descriptors would leak into every program this process starts.
-            data, batch, flags, _ = socket.recv_fds(sock, 1, min(_BATCH, sizes[2] - start), socket.MSG_CMSG_CLOEXEC)
+            data, batch, flags = _receive_descriptors(sock, min(_BATCH, sizes[2] - start))
             descriptors += batch
             truncated |= bool(flags & socket.MSG_CTRUNC)
             if not data:
@@ -129,17 +132,45 @@ def receive(sock: socket.socket, deadline: float) -> tuple[dict[str, Any], bytes
                 "limit (RLIMIT_NOFILE)",
                 hint="raise it (`ulimit -n`), or hold fewer symmetric tensors at a time",
             )
-        return json.loads(body[: sizes[0]]), body[sizes[0] :], tuple(descriptors)
+        return parse_header(body[: sizes[0]]), body[sizes[0] :], tuple(descriptors)
     except BaseException:
         close_all(descriptors)
         raise
+
+
+def _receive_descriptors(sock: socket.socket, number: int) -> tuple[bytes, list[int], int]:
+    """One byte, and the descriptors that come with it."""
+    # Without MSG_CMSG_CLOEXEC they would leak into every program this process starts, and socket.recv_fds drops the
+    # flags that it is given (Python 3.9 to 3.13).
+    batch = array.array("i")
+    room = socket.CMSG_LEN(number * batch.itemsize)
+    data, ancillary, flags, _ = sock.recvmsg(1, room, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            batch.frombytes(content[: len(content) // batch.itemsize * batch.itemsize])
+    return data, list(batch), flags
+
+
+def parse_header(data: bytes) -> dict[str, Any]:
+    """The header of a message.
+
+    Raises:
+        RendezvousError: It is none.
+    """
+    try:
+        header = json.loads(data)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise RendezvousError(f"a peer sent something that is no message: {data[:40]!r}")
+    return header
 
 
 def _receive_exactly(sock: socket.socket, nbytes: int, deadline: float) -> bytes:
     data = bytearray()
     while len(data) < nbytes:
         sock.settimeout(_remaining(deadline))
-        chunk = sock.recv(nbytes - len(data))
+        chunk = sock.recv(min(nbytes - len(data), _CHUNK))
         if not chunk:
             raise EOFError("the peer closed the connection")
         data += chunk
@@ -151,7 +182,7 @@ def _close_sockets(sockets: Iterable[socket.socket]) -> None:
         sock.close()
 
 
-def _peer_user(sock: socket.socket) -> tuple[int, int]:
+def _peer(sock: socket.socket) -> tuple[int, int]:
     """The process and user at the other end (SO_PEERCRED)."""
     pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return pid, uid
@@ -179,98 +210,95 @@ class Listener:
         self.welcome = Welcome(f"symmem-{secrets.token_hex(16)}", secrets.token_hex(64))
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.bind("\0" + self.welcome.address)
-        # All followers connect before the leader accepts: the queue has room for them, and for strangers.
-        self._socket.listen(size + 64)
+        self._socket.listen(max(size, _BACKLOG))
+        self._socket.setblocking(False)
 
     def close(self) -> None:
         """Stop listening."""
         self._socket.close()
 
-    def accept(self, deadline: float) -> dict[int, socket.socket]:
-        """Accept every follower, each exactly once; refuse everyone else.
+    def accept(self) -> dict[int, socket.socket]:
+        """Accept every follower, each exactly once; refuse everyone else. Does not block.
+
+        All followers must have returned from :func:`connect`: then they are in the queue.
 
         Returns:
             A connection to each rank from 1 on.
 
         Raises:
-            PeerTimeoutError: Names the ranks that did not connect by ``deadline``.
+            PeerLostError: Names the ranks that are not in the queue, or that were refused.
+            ResourceLimitError: This process may not have so many descriptors.
         """
         members: dict[int, socket.socket] = {}
-        with contextlib.ExitStack() as undo, selectors.DefaultSelector() as selector:
-            strangers: dict[socket.socket, bytes] = {}
-            undo.callback(lambda: _close_sockets([*members.values(), *strangers]))
-            self._socket.setblocking(False)
-            selector.register(self._socket, selectors.EVENT_READ)
+        try:
             while len(members) < self.size - 1:
-                if time.monotonic() > deadline:
-                    missing = tuple(sorted(set(range(1, self.size)) - members.keys()))
-                    raise PeerTimeoutError(
-                        f"ranks {list(missing)} did not connect to this rank's socket", peers=missing
-                    )
-                for key, _events in selector.select(_remaining(deadline)):
-                    if key.fileobj is self._socket:
-                        self._admit(strangers, selector)
-                    else:
-                        self._identify(key.fileobj, strangers, members, selector)  # type: ignore[arg-type]
-            _close_sockets(strangers)
-            undo.pop_all()
+                sock = self._socket.accept()[0]
+                rank = self._identify(sock)
+                if rank is None or rank in members:
+                    log.warning("refused a connection of process %d: it is not a rank of this group", _peer(sock)[0])
+                    sock.close()
+                else:
+                    members[rank] = sock
+        except BaseException as error:
+            for sock in members.values():
+                sock.close()
+            if not isinstance(error, BlockingIOError):
+                raise
+            missing = tuple(sorted(set(range(1, self.size)) - members.keys()))
+            raise PeerLostError(
+                f"ranks {list(missing)} did not connect to this rank's socket, or were refused",
+                hint="start all ranks as the same user; the log of rank 0 says who was refused",
+                peers=missing,
+            ) from None
         return members
 
-    def _admit(self, strangers: dict[socket.socket, bytes], selector: selectors.BaseSelector) -> None:
-        """Take a connection from the queue; until it has shown the secret it is a stranger."""
-        sock, _address = self._socket.accept()
-        pid, uid = _peer_user(sock)
-        if uid != os.getuid():
-            log.warning("refused a connection of process %d: it runs as user %d, not %d", pid, uid, os.getuid())
-            sock.close()
-            return
+    def _identify(self, sock: socket.socket) -> int | None:
+        """The rank at the other end, once it is shown to be one; tells it so."""
+        if _peer(sock)[1] != os.getuid():
+            return None
         sock.setblocking(False)
-        strangers[sock] = b""
-        selector.register(sock, selectors.EVENT_READ)
-
-    def _identify(
-        self,
-        sock: socket.socket,
-        strangers: dict[socket.socket, bytes],
-        members: dict[int, socket.socket],
-        selector: selectors.BaseSelector,
-    ) -> None:
-        """Read what a stranger shows; once it is whole, let it in or refuse it."""
-        chunk = b""
-        with contextlib.suppress(ConnectionError):
-            chunk = sock.recv(_HELLO.size - len(strangers[sock]))
-        strangers[sock] += chunk
-        if chunk and len(strangers[sock]) < _HELLO.size:
-            return
-        selector.unregister(sock)
-        hello = strangers.pop(sock)
+        try:
+            hello = sock.recv(_HELLO.size)
+        except (BlockingIOError, ConnectionError):
+            return None
+        if len(hello) != _HELLO.size:
+            return None
         shown, proof = self.welcome.halves
-        if len(hello) == _HELLO.size:
-            secret, rank = _HELLO.unpack(hello)
-            if hmac.compare_digest(secret, shown) and 0 < rank < self.size and rank not in members:
-                sock.settimeout(1.0)
-                sock.sendall(proof)
-                members[rank] = sock
-                return
-        log.warning("refused a connection of process %d: it is not a rank of this group", _peer_user(sock)[0])
-        sock.close()
+        secret, rank = _HELLO.unpack(hello)
+        if not hmac.compare_digest(secret, shown) or not 0 < rank < self.size:
+            return None
+        with contextlib.suppress(ConnectionError):  # it died: the next message to it or from it says so
+            sock.sendall(proof)
+        return int(rank)
 
 
 def connect(welcome: Welcome, rank: int, deadline: float) -> socket.socket:
-    """Connect to a leader and show membership; :func:`check_leader` must follow once the leader accepts."""
+    """Connect to a leader and show membership; :func:`check_leader` must follow once the leader accepts.
+
+    Raises:
+        PeerLostError: The leader is gone.
+        RendezvousError: Its process is another user's, or strangers fill its queue.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         sock.settimeout(_remaining(deadline))
         sock.connect("\0" + welcome.address)
-        uid = _peer_user(sock)[1]
+        uid = _peer(sock)[1]
         if uid != os.getuid():
             raise RendezvousError(
                 f"the socket of rank 0 belongs to user {uid}, this process runs as user {os.getuid()}",
                 hint="start all ranks as the same user, in the same user namespace",
             )
         sock.sendall(_HELLO.pack(welcome.halves[0], rank))
-    except BaseException:
+    except BaseException as error:
         sock.close()
+        if isinstance(error, BlockingIOError):
+            raise RendezvousError(
+                "the queue of rank 0's socket is full of strangers",
+                hint="some process of this machine connects to it without end; stop that process",
+            ) from error
+        if isinstance(error, ConnectionError):
+            raise PeerLostError("nobody listens at rank 0's socket any more", peers=(0,)) from error
         raise
     return sock
 
@@ -280,9 +308,12 @@ def check_leader(sock: socket.socket, welcome: Welcome, deadline: float) -> None
 
     Raises:
         PeerLostError: It is not, or it went away.
+        PeerTimeoutError: It did not answer by ``deadline``.
     """
     try:
         shown = _receive_exactly(sock, 32, deadline)
+    except TimeoutError as error:
+        raise PeerTimeoutError("rank 0 did not accept this rank's connection in time", peers=(0,)) from error
     except (EOFError, OSError) as error:
         raise PeerLostError(f"rank 0 did not accept this rank's connection: {error}", peers=(0,)) from error
     if not hmac.compare_digest(shown, welcome.halves[1]):

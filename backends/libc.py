@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 from symmem.errors import OutOfMemoryError, ResourceLimitError, SymmemError
@@ -16,9 +17,11 @@ __all__ = [
     "PAGE",
     "Region",
     "available_memory",
+    "duplicate",
     "fence",
     "futex_wait",
     "futex_wake",
+    "is_limit",
     "limit_error",
     "round_up",
 ]
@@ -64,6 +67,37 @@ def available_memory() -> int:
     return available
 
 
+def is_limit(error: BaseException) -> bool:
+    """Whether an exception says that a limit of the system or of this process was reached."""
+    limits = (errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.ENOMEM, errno.ENOSPC, errno.ETOOMANYREFS)
+    return isinstance(error, OSError) and error.errno in limits
+
+
+def duplicate(descriptors: Sequence[int]) -> tuple[int, ...]:
+    """Duplicate all descriptors, or none.
+
+    Raises:
+        ResourceLimitError: This process may not have so many.
+    """
+    copies: list[int] = []
+    try:
+        for descriptor in descriptors:
+            copies.append(os.dup(descriptor))  # a comprehension would lose those made
+    except OSError as error:
+        for copy in copies:
+            os.close(copy)
+        raise limit_error(error, f"cannot duplicate {len(descriptors)} file descriptors") from error
+    return tuple(copies)
+
+
+def _setting(path: str) -> str:
+    """What a file of /proc/sys says; it cannot be opened when this machine may open no more files."""
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return "so many"
+
+
 def limit_error(error: OSError, what: str) -> SymmemError:
     """The named error for a system call that failed on a limit, with the limit's present value."""
     code = error.errno
@@ -74,7 +108,7 @@ def limit_error(error: OSError, what: str) -> SymmemError:
             hint="raise it (`ulimit -n`), or hold fewer symmetric tensors at a time",
         )
     if code == errno.ENFILE:
-        limit = Path("/proc/sys/fs/file-max").read_text().strip()
+        limit = _setting("/proc/sys/fs/file-max")
         return ResourceLimitError(
             f"{what}: this machine may have {limit} open files", hint="raise /proc/sys/fs/file-max"
         )
@@ -86,7 +120,7 @@ def limit_error(error: OSError, what: str) -> SymmemError:
         )
     if code == errno.ENOMEM:
         space = resource.getrlimit(resource.RLIMIT_AS)[0]
-        maps = Path("/proc/sys/vm/max_map_count").read_text().strip()
+        maps = _setting("/proc/sys/vm/max_map_count")
         return OutOfMemoryError(
             f"{what}: no memory, address space or mappings left (available {available_memory()} bytes, RLIMIT_AS "
             f"{'unlimited' if space < 0 else space}, at most {maps} mappings)",

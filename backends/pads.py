@@ -135,9 +135,7 @@ class PaddedMapping(Mapping):
 M = TypeVar("M", bound=PaddedMapping)
 
 
-def padded(
-    slots: PadSlots, pointers: Sequence[int], collective: Collective, make: Callable[[tuple[int, ...]], M]
-) -> M:
+def padded(slots: PadSlots, pointers: Sequence[int], collective: Collective, make: Callable[[tuple[int, ...]], M]) -> M:
     """Tell each other where the pads are, and make the mapping. Collective.
 
     Args:

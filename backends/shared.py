@@ -71,8 +71,7 @@ class SharedMapping(Mapping):
         first_pad = group.size * stride
         pointers = [region.place(rank * stride, memory, stride) for rank, (memory, _) in enumerate(tokens)]
         self._pads = tuple(
-            region.place(first_pad + rank * pad_stride, pad, pad_stride)
-            for rank, (_, pad) in enumerate(tokens)
+            region.place(first_pad + rank * pad_stride, pad, pad_stride) for rank, (_, pad) in enumerate(tokens)
         )
         region.open()
         pointers[group.rank] = own
@@ -101,9 +100,7 @@ class SharedMapping(Mapping):
         return self._pads[rank], self._pad_stride
 
 
-def pass_and_map(
-    descriptor: int, nbytes: int, reserve: Callable[[int], Range], memory: torch.Tensor
-) -> bool:
+def pass_and_map(descriptor: int, nbytes: int, reserve: Callable[[int], Range], memory: torch.Tensor) -> bool:
     """Pass memory through a socket, map it a second time, and say whether a store is seen there. For probes.
 
     Args:

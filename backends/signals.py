@@ -148,8 +148,10 @@ class SharedSignals:
         awaited = self._words[rank][self._abandoned + channel]
         if not awaited:
             return
-        raise PeerTimeoutError(
-            f"rank {rank} gave up a barrier on this channel when rank {awaited - 1} died or did not come in time",
+        lost = awaited - 1 in self._group.lost()
+        raise (PeerLostError if lost else PeerTimeoutError)(
+            f"rank {rank} gave up a barrier on this channel when rank {awaited - 1} "
+            + ("died" if lost else "did not come in time"),
             hint="use another channel, or allocate the tensor anew once the cause is mended",
             peers=(awaited - 1,),
             rank=self._rank,

@@ -105,8 +105,8 @@ class RankPool:
 
     @property
     def alive(self) -> bool:
-        """Whether all ranks live."""
-        return all(process.is_alive() for process in self._processes)
+        """Whether it was not closed, and all ranks live."""
+        return bool(self._processes) and all(process.is_alive() for process in self._processes)
 
     def kill(self, rank: int) -> None:
         """Kill a rank with SIGKILL."""
@@ -157,6 +157,8 @@ class RankPool:
                     self._processes[rank].join(5)
                     code = self._processes[rank].exitcode
                     outcomes[rank] = Outcome(error=RuntimeError(f"rank {rank} died with exit code {code}"))
+                except Exception as error:  # such as an exception that cannot be made from its arguments
+                    outcomes[rank] = Outcome(error=RuntimeError(f"rank {rank}'s answer cannot be read: {error!r}"))
         if len(outcomes) < self.size:
             self._show_stacks([rank for rank in range(self.size) if rank not in outcomes])
         hung = Outcome(error=RuntimeError(f"did not answer in {timeout or self.timeout:g} s and was killed"))

@@ -61,10 +61,14 @@ def conformance(backend: str, world: int) -> Iterator[Result]:
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(RankPool(world, env=_ENV, timeout=120))
         for case in sorted(CASES.values(), key=lambda case: case.breaks):
-            if not pool.alive or (case.breaks and alone):
+            if case.breaks and alone:
                 pool.close()
+            if not pool.alive:
                 pool = stack.enter_context(RankPool(world, env=_ENV, timeout=120))
-            yield _one(pool, case, backend, world)
+            result = _one(pool, case, backend, world)
+            if result.outcome == "failed":
+                pool.close()  # its ranks may be at different steps now
+            yield result
 
 
 def _one(pool: RankPool, case: Case, backend: str, world: int) -> Result:

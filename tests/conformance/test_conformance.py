@@ -8,6 +8,7 @@ import pytest
 
 from symmem.tools.conformance import CASES, run_case
 from symmem.tools.doctor import examine
+from symmem.tools.ranks import RanksFailedError
 
 
 @functools.cache
@@ -33,7 +34,11 @@ def test_case(backend: str, world: int, name: str, pools, new_pool, request: pyt
     pools.keep_only(backend)
     breaks = case.breaks and backend != "host"
     pool = new_pool(world) if breaks else pools.get(world, "" if backend == "host" else backend)
-    reasons = set(pool.run(run_case, name, backend, timeout=90))
+    try:
+        reasons = set(pool.run(run_case, name, backend, timeout=90))
+    except RanksFailedError:
+        pool.close()  # its ranks may be at different steps now
+        raise
     assert len(reasons) == 1, f"ranks disagree on whether to skip: {reasons}"
     if reason := reasons.pop():
         pytest.skip(reason)

@@ -157,7 +157,7 @@ def run_case(name: str, backend: str) -> str | None:
         return f"needs {chosen.world} ranks"
     lacking = (chosen.requires or Capability(0)) & ~context.backend.capabilities
     function = functools.partial(_refuses, lacking=lacking) if lacking else chosen.function
-    context.meet()  # the first meeting of a group sets up what stays: sockets, watched processes
+    _warm_up(context)
     before = Resources.now()
     try:
         function(context)
@@ -169,6 +169,19 @@ def run_case(name: str, backend: str) -> str | None:
         context.group.fail(name, error)  # the other ranks need not wait for this one
         raise
     return None
+
+
+_warm: set[str] = set()
+
+
+def _warm_up(ctx: Context) -> None:
+    """Let the group and the backend's library set up, once, what stays: sockets, watched processes, heaps, kernels."""
+    if ctx.backend.name not in _warm:
+        st = ctx.shared(16)
+        if Capability.SIGNALS in ctx.backend.capabilities:
+            st.barrier()
+        _warm.add(ctx.backend.name)
+    ctx.meet()
 
 
 _USES: dict[Capability, Callable[[symmem.SymmetricTensor, Context], object]] = {

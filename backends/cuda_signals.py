@@ -1,0 +1,228 @@
+"""Barrier and signals as work on a CUDA stream: three small kernels over the signal pads of all ranks.
+
+What the kernels do is in :mod:`symmem.backends.cuda_kernels`. They are compiled when they are first needed and launched
+with arguments that never change, so a captured CUDA graph can be replayed. A kernel whose time is up leaves word in
+host memory which peer it waited for, and :meth:`CudaSignals.check` turns that into an error by name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from symmem.backends.base import SIGNAL_CHANNELS, Group
+from symmem.backends.cuda_kernels import OPERATIONS, SOURCE
+from symmem.backends.driver import Driver, load_driver
+from symmem.backends.driver_errors import driver_error
+from symmem.errors import PeerLostError, PeerTimeoutError, UnsupportedError
+
+__all__ = ["CudaSignals"]
+
+_LARGEST_WORLD = 480  # 2 threads a rank in one block, and 8 bytes a rank in 4 KiB of arguments
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not used CUDA yet
+_REMEMBERED = 4096  # launches whose arguments are kept
+
+
+class _Launch:
+    """A kernel with its arguments, laid out once as the driver reads them."""
+
+    def __init__(self, function: Any, threads: int, call: ctypes.Structure) -> None:
+        self.function, self.threads, self._call = function, threads, call
+        self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(call))
+        self.arguments = ctypes.addressof(self._arguments)
+
+
+class _Device:
+    """What all signals on one GPU of this process share: kernels by number of ranks, and the status words."""
+
+    def __init__(self, ordinal: int) -> None:
+        self.driver: Driver = load_driver()
+        self.ordinal = ordinal
+        with self.driver.on(ordinal):
+            host, self.status_address = self.driver.pinned(16)
+        self.status = (ctypes.c_uint32 * 4).from_address(host)
+        ctypes.memset(host, 0, 16)
+        self._groups: list[tuple[str, int, weakref.ref[Group]]] = []
+        self._kernels: dict[int, dict[str, Any]] = {}
+        self._lock = threading.Lock()
+
+    def enter(self, group: Group) -> int:
+        """A number by which kernels name a group."""
+        with self._lock:
+            for number, (_name, _rank, known) in enumerate(self._groups):
+                if known() is group:
+                    return number
+            self._groups.append((group.name, group.rank, weakref.ref(group)))
+            return len(self._groups) - 1
+
+    def kernels(self, world: int) -> dict[str, Any]:
+        """The functions for so many ranks; compiled when they are first asked for, in about 60 ms."""
+        with self._lock:
+            if world not in self._kernels:
+                self._kernels[world] = self._compile(world)
+            return self._kernels[world]
+
+    def _compile(self, world: int) -> dict[str, Any]:
+        try:
+            from cuda.core import Program, ProgramOptions
+        except ImportError as error:
+            raise UnsupportedError(
+                f"barrier and signals on CUDA need cuda.core to compile their kernels: {error}",
+                hint="pip install 'symmem[cuda]'",
+            ) from error
+        capability = (f"COMPUTE_CAPABILITY_{part}" for part in ("MAJOR", "MINOR"))
+        number = "".join(str(self.driver.attribute(self.ordinal, name)) for name in capability)
+        options = ProgramOptions(arch=f"sm_{number}", define_macro=[("WORLD", str(world))])
+        try:
+            code = Program(SOURCE, "c++", options).compile("cubin")
+        except Exception as error:  # the compiler's library has errors of its own
+            raise UnsupportedError(
+                f"the kernels for barrier and signals cannot be compiled: {type(error).__name__}: {error}",
+                hint="NVRTC comes with torch and with the CUDA toolkit; see that its version fits the GPU",
+            ) from error
+        with self.driver.on(self.ordinal):  # loading now, not at the first launch, which may be captured
+            functions = {name: self.driver.function(int(code.get_kernel(name).handle)) for name in OPERATIONS}
+        return functions | {"code": code}
+
+    def failure(self) -> PeerTimeoutError | PeerLostError | None:
+        """What a kernel wrote before it trapped, on any of this GPU's signals."""
+        operation, channel, peer, number = self.status
+        if not operation:
+            return None
+        name, rank, known = self._groups[number]
+        group = known()
+        lost = group is not None and peer in group.lost()
+        kind = PeerLostError if lost else PeerTimeoutError
+        what = f"rank {peer}'s process ended before it came" if lost else f"rank {peer} did not come in time"
+        first = f"look at the log of rank {peer} for the first error"
+        slow = "" if lost else "; if it is only slow, raise signal_timeout"
+        return kind(
+            f"{what}; this process's kernels were stopped, so that none goes on with stale data",
+            hint=f"{first}, and restart the job: this process cannot use cuda:{self.ordinal} any more{slow}",
+            rank=rank,
+            group=name,
+            step=f"{OPERATIONS[operation - 1]} on channel {channel}",
+            peers=(peer,),
+        )
+
+
+@functools.cache
+def _device(ordinal: int) -> _Device:
+    return _Device(ordinal)
+
+
+class CudaSignals:
+    """Signals of one group on one GPU. Each call is work on torch's current stream of that GPU, and returns at once.
+
+    Any backend can use it whose signal pads all ranks can load from and store to.
+
+    Args:
+        group: For its rank, size, name, and which ranks are lost.
+        device: The GPU that the kernels run on.
+        pads: Address of each rank's pad, :meth:`nbytes` bytes or more, zeroed before any rank signals; 0 where that
+            rank cannot be reached.
+    """
+
+    def __init__(self, group: Group, device: torch.device, pads: Sequence[int]) -> None:
+        self._group, self._pads = group, tuple(pads)
+        self._ordinal = torch.cuda.current_device() if device.index is None else device.index
+        self._device = _device(self._ordinal)
+        self._number = self._device.enter(group)
+        self._status = self._device.status
+        self._launch_kernel = self._device.driver.bindings.cuLaunchKernel
+        self._launches: dict[tuple[str, int, int, float], _Launch] = {}
+
+    @staticmethod
+    def nbytes(size: int) -> int:
+        """Bytes of one pad in a group of ``size`` ranks."""
+        return 4 * SIGNAL_CHANNELS * size
+
+    def barrier(self, channel: int, timeout: float) -> None:
+        """See :meth:`Mapping.barrier`."""
+        self._run("barrier", self._group.rank, channel, timeout)
+
+    def put_signal(self, rank: int, channel: int, timeout: float) -> None:
+        """See :meth:`Mapping.put_signal`."""
+        self._run("put_signal", rank, channel, timeout)
+
+    def wait_signal(self, rank: int, channel: int, timeout: float) -> None:
+        """See :meth:`Mapping.wait_signal`."""
+        self._run("wait_signal", rank, channel, timeout)
+
+    def check(self) -> None:
+        """See :meth:`Mapping.check`. Tells of a failure of any group's signals on this GPU."""
+        if self._status[0] and (error := self._device.failure()):
+            raise error
+
+    def _run(self, operation: str, peer: int, channel: int, timeout: float) -> None:
+        if self._status[0]:
+            self.check()
+        key = (operation, peer, channel, timeout)
+        launch = self._launches.get(key) or self._prepare(key)
+        if torch._C._cuda_getDevice() == self._ordinal:
+            self._launch(launch)
+        else:
+            with torch.cuda.device(self._ordinal):
+                self._launch(launch)
+
+    def _launch(self, launch: _Launch) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(self._ordinal)
+        threads, arguments = launch.threads, launch.arguments
+        (code,) = self._launch_kernel(launch.function, 1, 1, 1, threads, 1, 1, 0, stream, arguments, 0)
+        if code == _INVALID_CONTEXT:
+            self._device.driver.enter(self._ordinal)
+            (code,) = self._launch_kernel(launch.function, 1, 1, 1, threads, 1, 1, 0, stream, arguments, 0)
+        if code:
+            self.check()
+            raise driver_error(code.name, f"a signal's kernel cannot be launched: {code.name}").located(
+                rank=self._group.rank, group=self._group.name, step="launch"
+            )
+
+    def _prepare(self, key: tuple[str, int, int, float]) -> _Launch:
+        """Lay out a launch's arguments, and keep them: the driver copies them at the launch."""
+        operation, peer, channel, timeout = key
+        size = self._group.size
+        self._check_reachable(operation, peer)
+        function = self._device.kernels(size)[operation]
+        call = _call_type(size)(
+            pads=(ctypes.c_uint64 * size)(*self._pads),
+            status=self._device.status_address,
+            limit=int(timeout * 1e9),
+            channel=channel,
+            rank=self._group.rank,
+            peer=peer,
+            group=self._number,
+        )
+        if len(self._launches) >= _REMEMBERED:
+            self._launches.clear()
+        threads = 2 * -(-size // 32) * 32 if operation == "barrier" else 1
+        launch = self._launches[key] = _Launch(function, threads, call)
+        return launch
+
+    def _check_reachable(self, operation: str, peer: int) -> None:
+        needed = {"barrier": range(self._group.size), "put_signal": (peer,), "wait_signal": ()}[operation]
+        unreachable = tuple(rank for rank in needed if not self._pads[rank])
+        if unreachable or self._group.size > _LARGEST_WORLD:
+            why = f"ranks {list(unreachable)} are not load/store reachable from here"
+            raise UnsupportedError(
+                f"no {operation}: {why if unreachable else f'the group has more than {_LARGEST_WORLD} ranks'}",
+                hint="use a group of ranks that reach each other, within one host or NVLink fabric",
+                rank=self._group.rank,
+                group=self._group.name,
+                step=operation,
+                peers=unreachable,
+            )
+
+
+@functools.cache
+def _call_type(world: int) -> type[ctypes.Structure]:
+    """``struct Call`` of :data:`symmem.backends.cuda_kernels.SOURCE`."""
+    words = ("channel", "rank", "peer", "group")
+    fields = [("pads", ctypes.c_uint64 * world), ("status", ctypes.c_uint64), ("limit", ctypes.c_uint64)]
+    return type("Call", (ctypes.Structure,), {"_fields_": [*fields, *((word, ctypes.c_uint32) for word in words)]})

@@ -1,0 +1,292 @@
+"""The CUDA driver calls that symmem makes, typed, with errors by name.
+
+:class:`Driver` is the one seam between symmem and the GPU's driver: tests replace it by a fake over host memory.
+Handles and addresses are integers, sizes are bytes, GPUs are ordinals: what torch calls ``cuda:N``, counted over
+the devices that are visible to this process.
+
+Source: the CUDA driver API, "Virtual Memory Management" and "Multicast Object Management".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from symmem.backends.driver_errors import driver_error
+from symmem.errors import BackendUnavailableError, UnsupportedError
+
+__all__ = ["Driver", "load_driver"]
+
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: not ordered with the legacy default stream
+_PORTABLE, _DEVICE_MAP = 1, 2  # CU_MEMHOSTALLOC_*
+_CAPTURE_ERRORS = range(900, 909)  # CUDA_ERROR_STREAM_CAPTURE_*
+
+
+class Driver:
+    """The driver, initialised.
+
+    Every method raises the named error of a call that failed (:func:`driver_error`), unless it says otherwise.
+
+    Raises:
+        BackendUnavailableError: The Python package, the driver library, a device, or CUDA in torch is missing, in
+            this order; says which, and what to do.
+    """
+
+    def __init__(self) -> None:
+        self.bindings = _import_bindings()
+        self._initialise()
+        self._devices = tuple(self._call("cuDeviceGet", i) for i in range(self._call("cuDeviceGetCount")))
+        if not self._devices:
+            raise driver_error("CUDA_ERROR_NO_DEVICE", "there is no NVIDIA GPU that this process can see")
+        if not torch.cuda.is_available():
+            built = "is built without CUDA" if torch.version.cuda is None else "finds no usable CUDA device"
+            raise BackendUnavailableError(
+                f"torch {torch.__version__} {built}",
+                hint="install a torch built for CUDA 13 (see pytorch.org), or use the backend 'host'",
+            )
+
+    def _initialise(self) -> None:
+        try:
+            (code,) = self.bindings.cuInit(0)
+        except RuntimeError as error:
+            raise BackendUnavailableError(
+                f"the NVIDIA driver library cannot be loaded: {error}",
+                hint="install the NVIDIA driver; start a container with its GPUs (docker: --gpus all)",
+            ) from error
+        if code:
+            raise BackendUnavailableError(
+                f"the NVIDIA driver does not work: {self._text(code)}",
+                hint=driver_error(code.name, "").hint,
+            )
+
+    def _call(self, function: str, *arguments: object) -> Any:
+        """Call a function of the driver; returns its result, if it has one."""
+        try:
+            code, *results = getattr(self.bindings, function)(*arguments)
+        except RuntimeError as error:  # the installed driver is older than this function
+            raise UnsupportedError(f"{function}: {error}", hint="install a newer NVIDIA driver") from error
+        if code:
+            raise driver_error(code.name, f"{function}: {self._text(code)}")
+        return results[0] if results else None
+
+    def _text(self, code: Any) -> str:
+        _, text = self.bindings.cuGetErrorString(code)
+        return f"{code.name} ({text.decode() if text else 'unknown'})"
+
+    # Devices.
+
+    def current_device(self) -> torch.device:
+        """Torch's current device."""
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def ordinal(self, device: torch.device) -> int:
+        """The GPU that memory on ``device`` lies on."""
+        return torch.cuda.current_device() if device.index is None else device.index
+
+    def identities(self) -> tuple[str, ...]:
+        """What identifies each visible GPU on any machine (its UUID), by ordinal."""
+        return tuple(self._call("cuDeviceGetUuid", device).bytes.hex() for device in self._devices)
+
+    def name(self, ordinal: int) -> str:
+        """Model of a GPU."""
+        text = self._call("cuDeviceGetName", 96, self._devices[ordinal])
+        return str(text.rstrip(b"\0").decode())
+
+    def attribute(self, ordinal: int, name: str) -> int:
+        """A CU_DEVICE_ATTRIBUTE by the rest of its name. What a device advertises need not work: try it."""
+        key = getattr(self.bindings.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(self._call("cuDeviceGetAttribute", key, self._devices[ordinal]))
+
+    def can_access_peer(self, ordinal: int, peer: int) -> bool:
+        """Whether a GPU can load from and store to the memory of another one."""
+        return bool(self._call("cuDeviceCanAccessPeer", self._devices[ordinal], self._devices[peer]))
+
+    @functools.cache  # noqa: B019  # there is one driver a process
+    def _context(self, ordinal: int) -> Any:
+        return self._call("cuDevicePrimaryCtxRetain", self._devices[ordinal])
+
+    @contextlib.contextmanager
+    def on(self, ordinal: int) -> Iterator[None]:
+        """Make a GPU's context, the one that torch uses, the current one of this thread.
+
+        Within, calls that CUDA deems unsafe during a stream capture are allowed: none of them joins the capture.
+        """
+        modes = self.bindings.CUstreamCaptureMode
+        self._call("cuCtxPushCurrent", self._context(ordinal))
+        try:
+            before = self._call("cuThreadExchangeStreamCaptureMode", modes.CU_STREAM_CAPTURE_MODE_RELAXED)
+            try:
+                yield
+            finally:
+                self.bindings.cuThreadExchangeStreamCaptureMode(before)
+        finally:
+            self.bindings.cuCtxPopCurrent()  # an error here is one that the block has met already
+
+    def enter(self, ordinal: int) -> None:
+        """Make a GPU's context the current one of this thread, for good."""
+        self._call("cuCtxSetCurrent", self._context(ordinal))
+
+    def quiesce(self, ordinal: int) -> bool:
+        """Wait until a GPU has done all work of this process; False if that is not allowed, amid a stream capture.
+
+        A device that has failed does no work any more, so its error is none here.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            return False  # asking the driver would end the capture
+        (code,) = self.bindings.cuCtxSynchronize()
+        return int(code) not in _CAPTURE_ERRORS
+
+    # Memory.
+
+    def granularity(self, ordinal: int, fabric: bool) -> int:
+        """Sizes of memory on a GPU must be multiples of this."""
+        flags = self.bindings.CUmemAllocationGranularity_flags
+        prop = self._memory_kind(ordinal, fabric)
+        return int(self._call("cuMemGetAllocationGranularity", prop, flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED))
+
+    def create(self, ordinal: int, nbytes: int, fabric: bool) -> int:
+        """Physical memory on a GPU that can be exported: as a file descriptor, and as a fabric handle if asked for."""
+        return int(self._call("cuMemCreate", nbytes, self._memory_kind(ordinal, fabric), 0))
+
+    def _memory_kind(self, ordinal: int, fabric: bool) -> Any:
+        cu = self.bindings
+        prop = cu.CUmemAllocationProp()
+        prop.type = cu.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        prop.location = self._location(ordinal)
+        prop.requestedHandleTypes = self._handle_types(fabric)
+        return prop
+
+    def _location(self, ordinal: int) -> Any:
+        location = self.bindings.CUmemLocation()
+        location.type = self.bindings.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        location.id = ordinal
+        return location
+
+    def _handle_types(self, fabric: bool) -> Any:
+        types = self.bindings.CUmemAllocationHandleType
+        posix = types.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        return posix | types.CU_MEM_HANDLE_TYPE_FABRIC if fabric else posix
+
+    def release(self, handle: int) -> None:
+        """Let go of a handle. The memory lives on while it is mapped, exported or imported anywhere."""
+        self._call("cuMemRelease", handle)
+
+    def export_descriptor(self, handle: int) -> int:
+        """A file descriptor for a handle, which another process of this host can import; the caller closes it."""
+        types = self.bindings.CUmemAllocationHandleType
+        posix = types.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        return int(self._call("cuMemExportToShareableHandle", handle, posix, 0))
+
+    def import_descriptor(self, descriptor: int) -> int:
+        """The handle for a descriptor of another process, which stays the caller's to close."""
+        types = self.bindings.CUmemAllocationHandleType
+        posix = types.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        return int(self._call("cuMemImportFromShareableHandle", descriptor, posix))
+
+    def export_fabric(self, handle: int) -> bytes:
+        """64 bytes for a handle, which a process on any host of the NVLink fabric can import."""
+        fabric = self.bindings.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_FABRIC
+        return bytes(self._call("cuMemExportToShareableHandle", handle, fabric, 0).data)
+
+    def import_fabric(self, exported: bytes) -> int:
+        """The handle for what :meth:`export_fabric` gave."""
+        fabric = self.bindings.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_FABRIC
+        return int(self._call("cuMemImportFromShareableHandle", exported, fabric))
+
+    def reserve(self, nbytes: int, alignment: int) -> int:
+        """Reserve a range of addresses."""
+        return int(self._call("cuMemAddressReserve", nbytes, alignment, 0, 0))
+
+    def unreserve(self, address: int, nbytes: int) -> None:
+        """Give back a whole reserved range in which nothing is mapped any more."""
+        self._call("cuMemAddressFree", address, nbytes)
+
+    def map(self, address: int, nbytes: int, handle: int) -> None:
+        """Map the first ``nbytes`` of a handle's memory into a reserved range; nobody may access it yet."""
+        self._call("cuMemMap", address, nbytes, 0, handle, 0)
+
+    def unmap(self, address: int, nbytes: int) -> None:
+        """Undo one :meth:`map`. Does not wait for kernels that use the memory: see :meth:`quiesce`."""
+        self._call("cuMemUnmap", address, nbytes)
+
+    def allow(self, ordinal: int, address: int, nbytes: int) -> None:
+        """Let a GPU load from and store to a fully mapped range, of one or more maps."""
+        access = self.bindings.CUmemAccessDesc()
+        access.location = self._location(ordinal)
+        access.flags = self.bindings.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        self._call("cuMemSetAccess", address, nbytes, [access], 1)
+
+    def zero(self, ordinal: int, address: int, nbytes: int) -> None:
+        """Set memory to zero, now: it is done when the call returns. Must be called within :meth:`on`."""
+        stream = self._own_stream(ordinal)
+        self._call("cuMemsetD8Async", address, 0, nbytes, stream)
+        self._call("cuStreamSynchronize", stream)
+
+    @functools.cache  # noqa: B019  # there is one driver a process
+    def _own_stream(self, ordinal: int) -> Any:
+        return self._call("cuStreamCreate", _NON_BLOCKING)
+
+    # Multicast: only where the settings allow it.
+
+    def multicast_granularity(self, ordinal: int) -> int:
+        """Sizes of memory that is to be bound to a multicast object must be multiples of this."""
+        flags = self.bindings.CUmulticastGranularity_flags
+        prop = self._multicast_kind(self.granularity(ordinal, False), 2, False)
+        return int(self._call("cuMulticastGetGranularity", prop, flags.CU_MULTICAST_GRANULARITY_MINIMUM))
+
+    def multicast_create(self, nbytes: int, devices: int, fabric: bool) -> int:
+        """A multicast object for so many GPUs, as a handle that is exported, mapped and released like memory."""
+        return int(self._call("cuMulticastCreate", self._multicast_kind(nbytes, devices, fabric)))
+
+    def _multicast_kind(self, nbytes: int, devices: int, fabric: bool) -> Any:
+        prop = self.bindings.CUmulticastObjectProp()
+        prop.numDevices, prop.size, prop.handleTypes = devices, nbytes, int(self._handle_types(fabric))
+        return prop
+
+    def multicast_add(self, multicast: int, ordinal: int) -> None:
+        """Let a GPU join; all must have joined before memory is bound."""
+        self._call("cuMulticastAddDevice", multicast, self._devices[ordinal])
+
+    def multicast_bind(self, multicast: int, memory: int, nbytes: int) -> None:
+        """Bind the first ``nbytes`` of a GPU's memory."""
+        self._call("cuMulticastBindMem", multicast, 0, memory, 0, nbytes, 0)
+
+    def multicast_unbind(self, multicast: int, ordinal: int, nbytes: int) -> None:
+        """Undo :meth:`multicast_bind`."""
+        self._call("cuMulticastUnbind", multicast, self._devices[ordinal], 0, nbytes)
+
+    # Kernels.
+
+    def function(self, kernel: int) -> Any:
+        """The loaded function of a CUkernel in the current context, for cuLaunchKernel."""
+        return self._call("cuKernelGetFunction", self.bindings.CUkernel(kernel))
+
+    def pinned(self, nbytes: int) -> tuple[int, int]:
+        """Host memory that kernels can store to: its address for the CPU, and for the GPU. Never freed."""
+        host = self._call("cuMemHostAlloc", nbytes, _PORTABLE | _DEVICE_MAP)
+        return int(host), int(self._call("cuMemHostGetDevicePointer", host, 0))
+
+
+def _import_bindings() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"the Python package cuda.bindings is not installed: {error}",
+            hint="pip install 'symmem[cuda]', on a machine with an NVIDIA GPU and driver",
+        ) from error
+    return driver
+
+
+@functools.cache
+def load_driver() -> Driver:
+    """The driver of this process, the same each time. A failure is not remembered: it may be tried again.
+
+    Raises:
+        BackendUnavailableError: See :class:`Driver`.
+    """
+    return Driver()

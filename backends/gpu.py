@@ -1,0 +1,88 @@
+"""What backends that leave the memory to another library need of ``torch.cuda``."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import torch
+
+from symmem.errors import BackendUnavailableError, InvalidArgumentError
+
+__all__ = [
+    "check_device",
+    "current_stream",
+    "finish_stream",
+    "free_memory",
+    "idle",
+    "on_device",
+    "require_gpu",
+    "synchronize",
+]
+
+
+def require_gpu(backend: str) -> None:
+    """Return if torch can use a GPU in this process.
+
+    Raises:
+        BackendUnavailableError: Says whether it is torch, the driver or the machine.
+    """
+    if torch.version.cuda is None:
+        raise BackendUnavailableError(
+            f"the backend {backend!r} needs NVIDIA GPUs, and this torch {torch.__version__} is built without CUDA",
+            hint="on a machine with GPUs, install a CUDA build of torch (https://pytorch.org/get-started)",
+        )
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            f"the backend {backend!r} needs NVIDIA GPUs, and torch finds none that it can use",
+            hint="see `nvidia-smi`: is there a GPU, a driver, and is CUDA_VISIBLE_DEVICES not empty?",
+        )
+
+
+def check_device(backend: str, device: torch.device) -> torch.device:
+    """The device, with an index.
+
+    Raises:
+        InvalidArgumentError: It is not a CUDA device.
+    """
+    if device.type != "cuda":
+        raise InvalidArgumentError(f"memory of the backend {backend!r} lies on CUDA devices, not on {device}")
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make it the current device for a while."""
+    return torch.cuda.device(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work on all streams of a device."""
+    torch.cuda.synchronize(device)
+
+
+def finish_stream(device: torch.device) -> None:
+    """Wait for the work on the current stream of a device."""
+    torch.cuda.current_stream(device).synchronize()
+
+
+def idle(device: torch.device, timeout: float) -> bool:
+    """Whether the work on the current stream ends within ``timeout`` seconds. Never blocks for longer."""
+    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    deadline = time.monotonic() + timeout
+    while not event.query():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def current_stream(device: torch.device) -> int:
+    """The current stream as a ``cudaStream_t``."""
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of the device that nobody has taken."""
+    return torch.cuda.mem_get_info(device)[0]

@@ -1,0 +1,89 @@
+"""Multicast objects: one address that stores to, or reduces over, the memory of all ranks of a group (NVLink SHARP).
+
+Whether a group may have one is settled at its rendezvous (:func:`why_not`, of every rank): asking for the pointer
+where it may not is then a local error, and cuMulticastCreate is never called, not even to probe.
+
+Order, after the CUDA driver API and PyTorch's CUDASymmetricMemory: one rank creates and exports the object, every rank
+imports it (the creator too; its own reference may go once all have), every GPU joins, and only then is memory bound.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import TYPE_CHECKING
+
+from symmem.backends.base import Group
+from symmem.backends.driver import Driver
+from symmem.backends.vmm import DeviceRange, Handle, exchange_handles
+from symmem.config.machine import multicast_blocker
+from symmem.errors import SymmemError
+
+if TYPE_CHECKING:
+    from symmem.config import Settings
+
+__all__ = ["Multicast", "granularity", "why_not"]
+
+
+def why_not(driver: Driver, ordinal: int, settings: Settings) -> str:
+    """Why this rank may not have a multicast pointer; an empty text if it may."""
+    if settings.multicast == "off":
+        return f"multicast is switched off ({settings.origins.get('multicast', 'by the settings')})"
+    if not driver.attribute(ordinal, "MULTICAST_SUPPORTED"):
+        return f"the GPU {driver.name(ordinal)} does not support multicast"
+    return ""
+
+
+def granularity(driver: Driver, ordinal: int) -> int:
+    """What the size of memory must be a multiple of to be bound to a multicast object later; 1 if it cannot be."""
+    if multicast_blocker() or not driver.attribute(ordinal, "MULTICAST_SUPPORTED"):
+        return 1
+    try:
+        return driver.multicast_granularity(ordinal)
+    except SymmemError:  # then binding will fail too, and say why
+        return 1
+
+
+class Multicast:
+    """A multicast object over the memory of all ranks. Making it is collective.
+
+    Unmapped, unbound and released with the last reference, with no communication.
+
+    Args:
+        driver: The driver.
+        group: The ranks, each on a GPU of its own.
+        ordinal: This rank's GPU.
+        memory: This rank's memory.
+        nbytes: Bytes of it; the same on all ranks, and a multiple of :func:`granularity`.
+        fabric: Whether handles can be exported to other hosts.
+
+    Attributes:
+        address: The multicast address.
+
+    Raises:
+        SymmemError: The same on all ranks; nothing is left behind.
+    """
+
+    def __init__(self, driver: Driver, group: Group, ordinal: int, memory: Handle, nbytes: int, fabric: bool) -> None:
+        with group.collective("multicast_ptr") as collective, contextlib.ExitStack() as undo:
+            undo.enter_context(driver.on(ordinal))
+            created = []
+            if group.rank == 0:
+                created = [Handle(driver, driver.multicast_create(nbytes, group.size, fabric))]
+                undo.callback(created[0].close)
+            with exchange_handles(driver, collective, "create", {}, created, fabric) as received:
+                handle = Handle.take(driver, received[0][1][0])
+            on_failure = undo.enter_context(contextlib.ExitStack())
+            on_failure.callback(handle.close)
+            region = DeviceRange(driver, ordinal, nbytes, granularity(driver, ordinal))
+            on_failure.callback(region.close)
+            driver.multicast_add(handle.value, ordinal)
+            collective.exchange("join").close()
+            driver.multicast_bind(handle.value, memory.value, nbytes)
+            unbind = functools.partial(driver.multicast_unbind, handle.value, ordinal, nbytes)
+            region.afterwards += (unbind, handle.close)
+            self.address = region.map(0, handle, nbytes)
+            region.open()
+            collective.exchange("bind").close()  # all are bound before any may use it
+            on_failure.pop_all()
+        self._region = region

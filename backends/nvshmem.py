@@ -1,0 +1,190 @@
+"""NVSHMEM by NVSHMEM4Py: symmetric memory on NVIDIA GPUs, within one host and across hosts.
+
+NVSHMEM initialises once a process, over all ranks of the job, bound to one GPU; the first allocation does it
+(:mod:`symmem.backends.nvshmem_job`).
+
+Collective over the job: allocation, and freeing, which is put off until all ranks meet for the next allocation
+(:mod:`symmem.backends.collective_heap`). A rendezvous is collective over its group only: every rank says which PE it
+is, and NVSHMEM has mapped what can be mapped already.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from symmem.backends import gpu
+from symmem.backends.base import Allocation, Backend, Capability, Collective, Group, tensor_at
+from symmem.backends.collective_heap import CollectiveHeap, job_group
+from symmem.backends.nvshmem_job import start
+from symmem.backends.nvshmem_library import NvshmemLibrary, Staging
+from symmem.backends.pads import PaddedMapping, PadSlots, padded
+from symmem.errors import InvalidArgumentError, MulticastUnavailableError, OutOfMemoryError
+
+__all__ = ["NvshmemAllocation", "NvshmemBackend", "NvshmemMapping"]
+
+
+class NvshmemAllocation(Allocation):
+    """Memory on the symmetric heap; when it is gone here, it is freed once it is gone on all ranks."""
+
+    def __init__(self, backend: NvshmemBackend, device: torch.device, nbytes: int, pointer: int) -> None:
+        super().__init__(backend, device, nbytes, pointer)
+        self.slots = PadSlots(nbytes)
+
+
+class NvshmemMapping(PaddedMapping):
+    """The memory of all ranks of a group. Peers that are not load/store reachable are served by NVSHMEM's copies.
+
+    Args:
+        backend: See :class:`Mapping`, as for ``group``, ``device`` and ``pointers``.
+        own: Address of this rank's memory, which names it on all PEs.
+        group: Ditto.
+        device: Ditto.
+        pointers: Ditto.
+        pads: See :class:`PaddedMapping`.
+        pes: Each rank's PE.
+    """
+
+    backend: NvshmemBackend
+
+    def __init__(
+        self,
+        backend: NvshmemBackend,
+        own: int,
+        group: Group,
+        device: torch.device,
+        pointers: Sequence[int],
+        pads: Sequence[int],
+        pes: Sequence[int],
+    ) -> None:
+        super().__init__(backend, group, device, pointers, pads)
+        self._pes = tuple(pes)
+        self._own = own
+
+    def put(self, rank: int, offset: int, source: torch.Tensor) -> None:
+        """See :meth:`Mapping.put`."""
+        with gpu.on_device(self.device):
+            self.backend.staging.put(self._own + offset, source, self._pes[rank])
+
+    def get(self, rank: int, offset: int, out: torch.Tensor) -> None:
+        """See :meth:`Mapping.get`."""
+        with gpu.on_device(self.device):
+            self.backend.staging.get(out, self._own + offset, self._pes[rank])
+
+    def multicast(self) -> int:
+        """See :meth:`Mapping.multicast`. Local."""
+        settings = self.group.settings
+        if settings.multicast == "off":
+            why = f"it is switched off by {settings.origins.get('multicast', 'the configuration')}"
+        elif self._pes != tuple(range(self.backend.library.n_pes())):
+            why = "NVSHMEM has it for all ranks of the job together, in their order, not for this group"
+        elif pointer := self.backend.library.multicast_pointer(self._own):
+            return pointer
+        else:
+            why = "NVSHMEM gives no address for it: the GPUs are not joined by NVLink SHARP, or it was switched off"
+        raise MulticastUnavailableError(
+            f"the backend 'nvshmem' has no multicast pointer for this memory: {why}",
+            hint="write to each remote_tensor instead",
+            rank=self.group.rank,
+            group=self.group.name,
+            step="multicast_ptr",
+        )
+
+
+class NvshmemBackend(Backend):
+    """Backend ``nvshmem``."""
+
+    device_type = "cuda"
+    capabilities = (
+        Capability.REMOTE_TENSOR
+        | Capability.MULTICAST
+        | Capability.SIGNALS
+        | Capability.ONE_SIDED
+        | Capability.MULTI_HOST
+        | Capability.SECOND_GROUP
+        | Capability.COLLECTIVE_ALLOCATION
+    )
+
+    library: NvshmemLibrary
+    staging: Staging
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._job: Group | None = None
+        self._device: torch.device | None = None
+        self._heap: CollectiveHeap[int] = CollectiveHeap(
+            name, lambda pointer: self.library.free(pointer), lambda: gpu.synchronize(self._bound())
+        )
+
+    def probe(self) -> None:
+        """See :meth:`Backend.probe`. Loads the library and asks it for its version, no more.
+
+        An allocation needs all ranks of the job, and would fix NVSHMEM's job for the life of this process.
+        """
+        gpu.require_gpu(self.name)
+        self._load()
+
+    def allocate(self, nbytes: int, device: torch.device, group: Group | None) -> NvshmemAllocation:
+        """See :meth:`Backend.allocate`. Collective over the job, with the job's ``rendezvous_timeout``.
+
+        Raises:
+            MismatchError, PeerTimeoutError, PeerLostError: Ranks ask for different sizes, or do not come.
+            InvalidArgumentError: Another GPU than the first time.
+        """
+        device = gpu.check_device(self.name, device)
+        self._load()
+        job = job_group(self.name, group, self._job)
+        with gpu.on_device(device):
+            if self._device is None:
+                staging = start(self.library, job, device, lambda nbytes: self._malloc(nbytes, device))
+                self.staging, self._device = staging, device
+            elif self._device != device:
+                raise InvalidArgumentError(
+                    f"NVSHMEM binds a process to one GPU, here {self._device}; {device} was asked for",
+                    hint="run one process per GPU, and allocate on that GPU",
+                )
+            self._job = job
+            extent = PadSlots(nbytes).extent
+            number, pointer = self._heap.allocate(
+                job, extent, lambda _: self._malloc(extent, device), lambda: gpu.free_memory(device)
+            )
+        allocation = NvshmemAllocation(self, device, nbytes, pointer)
+        weakref.finalize(allocation, self._heap.release, number).atexit = False
+        return allocation
+
+    def rendezvous(self, allocation: Allocation, collective: Collective) -> NvshmemMapping:
+        """See :meth:`Backend.rendezvous`."""
+        assert isinstance(allocation, NvshmemAllocation)
+        group, device = collective.group, allocation.device
+        with collective.exchange("translate", str(self.library.pe()).encode()) as received:
+            pes = [int(contribution.payload) for contribution in received]
+        with gpu.on_device(device):
+            pointers = [self.library.peer_pointer(allocation.pointer, pe) for pe in pes]
+            return padded(
+                allocation.slots,
+                pointers,
+                collective,
+                lambda pads: NvshmemMapping(self, allocation.pointer, group, device, pointers, pads, pes),
+            )
+
+    def _load(self) -> None:
+        if not hasattr(self, "library"):
+            self.library = NvshmemLibrary()
+
+    def _bound(self) -> torch.device:
+        assert self._device is not None
+        return self._device
+
+    def _malloc(self, nbytes: int, device: torch.device) -> int:
+        """Zeroed memory on the symmetric heap. Collective over the job."""
+        pointer = self.library.malloc(nbytes)
+        if not pointer:
+            raise OutOfMemoryError(
+                f"NVSHMEM could not allocate {nbytes} bytes on its symmetric heap",
+                hint="allocate less, or raise NVSHMEM_SYMMETRIC_SIZE or NVSHMEM_MAX_MEMORY_PER_GPU",
+            )
+        tensor_at(pointer, nbytes, device, None).zero_()
+        gpu.finish_stream(device)  # no peer may see it before
+        return pointer

@@ -1,0 +1,195 @@
+"""The calls of PyTorch's symmetric memory that symmem makes, with errors by name. Nothing else imports it.
+
+Facts of torch that shape this module, each seen in 2.11 and newer:
+
+* A process has one transport. It can be chosen until the first allocation, then it is frozen. On 2.11 the default one
+  cannot be chosen by name, not even to go back to it, so the active one is asked for first.
+* No group needs to be registered any more; torch resolves process groups by name.
+* NCCL registers memory with the communicator of the process group, which torch makes at the group's first
+  collective; there must be one.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from symmem.backends import gpu
+from symmem.config import Settings
+from symmem.errors import BackendUnavailableError, OutOfMemoryError, ResourceLimitError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["BACKENDS", "Transport", "backend_of", "connect"]
+
+BACKENDS = {"CUDA": "pytorch_cuda", "NCCL": "pytorch_nccl", "NVSHMEM": "pytorch_nvshmem"}
+"""The name of symmem's backend for each of torch's transports."""
+
+_OLDEST_NCCL = (2, 28)  # the first whose windows tell peers' pointers
+
+_connected: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()  # those whose NCCL communicator is known to exist
+
+
+def _symmetric_memory() -> Any:
+    """torch's class; below its public functions, which allocate from a pool and know only torch's own choices."""
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    return _SymmetricMemory
+
+
+class Transport:
+    """One of torch's transports.
+
+    Args:
+        name: ``CUDA``, ``NCCL`` or ``NVSHMEM``.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.meetings = 0  # rendezvous that this process took part in
+        self._alone: ProcessGroup | None = None
+
+    def check(self) -> None:
+        """Return if torch has it; allocates nothing.
+
+        Raises:
+            BackendUnavailableError: Says what torch lacks.
+        """
+        if not dist.is_available():
+            why, hint = "is built without torch.distributed", "install a build of torch that has it"
+        elif (lack := {"NCCL": _lack_of_nccl, "NVSHMEM": _lack_of_nvshmem}.get(self.name, lambda: None)()) is None:
+            return
+        else:
+            why, hint = lack
+        raise BackendUnavailableError(
+            f"the backend {BACKENDS[self.name]!r} needs torch's {self.name} transport, and torch "
+            f"{torch.__version__} here {why}",
+            hint=hint,
+        )
+
+    def activate(self, device: torch.device) -> None:
+        """Make it torch's transport, if it is not.
+
+        Raises:
+            BackendUnavailableError: torch refuses; names the transport that is active.
+        """
+        active = _symmetric_memory().get_backend(device)
+        if active == self.name:
+            return
+        try:
+            _symmetric_memory().set_backend(self.name)
+        except RuntimeError as error:
+            other = BACKENDS.get(active, active)
+            raise BackendUnavailableError(
+                f"torch's symmetric memory uses its {active} transport in this process and does not change to "
+                f"{self.name}: {_reason(error)}",
+                hint=f"a process has one of torch's transports, frozen at the first allocation: use {other!r} for "
+                f"all, or set TORCH_SYMMMEM={self.name} in the environment of all ranks before they start; "
+                "the backends 'native' and 'nvshmem' work beside any of them",
+            ) from error
+
+    def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        """Memory from torch: uint8 tensor of shape [nbytes]. Freezes the transport.
+
+        Raises:
+            OutOfMemoryError, ResourceLimitError: With torch's reason.
+        """
+        try:
+            memory: torch.Tensor = _symmetric_memory().empty_strided_p2p((nbytes,), (1,), torch.uint8, device)
+        except RuntimeError as error:
+            full = any(text in str(error) for text in ("out of memory", "nvshmem_malloc failed"))
+            kind = OutOfMemoryError if full else ResourceLimitError
+            raise kind(
+                f"torch's {self.name} transport could not allocate {nbytes} bytes on {device}: {_reason(error)}",
+                hint="free memory on that GPU, or allocate less" if full else "look for a warning of torch above",
+            ) from error
+        return memory
+
+    def rendezvous(self, memory: torch.Tensor, group: ProcessGroup) -> tuple[Any, list[int]]:
+        """torch's rendezvous. Collective; returns torch's handle, and each rank's pointer, 0 if not reachable."""
+        self.meetings += 1
+        handle = _symmetric_memory().rendezvous(memory, group.group_name)
+        offset = getattr(handle, "offset", 0)  # 2.11 does not tell it; it is 0 outside of torch's memory pools
+        pointers = [pointer + offset if pointer else 0 for pointer in handle.buffer_ptrs]
+        if len(pointers) != group.size():
+            raise BackendUnavailableError(
+                f"torch's {self.name} transport tells {len(pointers)} of {group.size()} ranks' pointers",
+                hint="with NCCL: use a torch that is built with NCCL 2.28 or newer",
+            )
+        return handle, pointers
+
+    def catch_up(self, meetings: int, device: torch.device) -> None:
+        """Rendezvous alone until this process has done so as often as its peers.
+
+        torch's CUDA transport numbers its exchanges by a counter of the process, not of the group. A rank that was
+        not in a subgroup's rendezvous is behind, and would wait for messages of another number, until the store's
+        timeout (seen with torch 2.11).
+        """
+        while self.name == "CUDA" and self.meetings < meetings:
+            if self._alone is None:
+                self._alone = dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+            self.rendezvous(self.empty(1, device), self._alone)
+
+    def obey(self, settings: Settings) -> None:
+        """Tell the library if multicast is off, by the one switch that it has: the environment.
+
+        Raises:
+            BackendUnavailableError: It is too late for that.
+        """
+        if settings.multicast != "off":
+            return
+        if self.name == "NCCL" and os.environ.get("NCCL_NVLS_ENABLE") != "0":
+            raise BackendUnavailableError(
+                "multicast is switched off, and NCCL, which may have set it up already, was not told",
+                hint="set NCCL_NVLS_ENABLE=0 in the environment of all ranks before they start",
+            )
+        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+        os.environ["NVSHMEM_DISABLE_NVLS"] = "1"
+
+
+def _reason(error: RuntimeError) -> str:
+    return str(error).partition("\n")[0]  # the rest is torch's C++ stack
+
+
+def backend_of(group: ProcessGroup, device: torch.device) -> str:
+    """Name of a process group's backend for a device, or ``none``."""
+    try:
+        return str(group._get_backend(device).name())
+    except RuntimeError:
+        return "none"
+
+
+def connect(group: ProcessGroup, device: torch.device) -> None:
+    """Let torch make the NCCL communicator of a process group. Collective, the first time.
+
+    A collective is the one way that works whether or not ``init_process_group`` was given a ``device_id``
+    (https://github.com/pytorch/pytorch/issues/188567).
+    """
+    if group not in _connected:
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+        gpu.finish_stream(device)
+        _connected.add(group)
+
+
+def _lack_of_nccl() -> tuple[str, str] | None:
+    if not dist.is_nccl_available():
+        return "is built without NCCL", "install a CUDA build of torch for Linux"
+    major, minor, *_ = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    if (major, minor) < _OLDEST_NCCL:
+        return f"has NCCL {major}.{minor}", "use a torch that is built with NCCL 2.28 or newer"
+    return None
+
+
+def _lack_of_nvshmem() -> tuple[str, str] | None:
+    try:
+        from torch._C._distributed_c10d import _is_nvshmem_available
+    except ImportError:
+        return "is built without NVSHMEM", "install a CUDA build of torch for Linux, or use 'nvshmem'"
+    if not _is_nvshmem_available():
+        return "cannot load NVSHMEM's library", "pip install nvidia-nvshmem-cu13, in the version that torch needs"
+    return None

@@ -1,0 +1,258 @@
+"""A fake of the CUDA driver over host memory: real processes, real descriptors, real mappings, no GPU.
+
+Physical memory is a memory file, a handle is a number for one, exporting duplicates its descriptor, a range is reserved
+address space in which files are mapped, inaccessible until access is set. What the driver would refuse or leave
+undefined (releasing twice, freeing a range that is still mapped, a size off the granularity, unmapping before the
+device was synchronised) is an AssertionError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from symmem.backends import get_backend, multicast, native
+from symmem.backends.driver import Driver
+from symmem.backends.driver_errors import driver_error
+from symmem.backends.signals import SharedSignals
+
+GRANULARITY = 1 << 16
+PRIVATE, SHARED, FIXED, ANONYMOUS, NORESERVE = 0x02, 0x01, 0x10, 0x20, 0x4000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int),
+    *(ctypes.c_int, ctypes.c_int, ctypes.c_long),
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def _mmap(address: int | None, nbytes: int, flags: int, descriptor: int) -> int:
+    result = _libc.mmap(address, nbytes, 0, flags, descriptor, 0)
+    assert result != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
+    return int(result)
+
+
+class FakeDriver(Driver):
+    """What :class:`Driver` does, of a machine with one "GPU" a rank.
+
+    Args:
+        rank: The GPU of this process.
+        world: Number of GPUs.
+        p2p: Whether GPUs can access each other's memory.
+        fabric: ``"absent"``, ``"works"``, or ``"lies"``: advertised, and not permitted.
+        multicast: Whether the GPUs support it.
+        shared_gpu: Whether all ranks use GPU 0.
+
+    Attributes:
+        calls: Names of the methods that were called, in order.
+        faults: By method: which error to raise (a CUresult's name, or what to call) and at which call, 0 the next one.
+        capturing: Whether a stream capture is going on.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        p2p: bool = True,
+        fabric: str = "absent",
+        multicast: bool = False,
+        shared_gpu: bool = False,
+    ) -> None:
+        self.mine = 0 if shared_gpu else rank
+        self.world, self.p2p, self.fabric, self.multicast = world, p2p, fabric, multicast
+        self.calls: list[str] = []
+        self.faults: dict[str, tuple[str | Callable[[], None], int]] = {}
+        self.capturing = False
+        self.handles: dict[int, int] = {}
+        self.reservations: dict[int, int] = {}
+        self.mappings: dict[int, int] = {}
+        self.bound: set[int] = set()
+        self._next = 1000
+        self._quiet = False
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name.startswith("_") or name == "on" or not callable(value):
+            return value
+
+        def recorded(*arguments: Any) -> Any:
+            self._before(name)
+            return value(*arguments)
+
+        return recorded
+
+    def _before(self, name: str) -> None:
+        """Record a call, and let it fail if that was asked for."""
+        self.calls.append(name)
+        fault, when = self.faults.get(name, ("", -1))
+        if when > 0:
+            self.faults[name] = (fault, when - 1)
+        elif when == 0:
+            del self.faults[name]
+            if callable(fault):
+                fault()
+            else:
+                raise driver_error(fault, f"{name}: {fault}")
+
+    @property
+    def live(self) -> tuple[int, int, int, int]:
+        """How many handles, reservations, mappings and bound multicast objects there are."""
+        return len(self.handles), len(self.reservations), len(self.mappings), len(self.bound)
+
+    # Devices.
+
+    def current_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def ordinal(self, device: torch.device) -> int:
+        return self.mine
+
+    def identities(self) -> tuple[str, ...]:
+        return tuple(f"{ordinal:032x}" for ordinal in range(self.world))
+
+    def name(self, ordinal: int) -> str:
+        return f"Fake {ordinal}"
+
+    def attribute(self, ordinal: int, name: str) -> int:
+        return {"HANDLE_TYPE_FABRIC_SUPPORTED": self.fabric != "absent", "MULTICAST_SUPPORTED": self.multicast}[name]
+
+    def can_access_peer(self, ordinal: int, peer: int) -> bool:
+        return self.p2p
+
+    @contextlib.contextmanager
+    def on(self, ordinal: int) -> Iterator[None]:
+        assert ordinal == self.mine
+        yield
+
+    def quiesce(self, ordinal: int) -> bool:
+        self._quiet = not self.capturing
+        return self._quiet
+
+    # Memory.
+
+    def granularity(self, ordinal: int, fabric: bool) -> int:
+        return GRANULARITY
+
+    def create(self, ordinal: int, nbytes: int, fabric: bool) -> int:
+        assert nbytes > 0
+        assert nbytes % GRANULARITY == 0
+        if fabric and self.fabric != "works":
+            raise driver_error("CUDA_ERROR_NOT_PERMITTED", "create: CUDA_ERROR_NOT_PERMITTED")
+        descriptor = os.memfd_create("symmem-fake", os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, nbytes)
+        os.pwrite(descriptor, b"\xa5" * nbytes, 0)  # the driver promises no zeros
+        return self._enter(descriptor)
+
+    def _enter(self, descriptor: int) -> int:
+        self._next += 1
+        self.handles[self._next] = descriptor
+        return self._next
+
+    def release(self, handle: int) -> None:
+        os.close(self.handles.pop(handle))
+
+    def export_descriptor(self, handle: int) -> int:
+        return os.dup(self.handles[handle])
+
+    def import_descriptor(self, descriptor: int) -> int:
+        return self._enter(os.dup(descriptor))
+
+    def export_fabric(self, handle: int) -> bytes:
+        assert self.fabric == "works"
+        return f"/proc/{os.getpid()}/fd/{self.handles[handle]}".encode().ljust(64, b"\0")
+
+    def import_fabric(self, exported: bytes) -> int:
+        assert len(exported) == 64
+        return self._enter(os.open(exported.rstrip(b"\0"), os.O_RDWR | os.O_CLOEXEC))
+
+    def reserve(self, nbytes: int, alignment: int) -> int:
+        assert nbytes % alignment == 0
+        assert alignment % mmap.PAGESIZE == 0
+        address = _mmap(None, nbytes, PRIVATE | ANONYMOUS | NORESERVE, -1)
+        self.reservations[address] = nbytes
+        return address
+
+    def unreserve(self, address: int, nbytes: int) -> None:
+        assert self.reservations.pop(address) == nbytes
+        assert not any(address <= mapped < address + nbytes for mapped in self.mappings), "still mapped"
+        assert _libc.munmap(address, nbytes) == 0
+        self._quiet = False
+
+    def map(self, address: int, nbytes: int, handle: int) -> None:
+        assert nbytes == os.fstat(self.handles[handle]).st_size
+        assert any(start <= address and address + nbytes <= start + n for start, n in self.reservations.items())
+        assert not any(start < address + nbytes and address < start + n for start, n in self.mappings.items())
+        _mmap(address, nbytes, SHARED | FIXED, self.handles[handle])
+        self.mappings[address] = nbytes
+
+    def unmap(self, address: int, nbytes: int) -> None:
+        assert self._quiet, "unmapped while kernels may run"
+        assert self.mappings.pop(address) == nbytes
+        _mmap(address, nbytes, PRIVATE | FIXED | ANONYMOUS | NORESERVE, -1)
+
+    def allow(self, ordinal: int, address: int, nbytes: int) -> None:
+        covered = sum(n for start, n in self.mappings.items() if address <= start < address + nbytes)
+        assert covered == nbytes, "access to a range that is not fully mapped"
+        assert _libc.mprotect(address, nbytes, 3) == 0
+
+    def zero(self, ordinal: int, address: int, nbytes: int) -> None:
+        ctypes.memset(address, 0, nbytes)
+
+    # Multicast: a file of its own, which shows that the calls come in order; stores do not spread.
+
+    def multicast_granularity(self, ordinal: int) -> int:
+        return 2 * GRANULARITY
+
+    def multicast_create(self, nbytes: int, devices: int, fabric: bool) -> int:
+        assert nbytes % (2 * GRANULARITY) == 0
+        assert devices == self.world
+        return self.create(self.mine, nbytes, False)
+
+    def multicast_add(self, multicast: int, ordinal: int) -> None:
+        assert multicast in self.handles
+
+    def multicast_bind(self, multicast: int, memory: int, nbytes: int) -> None:
+        assert nbytes == os.fstat(self.handles[memory]).st_size
+        self.bound.add(multicast)
+
+    def multicast_unbind(self, multicast: int, ordinal: int, nbytes: int) -> None:
+        self.bound.remove(multicast)
+
+
+class FakeSignals(SharedSignals):
+    """What :class:`CudaSignals` does, on the CPU."""
+
+    def __init__(self, group: Any, device: torch.device, pads: tuple[int, ...]) -> None:
+        super().__init__(group, pads, None)
+
+    def check(self) -> None:
+        """Signals on the CPU fail when they are called."""
+
+
+def install(rank: int, world: int, **options: Any) -> FakeDriver:
+    """Make the backend ``native`` of this process use a new fake."""
+    backend: Any = get_backend("native")
+    backend.driver = FakeDriver(rank, world, **options)
+    backend.device_type = "cpu"
+    type(backend).has_fabric.cache_clear()
+    type(backend)._granularity.cache_clear()
+    vars(native)["CudaSignals"] = FakeSignals
+    # What forbids multicast on this machine is about its GPUs; the settings are honoured all the same.
+    vars(multicast)["multicast_blocker"] = lambda: None
+    return backend.driver  # type: ignore[no-any-return]
+
+
+def descriptors() -> int:
+    """Number of open file descriptors of this process."""
+    return len(list(Path("/proc/self/fd").iterdir()))

@@ -1,0 +1,159 @@
+"""The host's side of the signals on CUDA streams: what it hands to a launch, and what it makes of a failure."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from symmem.backends import cuda_signals
+from symmem.backends.cuda_kernels import OPERATIONS, SOURCE
+from symmem.backends.cuda_signals import CudaSignals
+from symmem.errors import OutOfMemoryError, PeerLostError, PeerTimeoutError, UnsupportedError
+
+WORLD = 3
+
+
+class Code(int):
+    name = "CUDA_ERROR_OUT_OF_MEMORY"
+
+
+class Call(ctypes.Structure):
+    """``struct Call`` of the kernels, written down once more."""
+
+    _fields_ = (
+        ("pads", ctypes.c_uint64 * WORLD),
+        ("status", ctypes.c_uint64),
+        ("limit", ctypes.c_uint64),
+        *((word, ctypes.c_uint32) for word in ("channel", "rank", "peer", "group")),
+    )
+
+
+class StubDriver:
+    """Records launches; ``codes`` are what the next ones return."""
+
+    def __init__(self) -> None:
+        self.bindings = self
+        self.launched: list[tuple[Any, ...]] = []
+        self.calls: list[Call] = []
+        self.codes: list[int] = []
+        self.entered: list[int] = []
+        self._memory = (ctypes.c_uint32 * 4)(9, 9, 9, 9)
+
+    def cuLaunchKernel(self, *arguments: Any) -> tuple[int]:
+        self.launched.append(arguments)
+        call = Call.from_address(ctypes.c_void_p.from_address(arguments[9]).value or 0)
+        self.calls.append(Call.from_buffer_copy(call))  # at the launch, as the driver does
+        return (Code(self.codes.pop(0) if self.codes else 0),)
+
+    def enter(self, ordinal: int) -> None:
+        self.entered.append(ordinal)
+
+    def on(self, ordinal: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def pinned(self, nbytes: int) -> tuple[int, int]:
+        assert nbytes == ctypes.sizeof(self._memory)
+        return ctypes.addressof(self._memory), 0xABC0
+
+
+class StubGroup:
+    name, rank, size = "g", 1, WORLD
+    gone: tuple[int, ...] = ()
+
+    def lost(self) -> tuple[int, ...]:
+        return self.gone
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
+    stub = StubDriver()
+    monkeypatch.setattr(cuda_signals, "load_driver", lambda: stub)
+    monkeypatch.setattr(
+        cuda_signals._Device, "_compile", lambda self, world: {name: f"{name}/{world}" for name in OPERATIONS}
+    )
+    monkeypatch.setattr("torch._C._cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr("torch._C._cuda_getCurrentRawStream", lambda ordinal: 70 + ordinal, raising=False)
+    cuda_signals._device.cache_clear()
+    yield stub
+    cuda_signals._device.cache_clear()
+
+
+def signals(group: Any = None, pads: tuple[int, ...] = (0x1000, 0x2000, 0x3000)) -> CudaSignals:
+    return CudaSignals(group or StubGroup(), torch.device("cuda", 0), pads)
+
+
+def test_what_a_launch_gets(driver: StubDriver) -> None:
+    mine = signals()
+    mine.barrier(3, 1.5)
+    mine.put_signal(2, 4, 300.0)
+    mine.wait_signal(0, 63, 0.25)
+    shapes = [(launch[0], launch[1:7], launch[7:9], launch[10]) for launch in driver.launched]
+    assert shapes == [
+        ("barrier/3", (1, 1, 1, 64, 1, 1), (0, 70), 0),
+        ("put_signal/3", (1, 1, 1, 1, 1, 1), (0, 70), 0),
+        ("wait_signal/3", (1, 1, 1, 1, 1, 1), (0, 70), 0),
+    ]
+    for call in driver.calls:
+        assert list(call.pads) == [0x1000, 0x2000, 0x3000]
+        assert (call.status, call.rank, call.group) == (0xABC0, 1, 0)
+    words = [(call.limit, call.channel, call.peer) for call in driver.calls]
+    assert words == [(1_500_000_000, 3, 1), (300_000_000_000, 4, 2), (250_000_000, 63, 0)]
+
+
+def test_arguments_are_laid_out_once(driver: StubDriver) -> None:
+    mine = signals()
+    for _ in range(3):
+        mine.barrier(0, 10.0)
+    assert len({launch[9] for launch in driver.launched}) == 1
+    other = StubGroup()
+    signals(other).barrier(0, 10.0)
+    assert driver.calls[-1].group == 1  # a failure can be told from one of the first group
+
+
+def test_a_thread_that_has_not_used_cuda_is_helped(driver: StubDriver) -> None:
+    driver.codes = [201, 0]
+    signals().barrier(0, 10.0)
+    assert driver.entered == [0]
+    assert len(driver.launched) == 2
+
+
+def test_a_launch_that_fails_is_named(driver: StubDriver) -> None:
+    driver.codes = [2]
+    with pytest.raises(OutOfMemoryError, match="cannot be launched"):
+        signals().barrier(0, 10.0)
+
+
+@pytest.mark.parametrize(("operation", "text"), list(enumerate(OPERATIONS, 1)))
+def test_what_a_kernel_left_is_raised_by_name(operation: int, text: str, driver: StubDriver) -> None:
+    group, bystander = StubGroup(), signals()
+    mine = signals(group)
+    mine.check()
+    driver._memory[:] = [operation, 7, 2, 1]
+    for use in (mine.check, lambda: mine.put_signal(2, 0, 1.0), bystander.check):
+        with pytest.raises(PeerTimeoutError, match=f"rank 1, group g, step {text} on channel 7. rank 2 did") as caught:
+            use()
+        assert caught.value.peers == (2,)
+    assert driver.launched == []
+    group.gone = (2,)
+    with pytest.raises(PeerLostError, match="process ended"):
+        mine.check()
+
+
+def test_ranks_that_cannot_be_reached_are_named(driver: StubDriver) -> None:
+    mine = signals(pads=(0x1000, 0x2000, 0))
+    for use in (lambda: mine.barrier(0, 1.0), lambda: mine.put_signal(2, 0, 1.0)):
+        with pytest.raises(UnsupportedError, match=r"ranks \[2\] are not load/store reachable") as caught:
+            use()
+        assert caught.value.peers == (2,)
+    mine.put_signal(0, 0, 1.0)
+    mine.wait_signal(2, 0, 1.0)  # it writes into this rank's pad, somehow
+    assert len(driver.launched) == 2
+
+
+def test_the_kernels_are_there() -> None:
+    assert all(f'extern "C" __global__ void {name}(' in SOURCE for name in OPERATIONS)
