@@ -90,7 +90,8 @@ class SymmetricTensor:
                 wanted = torch.device("cuda", torch.cuda.current_device())
             allocation = chosen.allocate(layout.nbytes, wanted, known)
         except SymmemError as error:
-            if known is not None and group is not None:
+            # What came out of a collective (some backends allocate together), all ranks know.
+            if known is not None and group is not None and error.known_to is None:
                 known.fail("allocate", error)
             raise
         block = Block(allocation, layout)

@@ -295,7 +295,7 @@ class TorchNvshmemBackend(_AllocatingTogether):
         self.transport.obey(collective.group.settings)
         collective.exchange("activate").close()  # no rank waits in NVSHMEM for one that failed until here
         memory = self.transport.empty(nbytes, device)
-        # torch frees it collectively with the last reference: that is up to `_drop`, and to no error or exit.
+        # torch frees it collectively with the last reference: that is up to `_release`, and to no error or exit.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))
         memory.zero_()
         gpu.finish_stream(device)  # no peer may see it before

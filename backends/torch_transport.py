@@ -130,9 +130,11 @@ class Transport:
         not in a subgroup's rendezvous is behind, and would wait for messages of another number, until the store's
         timeout (seen with torch 2.11).
         """
-        while self.name == "CUDA" and self.meetings < meetings:
-            if self._alone is None:
-                self._alone = dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+        if self.name != "CUDA":
+            return
+        if self._alone is None:
+            self._alone = dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+        while self.meetings < meetings:
             self.rendezvous(self.empty(1, device), self._alone)
 
     def obey(self, settings: Settings) -> None:

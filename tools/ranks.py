@@ -148,11 +148,15 @@ class RankPool:
         deadline = time.monotonic() + (timeout or self.timeout)
         outcomes: dict[int, Outcome] = {}
         while len(outcomes) < self.size and (remaining := deadline - time.monotonic()) > 0:
-            pending = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in outcomes}
-            for pipe in wait(list(pending), remaining):
-                rank = pending[pipe]  # type: ignore[index]
+            # Of a rank that died, a process that it forked may hold the pipe open: its end shows by the sentinel.
+            pending: dict[Any, int] = {}
+            for rank in set(range(self.size)) - outcomes.keys():
+                pending |= {self._pipes[rank]: rank, self._processes[rank].sentinel: rank}
+            for rank in {pending[ready] for ready in wait(list(pending), remaining)}:
                 try:
-                    outcomes[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+                    if not self._pipes[rank].poll():
+                        raise EOFError
+                    outcomes[rank] = pickle.loads(self._pipes[rank].recv_bytes())
                 except (EOFError, OSError):
                     self._processes[rank].join(5)
                     code = self._processes[rank].exitcode

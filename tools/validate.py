@@ -21,7 +21,6 @@ from symmem.tools.bench.figures import Figure
 from symmem.tools.conformance import CASES, Case, run_case
 from symmem.tools.doctor import examine
 from symmem.tools.ranks import RankPool, RanksFailedError
-from symmem.tools.table import render
 from symmem.version import VERSION
 
 __all__ = ["Result", "conformance", "run"]
@@ -157,6 +156,21 @@ def _markdown(machine: dict[str, Any], world: int, results: Sequence[Result], fi
     return "\n".join(lines) + "\n"
 
 
+def _write(report: Path | None, world: int, results: Sequence[Result], figures: Sequence[Figure]) -> None:
+    if report is None:
+        return
+    machine = _machine()
+    report.mkdir(parents=True, exist_ok=True)
+    (report / f"validation-{world}.md").write_text(_markdown(machine, world, results, figures))
+    data = {
+        "machine": machine,
+        "world": world,
+        "results": [asdict(result) for result in results],
+        "figures": [json.loads(figure.json()) for figure in figures],
+    }
+    (report / f"validation-{world}.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
 def run(backends: Sequence[str], required: Sequence[str], world: int, report: Path | None, *, figures: bool) -> int:
     """Validate, print a line a case, and write ``validation-N.md`` and ``.json``.
 
@@ -168,26 +182,15 @@ def run(backends: Sequence[str], required: Sequence[str], world: int, report: Pa
         for result in conformance(backend, world):
             results.append(result)
             print(f"{result.outcome:8}{result.seconds:7.2f} s  {backend}: {result.case} {result.why}", flush=True)
-    measured = list(_figures(backends, world)) if figures else []
-    machine = _machine()
-    if report is not None:
-        report.mkdir(parents=True, exist_ok=True)
-        (report / f"validation-{world}.md").write_text(_markdown(machine, world, results, measured))
-        data = {
-            "machine": machine,
-            "world": world,
-            "results": [asdict(result) for result in results],
-            "figures": [json.loads(figure.json()) for figure in measured],
-        }
-        (report / f"validation-{world}.json").write_text(json.dumps(data, indent=1) + "\n")
+    measured: list[Figure] = []
+    _write(report, world, results, measured)  # already now: a figure that fails must not cost what was found
+    if figures:
+        for figure in _figures(backends, world):
+            measured.append(figure)
+            print(figure.json(), flush=True)
+        _write(report, world, results, measured)
     bad = [r for r in results if r.outcome == "failed" or (r.outcome == "skipped" and r.backend in required)]
     counts = {outcome: sum(r.outcome == outcome for r in results) for outcome in ("passed", "failed", "skipped")}
-    rows = [
-        (f.figure, f.bytes, f"{f.value:.2f} {f.unit}", f.peer, "" if f.ratio is None else f"{f.ratio:.3f}")
-        for f in measured
-    ]
-    if rows:
-        print(render(("figure", "bytes", "ours", "peer", "ratio"), rows))
     print(", ".join(f"{number} {outcome}" for outcome, number in counts.items()))
     for result in bad:
         print(f"{result.outcome}: {result.backend} {result.case}", file=sys.stderr)

@@ -31,7 +31,7 @@ from symmem.tools.conformance import CASES, run_case
 from symmem.tools.ranks import rank_store
 
 sys.path.append(str(Path(__file__).parent))  # the ranks load this file by its path
-from fake_libraries import FakeNvshmem, FakeTorch, install  # noqa: E402
+from fake_libraries import FakeNvshmem, FakeTorch, install
 
 FAKED = ("nvshmem", "pytorch_cuda", "pytorch_nccl", "pytorch_nvshmem")
 

@@ -81,7 +81,7 @@ def test_probe_names_what_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     symm = use(monkeypatch, "CUDA")
     get_backend("pytorch_cuda").probe()
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
-    with pytest.raises(BackendUnavailableError, match="'pytorch_nccl' .* built without NCCL"):
+    with pytest.raises(BackendUnavailableError, match=r"'pytorch_nccl' .* built without NCCL"):
         get_backend("pytorch_nccl").probe()
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
@@ -118,7 +118,7 @@ def test_another_transport_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_frozen_transport_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, "NVSHMEM", "Backend can not be changed after use.")
-    with pytest.raises(BackendUnavailableError, match="uses its NVSHMEM transport .* CUDA: Backend can not") as info:
+    with pytest.raises(BackendUnavailableError, match=r"uses its NVSHMEM transport .* CUDA: Backend can not") as info:
         Transport("CUDA").activate(GPU)
     assert "Exception raised" not in str(info.value)
     for text in ("'pytorch_nvshmem'", "TORCH_SYMMMEM=CUDA", "'native'"):
