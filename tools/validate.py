@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ from typing import Any
 from symmem.backends import get_backend
 from symmem.tools.bench.figures import Figure
 from symmem.tools.conformance import CASES, Case, run_case
+from symmem.tools.conformance.together import SETS, run_together
 from symmem.tools.doctor import examine
 from symmem.tools.ranks import RankPool, RanksFailedError
 from symmem.version import VERSION
@@ -78,6 +80,22 @@ def _one(pool: RankPool, case: Case, backend: str, world: int) -> Result:
         return Result(backend, world, case.name, "failed", str(error), time.monotonic() - begin)
     outcome = "skipped" if reasons[0] else "passed"
     return Result(backend, world, case.name, outcome, reasons[0] or "", time.monotonic() - begin)
+
+
+def coexistence(backends: Sequence[str], world: int) -> Iterator[Result]:
+    """Run sets of backends together in one process, as far as all of a set were asked for and work here."""
+    for names in SETS:
+        if not set(names) <= set(backends) or not all(examine(name).available for name in names):
+            continue
+        begin = time.monotonic()
+        label = " + ".join(names)
+        try:
+            with RankPool(world, env=_ENV, timeout=120) as pool:
+                pool.run(run_together, names)
+        except RanksFailedError as error:
+            yield Result("together", world, label, "failed", str(error), time.monotonic() - begin)
+        else:
+            yield Result("together", world, label, "passed", "", time.monotonic() - begin)
 
 
 def _figures(backends: Sequence[str], world: int) -> Iterator[Figure]:
@@ -178,10 +196,10 @@ def run(backends: Sequence[str], required: Sequence[str], world: int, report: Pa
         The exit code: 1 if a case failed, or a required backend was skipped or had a case skipped.
     """
     results: list[Result] = []
-    for backend in backends:
-        for result in conformance(backend, world):
-            results.append(result)
-            print(f"{result.outcome:8}{result.seconds:7.2f} s  {backend}: {result.case} {result.why}", flush=True)
+    suites = [conformance(backend, world) for backend in backends]
+    for result in itertools.chain(*suites, coexistence(backends, world)):
+        results.append(result)
+        print(f"{result.outcome:8}{result.seconds:7.2f} s  {result.backend}: {result.case} {result.why}", flush=True)
     measured: list[Figure] = []
     _write(report, world, results, measured)  # already now: a figure that fails must not cost what was found
     if figures:
