@@ -19,7 +19,6 @@ from symmem.errors import (
     NotRendezvousedError,
     NotSymmetricError,
     RankError,
-    SymmemError,
     UnsupportedError,
 )
 from symmem.group import Group, GroupLike, resolve_group
@@ -89,9 +88,9 @@ class SymmetricTensor:
             if wanted.type == "cuda" and wanted.index is None:
                 wanted = torch.device("cuda", torch.cuda.current_device())
             allocation = chosen.allocate(layout.nbytes, wanted, known)
-        except SymmemError as error:
+        except Exception as error:
             # What came out of a collective (some backends allocate together), all ranks know.
-            if known is not None and group is not None and error.known_to is None:
+            if known is not None and group is not None and getattr(error, "known_to", None) is None:
                 known.fail("allocate", error)
             raise
         block = Block(allocation, layout)

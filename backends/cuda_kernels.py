@@ -1,14 +1,21 @@
 """The kernels of barrier and signals, in CUDA C++.
 
-A pad begins with uint32 words ``flag[channel, source]``, all 0 at first. ``source`` puts a signal by turning its word
-in the receiver's pad from 0 to 1, for which it waits until the word is 0; the receiver takes it by turning 1 to 0. So
-every operation leaves the words as the next one needs them, nothing has to be counted or reset, and a captured CUDA
-graph can be replayed. This is the protocol of PyTorch's CUDASymmetricMemory, whose kernels work on these pads too.
+A pad holds uint32 words, all 0 at first::
 
-Order: a put is a compare-and-swap with release semantics at system scope, a take begins with a load with acquire
-semantics (PTX ISA, "Memory Consistency Model"), so what kernels before the put have stored, in any rank's memory, is
-seen by kernels after the take. The barrier is all-to-all in one kernel, a thread for each put and one for each take,
-in different warps: its latency is that of one store to a peer and back, not of two.
+    flag[channel, source]       1 while a signal from `source` has not been taken
+    arrived[channel, source]    how many barriers of this channel `source` has come to, modulo 2**32
+    turn[channel]               how many the owner has come to
+
+``source`` puts a signal by turning its flag in the receiver's pad from 0 to 1, for which it waits until the word is 0;
+the receiver takes it by turning 1 to 0. So every operation leaves the word as the next one needs it, and a captured
+CUDA graph can be replayed. This is the protocol of PyTorch's CUDASymmetricMemory, whose kernels work on the flags too.
+
+A barrier counts instead: each rank stores its turn into every peer's pad and waits until all have reached it, all to
+all in one kernel. A store goes one way, where a compare-and-swap on a flag at the peer goes there and back. The turn
+is counted on the device, so that a graph can be replayed.
+
+Order: a put, and a rank's arrival, release at system scope; a take, and the wait for the others, acquire (PTX ISA,
+"Memory Consistency Model"). So what kernels before it have stored, in any rank's memory, is seen by kernels after it.
 
 Failure: a kernel whose time is up writes which peer it waited for into host memory, and traps. A trap makes the CUDA
 context of this process unusable, on purpose: no later kernel, in a graph or not, can go on with data that never came.
@@ -16,12 +23,22 @@ context of this process unusable, on purpose: no later kernel, in a graph or not
 
 from __future__ import annotations
 
-__all__ = ["OPERATIONS", "SOURCE"]
+from symmem.backends.base import SIGNAL_CHANNELS
+
+__all__ = ["OPERATIONS", "SOURCE", "pad_words"]
 
 OPERATIONS = ("barrier", "put_signal", "wait_signal")
 """Names of the kernels; the first is Operation 1 in the status that a kernel leaves."""
 
-SOURCE = r"""
+
+def pad_words(world: int) -> int:
+    """Words of a pad in a group of ``world`` ranks."""
+    return SIGNAL_CHANNELS * (2 * world + 1)
+
+
+SOURCE = (
+    f"#define CHANNELS {SIGNAL_CHANNELS}"
+    + r"""
 // WORLD, the number of ranks, is defined on the compiler's command line.
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -36,7 +53,7 @@ struct Call {
 enum Operation { BARRIER = 1, PUT = 2, WAIT = 3 };
 
 const u32 SPINS = 64;                         // looks between two readings of the clock
-const u32 HALF = (WORLD + 31) / 32 * 32;      // threads of the barrier that put, and that take: whole warps
+const u32 HALF = (WORLD + 31) / 32 * 32;      // threads of the barrier that tell, and that wait: whole warps
 
 __device__ __forceinline__ u32 swap_release(u32 *word, u32 expected, u32 value) {
   u32 old;
@@ -49,6 +66,10 @@ __device__ __forceinline__ u32 load_acquire(const u32 *word) {
   u32 value;
   asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
   return value;
+}
+
+__device__ __forceinline__ void store_release(u32 *word, u32 value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" : : "l"(word), "r"(value) : "memory");
 }
 
 __device__ __forceinline__ void store(u32 *word, u32 value) {
@@ -84,15 +105,29 @@ __device__ __forceinline__ void take(const Call &call, u32 operation, u32 peer) 
   store(flag, 0);  // the word is the receiver's as long as it is 1: nobody else writes it
 }
 
+__device__ __forceinline__ u32 *arrived(const Call &call, u32 at, u32 source) {
+  return call.pads[at] + (CHANNELS + call.channel) * WORLD + source;
+}
+
 extern "C" __global__ void barrier(const __grid_constant__ Call call) {
+  u32 *turns = call.pads[call.rank] + 2 * CHANNELS * WORLD + call.channel;
+  const u32 turn = load_acquire(turns) + 1;
+  __syncthreads();  // all have read it
+  if (threadIdx.x == 0) store(turns, turn);
   const u32 peer = threadIdx.x % HALF;
   if (peer >= WORLD || peer == call.rank) return;
-  if (threadIdx.x < HALF) put(call, BARRIER, peer);
-  else take(call, BARRIER, peer);
+  if (threadIdx.x < HALF) {
+    store_release(arrived(call, peer, call.rank), turn);
+    return;
+  }
+  u64 deadline = 0;
+  for (u32 spins = 1; int(load_acquire(arrived(call, call.rank, peer)) - turn) < 0; ++spins)
+    if (spins % SPINS == 0) deadline = give_up_when_late(call, BARRIER, peer, deadline);
 }
 
 extern "C" __global__ void put_signal(const __grid_constant__ Call call) { put(call, PUT, call.peer); }
 
 extern "C" __global__ void wait_signal(const __grid_constant__ Call call) { take(call, WAIT, call.peer); }
 """
+)
 """For NVRTC, with ``WORLD`` defined as the number of ranks. Needs no header, and sm_70 or newer."""

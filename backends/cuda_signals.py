@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from symmem.backends.base import SIGNAL_CHANNELS, Group
-from symmem.backends.cuda_kernels import OPERATIONS, SOURCE
+from symmem.backends.base import Group
+from symmem.backends.cuda_kernels import OPERATIONS, SOURCE, pad_words
 from symmem.backends.driver import Driver, load_driver
 from symmem.backends.driver_errors import driver_error
 from symmem.errors import PeerLostError, PeerTimeoutError, UnsupportedError
@@ -141,7 +141,7 @@ class CudaSignals:
     @staticmethod
     def nbytes(size: int) -> int:
         """Bytes of one pad in a group of ``size`` ranks."""
-        return 4 * SIGNAL_CHANNELS * size
+        return 4 * pad_words(size)
 
     def barrier(self, channel: int, timeout: float) -> None:
         """See :meth:`Mapping.barrier`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -57,13 +58,20 @@ def round_up(nbytes: int, granularity: int) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can still be used before the kernel, or this container's limit, stops somebody."""
-    meminfo = Path("/proc/meminfo").read_text()
-    available = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        used = int(limit.with_name("memory.current").read_text())
-        available = min(available, max(int(text) - used, 0))
+    """Bytes that can still be used before the kernel, or this container's limit, stops somebody.
+
+    Raises:
+        ResourceLimitError: This process may not open the files that say so.
+    """
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+        available = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
+        limit = Path("/sys/fs/cgroup/memory.max")
+        if limit.exists() and (text := limit.read_text().strip()) != "max":
+            used = int(limit.with_name("memory.current").read_text())
+            available = min(available, max(int(text) - used, 0))
+    except OSError as error:
+        raise limit_error(error, "cannot read how much memory is available") from error
     return available
 
 
@@ -121,8 +129,11 @@ def limit_error(error: OSError, what: str) -> SymmemError:
     if code == errno.ENOMEM:
         space = resource.getrlimit(resource.RLIMIT_AS)[0]
         maps = _setting("/proc/sys/vm/max_map_count")
+        available: int | str = "unknown"
+        with contextlib.suppress(SymmemError):
+            available = available_memory()
         return OutOfMemoryError(
-            f"{what}: no memory, address space or mappings left (available {available_memory()} bytes, RLIMIT_AS "
+            f"{what}: no memory, address space or mappings left (available {available} bytes, RLIMIT_AS "
             f"{'unlimited' if space < 0 else space}, at most {maps} mappings)",
             hint="free tensors, raise `ulimit -v` or /proc/sys/vm/max_map_count, or allocate less",
         )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from symmem.backends.base import SIGNAL_CHANNELS, Backend, Collective, Group, Mapping
+from symmem.backends.cuda_kernels import pad_words
 from symmem.backends.libc import round_up
 from symmem.errors import ResourceLimitError
 
@@ -30,8 +31,8 @@ __all__ = ["MAX_RANKS", "SLOT_NBYTES", "PadSlots", "PaddedMapping", "padded"]
 MAX_RANKS = 72
 """The largest group that has signals: as many GPUs as NVLink joins today, and what torch's own pads are made for."""
 
-SLOT_NBYTES = 4 * SIGNAL_CHANNELS * MAX_RANKS
-"""Bytes of a slot: a uint32 word for each [channel, source rank]."""
+SLOT_NBYTES = round_up(4 * pad_words(MAX_RANKS), 256)
+"""Bytes of a slot; see :mod:`symmem.backends.cuda_kernels`."""
 
 SLOTS = 8
 """Groups that may rendezvous one allocation."""
@@ -100,7 +101,7 @@ class PaddedMapping(Mapping):
         self._check_size("signal pad")
         if not self._pads[rank]:
             self.unsupported("signal pad", f"rank {rank}'s memory is not load/store reachable from here")
-        return self._pads[rank], SLOT_NBYTES
+        return self._pads[rank], 4 * SIGNAL_CHANNELS * self.group.size
 
     def barrier(self, channel: int, timeout: float) -> None:
         """See :meth:`Mapping.barrier`."""

@@ -203,9 +203,13 @@ def run(backends: Sequence[str], required: Sequence[str], world: int, report: Pa
     measured: list[Figure] = []
     _write(report, world, results, measured)  # already now: a figure that fails must not cost what was found
     if figures:
-        for figure in _figures(backends, world):
-            measured.append(figure)
-            print(figure.json(), flush=True)
+        try:
+            for figure in _figures(backends, world):
+                measured.append(figure)
+                print(figure.json(), flush=True)
+        except RanksFailedError as error:
+            print(error, file=sys.stderr)
+            results.append(Result("figures", world, f"after {len(measured)} figures", "failed", str(error)))
         _write(report, world, results, measured)
     bad = [r for r in results if r.outcome == "failed" or (r.outcome == "skipped" and r.backend in required)]
     counts = {outcome: sum(r.outcome == outcome for r in results) for outcome in ("passed", "failed", "skipped")}

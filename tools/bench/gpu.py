@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -85,34 +85,44 @@ def _fresh(transport: str, backend: str, nbytes: int, rounds: int) -> list[float
     return [statistics.median(column) for column in zip(*samples, strict=True)]
 
 
-def _copies(transport: str, backend: str, nbytes: int, rounds: int = 5) -> list[float]:
-    """Median seconds of a pull and a push, all ranks at once with their neighbour: ours, then torch's."""
+def _copies(transport: str, backend: str, rounds: int = 5) -> list[float]:
+    """Median seconds of a pull and a push, all ranks at once with their neighbour: ours, then torch's; by size."""
     theirs = _Torch(transport)
     peer = (dist.get_rank() + 1) % dist.get_world_size()
-    st = symmem.allocate(nbytes, torch.uint8, backend=backend).rendezvous()
-    memory = theirs.allocate(nbytes)
+    largest = max(_COPIES)
+    # One allocation for all sizes: torch's transports may take new memory at an old address for the old one.
+    st = symmem.allocate(largest, torch.uint8, backend=backend).rendezvous()
+    memory = theirs.allocate(largest)
     handle = theirs.rendezvous(memory)
-    pairs = [(st.tensor, st.remote_tensor(peer)), (memory, handle.get_buffer(peer, (nbytes,), torch.uint8))]
-    scratch = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
-    calls = [partial(scratch.copy_, remote) for _, remote in pairs] + [
-        partial(remote.copy_, scratch) for _, remote in pairs
-    ]
-    repeats = max(1, (2 << 30) // nbytes)
-    samples: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds + 1):
-        for taken, call in zip(samples, calls, strict=True):
-            _all_here()
-            begin, end = _event(), _event()
-            begin.record()
-            for _ in range(repeats):
-                call()
-            end.record()
-            end.synchronize()
-            if turn:
-                taken.append(begin.elapsed_time(end) / 1e3 / repeats)
+    remotes = st.remote_tensor(peer), handle.get_buffer(peer, (largest,), torch.uint8)
+    scratch = torch.empty(largest, dtype=torch.uint8, device="cuda")
+    medians = []
+    for nbytes in _COPIES:
+        calls = [partial(scratch[:nbytes].copy_, remote[:nbytes]) for remote in remotes]
+        calls += [partial(remote[:nbytes].copy_, scratch[:nbytes]) for remote in remotes]
+        repeats = max(1, (2 << 30) // nbytes)
+        samples: list[list[float]] = [[] for _ in calls]
+        for turn in range(rounds + 1):
+            for taken, call in zip(samples, calls, strict=True):
+                seconds = _streamed(call, repeats)
+                if turn:
+                    taken.append(seconds)
+        pull, peer_pull, push, peer_push = (statistics.median(taken) for taken in samples)
+        medians += [pull, push, peer_pull, peer_push]
     _all_here()
-    pull, peer_pull, push, peer_push = (statistics.median(taken) for taken in samples)
-    return [pull, push, peer_pull, peer_push]
+    return medians
+
+
+def _streamed(call: Callable[[], object], repeats: int) -> float:
+    """Seconds of one call, by the clock of the stream; all ranks begin together."""
+    _all_here()
+    begin, end = _event(), _event()
+    begin.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / repeats
 
 
 def _barrier(transport: str, backend: str, count: int = 100, rounds: int = 15) -> list[float]:
@@ -130,16 +140,11 @@ def _barrier(transport: str, backend: str, count: int = 100, rounds: int = 15) -
                 call()
         graphs, eager = [], []
         for turn in range(rounds + 1):
-            _all_here()
-            begin, end = _event(), _event()
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
+            replayed = _streamed(graph.replay, 1) / count
             _all_here()
             seconds, _ = _timed(lambda call=call: [call() for _ in range(count)])  # type: ignore[misc]
             if turn:
-                graphs.append(begin.elapsed_time(end) / 1e3 / count)
+                graphs.append(replayed)
                 eager.append(seconds / count)
         result.append((statistics.median(graphs), statistics.median(eager)))
         _all_here()
@@ -147,36 +152,34 @@ def _barrier(transport: str, backend: str, count: int = 100, rounds: int = 15) -
     return [*result[0], *result[1]]
 
 
-def measure(backend: str, peer: str, world: int) -> list[Figure]:
+def measure(backend: str, peer: str, world: int) -> Iterator[Figure]:
     """All figures of a backend beside one of torch's transports. Of all ranks, the slowest counts."""
-    transport, figures = PEERS[peer], []
-    name = f"torch_{peer}"
 
-    def slowest(pool: RankPool, function: Callable[..., list[float]], *args: Any) -> list[float]:
-        columns = zip(*pool.run(function, transport, backend, *args, timeout=240), strict=True)
+    def slowest(function: Callable[..., list[float]], *args: Any) -> list[float]:
+        columns = zip(*pool.run(function, PEERS[peer], backend, *args, timeout=240), strict=True)
         return [max(column) for column in columns]
 
-    def add(figure: str, nbytes: int, ours: float, theirs: float, unit: str) -> None:
+    def figure(name: str, nbytes: int, ours: float, theirs: float, unit: str = "us") -> Figure:
         def convert(seconds: float) -> float:
             return seconds * 1e6 if unit == "us" else nbytes / seconds / 1e9
 
-        figures.append(Figure(figure, backend, world, nbytes, convert(ours), unit, name, convert(theirs)))
+        return Figure(name, backend, world, nbytes, convert(ours), unit, f"torch_{peer}", convert(theirs))
 
     with RankPool(world, timeout=240) as pool:
         for nbytes in _FRESH:
-            alloc, meet, peer_alloc, peer_meet = slowest(pool, _fresh, nbytes, 7 if nbytes < 1 << 30 else 3)
-            add("alloc_fresh", nbytes, alloc, peer_alloc, "us")
-            add("rendezvous", nbytes, meet, peer_meet, "us")
-            add("alloc_and_rendezvous", nbytes, alloc + meet, peer_alloc + peer_meet, "us")
+            alloc, meet, peer_alloc, peer_meet = slowest(_fresh, nbytes, 7 if nbytes < 1 << 30 else 3)
+            yield figure("alloc_fresh", nbytes, alloc, peer_alloc)
+            yield figure("rendezvous", nbytes, meet, peer_meet)
+            yield figure("alloc_and_rendezvous", nbytes, alloc + meet, peer_alloc + peer_meet)
+        copies = slowest(_copies)
         for nbytes in _COPIES:
-            pull, push, peer_pull, peer_push = slowest(pool, _copies, nbytes)
-            add("p2p_pull", nbytes, pull, peer_pull, "GB/s")
-            add("p2p_push", nbytes, push, peer_push, "GB/s")
+            pull, push, peer_pull, peer_push = (copies.pop(0) for _ in range(4))
+            yield figure("p2p_pull", nbytes, pull, peer_pull, "GB/s")
+            yield figure("p2p_push", nbytes, push, peer_push, "GB/s")
         if peer != "nccl":  # its barrier is not implemented (torch 2.11)
-            graph, eager, peer_graph, peer_eager = slowest(pool, _barrier)
-            add("barrier_graph", 0, graph, peer_graph, "us")
-            add("barrier_eager", 0, eager, peer_eager, "us")
-    return figures
+            graph, eager, peer_graph, peer_eager = slowest(_barrier)
+            yield figure("barrier_graph", 0, graph, peer_graph)
+            yield figure("barrier_eager", 0, eager, peer_eager)
 
 
 def run(backend: str, peers: Sequence[str], world: int, *, as_json: bool) -> int:
