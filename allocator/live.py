@@ -60,8 +60,10 @@ def record(block: Block) -> None:
     reference = weakref.ref(block, lambda reference: _collected.append((pointer, reference)))
     with _lock:
         _drop_collected()
+        known = pointer in _blocks
         _blocks[pointer] = reference
-        bisect.insort(_pointers, pointer)
+        if not known:
+            bisect.insort(_pointers, pointer)
 
 
 def block_at(address: int) -> Block | None:
@@ -78,6 +80,6 @@ def block_at(address: int) -> Block | None:
 def _drop_collected() -> None:
     while _collected:
         pointer, reference = _collected.popleft()
-        del _pointers[bisect.bisect_left(_pointers, pointer)]
         if _blocks.get(pointer) is reference:  # else the address is in use again already
+            _pointers.remove(pointer)  # in one step: an index could be stale by the time it is used
             del _blocks[pointer]

@@ -221,7 +221,7 @@ class Mapping:
         )
 
     def signal_pad(self, rank: int) -> tuple[int, int]:
-        """Address and bytes of a rank's signal pad: a uint32 word for each [channel, source rank], all 0 at first."""
+        """Address and bytes of a rank's flags: a uint32 word for each [channel, source rank], all 0 at first."""
         self.unsupported("signal pad")
 
     def barrier(self, channel: int, timeout: float) -> None:

@@ -126,12 +126,14 @@ def receive(sock: socket.socket, deadline: float) -> tuple[dict[str, Any], bytes
             if not data:
                 raise EOFError("the peer closed the connection")
         body = _receive_exactly(sock, sizes[0] + sizes[1], deadline)
-        if truncated or len(descriptors) != sizes[2]:
+        if truncated:
             raise ResourceLimitError(
                 f"of {sizes[2]} file descriptors that peers sent, {len(descriptors)} fit under this process's "
                 "limit (RLIMIT_NOFILE)",
                 hint="raise it (`ulimit -n`), or hold fewer symmetric tensors at a time",
             )
+        if len(descriptors) != sizes[2]:
+            raise RendezvousError(f"of {sizes[2]} file descriptors that a peer announced {len(descriptors)} came")
         return parse_header(body[: sizes[0]]), body[sizes[0] :], tuple(descriptors)
     except BaseException:
         close_all(descriptors)

@@ -87,20 +87,24 @@ class Driver:
         """The GPU that memory on ``device`` lies on."""
         return torch.cuda.current_device() if device.index is None else device.index
 
+    @functools.cache  # noqa: B019  # there is one driver a process
     def identities(self) -> tuple[str, ...]:
         """What identifies each visible GPU on any machine (its UUID), by ordinal."""
         return tuple(self._call("cuDeviceGetUuid", device).bytes.hex() for device in self._devices)
 
+    @functools.cache  # noqa: B019  # there is one driver a process
     def name(self, ordinal: int) -> str:
         """Model of a GPU."""
         text = self._call("cuDeviceGetName", 96, self._devices[ordinal])
         return str(text.rstrip(b"\0").decode())
 
+    @functools.cache  # noqa: B019  # there is one driver a process
     def attribute(self, ordinal: int, name: str) -> int:
         """A CU_DEVICE_ATTRIBUTE by the rest of its name. What a device advertises need not work: try it."""
         key = getattr(self.bindings.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
         return int(self._call("cuDeviceGetAttribute", key, self._devices[ordinal]))
 
+    @functools.cache  # noqa: B019  # there is one driver a process
     def can_access_peer(self, ordinal: int, peer: int) -> bool:
         """Whether a GPU can load from and store to the memory of another one."""
         return bool(self._call("cuDeviceCanAccessPeer", self._devices[ordinal], self._devices[peer]))

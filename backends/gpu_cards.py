@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from symmem.backends.base import Group
@@ -71,11 +72,20 @@ def no_multicast(cards: list[dict[str, Any]]) -> str:
     return ""
 
 
-def cannot_map(error: SymmemError, region: DeviceRange, cards: list[dict[str, Any]], group: Group) -> SymmemError:
-    """Say whose memory could not be mapped: that of the piece that is missing, or that is not accessible."""
-    pieces = len(region.pieces)
-    index = pieces if pieces < 2 * group.size else region.first_closed()
-    rank = group.rank if index is None else index % group.size
+def cannot_map(
+    error: SymmemError, region: DeviceRange, owners: Sequence[int], cards: Sequence[dict[str, Any]], group: Group
+) -> SymmemError:
+    """Say whose memory could not be mapped: that of the first piece that is not accessible, or that is missing.
+
+    Args:
+        error: What went wrong.
+        region: Where the memory was to be mapped.
+        owners: The rank of each piece, in the order of mapping.
+        cards: Of each rank.
+        group: The group.
+    """
+    index = region.first_closed()
+    rank = owners[index] if index < len(owners) else group.rank
     text = f"{_named(group.rank, cards[group.rank])} cannot map the memory of {_named(rank, cards[rank])}: {error.what}"
     # Memory or descriptors that have run out are that; whatever else the driver says, the mapping is what failed.
     kind = RendezvousError if type(error) in (SymmemError, UnsupportedError) else type(error)

@@ -66,9 +66,13 @@ class HostMapping(SharedMapping):
     def __init__(
         self, backend: HostBackend, allocation: HostAllocation, group: Group, files: list[tuple[int, ...]]
     ) -> None:
-        pad = _pad_extent(group.size)
-        region = _Files(group.size * (allocation.extent + pad))
-        super().__init__(backend, group, allocation.device, region, files, allocation.extent, pad, allocation.pointer)
+        extent, pad = allocation.extent, _pad_extent(group.size)
+        first_pad = group.size * extent
+        region = _Files(first_pad + group.size * pad)
+        for rank, (memory, _) in enumerate(files):
+            region.place(rank * extent, memory, extent)
+        pads = [region.place(first_pad + rank * pad, file, pad) for rank, (_, file) in enumerate(files)]
+        super().__init__(backend, group, allocation.device, region, extent, allocation.pointer, pads)
         self._signals = SharedSignals(group, self._pads, region)
 
     @property

@@ -2,12 +2,13 @@
 
 An allocation is physical memory on one GPU, mapped in its process. At a rendezvous each rank exports it, as a file
 descriptor that passes by SCM_RIGHTS as ``host``'s memory files do, or between hosts of one NVLink fabric as a
-fabric handle, and maps that of all ranks side by side. Kernels then load and store over NVLink, with no library in
+fabric handle, and maps that of all others side by side. Kernels then load and store over NVLink, with no library in
 between. Each process holds a reference to what it has mapped, so freeing is local; see :mod:`symmem.backends.vmm`
 for what happens to kernels that are still running.
 
-A rank's own memory is mapped twice: where its tensors are, and in the row of all ranks' memory (``contiguous_view``).
-Within one kernel CUDA does not order accesses through one with accesses through the other ("virtual aliasing").
+A rank's own memory is mapped where its tensors are, and from the first ``contiguous_view`` on a second time, in the row
+of all ranks' memory. Within one kernel CUDA does not order accesses through one with accesses through the other
+("virtual aliasing").
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import contextlib
 import functools
 import logging
 import os
+import threading
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -26,6 +30,7 @@ from symmem.backends.driver import Driver, load_driver
 from symmem.backends.gpu_cards import cannot_map, check_cards, gpu_card, no_multicast
 from symmem.backends.libc import round_up
 from symmem.backends.multicast import Multicast, granularity, why_not
+from symmem.backends.pad_blocks import Block, GroupPads, Slot, mapping_order
 from symmem.backends.shared import SharedMapping, Signals, pass_and_map
 from symmem.backends.vmm import DeviceRange, Handle, Token, exchange_handles, free_what_is_left
 from symmem.errors import (
@@ -59,7 +64,19 @@ class NativeAllocation(Allocation):
 
 
 class NativeMapping(SharedMapping):
-    """All ranks' memory, with signals on streams, and a multicast object once somebody asks for it."""
+    """All ranks' memory, with signals on streams, and a multicast object once somebody asks for it.
+
+    Args:
+        backend: Whose it is.
+        allocation: This rank's memory.
+        group: The group that met.
+        region: Where the memory of the other ranks is mapped, with a gap for this one's.
+        pads: Where the signal pads are.
+        slot: This rank's pad.
+        cards: Of each rank.
+    """
+
+    _region: DeviceRange
 
     def __init__(
         self,
@@ -67,19 +84,18 @@ class NativeMapping(SharedMapping):
         allocation: NativeAllocation,
         group: Group,
         region: DeviceRange,
-        tokens: Sequence[tuple[Token, ...]],
-        pad: Handle,
-        pad_stride: int,
-        no_multicast: str,
+        pads: GroupPads,
+        slot: Slot,
+        cards: list[dict[str, Any]],
     ) -> None:
-        super().__init__(
-            backend, group, allocation.device, region, tokens, allocation.extent, pad_stride, allocation.pointer
-        )
+        addresses = pads.addresses(cards, group, slot)
+        super().__init__(backend, group, allocation.device, region, allocation.extent, allocation.pointer, addresses)
         self._driver = backend.driver
         self._memory, self._fabric = allocation.handle, allocation.fabric
-        self._pad = pad  # a fabric handle, unlike a descriptor, can be imported only while its exporter has this
-        self._no_multicast = no_multicast
+        self._group_pads = pads  # keeps the blocks mapped
+        self._no_multicast = no_multicast(cards)
         self._multicast: Multicast | None = None
+        self._lock = threading.Lock()
 
     @functools.cached_property
     def signals(self) -> Signals:
@@ -89,6 +105,19 @@ class NativeMapping(SharedMapping):
         signals = vars(self).get("signals")  # nothing can have failed of signals that were never made
         if isinstance(signals, CudaSignals):
             signals.check()
+
+    def contiguous(self) -> tuple[int, int]:
+        # The own memory is put into its gap now: at each rendezvous this would take as long as mapping a peer's.
+        own, region = self.group.rank * self._stride, self._region
+        with self._lock, self._driver.on(self._driver.ordinal(self.device)):
+            try:
+                if not region.holds(own):
+                    region.map(own, self._memory, self._stride)
+                region.open()
+            except SymmemError as error:
+                error.located(rank=self.group.rank, group=self.group.name, step="contiguous_view")
+                raise
+        return super().contiguous()
 
     def multicast(self) -> int:
         if self._no_multicast:
@@ -105,8 +134,16 @@ class NativeMapping(SharedMapping):
         return self._multicast.address
 
 
+def _pad_nbytes(size: int) -> int:
+    return round_up(CudaSignals.nbytes(size), 256)
+
+
 class NativeBackend(Backend):
-    """Backend ``native``."""
+    """Backend ``native``.
+
+    Attributes:
+        pads: Signal pads of each group, by GPU.
+    """
 
     device_type = "cuda"
     capabilities = (
@@ -117,6 +154,10 @@ class NativeBackend(Backend):
         | Capability.ONE_SIDED
         | Capability.SECOND_GROUP
     )
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.pads: weakref.WeakKeyDictionary[Group, dict[int, GroupPads]] = weakref.WeakKeyDictionary()
 
     @functools.cached_property
     def driver(self) -> Driver:
@@ -186,6 +227,18 @@ class NativeBackend(Backend):
     def _reserve(self, ordinal: int, nbytes: int) -> DeviceRange:
         return DeviceRange(self.driver, ordinal, nbytes, self._granularity(ordinal))
 
+    def _map_own(self, ordinal: int, nbytes: int) -> tuple[Handle, DeviceRange]:
+        """New memory, mapped in this process alone; not zeroed."""
+        with contextlib.ExitStack() as undo:
+            handle = self._create(ordinal, nbytes)
+            undo.callback(handle.close)
+            region = self._reserve(ordinal, nbytes)
+            undo.callback(region.close)
+            region.map(0, handle, nbytes)
+            region.open()
+            undo.pop_all()
+        return handle, region
+
     def allocate(self, nbytes: int, device: torch.device, group: Group | None) -> NativeAllocation:
         # Zeroed before it returns, on a stream of its own: so the memory is of use on any stream, a peer can never
         # store into it before it is zeroed, and an allocation amid a stream capture does not become part of the graph.
@@ -193,39 +246,63 @@ class NativeBackend(Backend):
         with self.driver.on(ordinal), contextlib.ExitStack() as undo:
             free_what_is_left()
             extent = max(round_up(nbytes, self._granularity(ordinal)), self._granularity(ordinal))
-            handle = self._create(ordinal, extent)
+            handle, region = self._map_own(ordinal, extent)
             undo.callback(handle.close)
-            region = self._reserve(ordinal, extent)
             undo.callback(region.close)
-            region.map(0, handle, extent)
-            region.open()
             self.driver.zero(ordinal, region.address, extent)
             undo.pop_all()
         return NativeAllocation(self, device, nbytes, handle, region)
 
     def rendezvous(self, allocation: Allocation, collective: Collective) -> NativeMapping:
+        # The driver does one of these calls at a time, over all processes of the host: their number is what a
+        # rendezvous costs. A rank imports and maps each peer's memory, and nothing else but new blocks of pads.
         assert isinstance(allocation, NativeAllocation)
-        driver, group, extent = self.driver, collective.group, allocation.extent
+        driver, group = self.driver, collective.group
         ordinal = driver.ordinal(allocation.device)
-        pad_stride = round_up(CudaSignals.nbytes(group.size), self._granularity(ordinal))
+        pads = self.pads.setdefault(group, {}).setdefault(ordinal, GroupPads())
         with driver.on(ordinal), contextlib.ExitStack() as undo:
-            pad = self._create(ordinal, pad_stride)
+            slot = pads.take(_pad_nbytes(group.size), functools.partial(self._make_block, ordinal, group.size))
             on_failure = undo.enter_context(contextlib.ExitStack())
-            on_failure.callback(pad.close)
-            card = gpu_card(driver, ordinal, extent, why_not(driver, ordinal, group.settings))
-            received = undo.enter_context(
-                exchange_handles(driver, collective, "map", card, (allocation.handle, pad), allocation.fabric)
-            )
-            cards = [card for card, _tokens in received]
-            tokens = [tokens for _card, tokens in received]
-            check_cards(driver, cards, ordinal, group)
-            region = self._reserve(ordinal, group.size * (extent + pad_stride))
-            on_failure.callback(region.close)
-            try:
-                mapping = NativeMapping(self, allocation, group, region, tokens, pad, pad_stride, no_multicast(cards))
-            except SymmemError as error:
-                raise cannot_map(error, region, cards, group) from error
+            on_failure.callback(slot.give_back)
             # Before the ranks agree that all have mapped: until then nobody signals.
-            driver.zero(ordinal, mapping.signal_pad(group.rank)[0], pad_stride)
+            driver.zero(ordinal, slot.address, _pad_nbytes(group.size))
+            card = gpu_card(driver, ordinal, allocation.extent, why_not(driver, ordinal, group.settings))
+            card["pad"] = slot.card
+            received = undo.enter_context(
+                exchange_handles(driver, collective, "map", card, (allocation.handle, *slot.handles), allocation.fabric)
+            )
+            cards, tokens = [card for card, _tokens in received], [tokens for _card, tokens in received]
+            check_cards(driver, cards, ordinal, group)
+            pads.map(cards, tokens, group, functools.partial(self._reserve, ordinal))
+            region = self._map_peers(ordinal, allocation.extent, tokens, cards, group)
+            on_failure.callback(region.close)
+            mapping = NativeMapping(self, allocation, group, region, pads, slot, cards)
+            if any(len(sent) > 1 for sent in tokens):  # the same on all ranks
+                collective.exchange("pads").close()
+                slot.block.shared = True
             on_failure.pop_all()
+            region.afterwards.append(slot.give_back)
         return mapping
+
+    def _make_block(self, ordinal: int, size: int) -> Block:
+        return Block(*self._map_own(ordinal, round_up(_pad_nbytes(size), self._granularity(ordinal))))
+
+    def _map_peers(
+        self,
+        ordinal: int,
+        extent: int,
+        tokens: Sequence[tuple[Token, ...]],
+        cards: Sequence[dict[str, Any]],
+        group: Group,
+    ) -> DeviceRange:
+        """All ranks' memory side by side, with a gap where this rank's would be."""
+        region, peers = self._reserve(ordinal, group.size * extent), mapping_order(group)
+        try:
+            for peer in peers:
+                region.place(peer * extent, tokens[peer][0], extent)
+            region.open()
+        except SymmemError as error:
+            named = cannot_map(error, region, peers, cards, group)
+            region.close()
+            raise named from error
+        return region

@@ -1,6 +1,7 @@
 """What the backends share that export memory and map all ranks' side by side: ``host`` and ``native``.
 
-They differ in what memory is and how it is imported (:class:`Range`), and in who signals (:class:`Signals`).
+They differ in what memory is and how it is imported (:class:`Range`), in where signal pads lie, and in who signals
+(:class:`Signals`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from symmem.backends.base import Backend, Group, Mapping, tensor_at
+from symmem.backends.base import SIGNAL_CHANNELS, Backend, Group, Mapping, tensor_at
 from symmem.backends.descriptors import close_all
 
 __all__ = ["Range", "SharedMapping", "Signals", "pass_and_map"]
@@ -27,7 +28,7 @@ class Range(Protocol):
         """Map the first ``nbytes`` of what another process exported at ``offset``; returns the address."""
 
     def open(self) -> None:
-        """Allow access to what was placed. Called once, when the range is full."""
+        """Allow access to what was placed."""
 
 
 class Signals(Protocol):
@@ -44,17 +45,16 @@ class Signals(Protocol):
 
 
 class SharedMapping(Mapping):
-    """All ranks' memory side by side in one range of addresses, then all ranks' signal pads.
+    """All ranks' memory side by side in one range of addresses, and their signal pads anywhere.
 
     Args:
         backend: Whose it is.
         group: The group that met.
         device: Where tensors over the memory lie.
-        region: ``size * (stride + pad_stride)`` reserved bytes.
-        tokens: Each rank's memory and signal pad, as ``region.place`` takes them.
+        region: The range; rank r's memory is at ``r * stride``.
         stride: Bytes of each rank's memory.
-        pad_stride: Bytes of each rank's pad.
         own: Address that this rank's tensors have already; they keep it.
+        pads: Address of each rank's pad.
     """
 
     def __init__(
@@ -63,21 +63,15 @@ class SharedMapping(Mapping):
         group: Group,
         device: torch.device,
         region: Range,
-        tokens: Sequence[tuple[Any, ...]],
         stride: int,
-        pad_stride: int,
         own: int,
+        pads: Sequence[int],
     ) -> None:
-        first_pad = group.size * stride
-        pointers = [region.place(rank * stride, memory, stride) for rank, (memory, _) in enumerate(tokens)]
-        self._pads = tuple(
-            region.place(first_pad + rank * pad_stride, pad, pad_stride) for rank, (_, pad) in enumerate(tokens)
-        )
-        region.open()
+        pointers = [region.address + rank * stride for rank in range(group.size)]
         pointers[group.rank] = own
         super().__init__(backend, group, device, pointers)
-        self._region = region
-        self._stride, self._pad_stride = stride, pad_stride
+        self._region, self._stride = region, stride
+        self._pads = tuple(pads)
 
     @property
     def signals(self) -> Signals:
@@ -97,7 +91,7 @@ class SharedMapping(Mapping):
         return self._region.address, self._stride
 
     def signal_pad(self, rank: int) -> tuple[int, int]:
-        return self._pads[rank], self._pad_stride
+        return self._pads[rank], 4 * SIGNAL_CHANNELS * self.group.size  # what lies behind the flags is private
 
 
 def pass_and_map(descriptor: int, nbytes: int, reserve: Callable[[int], Range], memory: torch.Tensor) -> bool:

@@ -32,6 +32,7 @@ BACKENDS = {"CUDA": "pytorch_cuda", "NCCL": "pytorch_nccl", "NVSHMEM": "pytorch_
 
 _OLDEST_NCCL = (2, 28)  # the first whose windows tell peers' pointers
 
+_alone: weakref.WeakKeyDictionary[ProcessGroup, ProcessGroup] = weakref.WeakKeyDictionary()
 _connected: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()  # those whose NCCL communicator is known to exist
 
 
@@ -52,7 +53,6 @@ class Transport:
     def __init__(self, name: str) -> None:
         self.name = name
         self.meetings = 0  # rendezvous that this process took part in
-        self._alone: ProcessGroup | None = None
 
     def check(self) -> None:
         """Return if torch has it; allocates nothing.
@@ -132,10 +132,9 @@ class Transport:
         """
         if self.name != "CUDA":
             return
-        if self._alone is None:
-            self._alone = dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+        alone = _group_of_one()
         while self.meetings < meetings:
-            self.rendezvous(self.empty(1, device), self._alone)
+            self.rendezvous(self.empty(1, device), alone)
 
     def obey(self, settings: Settings) -> None:
         """Tell the library if multicast is off, by the one switch that it has: the environment.
@@ -152,6 +151,16 @@ class Transport:
             )
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         os.environ["NVSHMEM_DISABLE_NVLS"] = "1"
+
+
+def _group_of_one() -> ProcessGroup:
+    """A process group of this rank alone; made once for each default process group, without the other ranks."""
+    job = dist.distributed_c10d._get_default_group()
+    if job not in _alone:
+        made = dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup)
+        _alone[job] = made
+    return _alone[job]
 
 
 def _reason(error: RuntimeError) -> str:

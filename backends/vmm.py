@@ -30,6 +30,8 @@ __all__ = ["DeviceRange", "Handle", "Token", "exchange_handles", "free_what_is_l
 
 log = logging.getLogger("symmem.vmm")
 
+_ACCESS = os.environ.get("SYMMEM_NATIVE_ACCESS", "range")  # for one measurement: "range" or "piece"
+
 Token: TypeAlias = "int | bytes"
 """Physical memory on its way between processes: a file descriptor, or an exported fabric handle."""
 
@@ -79,6 +81,7 @@ class DeviceRange:
         self.address = driver.reserve(nbytes, alignment)
         self.pieces: list[tuple[int, int]] = []
         self.afterwards: list[Callable[[], object]] = []
+        self._opened = 0  # how many pieces the GPU may access
         grave = _Grave(driver, ordinal, self.address, nbytes, self.pieces, self.afterwards)
         self._finalizer = weakref.finalize(self, _bury, grave)
         self._finalizer.atexit = False
@@ -94,29 +97,50 @@ class DeviceRange:
         self.pieces.append((address, nbytes))
         return address
 
+    def holds(self, offset: int) -> bool:
+        """Whether a piece was mapped at ``offset``."""
+        return any(address == self.address + offset for address, _nbytes in self.pieces)
+
     def place(self, offset: int, token: Token, nbytes: int) -> int:
         """Import memory of a process, maybe this one, and map it at ``offset``; returns the address."""
         handle = Handle.take(self._driver, token)
         try:
-            return self.map(offset, handle, nbytes)
+            address = self.map(offset, handle, nbytes)
         finally:
             handle.close()  # the mapping keeps the memory
+        if _ACCESS == "piece":
+            self.open()
+        return address
 
     def open(self) -> None:
-        """Let the GPU access what is mapped, which must fill the range from its beginning without a gap.
+        """Let the GPU access what was mapped since the last time.
 
-        One call for all pieces: setting access takes most of the time of a rendezvous.
+        One call for all pieces that touch: setting access takes most of the time of a rendezvous. After an error it
+        may be called again.
         """
-        self._driver.allow(self._ordinal, self.address, sum(nbytes for _address, nbytes in self.pieces))
+        for run in _runs(self.pieces[self._opened :]):
+            self._driver.allow(self._ordinal, *run)
+        self._opened = len(self.pieces)
 
-    def first_closed(self) -> int | None:
-        """After :meth:`open` failed: the index of the first piece that the GPU cannot access."""
+    def first_closed(self) -> int:
+        """After an error: the index of the first piece that the GPU cannot access, or else of the next one."""
         for index, piece in enumerate(self.pieces):
             try:
                 self._driver.allow(self._ordinal, *piece)
             except SymmemError:
                 return index
-        return None
+        return len(self.pieces)
+
+
+def _runs(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The pieces in order of address, those that touch made one."""
+    runs: list[tuple[int, int]] = []
+    for address, nbytes in sorted(pieces):
+        if runs and sum(runs[-1]) == address:
+            runs[-1] = runs[-1][0], runs[-1][1] + nbytes
+        else:
+            runs.append((address, nbytes))
+    return runs
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from symmem.errors import SymmemError
 from symmem.tools import config_command
@@ -16,9 +17,16 @@ __all__ = ["main"]
 _PEERS = ("cuda", "nvshmem", "nccl")
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that takes no abbreviated options; the parsers of its subcommands are of its class."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``symmem ARGV``; returns the exit code: 0, 1 for what was found to be wrong, 2 for wrong usage."""
-    parser = argparse.ArgumentParser(prog="symmem", description="Symmetric memory for PyTorch.", allow_abbrev=False)
+    parser: argparse.ArgumentParser = _Parser(prog="symmem", description="Symmetric memory for PyTorch.")
     parser.add_argument("--version", action="version", version=f"symmem {VERSION}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -66,10 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
 
 
 def _names(text: str) -> list[str]:

@@ -6,6 +6,7 @@ The parent serves the ranks' TCPStore; thus any rank, rank 0 included, may die w
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import importlib.util
@@ -172,7 +173,8 @@ class RankPool:
         """Let hung ranks print where they are, then kill all: a pool with a hung rank is of no more use."""
         for rank in ranks:
             print(f"--- rank {rank} hangs at:", file=sys.stderr, flush=True)
-            os.kill(self._processes[rank].pid, signal.SIGUSR1)
+            with contextlib.suppress(ProcessLookupError):  # it has just died
+                os.kill(self._processes[rank].pid, signal.SIGUSR1)
             time.sleep(0.2)
         for rank in range(self.size):
             self.kill(rank)

@@ -247,6 +247,7 @@ def install(rank: int, world: int, **options: Any) -> FakeDriver:
     backend.device_type = "cpu"
     type(backend).has_fabric.cache_clear()
     type(backend)._granularity.cache_clear()
+    backend.pads.clear()
     vars(native)["CudaSignals"] = FakeSignals
     # What forbids multicast on this machine is about its GPUs; the settings are honoured all the same.
     vars(multicast)["multicast_blocker"] = lambda: None

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import symmem
-from symmem.backends import get_backend
+from symmem.backends import get_backend, native
 from symmem.errors import (
     BackendUnavailableError,
     MulticastUnavailableError,
@@ -70,8 +70,15 @@ def error_of(function: Callable[[], Any]) -> SymmemError:
     raise AssertionError("nothing was raised")
 
 
-def check_nothing_left(driver: FakeDriver, before: int) -> None:
+def forget_pads() -> None:
+    """Let go of the groups' blocks of signal pads; all ranks must before the next rendezvous."""
     gc.collect()
+    backend: Any = get_backend("native")
+    backend.pads.clear()
+
+
+def check_nothing_left(driver: FakeDriver, before: int) -> None:
+    forget_pads()
     assert driver.live == NOTHING
     assert descriptors() == before
 
@@ -102,16 +109,20 @@ def whole_path() -> None:
     st.put_signal((rank + 1) % world)
     st.wait_signal((rank - 1) % world)
     st.synchronize()
-    # A handle for the memory and one for the pad; a range for the memory, and one for all ranks' memory and pads.
-    assert driver.live == (2, 2, 1 + 2 * world, 0)
-    # What is set up is set up once.
+    # A handle for the memory and one for the block of pads; a range for each, for all ranks' memory, and for the
+    # peers' blocks.
+    others = int(world > 1)
+    assert driver.live == (2, 3 + others, 2 * world + 1, 0)
+    # What is set up is set up once for each group, whose blocks go with it.
     second = symmem.Group.from_store(rank, world, rank_store(), "whole path")
     st.rendezvous(second)
-    assert driver.live == (3, 3, 1 + 4 * world, 0)
+    assert driver.live == (3, 5 + 2 * others, 4 * world, 0)
     st.barrier(group=second)
     meet()
     second.close()
-    del view, st
+    del view, st, second
+    gc.collect()
+    assert driver.live == (1, 1 + others, world, 0)
     check_nothing_left(driver, before)
     meet()
 
@@ -146,6 +157,169 @@ def test_conformance(name: str, pools: Any) -> None:
 
 def install_only() -> None:
     fresh()
+    allocate(1).rendezvous()  # the default group's blocks of pads stay
+
+
+# What a rendezvous costs.
+
+COUNTED = ("create", "export_descriptor", "import_descriptor", "reserve", "map", "allow", "zero")
+
+
+def calls_of(driver: FakeDriver, function: Callable[..., object], *arguments: object) -> tuple[int, ...]:
+    driver.calls.clear()
+    function(*arguments)
+    return tuple(driver.calls.count(name) for name in COUNTED)
+
+
+def calls_of_rendezvous() -> None:
+    driver = fresh()
+    meet()
+    before, rank, world = descriptors(), dist.get_rank(), dist.get_world_size()
+    peers, inner = world - 1, int(0 < rank < world - 1)
+    group, second = new_group("calls"), new_group("calls, second")
+    kept = [allocate(100) for _ in range(3)]
+    runs = min(peers, 1) + inner  # of peers' memory that touches
+    first = (1, 2, 2 * peers, 2 + min(peers, 1), 1 + 2 * peers, 1 + min(peers, 1) + runs, 1)
+    later = (0, 1, peers, 1, peers, runs, 1)
+    assert calls_of(driver, kept[0].rendezvous, group) == first
+    assert calls_of(driver, kept[1].rendezvous, group) == later
+    assert calls_of(driver, kept[0].rendezvous, second) == first
+    assert calls_of(driver, kept[2].rendezvous, group) == later
+    assert calls_of(driver, kept[1].rendezvous, second) == later
+    # The own memory joins the row when the row is asked for, once.
+    assert calls_of(driver, functools.partial(kept[2].contiguous_view, group=group)) == (0, 0, 0, 0, 1, 1, 0)
+    assert calls_of(driver, functools.partial(kept[2].contiguous_view, group=group)) == (0,) * len(COUNTED)
+    for st in kept:
+        st.barrier(group=group)
+    meet()
+    group.close()
+    second.close()
+    del kept, st, group, second
+    gc.collect()
+    assert driver.live == NOTHING, "blocks outlive their groups"
+    assert descriptors() <= before
+    meet()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_rendezvous_makes_the_fewest_calls(world: int, pools: Any) -> None:
+    pools.get(world, "native").run(calls_of_rendezvous)
+
+
+def order_of_mapping() -> list[int]:
+    driver, order = fresh(), []
+    rank, world = dist.get_rank(), dist.get_world_size()
+    st = allocate(1)
+    st.rendezvous()
+    addresses = st.remote_pointers.tolist()
+    for address in driver.mappings:  # in the order of mapping
+        if address in addresses and addresses.index(address) != rank:
+            order.append(addresses.index(address))
+    assert order == [(rank + i) % world for i in range(1, world)]
+    meet()
+    return order
+
+
+def test_each_rank_begins_with_the_next_one(pools: Any) -> None:
+    pools.get(4, "native").run(order_of_mapping)
+
+
+# Slots of signal pads.
+
+
+def own_pad(st: symmem.SymmetricTensor) -> int:
+    return st.signal_pad(dist.get_rank()).data_ptr()
+
+
+def slots_are_reused() -> None:
+    driver = fresh()
+    meet()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    slots = GRANULARITY // native_pad_nbytes(world)
+    kept = allocate(1).rendezvous()
+    first = own_pad(kept)
+    seen = []
+    for turn in range(slots + 2):
+        st = allocate(1).rendezvous()
+        seen.append(own_pad(st))
+        assert not any(st.signal_pad(peer).view(torch.int32).any() for peer in range(world)), turn
+        meet()
+        st.signal_pad(rank).view(torch.int32).fill_(7)  # a signal that nobody took
+        del st
+    # Round and round, but for the one that is in use; what came free last is used last.
+    assert len(set(seen[: slots - 1])) == slots - 1
+    assert seen[slots - 1 :] == seen[:3]
+    assert first not in seen
+    assert driver.calls.count("create") == slots + 4  # each tensor's, and one block
+    kept.barrier()
+    meet()
+
+
+def test_slots_are_used_again_as_late_as_possible_and_zeroed(pools: Any) -> None:
+    pools.get(2, "native").run(slots_are_reused)
+
+
+def native_pad_nbytes(size: int) -> int:
+    return native._pad_nbytes(size)
+
+
+def blocks_run_out(extra: int) -> None:
+    # A block of one slot: each tensor that is alive needs one.
+    driver = fresh()
+    meet()
+    before, rank, world = descriptors(), dist.get_rank(), dist.get_world_size()
+    group, other = new_group(f"run out {extra}"), new_group(f"run out, other {extra}")
+    vars(native)["_pad_nbytes"], kept_function = lambda size: GRANULARITY, native._pad_nbytes
+    try:
+        kept = [allocate(1).rendezvous(group) for _ in range(3)]
+        assert driver.live[0] == 2 * 3
+        pads = [[st.signal_pad(peer, group=group).data_ptr() for peer in range(world)] for st in kept]
+        assert len({address for row in pads for address in row}) == 3 * world
+        meet()
+        if rank == extra:
+            del kept[0]  # this rank has a slot, the others need a block
+            gc.collect()
+        st = allocate(1)
+        made = calls_of(driver, st.rendezvous, group)
+        assert made[:3] == ((0, 1) if rank == extra else (1, 2)) + (world - 1 + world - 1 - (rank != extra),)
+        for tensor in (*kept[-2:], st):
+            tensor.put_signal((rank + 1) % world, group=group)
+            tensor.wait_signal((rank - 1) % world, group=group)
+            tensor.barrier(group=group)
+    finally:
+        vars(native)["_pad_nbytes"] = kept_function
+    meet()
+    del kept, st, tensor, group, other
+    gc.collect()
+    assert driver.live == NOTHING
+    assert descriptors() <= before
+    meet()
+
+
+def test_a_rank_without_a_free_slot_makes_another_block(pools: Any) -> None:
+    for extra in (0, 1):
+        pools.get(3, "native").run(blocks_run_out, extra)
+
+
+def fault_at_own_place(method: str) -> None:
+    driver = fresh()
+    st = allocate(100).rendezvous()
+    rank = dist.get_rank()
+    st.tensor.fill_(rank)
+    st.barrier()
+    driver.faults[method] = ("CUDA_ERROR_OUT_OF_MEMORY", 0)
+    error = error_of(st.contiguous_view)
+    assert type(error) is OutOfMemoryError
+    assert (error.rank, error.step) == (rank, "contiguous_view")
+    assert st.contiguous_view()[:, 0].tolist() == list(range(dist.get_world_size()))
+    meet()
+    del st
+    check_nothing_left(driver, descriptors() - len(driver.handles))
+
+
+@pytest.mark.parametrize("method", ["map", "allow"])
+def test_a_fault_at_the_contiguous_view_is_local_and_may_be_retried(method: str, pools: Any) -> None:
+    pools.get(3, "native").run(fault_at_own_place, method)
 
 
 # Faults.
@@ -160,8 +334,16 @@ def fault_at_rendezvous(method: str, when: int, culprit: int, fault: str) -> Sym
         driver.faults[method] = (fault, when)
     error = error_of(st.rendezvous)
     gc.collect()
-    assert driver.live == (1, 1, 1, 0), "what the failed rendezvous made is left behind"
+    # Blocks of pads may stay: this rank's, and once all of them are mapped the peers'.
+    blocks = len(driver.handles) - 1
+    peers = len(driver.reservations) - 1 - blocks
+    assert blocks <= 1
+    assert peers <= blocks
+    assert driver.live == (1 + blocks, 1 + blocks + peers, 1 + blocks + 2 * peers, 0), "something is left behind"
     st.rendezvous()
+    assert driver.live == (2, 4, 6, 0)
+    assert not any(st.signal_pad(peer).view(torch.int32).any() for peer in range(3))
+    meet()
     st.tensor.fill_(dist.get_rank())
     st.barrier()
     assert [st.get(peer)[0].item() for peer in range(st.groups[0].size)] == list(range(st.groups[0].size))
@@ -178,12 +360,10 @@ def fault_at_rendezvous(method: str, when: int, culprit: int, fault: str) -> Sym
         ("create", 0),
         ("export_descriptor", 0),
         ("export_descriptor", 1),
-        ("import_descriptor", 0),
-        ("import_descriptor", 4),
-        ("reserve", 0),
-        ("map", 0),
-        ("map", 5),
-        ("allow", 0),
+        *(("import_descriptor", when) for when in range(4)),
+        *(("reserve", when) for when in range(3)),
+        *(("map", when) for when in range(5)),
+        *(("allow", when) for when in range(3)),
         ("zero", 0),
     ],
 )
@@ -197,7 +377,7 @@ def test_a_fault_in_any_call_is_raised_on_all_and_undone(method: str, when: int,
 
 
 def test_memory_that_cannot_be_mapped_names_the_gpus(pools: Any) -> None:
-    for method, when, whose in (("import_descriptor", 1, 1), ("map", 5, 2), ("import_descriptor", 2, 2)):
+    for method, when, whose in (("import_descriptor", 1, 2), ("map", 4, 2), ("import_descriptor", 2, 1)):
         (error, *_) = pools.get(3, "native").run(fault_at_rendezvous, method, when, 0, "CUDA_ERROR_INVALID_VALUE")
         assert type(error) is RendezvousError
         assert error.peers == (whose,)
@@ -264,7 +444,7 @@ def die_at(method: str) -> SymmemError:
         driver.faults[method] = (lambda: os.kill(os.getpid(), signal.SIGKILL), 1)
     error = error_of(st.rendezvous)
     del st
-    gc.collect()
+    forget_pads()
     assert driver.live == NOTHING
     assert descriptors() <= before
     return error
@@ -284,8 +464,9 @@ def without_p2p() -> SymmemError:
     st = allocate(100)
     error = error_of(st.rendezvous)
     assert "map" not in driver.calls[driver.calls.index("export_descriptor") :]
+    before = descriptors() - len(driver.handles)
     del st
-    check_nothing_left(driver, descriptors())
+    check_nothing_left(driver, before)
     return error
 
 
@@ -328,7 +509,7 @@ def on_two_hosts(fabric: tuple[str, str]) -> SymmemError | None:
             error = error_of(functools.partial(st.rendezvous, group))
             assert error.rank is not None
             del st
-            gc.collect()
+            forget_pads()
             assert driver.live == NOTHING
             return error
         st.rendezvous(group)
@@ -341,7 +522,7 @@ def on_two_hosts(fabric: tuple[str, str]) -> SymmemError | None:
         os.environ.pop("SYMMEM_HOST_ID")
         group.close()
     del st
-    gc.collect()
+    forget_pads()
     assert driver.live == NOTHING
     return None
 
@@ -387,13 +568,14 @@ def multicast_works() -> None:
     assert symmem.SymmetricTensor.wrap(st.tensor.view(torch.uint8)[3:]).multicast_ptr == pointer + 3
     with group.collective("done"):
         pass
-    del st
+    group.close()
+    del st, group
     gc.collect()
     assert driver.live == NOTHING
     del_order = [name for name in driver.calls if name in ("quiesce", "unmap", "multicast_unbind")]
     assert del_order.index("quiesce") < del_order.index("unmap") < del_order.index("multicast_unbind")
-    assert descriptors() == before - 2  # those of the handles of memory and pad
-    group.close()
+    # Those of the handles of memory and pads, and the closed group's own.
+    assert descriptors() < before - 2
 
 
 def test_multicast_is_set_up_once_and_undone(pools: Any) -> None:
@@ -427,15 +609,27 @@ def test_multicast_that_is_switched_off_is_never_created(pools: Any) -> None:
 # Freeing.
 
 
+def native_pads() -> Any:
+    backend: Any = get_backend("native")
+    (by_gpu,) = backend.pads.values()
+    (pads,) = by_gpu.values()
+    return pads
+
+
 def freed_amid_a_capture() -> None:
     driver = fresh()
     st = allocate(100).rendezvous()
+    slots = len(native_pads()._free)
     driver.capturing = True
     del st
     gc.collect()
-    assert driver.live == (0, 2, 1 + 2, 0)  # handles go, what is mapped stays
+    # The handle goes; what is mapped stays, and so does the slot in the block of pads.
+    assert driver.live == (1, 3, 2, 0)
+    assert len(native_pads()._free) == slots
     driver.capturing = False
     allocate(100)
+    assert len(native_pads()._free) == slots + 1
+    forget_pads()
     assert driver.live == NOTHING
 
 
@@ -456,7 +650,7 @@ def collected_on_a_thread() -> None:
         thread.start()
         thread.join(10)
         assert not thread.is_alive()
-        assert driver.live == NOTHING
+        assert driver.live == (1, 2, 2, 0)  # the blocks of pads
     meet()
     check_nothing_left(driver, before)
 

@@ -189,8 +189,16 @@ _USES: dict[Capability, Callable[[symmem.SymmetricTensor, Context], object]] = {
     Capability.CONTIGUOUS_VIEW: lambda st, ctx: st.contiguous_view(),
     Capability.SIGNALS: lambda st, ctx: st.barrier(),
     Capability.ONE_SIDED: lambda st, ctx: st.get(ctx.next),
-    Capability.SECOND_GROUP: lambda st, ctx: st.rendezvous(dist.new_group(list(range(ctx.world)))),
+    Capability.SECOND_GROUP: lambda st, ctx: _rendezvous_again(st, ctx),
 }
+
+
+def _rendezvous_again(st: symmem.SymmetricTensor, ctx: Context) -> None:
+    group = dist.new_group(list(range(ctx.world)))
+    try:
+        st.rendezvous(group)
+    finally:
+        dist.destroy_process_group(group)  # it holds sockets
 
 
 def _refuses(ctx: Context, lacking: Capability) -> None:

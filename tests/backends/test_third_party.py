@@ -1,0 +1,118 @@
+"""A backend of another package joins by an entry point, and passes the conformance suite by its name (A1, A10)."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import symmem
+from symmem.backends import available_names, get_backend
+from symmem.errors import BackendUnavailableError, ConfigError
+from symmem.tools.conformance import CASES, run_case
+from symmem.tools.doctor import examine
+from symmem.tools.ranks import RankPool
+
+WORLD = 3
+
+
+def join(folder: str) -> list[str]:
+    """Let this process find the package; returns the names of the backends that it has then."""
+    sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    return list(available_names())
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What installing a third party's package leaves on sys.path."""
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copy(Path(__file__).with_name("toy_backend.py"), folder)
+    info = folder / "toy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[symmem.backends]\ntoy = toy_backend:ToyBackend\nhost = toy_backend:ToyBackend\n"
+        "broken = no_such_module:Backend\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pool(package: Path) -> Iterator[RankPool]:
+    with RankPool(WORLD) as pool:
+        for names in pool.run(join, str(package)):
+            assert {"toy", "broken", "host"} <= set(names)
+        yield pool
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_passes_the_conformance_suite(name: str, pool: RankPool) -> None:
+    """A10: what it lists as capabilities works, the rest is refused by name; nothing is skipped, nothing leaks."""
+    assert pool.run(run_case, name, "toy") == [None] * WORLD
+
+
+def use_it() -> str:
+    group = symmem.resolve_group()
+    st = symmem.allocate(8, backend="toy").rendezvous()
+    st.tensor.fill_(group.rank)
+    with group.collective("meet"):
+        pass
+    assert [st.remote_tensor(rank)[0].item() for rank in range(WORLD)] == list(range(WORLD))
+    with group.collective("read"):
+        pass
+    return st.backend
+
+
+def choose_by_environment() -> str:
+    os.environ["SYMMEM_ENABLE"] = "symmetric_memory_backend(toy)"
+    try:
+        return symmem.allocate(8).backend
+    finally:
+        del os.environ["SYMMEM_ENABLE"]
+
+
+def test_it_is_chosen_by_argument_and_by_environment(pool: RankPool) -> None:
+    """A9: the name is as good as that of a built-in backend."""
+    assert pool.run(use_it) == ["toy"] * WORLD
+    assert pool.run(choose_by_environment) == ["toy"] * WORLD
+
+
+def ask_for_what_it_lacks() -> list[str]:
+    st = symmem.allocate(8, backend="toy").rendezvous()
+    told = []
+    for use in (st.barrier, st.contiguous_view, lambda: st.multicast_ptr, lambda: st.signal_pad(0)):
+        try:
+            use()
+        except symmem.SymmemError as error:
+            told.append(f"{type(error).__name__}: {error}")
+    return told
+
+
+def test_what_it_lacks_is_the_named_error(pool: RankPool) -> None:
+    """A6, A7: with no code of its own."""
+    for told in pool.run(ask_for_what_it_lacks):
+        assert len(told) == 4
+        assert all("'toy' has no" in text for text in told)
+        assert [text.split(":")[0] for text in told].count("UnsupportedError") == 3
+
+
+def test_installing_it_changes_nothing_unless_it_is_named(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A9: auto never guesses a third party's; a built-in name stays the built-in; a broken one says why."""
+    with pytest.raises(ConfigError, match="unknown backend 'toy'"):
+        symmem.allocate(1, backend="toy")
+    monkeypatch.syspath_prepend(str(package))
+    monkeypatch.setattr("symmem.backends._instances", {})
+    monkeypatch.setattr("symmem.backends._probed", set())
+    assert symmem.allocate(1, device="cpu").backend == "host"
+    assert type(get_backend("host")).__module__ == "symmem.backends.host"
+    with pytest.raises(BackendUnavailableError, match=r"'broken' cannot be imported.*no_such_module"):
+        symmem.allocate(1, backend="broken")
+    finding = examine("toy")
+    assert finding.available
+    assert finding.capabilities == ("remote_tensor", "one_sided", "second_group")
