@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 from symmem.errors import SymmemError
 from symmem.tools import config_command
+from symmem.tools.outcomes import RanksFailedError
 from symmem.version import VERSION
 
 __all__ = ["main"]
@@ -25,7 +28,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``symmem ARGV``; returns the exit code: 0, 1 for what was found to be wrong, 2 for wrong usage."""
+    """Run ``symmem ARGV``; returns the exit code: 0, 1 for what was found to be wrong, 2 for wrong usage.
+
+    As for commands that a signal ends: 130 when interrupted, 141 when nobody reads the output any more.
+    """
     parser: argparse.ArgumentParser = _Parser(prog="symmem", description="Symmetric memory for PyTorch.")
     parser.add_argument("--version", action="version", version=f"symmem {VERSION}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -55,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu.set_defaults(run=_bench_gpu)
 
     validate = commands.add_parser("validate", help="run the conformance suite and the figures, and write a report")
-    validate.add_argument("--backends", type=_names, default=["all"], metavar="NAMES", help="comma-separated, or all")
+    names = "comma-separated, or all"
+    validate.add_argument("--backends", type=_some_names, default=["all"], metavar="NAMES", help=names)
     validate.add_argument("--require", type=_names, default=[], metavar="NAMES", help="whose skips are failures")
     validate.add_argument("--ranks", type=_positive, metavar="N", help="number of ranks (default: GPUs, else 4)")
     validate.add_argument("--report", type=Path, metavar="DIR", help="write validation-N.md and .json there")
@@ -67,10 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         code: int = args.run(args)
+        sys.stdout.flush()
         return code
-    except SymmemError as error:
+    except (SymmemError, RanksFailedError) as error:
         print(f"symmem: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("symmem: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
+        return 128 + signal.SIGPIPE
 
 
 def _positive(text: str) -> int:
@@ -81,6 +95,12 @@ def _positive(text: str) -> int:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _some_names(text: str) -> list[str]:
+    if not (names := _names(text)):
+        raise argparse.ArgumentTypeError(f"expected names of backends, got {text!r}")
+    return names
 
 
 def _doctor(args: argparse.Namespace) -> int:

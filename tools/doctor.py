@@ -50,6 +50,9 @@ def examine(name: str) -> Finding:
         backend.probe()
     except SymmemError as error:
         return Finding(name, False, backend.device_type, flags, error.what, error.hint or "")
+    except Exception as error:  # a fault of the backend, which must not hide what the others say
+        why = f"its probe failed: {type(error).__name__}: {error}"
+        return Finding(name, False, backend.device_type, flags, why, "report this to those who made the backend")
     return Finding(name, True, backend.device_type, flags)
 
 

@@ -18,8 +18,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -29,37 +28,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import Store
 
+from symmem.tools.outcomes import Outcome, RanksFailedError
+
 __all__ = ["Outcome", "RankPool", "RanksFailedError"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a task on one rank.
-
-    Attributes:
-        value: What the function returned.
-        error: What it raised, or RuntimeError if the process died or did not answer in time.
-        trace: The traceback as text.
-    """
-
-    value: Any = None
-    error: BaseException | None = None
-    trace: str = ""
-
-
-class RanksFailedError(RuntimeError):
-    """A task failed on some ranks; ``outcomes`` has all ranks'."""
-
-    def __init__(self, outcomes: Sequence[Outcome]) -> None:
-        failed = {rank: o for rank, o in enumerate(outcomes) if o.error is not None}
-        super().__init__(
-            f"{len(failed)} of {len(outcomes)} ranks failed\n"
-            + "\n".join(f"--- rank {rank}\n{o.trace or repr(o.error)}" for rank, o in failed.items())
-        )
-        self.outcomes = list(outcomes)
 
 
 class RankPool:
@@ -67,7 +41,9 @@ class RankPool:
 
     Args:
         size: Number of ranks.
-        env: Environment of the ranks, over that of this process; None as a value removes a variable.
+        env: Environment of the ranks, over that of this process as it is now; None as a value removes a variable.
+            (What torch reads when it is imported, it takes from the server that ranks are forked from: that has the
+            environment that this process had when it made its first pool.)
         timeout: Seconds that a task may take, unless :meth:`run` says otherwise.
         process_group: The ``torch.distributed`` backend to initialise; "auto" for gloo, and NCCL where there are
             GPUs; None for no process group.
@@ -86,11 +62,12 @@ class RankPool:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
+        environ = dict(os.environ)
         for rank in range(size):
             here, there = _context.Pipe()
             process = _context.Process(
                 target=_serve,
-                args=(there, rank, size, self._store.port, dict(env or {}), process_group),
+                args=(there, rank, size, self._store.port, environ, dict(env or {}), process_group),
                 name=f"rank{rank}",
                 daemon=True,
             )
@@ -194,14 +171,26 @@ class RankPool:
     def __enter__(self) -> RankPool:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if kind is KeyboardInterrupt:  # the ranks are amid a task
+            for rank in range(len(self._processes)):
+                self.kill(rank)
         self.close()
 
 
 def _serve(
-    pipe: Connection, rank: int, size: int, port: int, env: dict[str, str | None], process_group: str | None
+    pipe: Connection,
+    rank: int,
+    size: int,
+    port: int,
+    environ: dict[str, str],
+    env: dict[str, str | None],
+    process_group: str | None,
 ) -> None:
     faulthandler.register(signal.SIGUSR1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent tells of it, and ends its ranks
+    os.environ.clear()
+    os.environ.update(environ)
     torch.set_num_threads(1)
     local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     for name, value in {**{key: str(number) for key, number in local.items()}, **env}.items():

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import symmem
+from symmem.errors import UnsupportedError
 from symmem.tools.bench.figures import Figure, show
 from symmem.tools.ranks import RankPool
 
@@ -35,6 +36,8 @@ class _Torch:
         # torch 2.11 refuses to set "CUDA", which is the default.
         if symm_mem.get_backend(self._device) != transport:
             symm_mem.set_backend(transport)  # type: ignore[arg-type]
+        if transport == "NCCL":  # it needs a communicator, and does not make one
+            dist.all_reduce(torch.zeros(1, device=self._device))
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         from torch._C._distributed_c10d import _SymmetricMemory
@@ -65,24 +68,27 @@ def _timed(call: Callable[[], object]) -> tuple[float, Any]:
 
 
 def _fresh(transport: str, backend: str, nbytes: int, rounds: int) -> list[float]:
-    """Median seconds of allocate and of rendezvous: ours, then torch's; taken in turn."""
+    """Median seconds of allocate and of rendezvous: ours, then torch's.
+
+    Each is first as often as the other, and gone before the other begins: while a large mapping of a peer's memory
+    lives, the driver makes another in a hundredth of the time.
+    """
     theirs = _Torch(transport)
-    ours = partial(symmem.allocate, nbytes, torch.uint8, backend=backend)
-    samples: list[tuple[float, float, float, float]] = []
+    sides: list[tuple[list[tuple[float, float]], Callable[[], Any], Callable[[Any], object]]] = [
+        ([], partial(symmem.allocate, nbytes, torch.uint8, backend=backend), lambda st: st.rendezvous()),
+        ([], partial(theirs.allocate, nbytes), theirs.rendezvous),
+    ]
     for turn in range(rounds + 1):
-        _all_here()
-        alloc, st = _timed(ours)
-        _all_here()
-        meet, _ = _timed(st.rendezvous)
-        _all_here()
-        peer_alloc, memory = _timed(partial(theirs.allocate, nbytes))
-        _all_here()
-        peer_meet, handle = _timed(partial(theirs.rendezvous, memory))
-        if turn:  # the first sets up libraries and connections
-            samples.append((alloc, meet, peer_alloc, peer_meet))
-        _all_here()
-        del st, memory, handle, _
-    return [statistics.median(column) for column in zip(*samples, strict=True)]
+        for samples, allocate, rendezvous in sides if turn % 2 else reversed(sides):
+            _all_here()
+            alloc, memory = _timed(allocate)
+            _all_here()
+            meet, handle = _timed(partial(rendezvous, memory))
+            if turn:  # the first sets up libraries and connections
+                samples.append((alloc, meet))
+            _all_here()
+            del memory, handle
+    return [statistics.median(column) for samples, _, _ in sides for column in zip(*samples, strict=True)]
 
 
 def _copies(transport: str, backend: str, rounds: int = 5) -> list[float]:
@@ -166,23 +172,31 @@ def measure(backend: str, peer: str, world: int) -> Iterator[Figure]:
         return Figure(name, backend, world, nbytes, convert(ours), unit, f"torch_{peer}", convert(theirs))
 
     with RankPool(world, timeout=240) as pool:
-        for nbytes in _FRESH:
-            alloc, meet, peer_alloc, peer_meet = slowest(_fresh, nbytes, 7 if nbytes < 1 << 30 else 3)
-            yield figure("alloc_fresh", nbytes, alloc, peer_alloc)
-            yield figure("rendezvous", nbytes, meet, peer_meet)
-            yield figure("alloc_and_rendezvous", nbytes, alloc + meet, peer_alloc + peer_meet)
         copies = slowest(_copies)
         for nbytes in _COPIES:
             pull, push, peer_pull, peer_push = (copies.pop(0) for _ in range(4))
             yield figure("p2p_pull", nbytes, pull, peer_pull, "GB/s")
             yield figure("p2p_push", nbytes, push, peer_push, "GB/s")
-        if peer != "nccl":  # its barrier is not implemented (torch 2.11)
+        if peer == "cuda":  # of torch 2.11's transports, the only one whose barrier is implemented
             graph, eager, peer_graph, peer_eager = slowest(_barrier)
             yield figure("barrier_graph", 0, graph, peer_graph)
             yield figure("barrier_eager", 0, eager, peer_eager)
+        # Last: torch's NVSHMEM transport takes new memory at an old address for the old one, whatever its size.
+        for nbytes in _FRESH:
+            alloc, meet, peer_alloc, peer_meet = slowest(_fresh, nbytes, 7 if nbytes < 1 << 30 else 3)
+            yield figure("alloc_fresh", nbytes, alloc, peer_alloc)
+            yield figure("rendezvous", nbytes, meet, peer_meet)
+            yield figure("alloc_and_rendezvous", nbytes, alloc + meet, peer_alloc + peer_meet)
 
 
 def run(backend: str, peers: Sequence[str], world: int, *, as_json: bool) -> int:
-    """Measure and print."""
+    """Measure and print.
+
+    Raises:
+        UnsupportedError: This machine has less than two GPUs, or less ranks than that were asked for.
+    """
+    gpus = torch.cuda.device_count()
+    if min(gpus, world) < 2:
+        raise UnsupportedError(f"`bench gpu` needs two GPUs and two ranks at least, not {gpus} and {world}")
     show([figure for peer in peers for figure in measure(backend, peer, world)], as_json=as_json)
     return 0
