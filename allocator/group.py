@@ -19,12 +19,14 @@ import contextlib
 import functools
 import json
 import logging
+import operator
 import os
 import select
 import socket
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,9 +38,11 @@ from symmem.backends import descriptors as scm
 from symmem.backends.descriptors import Contribution, Received
 from symmem.backends.libc import duplicate, is_limit, limit_error
 from symmem.config import Settings, load_settings
+from symmem.config.kinds import MAX_SECONDS
 from symmem.errors import (
     ForkedError,
     GroupError,
+    InvalidArgumentError,
     MismatchError,
     OutOfMemoryError,
     PeerLostError,
@@ -55,16 +59,29 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["Collective", "Group", "GroupLike", "Place", "differing", "resolve_group"]
+__all__ = ["Collective", "Group", "GroupLike", "Place", "check_timeout", "differing", "resolve_group"]
 
 log = logging.getLogger("symmem.group")
 
 GRACE = 0.5
 """Seconds a rank waits for rank 0's verdict past its own timeout, so that all ranks raise the same error."""
 
-_met: dict[tuple[str, int], int] = {}  # by name and rank: how many groups of that name have met here before
 _groups: weakref.WeakSet[Group] = weakref.WeakSet()
 _by_process_group: weakref.WeakKeyDictionary[Any, Group] = weakref.WeakKeyDictionary()
+
+
+def check_timeout(timeout: float) -> float:
+    """Return ``timeout`` if it is a number of seconds that can be waited for.
+
+    Raises:
+        InvalidArgumentError: It is not.
+    """
+    # The comparison is also false for NaN.
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= MAX_SECONDS:
+        raise InvalidArgumentError(
+            f"timeout must be a positive number of seconds, at most {MAX_SECONDS} (24 days), not {timeout!r}"
+        )
+    return timeout
 
 
 def differing(values: Sequence[object]) -> tuple[str, tuple[int, ...]]:
@@ -149,6 +166,15 @@ class Group:
     def __init__(
         self, store: Store, rank: int, size: int, name: str, process_group: ProcessGroup | None = None
     ) -> None:
+        try:
+            rank, size = operator.index(rank), operator.index(size)
+        except TypeError:
+            raise GroupError(f"rank and size of a group are integers, not {rank!r} and {size!r}") from None
+        if not isinstance(store, dist.distributed_c10d.Store):
+            raise GroupError(
+                f"a group needs a torch.distributed.Store that all its ranks share, not a {type(store).__name__}",
+                hint="pass a TCPStore, FileStore or HashStore",
+            )
         if size < 1 or not 0 <= rank < size:
             raise GroupError(f"rank {rank} of {size} is not a rank of a group: 0 <= rank < size is needed")
         self.name, self.rank, self.size = name, rank, size
@@ -160,8 +186,10 @@ class Group:
         self._places: tuple[Place, ...] | None = None
         self._watched: dict[int, int] = {}  # pidfd -> rank
         self._poll = select.poll()
+        self._watch_lock = threading.Lock()  # of the two above; never held for long
         self._sequence = 0
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # of the rounds: held for a whole collective
+        self._unsaid: deque[tuple[str, BaseException]] = deque()  # what `fail` left to the holder of the lock
         self._pid = os.getpid()
         self._closed = False
         _groups.add(self)
@@ -203,43 +231,66 @@ class Group:
             SymmemError: The same on all ranks: the error that any rank raised within the block (of another
                 library: as RendezvousError), PeerLostError, PeerTimeoutError, MismatchError.
             ForkedError: This process was forked after the group was made.
+            InvalidArgumentError: The timeout is not more than 0 and at most 24 days.
         """
         self._check_usable(operation)
-        with self._lock:
-            timeout = self.settings.rendezvous_timeout if timeout is None else timeout
-            collective = Collective(self, operation, timeout)
-            before = self._sequence
-            try:
-                self._join(collective)
-                yield collective
-                self._round(collective, "agree", Contribution(b""))
-            except _Agreed as agreed:
-                agreed.error.known_to = self.name
-                raise agreed.error from agreed.__cause__
-            except BaseException as error:
-                local = _named(error) if collective.told else self._report(collective, error)
-                local.known_to = self.name
-                if local is error or not isinstance(error, Exception):
-                    raise
-                raise local from error
-            finally:
-                if self._places is None:
-                    self._disconnect()  # half-way: the next collective begins anew
-                log.debug(
-                    "%s: rank %d of group %r, rounds %d to %d, %.3f ms",
-                    *(operation, self.rank, self.name, before, self._sequence),
-                    (time.monotonic() - collective.deadline + timeout) * 1e3,
-                )
+        timeout = self.settings.rendezvous_timeout if timeout is None else check_timeout(timeout)
+        try:
+            with self._lock:
+                self._check_usable(operation)  # it may have been closed while this thread waited
+                yield from self._collective(operation, timeout)
+        finally:
+            self._catch_up()
+
+    def _collective(self, operation: str, timeout: float) -> Iterator[Collective]:
+        collective = Collective(self, operation, timeout)
+        before = self._sequence
+        try:
+            self._join(collective)
+            yield collective
+            self._round(collective, "agree", Contribution(b""))
+        except _Agreed as agreed:
+            agreed.error.known_to = self.name
+            raise agreed.error from agreed.__cause__
+        except BaseException as error:
+            local = _named(error) if collective.told else self._report(collective, error)
+            local.known_to = self.name
+            if local is error or not isinstance(error, Exception):
+                raise
+            raise local from error
+        finally:
+            if self._places is None:
+                self._disconnect()  # half-way: the next collective begins anew
+            log.debug(
+                "%s: rank %d of group %r, rounds %d to %d, %.3f ms",
+                *(operation, self.rank, self.name, before, self._sequence),
+                (time.monotonic() - collective.deadline + timeout) * 1e3,
+            )
 
     def fail(self, operation: str, error: BaseException) -> None:
-        """Let the next collective of this group fail on all other ranks with this rank's error. Does not block.
+        """Let the next collective of this group fail on all other ranks with this rank's error.
 
-        Nothing is done if the error came out of a collective of this group: then all ranks have it.
+        Does not wait for a collective of another thread: that thread tells the error once it is done. Nothing is
+        done if the error came out of a collective of this group: then all ranks have it.
         """
         if self._closed or os.getpid() != self._pid or getattr(error, "known_to", None) == self.name:
             return
-        with self._lock:
-            self._report(Collective(self, operation, 1.0), error)
+        self._unsaid.append((operation, error))
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Do what :meth:`fail` and :meth:`close` left to the thread that held the lock: each looks after it let go."""
+        while (self._unsaid or self._closed) and self._lock.acquire(blocking=False):
+            try:
+                if self._closed:
+                    self._unsaid.clear()
+                    self._leave()
+                    return
+                with contextlib.suppress(IndexError):  # another thread said it
+                    operation, error = self._unsaid.popleft()
+                    self._report(Collective(self, operation, 1.0), error)
+            finally:
+                self._lock.release()
 
     def _report(self, collective: Collective, error: BaseException) -> SymmemError:
         """Submit an error instead of a contribution; returns what the other ranks will raise."""
@@ -266,10 +317,11 @@ class Group:
 
     @functools.cached_property
     def _store_wire(self) -> StoreWire:
-        # Counted at the first collective, not when the group is made, which a single rank may do.
-        generation = _met[self.name, self.rank] = _met.get((self.name, self.rank), -1) + 1
         # A worker group that torchrun restarted must not see keys of the one before.
         job = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        # How many groups of this name have met on this store: counted at the first collective, not when the group is
+        # made, which a single rank may do; and by the store, for this process may have met others elsewhere.
+        generation = self._store.add(f"symmem/{job}/{self.name}/met/{self.rank}", 1)
         return StoreWire(self._store, f"symmem/{job}/{self.name}/{generation}", self.rank, self.size)
 
     @property
@@ -284,6 +336,8 @@ class Group:
 
     def _round(self, collective: Collective, step: str, contribution: Contribution) -> Received:
         """Exchange contributions; every error raised from here is known to all ranks (:class:`_Agreed`)."""
+        if self._closed:  # meanwhile
+            raise GroupError(f"the group {self.name!r} is closed", rank=self.rank, step=collective.operation)
         message = self._message(collective, f"{collective.operation}: {step}", [contribution])
         if self.size == 1:
             return Received([Contribution(contribution.payload, duplicate(contribution.descriptors))])
@@ -310,7 +364,13 @@ class Group:
                 wrong.located(rank=self.rank, group=self.name, step=message.step)
                 return self._publish(message, error=wrong)
             everything = [messages[rank].contributions[0] for rank in range(1, self.size)]
-            verdict = self._publish(message, [*message.contributions, *everything])
+            try:
+                verdict = self._publish(message, [*message.contributions, *everything])
+            except BaseException as error:
+                # Who has the verdict drops this, and learns it in the round that is next.
+                with contextlib.suppress(SymmemError, RuntimeError, OSError):
+                    self._publish(message, error=_named(error))
+                raise
             # The leader's own descriptors stay the caller's; what it returns must be closed by the receiver.
             own = duplicate(message.descriptors())
             verdict.contributions[0] = Contribution(message.contributions[0].payload, own)
@@ -339,9 +399,7 @@ class Group:
             return self._wire.verdict(message.sequence, collective.deadline + GRACE)
         except PeerTimeoutError as error:
             self._explain(error, message, collective)
-            withdrawal = Message(message.sequence, message.step, message.deadline, error=to_wire(error))
-            with contextlib.suppress(SymmemError, RuntimeError, OSError):
-                self._wire.submit(withdrawal)
+            self._withdraw(message, error)
             raise _Agreed(error) from None
         except PeerLostError as error:
             reason = self._last_words(message.sequence) or error
@@ -351,6 +409,34 @@ class Group:
             # The verdict came and this rank could not take it: the others learn of that in the round that is next.
             self._explain(error, message, collective)
             raise
+        except BaseException as error:  # an interrupt: this rank does not know how the round ends
+            named = _named(error)
+            self._explain(named, message, collective)
+            self._withdraw(message, named)
+            verdict = self._hear_out(message.sequence)
+            if verdict is not None and verdict.error is None:
+                raise  # too late: the others have passed this round, and learn of it in the one that is next
+            if isinstance(error, Exception):
+                raise _Agreed(from_wire(verdict.error) if verdict and verdict.error else named) from error
+            collective.told = True
+            raise
+
+    def _withdraw(self, message: Message, error: SymmemError) -> None:
+        """Take back what was submitted; rank 0 finds the error in its place, unless it has decided the round."""
+        withdrawal = Message(message.sequence, message.step, message.deadline, error=to_wire(error))
+        with contextlib.suppress(SymmemError, RuntimeError, OSError):
+            self._wire.submit(withdrawal)
+
+    def _hear_out(self, sequence: int) -> Message | None:
+        """How a round ended that this rank has withdrawn from; None if rank 0 is gone, or has not come yet.
+
+        In the latter case it will find the withdrawal, so either way all ranks go on with the same number.
+        """
+        with contextlib.suppress(SymmemError, RuntimeError, OSError):
+            verdict = self._wire.verdict(sequence, time.monotonic() + GRACE)
+            verdict.close()
+            return verdict
+        return None
 
     def _last_words(self, sequence: int) -> SymmemError | None:
         """Why rank 0 left amid the join, if it could tell: it had no sockets yet, thus by the store."""
@@ -430,15 +516,18 @@ class Group:
 
     def _watch(self, received: Received) -> None:
         """Take over the descriptors of all processes."""
-        for rank, contribution in enumerate(received):
-            for descriptor in contribution.descriptors:
-                self._watched[descriptor] = rank
-                if rank != self.rank:
-                    self._poll.register(descriptor, select.POLLIN)
+        with self._watch_lock:
+            for rank, contribution in enumerate(received):
+                for descriptor in contribution.descriptors:
+                    self._watched[descriptor] = rank
+                    if rank != self.rank:
+                        self._poll.register(descriptor, select.POLLIN)
 
     def lost(self) -> tuple[int, ...]:
         """Ranks whose process is known to have ended; only ranks of the same host are watched."""
-        return tuple(sorted(self._watched[descriptor] for descriptor, _event in self._poll.poll(0)))
+        # Locked: threads may not share a poll object at a time, nor may what it polls be closed meanwhile.
+        with self._watch_lock:
+            return tuple(sorted(self._watched[descriptor] for descriptor, _event in self._poll.poll(0)))
 
     @property
     def _passes_descriptors(self) -> bool:
@@ -472,18 +561,28 @@ class Group:
         if self._closed:
             raise GroupError(f"the group {self.name!r} is closed", rank=self.rank, step=operation)
 
-    def _disconnect(self) -> None:
+    def _leave(self) -> None:
         if self._socket_wire is not None:
             self._socket_wire.close()
             self._socket_wire = None
-        for descriptor in self._watched:
-            os.close(descriptor)
-        self._watched, self._poll = {}, select.poll()
+
+    def _disconnect(self) -> None:
+        self._leave()
+        with self._watch_lock:
+            watched, self._watched, self._poll = self._watched, {}, select.poll()
+            scm.close_all(tuple(watched))
 
     def close(self) -> None:
-        """Leave the group; peers that still wait for this rank are told. Local; may be called again."""
+        """Leave the group; peers that still wait for this rank are told. Local; may be called again.
+
+        A collective of another thread fails at once, and that thread gives up the connections. Memory that was
+        mapped stays, and its barriers go on to notice the death of a rank: the descriptors that watch for it are
+        closed when the last reference to the group is gone.
+        """
         self._closed = True
-        self._disconnect()
+        if wire := self._socket_wire:
+            wire.leave()
+        self._catch_up()
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # a constructor that raised, or the end of the interpreter
@@ -594,6 +693,8 @@ def _process_group(group: ProcessGroup | DeviceMesh | str | None) -> ProcessGrou
 def _leave_in_child() -> None:
     """A forked child closes its copies of the sockets; else the parent's death would not show at its peers."""
     for group in list(_groups):
+        # The threads that held the locks at the fork are not there to release them.
+        group._lock, group._watch_lock = threading.RLock(), threading.Lock()
         group._disconnect()
 
 

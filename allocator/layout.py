@@ -6,12 +6,13 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 
 from symmem.errors import InvalidArgumentError
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "integer"]
 
 _QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
 _MAX_NBYTES = 2**63 - 1 - 2**30  # what an int64 can address, less room for rounding up
@@ -34,7 +35,9 @@ class Layout:
     offset: int = 0
 
     @classmethod
-    def make(cls, sizes: int | Iterable[int], dtype: torch.dtype | None, strides: Iterable[int] | None) -> Layout:
+    def make(
+        cls, sizes: SupportsIndex | Iterable[int], dtype: torch.dtype | None, strides: Iterable[int] | None
+    ) -> Layout:
         """Check what a user asked for.
 
         Args:
@@ -54,7 +57,7 @@ class Layout:
                 f"memory cannot be viewed as {dtype}: its elements mean nothing without a scale",
                 hint="allocate the integer dtype that it is stored in",
             )
-        checked = _integers("sizes", (sizes,) if isinstance(sizes, int) else sizes)
+        checked = _integers("sizes", sizes if isinstance(sizes, Iterable) else (sizes,))
         if strides is None:
             steps, step = [], 1
             for size in reversed(checked):
@@ -122,9 +125,16 @@ class Layout:
         return elements.as_strided((world, *self.sizes), (stride // self.dtype.itemsize, *self.strides))
 
 
-def _integers(what: str, values: Iterable[int]) -> tuple[int, ...]:
+def integer(value: SupportsIndex) -> int:
+    """The integer that a value of any integer type is; TypeError for what is none, and for a truth value."""
+    if isinstance(value, bool):
+        raise TypeError(f"{value} is a truth value, not an integer")
+    return operator.index(value)
+
+
+def _integers(what: str, values: Iterable[SupportsIndex]) -> tuple[int, ...]:
     try:
-        checked = tuple(operator.index(value) for value in values)
+        checked = tuple(map(integer, values))
     except TypeError as error:
         raise InvalidArgumentError(f"{what} must be integers, not {values!r}") from error
     if any(value < 0 for value in checked):

@@ -53,6 +53,15 @@ _blocks: dict[int, weakref.ref[Block]] = {}
 _collected: deque[tuple[int, weakref.ref[Block]]] = deque()
 
 
+def _renew_lock() -> None:
+    """In a forked child: the thread that held the lock at the fork is not there to release it."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 def record(block: Block) -> None:
     """Enter a block into the book; it leaves by itself when it is collected."""
     pointer = block.allocation.pointer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from symmem.errors import MismatchError
+from symmem.errors import ClosedError, MismatchError
 from symmem.group import Collective, Group, differing
 from symmem.version import VERSION
 
@@ -40,18 +40,23 @@ def rendezvous(block: Block, layout: Layout, group: Group, timeout: float | None
         "strides": list(layout.strides),
         "offset in bytes": layout.offset,
         "allocated bytes": allocation.nbytes,
-        "already mapped": mapping is not None,
     }
     with group.collective("rendezvous", timeout) as collective:
-        _compare(collective, card)
-        if mapping is None:
+        # A rank that failed after all had agreed is alone without a mapping: then all map anew.
+        if not _compare(collective, card, mapping is not None) or mapping is None:
             mapping = allocation.backend.rendezvous(allocation, collective)
     block.mappings[group] = mapping
     block.compared.add((group, layout))
+    if block.closed:  # by another thread, meanwhile; looked at last, so that one of the two lets go of the mapping
+        block.close()
+        raise ClosedError(
+            "the tensor was closed during its rendezvous", rank=group.rank, group=group.name, step="rendezvous"
+        )
 
 
-def _compare(collective: Collective, card: dict[str, object]) -> None:
-    received = collective.exchange("compare", json.dumps(card).encode())
+def _compare(collective: Collective, card: dict[str, object], mapped: bool) -> bool:
+    """Raise unless all ranks have the same card; returns whether all are mapped."""
+    received = collective.exchange("compare", json.dumps({**card, "mapped": mapped}).encode())
     cards = [json.loads(contribution.payload) for contribution in received]
     for key in card:
         values = [json.dumps(card.get(key)) for card in cards]
@@ -62,3 +67,4 @@ def _compare(collective: Collective, card: dict[str, object]) -> None:
                 hint=_HINTS.get(key, "all ranks must allocate alike and rendezvous in the same order"),
                 peers=peers,
             )
+    return all(card["mapped"] for card in cards)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from symmem.backends import select_backend
-from symmem.backends.base import SIGNAL_CHANNELS, tensor_at
+from symmem.backends.base import SIGNAL_CHANNELS, Capability, tensor_at
 from symmem.config import load_settings
 from symmem.errors import (
     ClosedError,
@@ -21,8 +21,8 @@ from symmem.errors import (
     RankError,
     UnsupportedError,
 )
-from symmem.group import Group, GroupLike, resolve_group
-from symmem.layout import Layout
+from symmem.group import Group, GroupLike, check_timeout, resolve_group
+from symmem.layout import Layout, integer
 from symmem.live import Block, block_at, record
 from symmem.rendezvous import rendezvous
 
@@ -229,16 +229,31 @@ class SymmetricTensor:
             MismatchError: Ranks disagree on shape, dtype, strides, backend or version; names them and the values.
             PeerTimeoutError, PeerLostError: Names the ranks that did not come, or died.
             GroupError: No such group, or this process is not in it.
+            UnsupportedError: A second group, of a backend that knows but one.
             SymmemError: What else failed, on any rank: all raise that rank's error.
         """
         self._check_open("rendezvous")
         resolved = resolve_group(group)
         if timeout is not None:
-            _check_timeout(timeout)
+            check_timeout(timeout)
         self._check_process("rendezvous")
+        self._check_second(resolved)
         if (resolved, self._layout) not in self._block.compared:
             rendezvous(self._block, self._layout, resolved, timeout)
         return self
+
+    def _check_second(self, group: Group) -> None:
+        """Whether the backend lets a group meet that is not the first; the same on all ranks, so no round is needed."""
+        backend, groups = self._block.allocation.backend, self.groups
+        if groups and group not in groups and Capability.SECOND_GROUP not in backend.capabilities:
+            raise UnsupportedError(
+                f"memory of the backend {backend.name!r} belongs to one group, and this is that of {groups[0].name!r}",
+                hint="allocate another tensor for this group, or choose a backend that has `second_group` "
+                "(`symmem doctor` lists what each can do)",
+                rank=group.rank,
+                group=group.name,
+                step="rendezvous",
+            )
 
     def _mapping(self, operation: str, group: GroupLike) -> Mapping:
         """The mapping that a group's rendezvous made."""
@@ -339,8 +354,10 @@ class SymmetricTensor:
             PeerTimeoutError: Names the rank that did not come. The barrier of this channel is then abandoned: the
                 other ranks raise as well, now or when they come to it.
             PeerLostError: Names the rank that died.
+            RendezvousError: Names the rank that was interrupted in it, by an exception out of a signal handler such as
+                KeyboardInterrupt (on the CPU). On that rank it goes on as itself, and the barrier is abandoned as well.
         """
-        mapping, seconds = self._signals("barrier", channel, timeout, group)
+        mapping, channel, seconds = self._signals("barrier", channel, timeout, group)
         mapping.barrier(channel, seconds)
 
     def put_signal(self, rank: int, channel: int = 0, timeout: float | None = None, *, group: GroupLike = None) -> None:
@@ -349,7 +366,7 @@ class SymmetricTensor:
         Raises:
             PeerTimeoutError, PeerLostError: ``rank`` did not take the one before. May be tried again.
         """
-        mapping, seconds = self._signals("put_signal", channel, timeout, group)
+        mapping, channel, seconds = self._signals("put_signal", channel, timeout, group)
         mapping.put_signal(_check_rank(rank, mapping, "put_signal"), channel, seconds)
 
     def wait_signal(
@@ -360,7 +377,7 @@ class SymmetricTensor:
         Raises:
             PeerTimeoutError, PeerLostError: It was not set. May be tried again.
         """
-        mapping, seconds = self._signals("wait_signal", channel, timeout, group)
+        mapping, channel, seconds = self._signals("wait_signal", channel, timeout, group)
         mapping.wait_signal(_check_rank(rank, mapping, "wait_signal"), channel, seconds)
 
     def synchronize(self, *, group: GroupLike = None) -> None:
@@ -383,9 +400,12 @@ class SymmetricTensor:
                 raise
         mapping.check()
 
-    def _signals(self, operation: str, channel: int, timeout: float | None, group: GroupLike) -> tuple[Mapping, float]:
+    def _signals(
+        self, operation: str, channel: int, timeout: float | None, group: GroupLike
+    ) -> tuple[Mapping, int, float]:
         mapping = self._mapping(operation, group)
-        if not isinstance(channel, int) or not 0 <= channel < SIGNAL_CHANNELS:
+        checked = _index(channel, SIGNAL_CHANNELS)
+        if checked is None:
             raise InvalidArgumentError(
                 f"channel must be in range({SIGNAL_CHANNELS}), not {channel!r}",
                 rank=mapping.group.rank,
@@ -393,8 +413,8 @@ class SymmetricTensor:
                 step=operation,
             )
         if timeout is None:
-            return mapping, mapping.group.settings.signal_timeout
-        return mapping, _check_timeout(timeout)
+            return mapping, checked, mapping.group.settings.signal_timeout
+        return mapping, checked, check_timeout(timeout)
 
     # One-sided copies.
 
@@ -414,9 +434,10 @@ class SymmetricTensor:
         rank = _check_rank(rank, mapping, "put")
         self._check_like(source, "put")
         if mapping.pointers[rank]:
-            _raw(self.remote_tensor(rank, group=mapping.group)).copy_(_raw(source))  # type: ignore[arg-type]
+            _copy(self.remote_tensor(rank, group=mapping.group), source)  # type: ignore[arg-type]
         else:
-            mapping.put(rank, self._layout.offset, self._flat(source.contiguous(), mapping, "put"))
+            dense = source.resolve_conj().resolve_neg().contiguous()
+            mapping.put(rank, self._layout.offset, self._flat(dense, mapping, "put"))
 
     def get(self, rank: int, out: torch.Tensor | None = None, *, group: GroupLike = None) -> torch.Tensor:
         """Copy a rank's tensor into ``out``, or into a new tensor; on CUDA, work on the current stream.
@@ -432,19 +453,24 @@ class SymmetricTensor:
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device) if out is None else out
         self._check_like(out, "get")
         if mapping.pointers[rank]:
-            _raw(out).copy_(_raw(self.remote_tensor(rank, group=mapping.group)))  # type: ignore[arg-type]
+            _copy(out, self.remote_tensor(rank, group=mapping.group))  # type: ignore[arg-type]
             return out
-        dense = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+        plain = out.is_contiguous() and not _is_lazy(out)
+        dense = out if plain else torch.empty(self.shape, dtype=self.dtype, device=self.device)
         mapping.get(rank, self._layout.offset, self._flat(dense, mapping, "get"))
-        return out if dense is out else out.copy_(dense)
+        if dense is not out:
+            _copy(out, dense)
+        return out
 
     def _flat(self, tensor: torch.Tensor, mapping: Mapping, operation: str) -> torch.Tensor:
         """The bytes of a contiguous tensor, which go to or come from contiguous memory."""
         if not self.tensor.is_contiguous():
             mapping.unsupported(operation, "peers that are not load/store reachable need a contiguous tensor")
-        return tensor.view(-1).view(torch.uint8)
+        # Of a dimension of one element, a contiguous tensor may have any stride.
+        return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
     def _check_like(self, other: torch.Tensor, operation: str) -> None:
+        _check_tensor(other, operation)
         mine, theirs = ((t.shape, t.dtype, t.device) for t in (self.tensor, other))
         if mine != theirs:
             names = "shape {}, dtype {}, device {}"
@@ -503,7 +529,13 @@ def find(tensor: torch.Tensor) -> SymmetricTensor | None:
     """The handle of the allocation that a plain tensor or view lies in, or None. Local, O(log n).
 
     The handle has the shape and dtype of the allocation; :meth:`SymmetricTensor.wrap` gives one for the view.
+    Neither knows a tensor by the addresses of a mapping: those out of :meth:`SymmetricTensor.contiguous_view`, and
+    out of :meth:`SymmetricTensor.remote_tensor` of another rank, are not found.
+
+    Raises:
+        InvalidArgumentError: What was given is not a tensor.
     """
+    _check_tensor(tensor, "find")
     address = _address(tensor)
     block = None if address is None else block_at(address)
     return None if block is None or block.closed else SymmetricTensor(block, block.layout)
@@ -527,6 +559,23 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(_RAW[tensor.dtype.itemsize])
 
 
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether its elements are the conjugates, or the negatives, of what lies in memory."""
+    return tensor.is_conj() or tensor.is_neg()
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    if _is_lazy(target):
+        target.copy_(source)
+    else:
+        _raw(target).copy_(_raw(source.resolve_conj().resolve_neg()))
+
+
+def _check_tensor(value: object, operation: str) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise InvalidArgumentError(f"{operation} needs a torch.Tensor, not a {type(value).__name__}", step=operation)
+
+
 def _has_default_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -538,9 +587,19 @@ def _device(device: torch.device | str | int | None) -> torch.device | None:
         raise InvalidArgumentError(f"{device!r} is not a device: {error}") from error
 
 
+def _index(value: Any, size: int) -> int | None:
+    """The value as an int, if it is of an integer type and in range(size)."""
+    try:
+        index = integer(value)
+    except TypeError:
+        return None
+    return index if 0 <= index < size else None
+
+
 def _check_rank(rank: Any, mapping: Mapping, operation: str) -> int:
-    if isinstance(rank, int) and 0 <= rank < mapping.group.size:
-        return rank
+    checked = _index(rank, mapping.group.size)
+    if checked is not None:
+        return checked
     raise RankError(
         f"rank {rank!r} is not in range({mapping.group.size})",
         hint="ranks are those of the group that rendezvoused, not global ranks",
@@ -548,9 +607,3 @@ def _check_rank(rank: Any, mapping: Mapping, operation: str) -> int:
         group=mapping.group.name,
         step=operation,
     )
-
-
-def _check_timeout(timeout: float) -> float:
-    if not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
-        raise InvalidArgumentError(f"timeout must be a positive number of seconds, not {timeout!r}")
-    return timeout

@@ -16,6 +16,7 @@ import select
 import socket
 import struct
 import time
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,7 +25,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from symmem.backends import descriptors as scm
 from symmem.backends.descriptors import Contribution
 from symmem.backends.libc import is_limit, limit_error
-from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError, SymmemError, from_wire
+from symmem.errors import (
+    PeerLostError,
+    PeerTimeoutError,
+    RendezvousError,
+    ResourceLimitError,
+    SymmemError,
+    from_wire,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,6 +42,9 @@ if TYPE_CHECKING:
 __all__ = ["Message", "SocketWire", "StoreWire", "Wire", "watch_process"]
 
 log = logging.getLogger("symmem.wires")
+
+PATIENCE = 2.0
+"""Seconds that rank 0 tries to send a verdict to a rank whose buffer is full; then it takes that rank for gone."""
 
 
 @dataclass
@@ -123,7 +134,7 @@ class Wire(Protocol):
         """At the leader: send to all others."""
 
     def verdict(self, sequence: int, deadline: float) -> Message:
-        """At the others: what the leader published in this round."""
+        """At the others: what the leader published in this round; asked again, its error or none is enough."""
 
     def close(self) -> None:
         """Give up all resources."""
@@ -238,8 +249,12 @@ class SocketWire:
 
     def __init__(self, peers: dict[int, socket.socket]) -> None:
         self._peers = peers
+        # Holds the sockets: the collector, which finalises a circle in any order, must not come to them before this.
+        self._closing = weakref.finalize(self, _close_sockets, tuple(peers.values()))
+        self._closing.atexit = False
         self._inbox: dict[int, deque[Message]] = {peer: deque() for peer in peers}
         self._gone: set[int] = set()
+        self._heard: Message | None = None  # the last verdict, without its contributions
         self._poll = select.poll()
         self._at: dict[int, int] = {}
         for peer, sock in peers.items():
@@ -252,10 +267,15 @@ class SocketWire:
             self._send(0, message)
 
     def publish(self, message: Message) -> None:
-        for peer in self._peers:
+        # Who reads goes first, and who stopped reading holds the others up for no longer than its patience.
+        ready = select.poll()
+        for peer in self._peers.keys() - self._gone:
+            ready.register(self._peers[peer], select.POLLOUT)
+        readers = {self._at[descriptor] for descriptor, _event in ready.poll(0)}
+        for peer in sorted(self._peers, key=lambda peer: peer not in readers):
             # A rank that cannot be told is dead or stuck: the next round that needs it says so.
             with contextlib.suppress(SymmemError):
-                self._send(peer, message)
+                self._send(peer, message, time.monotonic() + PATIENCE)
 
     def collect(self, sequence: int, deadline: float) -> dict[int, Message]:
         messages: dict[int, Message] = {}
@@ -297,25 +317,34 @@ class SocketWire:
         inbox = self._inbox[0]
         while True:
             while inbox:
-                message = inbox.popleft()
+                message = inbox[0]
                 if message.sequence == sequence:
-                    return message
-                message.close()
+                    # Noted first: an interrupt from here on must not leave this rank in doubt about the round.
+                    self._heard = Message(sequence, message.step, message.deadline, error=message.error)
+                    return inbox.popleft()
+                inbox.popleft().close()
+            if self._heard is not None and self._heard.sequence == sequence:
+                return self._heard
             if self._gone:
                 raise _lost((0,))
             if not self._receive(deadline) and time.monotonic() > deadline:
                 raise PeerTimeoutError("rank 0, which gathers for the group, did not answer in time", peers=(0,))
 
     def close(self) -> None:
-        for sock in self._peers.values():
-            sock.close()
+        self._closing()
         for inbox in self._inbox.values():
             while inbox:
                 inbox.popleft().close()
 
-    def _send(self, peer: int, message: Message) -> None:
+    def leave(self) -> None:
+        """Tell all peers, and a thread of this process that waits for them, that it is over; any thread may."""
+        for sock in self._peers.values():
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def _send(self, peer: int, message: Message, deadline: float | None = None) -> None:
         try:
-            deadline = max(message.deadline, time.monotonic() + 1.0)
+            deadline = deadline or max(message.deadline, time.monotonic() + 1.0)
             scm.send(self._peers[peer], message.header(), message.body(), message.descriptors(), deadline)
         except ConnectionError as error:
             raise _lost((peer,)) from error
@@ -324,6 +353,9 @@ class SocketWire:
             if isinstance(error, TimeoutError):
                 raise PeerTimeoutError(f"rank {peer} does not read its messages", peers=(peer,)) from error
             raise limit_error(error, f"cannot send to rank {peer}") from error
+        except BaseException:
+            self._drop(peer)
+            raise
 
     def _drop(self, peer: int) -> None:
         """Take a rank for gone: what would come from it next cannot be told from the rest of what came last."""
@@ -346,12 +378,19 @@ class SocketWire:
             except TimeoutError as error:
                 self._drop(peer)
                 raise PeerTimeoutError(f"rank {peer} stopped amid a message", peers=(peer,)) from error
-            except RendezvousError:
+            except ResourceLimitError:
+                raise  # the message was read to its end
+            except BaseException:
                 self._drop(peer)
                 raise
             else:
                 self._inbox[peer].append(message)
         return bool(events)
+
+
+def _close_sockets(sockets: Iterable[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()
 
 
 def _lost(peers: tuple[int, ...]) -> PeerLostError:

@@ -7,6 +7,7 @@ a subclass of :class:`symmem.backends.base.Backend`.
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from symmem.config import BACKENDS
-from symmem.errors import BackendUnavailableError, ConfigError
+from symmem.errors import BackendUnavailableError, ConfigError, SymmemError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +45,15 @@ _probed: set[str] = set()
 _lock = threading.RLock()
 
 
+def _renew_lock() -> None:
+    """In a forked child: the thread that held the lock at the fork is not there to release it."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 def available_names() -> tuple[str, ...]:
     """All names that a backend can be chosen by: the built-in ones, then those of third parties."""
     return (*BACKENDS, *sorted(_entry_points().keys() - set(BACKENDS)))
@@ -54,7 +64,7 @@ def get_backend(name: str) -> Backend:
 
     Raises:
         ConfigError: There is none of that name.
-        BackendUnavailableError: Its module cannot be imported.
+        BackendUnavailableError: It cannot be imported or made, whatever went wrong there.
     """
     with _lock:
         if name not in _instances:
@@ -63,10 +73,15 @@ def get_backend(name: str) -> Backend:
                 raise ConfigError(f"unknown backend {name!r}; there are: auto, {', '.join(available_names())}")
             module, _, attribute = target.partition(":")
             try:
-                cls = getattr(importlib.import_module(module), attribute)
-            except ImportError as error:
-                raise BackendUnavailableError(f"the backend {name!r} cannot be imported: {error}") from error
-            _instances[name] = cls(name)
+                _instances[name] = getattr(importlib.import_module(module), attribute)(name)
+            except SymmemError:
+                raise
+            except Exception as error:
+                what = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+                raise BackendUnavailableError(
+                    f"the backend {name!r} cannot be imported: {what}",
+                    hint=f"reinstall the package that {target!r} is of; `python -c 'import {module}'` must work",
+                ) from error
         return _instances[name]
 
 
@@ -79,29 +94,38 @@ def select_backend(order: Sequence[str], device_type: str | None) -> Backend:
         device_type: ``"cpu"`` or ``"cuda"``; None takes that of the backend, and for ``auto`` that of this machine.
 
     Raises:
-        BackendUnavailableError: None works; the text has the reason for each.
+        BackendUnavailableError: None works; the text has the reason for each. Of a single choice, its own error.
     """
     if tuple(order) == ("auto",):
         device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-        order = AUTO_ORDER.get(device_type, ())
-    reasons = []
+        if device_type not in AUTO_ORDER:
+            raise BackendUnavailableError(
+                f"no backend has memory for {device_type} tensors",
+                hint=f"there are: {', '.join(AUTO_ORDER)}, and what a third party's backend, chosen by name, may have",
+            )
+        order = AUTO_ORDER[device_type]
+    errors: list[tuple[str, BackendUnavailableError]] = []
     for name in order:
         try:
             backend = get_backend(name)
             if device_type not in (None, backend.device_type):
-                reasons.append(f"{name}: its memory is {backend.device_type}, not {device_type}")
-                continue
+                raise BackendUnavailableError(
+                    f"the backend {name!r} is not for {device_type} tensors: its memory is {backend.device_type}",
+                    hint=f"choose another backend, or a device of type {backend.device_type}",
+                )
             with _lock:
                 if name not in _probed:
                     backend.probe()
                     _probed.add(name)
         except BackendUnavailableError as error:
-            reasons.append(f"{name}: {error}")
+            errors.append((name, error))
         else:
             return backend
+    if len(errors) == 1:
+        raise errors[0][1]
     raise BackendUnavailableError(
         f"no backend of {list(order)} works for {device_type or 'any'} tensors in this process:\n"
-        + "\n".join(f"  - {reason}" for reason in reasons),
+        + "\n".join(f"  - {name}: {error.what}" + f"\n    {error.hint}" * bool(error.hint) for name, error in errors),
         hint="`symmem doctor` says for each backend what it needs",
     )
 

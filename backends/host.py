@@ -14,7 +14,7 @@ import weakref
 import torch
 
 from symmem.backends.base import Allocation, Backend, Capability, Collective, Group
-from symmem.backends.libc import PAGE, Region, available_memory, limit_error, round_up
+from symmem.backends.libc import PAGE, Region, available_memory, limit_error, require_signals, round_up
 from symmem.backends.shared import SharedMapping, pass_and_map
 from symmem.backends.signals import SharedSignals
 from symmem.errors import BackendUnavailableError, OutOfMemoryError, SymmemError
@@ -102,11 +102,13 @@ class HostBackend(Backend):
                 f"the backend 'host' needs Linux, not {sys.platform}: memory files and futexes",
                 hint="use a Linux machine, virtual machine or container",
             )
+        require_signals()
         try:
             allocation = self.allocate(1, torch.device("cpu"), None)
             seen = pass_and_map(allocation.descriptor, allocation.extent, _Files, allocation.tensor())
         except (OSError, SymmemError) as error:
-            raise self._unavailable(f"it could not make, pass and map a page of shared memory: {error}") from error
+            why = error.what if isinstance(error, SymmemError) else error
+            raise self._unavailable(f"it could not make, pass and map a page of shared memory: {why}") from error
         if not seen:
             raise self._unavailable("a store to shared memory is not visible through a second mapping")
 

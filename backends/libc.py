@@ -8,11 +8,12 @@ import errno
 import os
 import platform
 import resource
+import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
-from symmem.errors import OutOfMemoryError, ResourceLimitError, SymmemError
+from symmem.errors import BackendUnavailableError, OutOfMemoryError, ResourceLimitError, SymmemError
 
 __all__ = [
     "PAGE",
@@ -24,6 +25,7 @@ __all__ = [
     "futex_wake",
     "is_limit",
     "limit_error",
+    "require_signals",
     "round_up",
 ]
 
@@ -46,10 +48,11 @@ _PROT_NONE, _PROT_READ_WRITE = 0, 3
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
-# Numbers of futex(2) and membarrier(2) in the kernel's tables; the same for all 64-bit "generic" architectures.
-_FUTEX, _MEMBARRIER = {"x86_64": (202, 324)}.get(platform.machine(), (98, 283))
+# Numbers of futex(2) and membarrier(2) in the kernel's tables, of 64-bit processes.
+_SYSCALLS = {"x86_64": (202, 324), "aarch64": (98, 283), "riscv64": (98, 283), "loongarch64": (98, 283)}
+_FUTEX, _MEMBARRIER = _SYSCALLS.get(platform.machine(), (-1, -1))  # -1 is no system call: it fails with ENOSYS
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
-_MEMBARRIER_PRIVATE_EXPEDITED, _MEMBARRIER_REGISTER_PRIVATE_EXPEDITED = 8, 16
+_MEMBARRIER_GLOBAL_EXPEDITED, _MEMBARRIER_REGISTER_GLOBAL_EXPEDITED = 2, 4
 
 
 def round_up(nbytes: int, granularity: int) -> int:
@@ -58,7 +61,9 @@ def round_up(nbytes: int, granularity: int) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can still be used before the kernel, or this container's limit, stops somebody.
+    """Bytes that can still be used before the kernel, or a limit of this process's control groups, stops somebody.
+
+    Limits of control groups version 2 are known, as far as /sys/fs/cgroup shows the groups.
 
     Raises:
         ResourceLimitError: This process may not open the files that say so.
@@ -66,13 +71,25 @@ def available_memory() -> int:
     try:
         meminfo = Path("/proc/meminfo").read_text()
         available = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max")
-        if limit.exists() and (text := limit.read_text().strip()) != "max":
-            used = int(limit.with_name("memory.current").read_text())
-            available = min(available, max(int(text) - used, 0))
+        for limit in _limits():
+            if (text := limit.read_text().strip()) != "max":
+                used = int(limit.with_name("memory.current").read_text())
+                available = min(available, max(int(text) - used, 0))
     except OSError as error:
         raise limit_error(error, "cannot read how much memory is available") from error
     return available
+
+
+def _limits() -> list[Path]:
+    """The files with the memory limits of this process's control group and of those around it."""
+    root, own = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+    lines = own.read_text().splitlines() if own.exists() else []
+    path = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    group = root / path.lstrip("/")
+    # Out of another namespace it may be shown as /../..; then only the root of this one is known.
+    groups = [group, *group.parents] if ".." not in group.parts else [root]
+    files = [folder / "memory.max" for folder in groups if folder.is_relative_to(root)]
+    return [file for file in files if file.exists()]
 
 
 def is_limit(error: BaseException) -> bool:
@@ -198,20 +215,46 @@ def futex_wake(address: int) -> None:
     )
 
 
-if platform.machine() == "x86_64":
+def _membarrier(command: int) -> None:
+    if _libc.syscall(ctypes.c_long(_MEMBARRIER), ctypes.c_int(command), ctypes.c_uint(0), ctypes.c_int(0)) != 0:
+        code = ctypes.get_errno()
+        raise BackendUnavailableError(
+            f"signals between processes need membarrier(2), of which command {command} failed: {os.strerror(code)}",
+            hint="use Linux 4.16 or newer; a sandbox may forbid the call: see its policy",
+        )
 
-    def fence() -> None:
-        """Order this thread's earlier loads and stores before its later ones, as other processes see them.
 
-        On x86-64 nothing is to be done: the hardware keeps loads in order with loads and stores with stores,
-        which is what a flag protocol needs (Intel SDM 3A, 8.2.2).
-        """
-else:
-    _libc.syscall(ctypes.c_long(_MEMBARRIER), ctypes.c_int(_MEMBARRIER_REGISTER_PRIVATE_EXPEDITED), 0, 0)
+def _fence_by_hardware() -> None:
+    """Order this thread's earlier loads and stores before its later ones, as other processes see them.
 
-    def fence() -> None:
-        """Order this thread's earlier loads and stores before its later ones, as other processes see them.
+    On x86-64 nothing is to be done: the hardware keeps loads in order with loads and stores with stores, which is
+    what a flag protocol needs (Intel SDM 3A, 8.2.2).
+    """
 
-        membarrier(2) runs a full barrier on the calling thread.
-        """
-        _libc.syscall(ctypes.c_long(_MEMBARRIER), ctypes.c_int(_MEMBARRIER_PRIVATE_EXPEDITED), 0, 0)
+
+def _fence_by_kernel() -> None:
+    """The same, by a full barrier that membarrier(2) runs on the calling thread.
+
+    Of the expedited commands the global one, since the private one returns at once in a process of one thread.
+    """
+    _membarrier(_MEMBARRIER_GLOBAL_EXPEDITED)
+
+
+fence = _fence_by_hardware if platform.machine() == "x86_64" else _fence_by_kernel
+
+
+def require_signals() -> None:
+    """Return if :func:`fence` and the futex functions work on this machine.
+
+    Raises:
+        BackendUnavailableError: They do not; says why.
+    """
+    machine = platform.machine()
+    if machine not in _SYSCALLS or sys.maxsize < 2**32:
+        raise BackendUnavailableError(
+            f"signals between processes are made for {', '.join(_SYSCALLS)} (64 bits), not for {machine!r}",
+            hint="use such a machine, or add the numbers of its system calls to symmem/backends/libc.py",
+        )
+    if machine != "x86_64":
+        _membarrier(_MEMBARRIER_REGISTER_GLOBAL_EXPEDITED)
+        fence()

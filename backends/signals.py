@@ -4,7 +4,8 @@ A rank's pad holds uint32 words, all 0 at first::
 
     flag[channel, source]    1 while a signal from `source` has not been taken; `source` sets it, the owner clears it
     arrived[channel]         how many barriers of this channel the owner has come to, modulo 2**32
-    abandoned[channel]       1 + the rank that the owner waited for when it gave up a barrier
+    abandoned[channel]       1 + the rank because of which the owner gave up a barrier; the highest bit is set if that
+                             rank came, but was interrupted
 
 Each word has one writer at a time (a flag's ownership passes with its value), so no atomic read-modify-write is
 needed: aligned 32-bit stores, a fence between data and word, and futex(2), which compares the word and sleeps in
@@ -23,11 +24,12 @@ from collections.abc import Callable, Sequence
 
 from symmem.backends.base import SIGNAL_CHANNELS, Group
 from symmem.backends.libc import fence, futex_wait, futex_wake
-from symmem.errors import PeerLostError, PeerTimeoutError
+from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError
 
 __all__ = ["SharedSignals"]
 
 _SPINS = 20  # looks, each giving way to others, before it sleeps
+_INTERRUPTED = 0x80000000  # in the word `abandoned`
 _NAP = 0.05  # seconds between two looks at whether the awaited process still lives
 
 
@@ -62,12 +64,12 @@ class SharedSignals:
         own = self._words[self._rank]
         self._check_abandoned(self._rank, channel)
         target = (own[at] + 1) & 0xFFFFFFFF
-        fence()
-        own[at] = target
-        futex_wake(self._pads[self._rank] + 4 * at)
         deadline = time.monotonic() + timeout
-        for peer in self._peers:
-            try:
+        fence()
+        try:
+            own[at] = target
+            futex_wake(self._pads[self._rank] + 4 * at)
+            for peer in self._peers:
                 self._wait(
                     peer,
                     at,
@@ -78,11 +80,14 @@ class SharedSignals:
                     channel,
                 )
                 self._check_abandoned(peer, channel)
-            except (PeerLostError, PeerTimeoutError) as error:
-                own[self._abandoned + channel] = 1 + (error.peers or (peer,))[0]
-                futex_wake(self._pads[self._rank] + 4 * at)
-                raise
-        fence()
+            fence()
+        except BaseException as error:
+            # It has been counted, so to come again would be to come twice: nobody can use this channel any more.
+            cause = error.peers[0] if isinstance(error, RendezvousError) else self._rank
+            interrupted = not isinstance(error, PeerLostError | PeerTimeoutError)
+            own[self._abandoned + channel] = (1 + cause) | (_INTERRUPTED if interrupted else 0)
+            futex_wake(self._pads[self._rank] + 4 * at)
+            raise
 
     def put_signal(self, rank: int, channel: int, timeout: float) -> None:
         """See :meth:`Mapping.put_signal`."""
@@ -145,15 +150,20 @@ class SharedSignals:
         return error
 
     def _check_abandoned(self, rank: int, channel: int) -> None:
-        awaited = self._words[rank][self._abandoned + channel]
-        if not awaited:
+        word = self._words[rank][self._abandoned + channel]
+        if not word:
             return
-        lost = awaited - 1 in self._group.lost()
-        raise (PeerLostError if lost else PeerTimeoutError)(
-            f"rank {rank} gave up a barrier on this channel when rank {awaited - 1} "
-            + ("died" if lost else "did not come in time"),
+        cause = (word & ~_INTERRUPTED) - 1
+        kind: type[RendezvousError] = PeerTimeoutError
+        why = "did not come in time"
+        if cause in self._group.lost():
+            kind, why = PeerLostError, "died"
+        elif word & _INTERRUPTED:
+            kind, why = RendezvousError, "was interrupted in it"
+        raise kind(
+            f"rank {rank} gave up a barrier on this channel when {'it' if cause == rank else f'rank {cause}'} {why}",
             hint="use another channel, or allocate the tensor anew once the cause is mended",
-            peers=(awaited - 1,),
+            peers=(cause,),
             rank=self._rank,
             group=self._group.name,
             step=f"barrier on channel {channel}",

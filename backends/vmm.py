@@ -30,8 +30,6 @@ __all__ = ["DeviceRange", "Handle", "Token", "exchange_handles", "free_what_is_l
 
 log = logging.getLogger("symmem.vmm")
 
-_ACCESS = os.environ.get("SYMMEM_NATIVE_ACCESS", "range")  # for one measurement: "range" or "piece"
-
 Token: TypeAlias = "int | bytes"
 """Physical memory on its way between processes: a file descriptor, or an exported fabric handle."""
 
@@ -108,8 +106,6 @@ class DeviceRange:
             address = self.map(offset, handle, nbytes)
         finally:
             handle.close()  # the mapping keeps the memory
-        if _ACCESS == "piece":
-            self.open()
         return address
 
     def open(self) -> None:

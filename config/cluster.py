@@ -15,6 +15,8 @@ document are used rather than the values PyYAML would make of them, because node
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -84,10 +86,13 @@ def read_file(file: str) -> str:
     """Read the text of a cluster file.
 
     Raises:
-        ConfigError: It is missing, unreadable, larger than 1 MiB, or not UTF-8.
+        ConfigError: It is missing, unreadable, not a regular file, larger than 1 MiB, or not UTF-8.
     """
     try:
-        with open(file, "rb") as stream:
+        # Without waiting for a writer, should it be a FIFO.
+        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise OSError("it is not a regular file")
             data = stream.read(_MAX_FILE + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -16,6 +16,7 @@ __all__ = [
     "BACKEND_ORDER",
     "DURATION",
     "FACTOR",
+    "MAX_SECONDS",
     "MULTICAST",
     "SIZE",
     "installed_backends",
@@ -32,7 +33,8 @@ BACKENDS = ("native", "pytorch_nccl", "pytorch_nvshmem", "pytorch_cuda", "nvshme
 _ENTRY_POINTS = "symmem.backends"
 _MAX_BYTES = 2**63 - 1
 # poll() and socket timeouts count milliseconds in 31 bits, which is 24.8 days.
-_MAX_SECONDS = 24 * 86400
+MAX_SECONDS = 24 * 86400
+"""The longest time that may be set or asked for."""
 # Growth is multiplied with sizes in bytes; a larger factor is a slip, and would overflow at the second arena.
 _MAX_FACTOR = 1024
 _SIZE_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -117,8 +119,8 @@ def _parse_duration(value: object) -> float:
     else:
         _refuse(value, _DURATION_VALUES)
     # Also false for NaN.
-    if not 0 < seconds <= _MAX_SECONDS:
-        what = f"{shown(value)} is not more than 0 and at most {_MAX_SECONDS} seconds (24 days)"
+    if not 0 < seconds <= MAX_SECONDS:
+        what = f"{shown(value)} is not more than 0 and at most {MAX_SECONDS} seconds (24 days)"
         raise InvalidValue(what, f"write {_DURATION_VALUES}")
     return float(seconds)
 

@@ -7,6 +7,7 @@ cluster file that SYMMEM_CONFIG names; or here, by ``--backend host``. With none
 """
 
 import argparse
+import sys
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,9 @@ st.barrier()  # from here on, all ranks see what all have written
 
 total = sum(st.remote_tensor(peer) for peer in range(world))
 assert (total == world * (world - 1) / 2).all()
-print(f"rank {rank} of {world}: {st.backend} memory, sum over all ranks {total[0].item():.0f}", flush=True)
+line = f"rank {rank} of {world}: {st.backend} memory, sum over all ranks {total[0].item():.0f}\n"
+sys.stdout.write(line)  # in one piece, so that ranks' lines do not mix
+sys.stdout.flush()
 
 st.barrier()  # nobody leaves while others still read
 dist.destroy_process_group()

@@ -115,4 +115,4 @@ def test_installing_it_changes_nothing_unless_it_is_named(package: Path, monkeyp
         symmem.allocate(1, backend="broken")
     finding = examine("toy")
     assert finding.available
-    assert finding.capabilities == ("remote_tensor", "one_sided", "second_group")
+    assert finding.capabilities == ("remote_tensor", "one_sided")

@@ -34,7 +34,7 @@ class ToyMapping(Mapping):
 
 class ToyBackend(Backend):
     device_type = "cpu"
-    capabilities = Capability.REMOTE_TENSOR | Capability.ONE_SIDED | Capability.SECOND_GROUP
+    capabilities = Capability.REMOTE_TENSOR | Capability.ONE_SIDED
 
     def probe(self) -> None:
         ToyAllocation(self, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from symmem.backends.base import Capability
 from symmem.config import BACKENDS
 from symmem.errors import BackendUnavailableError
 from symmem.tools import cli, doctor
+from symmem.tools.outcomes import Outcome, RanksFailedError
 from symmem.tools.table import render
 from symmem.version import VERSION
 
@@ -102,6 +104,7 @@ def test_demo_prints_a_table(capsys: Output) -> None:
         (["demo", "--ranks", "0"], "expected a whole number from 1, got '0'"),
         (["demo", "--ranks", "two"], "expected a whole number from 1, got 'two'"),
         (["demo", "--rank", "2"], "--rank"),
+        (["validate", "--backends", ""], "expected names of backends"),
         (["bench"], "SUITE"),
         (["bench", "gpu", "--peers", "mpi"], "mpi"),
         (["doctor", "everything"], "everything"),
@@ -141,6 +144,42 @@ def test_a_wrong_variable_is_named(capsys: Output, monkeypatch: pytest.MonkeyPat
     err = capsys.readouterr().err
     assert "SYMMEM_ENABLE, character 26" in err
     assert "did you mean 'host'" in err
+
+
+def test_the_bench_of_gpus_needs_two(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpus, words in ((0, []), (1, []), (1, ["--ranks", "2"]), (2, ["--ranks", "1"])):
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        assert cli.main(["bench", "gpu", *words]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("symmem: UnsupportedError: `bench gpu` needs two GPUs and two ranks")
+
+
+def test_failed_ranks_and_interrupts_are_no_tracebacks(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[BaseException] = [RanksFailedError([Outcome(error=ValueError("odd"), trace="its trace")])]
+
+    def run(as_json: bool) -> int:
+        raise raised[0]
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().err == "symmem: RanksFailedError: 1 of 1 ranks failed\n--- rank 0\nits trace\n"
+    raised[0] = KeyboardInterrupt()
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "symmem: interrupted\n"
+
+
+def test_output_that_nobody_reads_ends_the_command_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "symmem", "config", "show"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_the_package_runs_as_the_command() -> None:
+    command = [sys.executable, "-m", "symmem", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout == f"symmem {VERSION}\n"
 
 
 def test_version(capsys: Output) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -214,6 +215,10 @@ def test_a_file_that_cannot_be_read_is_a_named_error(tmp_path: Path) -> None:
         read_file(str(missing))
     with pytest.raises(ConfigError, match="Is a directory"):
         read_file(str(tmp_path))
+    os.mkfifo(tmp_path / "pipe")
+    for file in (str(tmp_path / "pipe"), "/dev/zero"):
+        with pytest.raises(ConfigError, match="not a regular file"):
+            read_file(file)
     with pytest.raises(ConfigError, match="null byte"):
         read_file("a\0b")
 
@@ -223,8 +228,9 @@ def test_a_file_that_is_no_text_is_a_named_error(tmp_path: Path) -> None:
     file.write_bytes(b"version: \xff")
     with pytest.raises(ConfigError, match="not UTF-8 text at byte 9"):
         read_file(str(file))
+    file.write_bytes(bytes(2**20 + 1))
     with pytest.raises(ConfigError, match="larger than 1 MiB"):
-        read_file("/dev/zero")
+        read_file(str(file))
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:

@@ -25,13 +25,18 @@ sys.path.append(str(Path(__file__).parent))
 from thread_ranks import descriptors, run_ranks
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_of_other_tests() -> None:
+    gc.collect()
+
+
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
-    gc.collect()
     before = descriptors()
     yield
-    gc.collect()
-    assert descriptors() == before
+    if descriptors() > before:
+        gc.collect()  # exceptions and their frames go in circles
+    assert descriptors() <= before
 
 
 @pytest.fixture

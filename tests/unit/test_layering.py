@@ -18,6 +18,7 @@ FOLDERS = {
 # From the top down. A module belongs to the layer with the longest name that its own begins with, and imports
 # from that layer and those below.
 LAYERS = (
+    "symmem.__main__",
     "symmem.tools",
     "symmem.compile",
     "symmem.ops",

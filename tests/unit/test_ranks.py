@@ -135,6 +135,16 @@ def test_the_environment_is_set_and_removed(new_pool: Make) -> None:
     assert dict(os.environ) == here
 
 
+def test_the_environment_is_that_of_the_parent_now(new_pool: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the server that ranks are forked from, which has that of long ago."""
+    new_pool(1, process_group=None).run(environment)  # the server runs
+    monkeypatch.setenv("SYMMEM_TEST_NEW", "now")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setenv("RANK", "9")
+    pool = new_pool(1, env={}, process_group=None)
+    assert pool.run(environment, "SYMMEM_TEST_NEW", "HOME", "RANK") == [["now", None, "0"]]
+
+
 def test_a_killed_rank_is_told_and_the_others_answer(new_pool: Make, watch: Callable[[RankPool], Watch]) -> None:
     pool = new_pool(2)
     ended = watch(pool)

@@ -13,8 +13,10 @@ import torch
 
 from symmem import backends
 from symmem.backends import AUTO_ORDER, available_names, get_backend, select_backend
+from symmem.backends.base import Capability
 from symmem.config import BACKENDS
 from symmem.errors import BackendUnavailableError, ConfigError
+from symmem.tools.doctor import examine
 
 
 class Fake:
@@ -123,21 +125,22 @@ def test_probing_happens_once_a_process_and_name() -> None:
 def test_an_explicit_choice_that_fails_is_an_error_and_no_other_is_tried() -> None:
     fail(native="no driver")
     text = refusal(("native",), None)
-    assert "native: no driver" in text
-    assert "mend native" in text
+    assert text == "no driver\n  What to do: mend native"  # its own error, not a list of one
     assert list(backends._instances) == ["native"]
 
 
 def test_the_error_has_the_reason_of_every_candidate() -> None:
     fail(native="no driver", nvshmem="no library")
     text = refusal(("native", "nvshmem", "host"), "cuda")
-    for reason in ("native: no driver", "nvshmem: no library", "host: its memory is cpu, not cuda"):
+    reasons = "- native: no driver\n    mend native\n", "- nvshmem: no library\n    mend nvshmem\n", "memory is cpu"
+    for reason in reasons:
         assert reason in text
     assert "cuda tensors" in text
+    assert text.count("What to do") == 1
 
 
 def test_a_backend_is_not_taken_for_the_other_kind_of_memory() -> None:
-    assert "native: its memory is cuda, not cpu" in refusal(("native",), "cpu")
+    assert "'native' is not for cpu tensors: its memory is cuda" in refusal(("native",), "cpu")
     assert fake("native").probes == 0
     assert select_backend(("native", "host"), "cpu") is fake("host")
     assert select_backend(("host",), None) is fake("host")
@@ -171,4 +174,37 @@ def test_auto_without_a_gpu_takes_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_device_that_no_backend_serves_is_named() -> None:
-    assert "meta tensors" in refusal(("auto",), "meta")
+    text = refusal(("auto",), "meta")
+    assert "meta tensors" in text
+    assert "there are: cuda, cpu" in text
+
+
+@pytest.mark.parametrize("kind", [AttributeError, OSError, RuntimeError, SyntaxError])
+def test_whatever_goes_wrong_in_an_import_is_an_unavailable_backend(
+    kind: type[Exception], fakes: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G4: so the others are still tried, and `symmem doctor` tells of them."""
+
+    def load(name: str) -> ModuleType:
+        raise kind("libmissing.so")
+
+    if kind is AttributeError:
+        monkeypatch.delattr(fakes, "Fake")
+    else:
+        monkeypatch.setattr(backends.importlib, "import_module", load)
+    text = refusal(("native",), "cuda")
+    assert f"'native' cannot be imported: {kind.__name__}" in text
+    assert text.count("What to do") == 1
+    finding = examine("native")
+    assert (finding.available, kind.__name__ in finding.why_not, bool(finding.remedy)) == (False, True, True)
+
+
+def test_a_probe_that_breaks_does_not_break_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe() -> None:
+        raise OSError("no such device")
+
+    monkeypatch.setattr(fake("native"), "probe", probe)
+    monkeypatch.setattr(fake("native"), "capabilities", Capability(0), raising=False)
+    finding = examine("native")
+    assert "OSError: no such device" in finding.why_not
+    assert finding.remedy

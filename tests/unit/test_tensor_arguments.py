@@ -1,0 +1,156 @@
+"""What handles take as arguments, and what they refuse by name (mission A2, A3, A6, G1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import symmem
+from symmem.backends import get_backend
+from symmem.backends.base import Capability, tensor_at
+from symmem.errors import (
+    BackendUnavailableError,
+    GroupError,
+    InvalidArgumentError,
+    RankError,
+    SymmemError,
+    UnsupportedError,
+)
+
+
+class Number:
+    """An integer of another library."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+def alone(sizes: Any, dtype: torch.dtype = torch.float32, **options: Any) -> symmem.SymmetricTensor:
+    """A tensor in a group of one rank."""
+    return symmem.allocate(sizes, dtype, backend="host", **options).rendezvous(new_group())
+
+
+def new_group(name: str = "alone") -> symmem.Group:
+    return symmem.Group.from_store(0, 1, dist.HashStore(), name)
+
+
+def cut_off(st: symmem.SymmetricTensor) -> symmem.SymmetricTensor:
+    """Let the rank's memory be reached by `put` and `get` alone."""
+    mapping, allocation = st._mapping("test", None), st._block.allocation
+
+    def memory(offset: int, like: torch.Tensor) -> torch.Tensor:
+        assert (like.dtype, like.dim(), like.is_contiguous()) == (torch.uint8, 1, True)
+        return tensor_at(allocation.pointer + offset, like.numel(), allocation.device, allocation)
+
+    mapping.pointers = (0,)
+    mapping.put = lambda rank, offset, source: memory(offset, source).copy_(source)  # type: ignore[method-assign]
+    mapping.get = lambda rank, offset, out: out.copy_(memory(offset, out))  # type: ignore[method-assign]
+    return st
+
+
+@pytest.fixture(params=["reachable", "cut off"])
+def reach(request: pytest.FixtureRequest) -> Callable[[symmem.SymmetricTensor], symmem.SymmetricTensor]:
+    return cut_off if request.param == "cut off" else lambda st: st
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_lazy_conjugates_and_negatives_are_copied_by_value(dtype: torch.dtype, reach: Any) -> None:
+    st = reach(alone(3, dtype))
+    plain = torch.tensor([1 + 2j, 3 - 4j, 5j], dtype=dtype)
+    assert plain.conj().is_conj()
+    st.put(plain.conj(), 0)
+    assert torch.equal(st.tensor, plain.conj().resolve_conj())
+    memory = torch.zeros(3, dtype=dtype)
+    out = memory.conj()
+    assert st.get(0, out=out) is out
+    assert torch.equal(out.resolve_conj(), st.tensor)
+    assert torch.equal(memory, plain)
+
+
+def test_lazy_negatives(reach: Any) -> None:
+    st = reach(alone(2))
+    negative = torch.tensor([1 + 2j, 3 + 4j]).conj().imag
+    assert negative.is_neg()
+    st.put(negative, 0)
+    assert st.tensor.tolist() == [-2.0, -4.0]
+    assert st.get(0, out=negative) is negative
+    assert negative.tolist() == [-2.0, -4.0]
+
+
+@pytest.mark.parametrize("sizes", [(1,), (1, 1), (3,), ()])
+def test_strides_of_single_elements_do_not_matter(sizes: tuple[int, ...], reach: Any) -> None:
+    st = reach(alone(sizes))
+    for strides in ((7, 5)[: len(sizes)], (2, 9)[: len(sizes)]):
+        source = torch.rand(64).as_strided(sizes, strides)
+        st.put(source, 0)
+        assert torch.equal(st.tensor, source)
+        out = torch.zeros(64).as_strided(sizes, strides)
+        assert torch.equal(st.get(0, out=out), source)
+
+
+def test_what_is_no_tensor_is_refused() -> None:
+    st = alone(4)
+    uses: list[Callable[[], object]] = [
+        lambda: symmem.find(None),  # type: ignore[arg-type]
+        lambda: symmem.find(3),  # type: ignore[arg-type]
+        lambda: st.put(None, 0),  # type: ignore[arg-type]
+        lambda: st.get(0, out="x"),  # type: ignore[arg-type]
+    ]
+    for use in uses:
+        with pytest.raises(InvalidArgumentError, match=r"needs a torch\.Tensor, not a (NoneType|int|str)"):
+            use()
+
+
+def test_any_integer_is_a_rank_a_channel_or_a_size_but_no_truth_value() -> None:
+    st = alone(Number(4))
+    assert st.shape == (4,)
+    assert st.remote_tensor(Number(0)) is st.tensor  # type: ignore[arg-type]
+    st.barrier(Number(63))  # type: ignore[arg-type]
+    st.put_signal(Number(0), Number(3))  # type: ignore[arg-type]
+    st.wait_signal(0, 3)
+    for rank in (False, 0.0, "0", None, Number(1)):
+        with pytest.raises(RankError):
+            st.remote_tensor(rank)  # type: ignore[arg-type]
+    for channel in (True, 1.0, Number(64), -1):
+        with pytest.raises(InvalidArgumentError, match="channel"):
+            st.barrier(channel)  # type: ignore[arg-type]
+    for sizes in (True, (2, False)):
+        with pytest.raises(InvalidArgumentError, match="integers"):
+            symmem.allocate(sizes)
+
+
+def test_a_device_without_memory_lists_those_with() -> None:
+    with pytest.raises(BackendUnavailableError, match=r"meta tensors\n.*there are: cuda, cpu"):
+        symmem.allocate(4, device="meta")
+
+
+@pytest.mark.parametrize(("rank", "size"), [("0", 2), (0, "2"), (None, 1), (0.0, 1)])
+def test_a_group_of_no_integers_is_refused(rank: Any, size: Any) -> None:
+    with pytest.raises(GroupError, match="are integers, not"):
+        symmem.Group.from_store(rank, size, dist.HashStore())
+
+
+def test_a_group_without_a_store_is_refused() -> None:
+    with pytest.raises(GroupError, match="not a NoneType"):
+        symmem.Group.from_store(0, 1, None)  # type: ignore[arg-type]
+
+
+def test_a_second_group_is_refused_for_a_backend_that_knows_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A4: by the handle itself; the backend needs no code for it."""
+    host = get_backend("host")
+    monkeypatch.setattr(host, "capabilities", host.capabilities & ~Capability.SECOND_GROUP, raising=False)
+    st, first = symmem.allocate(4, backend="host"), new_group()
+    st.rendezvous(first)
+    with pytest.raises(UnsupportedError, match="'host' belongs to one group, and this is that of 'alone'") as caught:
+        st.rendezvous(new_group("second"))
+    assert isinstance(caught.value, SymmemError)
+    assert caught.value.group == "second"
+    st.rendezvous(first)
+    symmem.SymmetricTensor.wrap(st.tensor[:2]).rendezvous(first)
