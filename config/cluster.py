@@ -33,10 +33,7 @@ VERSION = "1"
 _MAX_FILE = 2**20
 _TAG = "tag:yaml.org,2002:"
 # Tags that plain YAML text gets by itself; any other was written by hand, and asks for what we do not do.
-_TAGS = {
-    _TAG + name
-    for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge", "map", "seq")
-}
+_TAGS = {_TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge", "map", "seq")}
 _PLAN = "start from one of the files in examples/clusters, and see docs/configuration.md"
 
 
@@ -61,9 +58,7 @@ class Entry:
     def matches(self, hostname: str, gpu: str | None, group: str | None) -> bool:
         """Whether the entry holds on a host with this GPU model for this group."""
         patterns = ((self.host, hostname), (self.gpu, gpu), (self.group, group))
-        return all(
-            pattern is None or (text is not None and fnmatchcase(text, pattern)) for pattern, text in patterns
-        )
+        return all(pattern is None or (text is not None and fnmatchcase(text, pattern)) for pattern, text in patterns)
 
 
 @dataclass(frozen=True)
@@ -208,9 +203,7 @@ class _Reader:
             pairs[key] = key_node, value
         return pairs
 
-    def _list(
-        self, top: Mapping[str, tuple[yaml.Node, yaml.Node]], key: str
-    ) -> Iterator[tuple[str, yaml.Node]]:
+    def _list(self, top: Mapping[str, tuple[yaml.Node, yaml.Node]], key: str) -> Iterator[tuple[str, yaml.Node]]:
         """Path and node of each entry of a list; nothing if the key is absent."""
         if key not in top:
             return
@@ -222,9 +215,7 @@ class _Reader:
         for index, item in enumerate(node.value):
             yield f"{key}[{index}]", item
 
-    def _pattern(
-        self, entry: yaml.Node, pairs: Mapping[str, tuple[yaml.Node, yaml.Node]], path: str, key: str
-    ) -> str:
+    def _pattern(self, entry: yaml.Node, pairs: Mapping[str, tuple[yaml.Node, yaml.Node]], path: str, key: str) -> str:
         hint = f'write {key}: "PATTERN", where * stands for any characters'
         if key not in pairs:
             self._fail(entry, path, f"the key {key!r} is missing", hint)

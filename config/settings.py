@@ -149,9 +149,7 @@ def load_settings(
     return Settings(**values, origins={name: item.origin for name, item in found.items()})
 
 
-def check_sources(
-    environ: Mapping[str, str], file: str | None = None
-) -> Iterator[tuple[str, str | ConfigError]]:
+def check_sources(environ: Mapping[str, str], file: str | None = None) -> Iterator[tuple[str, str | ConfigError]]:
     """Check each source by itself, so that an error in one does not hide those of the others.
 
     Args:

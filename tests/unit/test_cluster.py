@@ -266,9 +266,7 @@ def test_examples_give_what_their_comments_say(
     ) == expected
 
 
-SCALARS = st.sampled_from(
-    [*SETTINGS, "version", "match", "gpu", "1", "off", "host", "~", "'", "!!set", "&a", "*a"]
-)
+SCALARS = st.sampled_from([*SETTINGS, "version", "match", "gpu", "1", "off", "host", "~", "'", "!!set", "&a", "*a"])
 TREES = st.recursive(
     SCALARS | st.text(max_size=8),
     lambda inner: (

@@ -109,9 +109,7 @@ def test_check_tells_what_it_found(file: Path, monkeypatch: pytest.MonkeyPatch, 
     ]
 
 
-def test_check_reports_the_errors_of_all_sources(
-    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
-) -> None:
+def test_check_reports_the_errors_of_all_sources(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
     file.write_text("version: 1\ndefaults:\n  arena_sise: 1\n")
     monkeypatch.setenv("SYMMEM_ENABLE", BAD_OPTION)
     monkeypatch.setenv("NVFUSER_ENABLE", "symmetric_memory_backend(nativ)")
@@ -144,8 +142,6 @@ def test_torch_is_never_imported_and_there_is_no_traceback(words: list[str], sta
         "config_command.add_parser(parser.add_subparsers()); args = parser.parse_args();"
         "status = args.run(args); assert 'torch' not in sys.modules; sys.exit(status)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "config", *words], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code, "config", *words], capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr

@@ -15,9 +15,7 @@ from symmem.errors import ConfigError
 T = TypeVar("T")
 KNOWN = ("backend", "multicast")
 NAME = "backend"
-WORDS = st.text(st.characters(blacklist_characters="(),"), min_size=1).filter(
-    lambda word: word == word.strip()
-)
+WORDS = st.text(st.characters(blacklist_characters="(),"), min_size=1).filter(lambda word: word == word.strip())
 BLANKS = st.text(" \t\n", max_size=3)
 
 
@@ -88,9 +86,7 @@ def test_option_names_are_case_sensitive() -> None:
 
 
 @given(
-    st.lists(
-        st.tuples(WORDS, st.lists(WORDS, max_size=3)), min_size=1, max_size=5, unique_by=lambda item: item[0]
-    ),
+    st.lists(st.tuples(WORDS, st.lists(WORDS, max_size=3)), min_size=1, max_size=5, unique_by=lambda item: item[0]),
     st.data(),
 )
 def test_what_is_written_is_what_is_read(written: list[tuple[str, list[str]]], data: st.DataObject) -> None:
@@ -98,15 +94,12 @@ def test_what_is_written_is_what_is_read(written: list[tuple[str, list[str]]], d
         return data.draw(BLANKS) + word + data.draw(BLANKS)
 
     items = [
-        pad(name) + (f"({','.join(map(pad, args))})" + data.draw(BLANKS) if args else "")
-        for name, args in written
+        pad(name) + (f"({','.join(map(pad, args))})" + data.draw(BLANKS) if args else "") for name, args in written
     ]
     text = ",".join(items)
     options = parse_options(text, "X", [name for name, _ in written])
     assert [(option.name, [arg.text for arg in option.args]) for option in options] == written
-    for part in (
-        part for option in options for part in ((option.name, option.position), *map(_pair, option.args))
-    ):
+    for part in (part for option in options for part in ((option.name, option.position), *map(_pair, option.args))):
         word, position = part
         assert text[position - 1 :].startswith(word)
 
@@ -143,9 +136,7 @@ def test_our_option_is_found_among_those_of_nvfuser(text: str, args: list[str]) 
     assert text[option.position - 1 :].startswith(NAME)
 
 
-@pytest.mark.parametrize(
-    "text", ["", ",", "x,x", "x((", "x))(", "other(backend)", "backend_2(x)", "my backend(x)"]
-)
+@pytest.mark.parametrize("text", ["", ",", "x,x", "x((", "x))(", "other(backend)", "backend_2(x)", "my backend(x)"])
 def test_what_is_not_ours_is_left_alone(text: str) -> None:
     assert find_option(text, "NVFUSER_ENABLE", NAME) is None
 

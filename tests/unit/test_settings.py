@@ -202,9 +202,7 @@ def test_an_unknown_backend_lists_the_valid_ones_and_the_nearest() -> None:
         ("arena_size", [4096], "argument arena_size: expected a size"),
         ("arena_size", -1, "argument arena_size: -1 is not within 1 to"),
         ("arena_size", 2**63, "argument arena_size: 9223372036854775808 is not within 1 to"),
-        pytest.param(
-            "arena_size", 10**5000, "argument arena_size: an integer of 16610 bits is not within", id="huge"
-        ),
+        pytest.param("arena_size", 10**5000, "argument arena_size: an integer of 16610 bits is not within", id="huge"),
         ("arena_size", "8388608TiB", "argument arena_size: '8388608TiB' is not within 1 to"),
         ("arena_size", "0.3KiB", "argument arena_size: '0.3KiB' is not a whole number of bytes"),
         pytest.param("arena_size", "9" * 5000, "argument arena_size: expected a size", id="long"),
@@ -304,9 +302,7 @@ def test_backends_of_other_packages_are_valid(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("variable", "value"), BLOCKERS)
-def test_multicast_is_off_when_the_environment_forbids_it(
-    variable: str, value: str, cluster: ClusterFile
-) -> None:
+def test_multicast_is_off_when_the_environment_forbids_it(variable: str, value: str, cluster: ClusterFile) -> None:
     environ = cluster("version: 1\ndefaults: {multicast: auto}")
     environ |= {"SYMMEM_ENABLE": "multicast(auto)", variable: value}
     settings = load_settings({"multicast": "auto"}, environ=environ)
@@ -351,9 +347,7 @@ def test_changes_of_the_cluster_file_are_seen(cluster: ClusterFile) -> None:
 def test_host_and_gpu_are_found_out(cluster: ClusterFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "node-7")
     monkeypatch.setattr("symmem.config.settings.gpu_model", lambda: "NVIDIA H200")
-    environ = cluster(
-        "version: 1\nhosts: [{match: node-7, arena_size: 1}, {match: '*', gpu: '*', arena_size: 2}]"
-    )
+    environ = cluster("version: 1\nhosts: [{match: node-7, arena_size: 1}, {match: '*', gpu: '*', arena_size: 2}]")
     assert load_settings(environ=environ).arena_size == 2
     assert load_settings(environ=environ, gpu="").arena_size == 1
     assert load_settings(environ=environ, gpu="", hostname="other").arena_size == 64 * 2**20
