@@ -52,7 +52,7 @@ from symmem.errors import (
     from_wire,
     to_wire,
 )
-from symmem.wires import Message, SocketWire, StoreWire, Wire, watch_process
+from symmem.wires import Message, SocketWire, StoreWire, Wire, watch_process, within
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -321,7 +321,8 @@ class Group:
         job = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         # How many groups of this name have met on this store: counted at the first collective, not when the group is
         # made, which a single rank may do; and by the store, for this process may have met others elsewhere.
-        generation = self._store.add(f"symmem/{job}/{self.name}/met/{self.rank}", 1)
+        key = f"symmem/{job}/{self.name}/met/{self.rank}"
+        generation = within(time.monotonic() + 10.0, self._store.add, key, 1)
         return StoreWire(self._store, f"symmem/{job}/{self.name}/{generation}", self.rank, self.size)
 
     @property

@@ -12,15 +12,17 @@ import json
 import logging
 import math
 import os
+import queue
 import select
 import socket
 import struct
+import threading
 import time
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from symmem.backends import descriptors as scm
 from symmem.backends.descriptors import Contribution
@@ -35,16 +37,19 @@ from symmem.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["Message", "SocketWire", "StoreWire", "Wire", "watch_process"]
+__all__ = ["Message", "SocketWire", "StoreWire", "Wire", "watch_process", "within"]
+
+T = TypeVar("T")
 
 log = logging.getLogger("symmem.wires")
 
 PATIENCE = 2.0
-"""Seconds that rank 0 tries to send a verdict to a rank whose buffer is full; then it takes that rank for gone."""
+"""Seconds that rank 0 tries to send a verdict to a rank whose buffer is full, before it takes that rank for gone; and
+that the store may be late with an answer."""
 
 
 @dataclass
@@ -145,6 +150,9 @@ class StoreWire:
 
     A round of n ranks takes 2 requests from each rank (its message, a counter), one wait each, and a read of n keys
     by the leader. The last rank to come, or the first that failed, sets ``ready``, so nobody polls.
+
+    Of a store's calls only ``wait`` has a limit, and none if the process that serves it is stopped. So they are made on
+    a thread that is given up when time is up.
     """
 
     carries_descriptors = False
@@ -158,12 +166,24 @@ class StoreWire:
         return f"{self._prefix}/{sequence}/{name}"
 
     def submit(self, message: Message) -> None:
+        within(message.deadline, self._submit, message)
+
+    def collect(self, sequence: int, deadline: float) -> dict[int, Message]:
+        return within(deadline, self._collect, sequence, deadline)
+
+    def publish(self, message: Message) -> None:
+        within(message.deadline, self._set, self._key(message.sequence, "verdict"), message)
+
+    def verdict(self, sequence: int, deadline: float) -> Message:
+        return within(deadline, self._verdict, sequence, deadline)
+
+    def _submit(self, message: Message) -> None:
         sequence = message.sequence
         self._set(self._key(sequence, self._rank), message)
         if message.error or self._store.add(self._key(sequence, "count"), 1) == self._size - 1:
             self._store.set(self._key(sequence, "ready"), b"1")
 
-    def collect(self, sequence: int, deadline: float) -> dict[int, Message]:
+    def _collect(self, sequence: int, deadline: float) -> dict[int, Message]:
         ranks = range(1, self._size)
         self._store.set(self._key(sequence, 0), b"")  # only so that the others can tell whether rank 0 came
         self._wait(self._key(sequence, "ready"), deadline, sequence, ranks)
@@ -174,20 +194,20 @@ class StoreWire:
             values = {r: self._store.get(key) for r, key in keys.items() if self._store.check([key])}
         messages = {rank: self._decode(value) for rank, value in values.items()}
         if len(messages) == len(keys) and not any(m.error for m in messages.values()):
-            self.forget(sequence)
+            self._forget(sequence)
         return messages
 
     def forget(self, sequence: int) -> None:
         """At the leader: all ranks have come to this round, so all have read the verdicts before: their keys can go."""
+        within(time.monotonic(), self._forget, sequence)
+
+    def _forget(self, sequence: int) -> None:
         for past in range(self._kept, sequence):
             for name in ("verdict", "ready", "count", *range(self._size)):
                 self._store.delete_key(self._key(past, name))
         self._kept = max(self._kept, sequence)
 
-    def publish(self, message: Message) -> None:
-        self._set(self._key(message.sequence, "verdict"), message)
-
-    def verdict(self, sequence: int, deadline: float) -> Message:
+    def _verdict(self, sequence: int, deadline: float) -> Message:
         key = self._key(sequence, "verdict")
         self._wait(key, deadline, sequence, range(self._size))
         return self._decode(self._store.get(key))
@@ -221,6 +241,28 @@ class StoreWire:
                 f"ranks {list(absent)} did not come in time" if absent else "rank 0 did not answer in time",
                 peers=absent or (0,),
             ) from None
+
+
+def within(deadline: float, call: Callable[..., T], *arguments: Any) -> T:
+    """The result of a call of the store, or an error if there is none some time after ``deadline``."""
+    answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put((call(*arguments), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=work, name="symmem-store", daemon=True).start()
+    try:
+        value, error = answers.get(timeout=max(deadline - time.monotonic(), 0.0) + PATIENCE)
+    except queue.Empty:
+        raise PeerTimeoutError(
+            "the job's store does not answer", hint="see whether the process that serves it is stopped, or overloaded"
+        ) from None
+    if error is not None:
+        raise error
+    return cast("T", value)
 
 
 def watch_process(pid: int) -> int | None:

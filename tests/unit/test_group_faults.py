@@ -21,10 +21,17 @@ import symmem.backends
 import symmem.group
 import symmem.live
 from symmem import wires
-from symmem.errors import ClosedError, GroupError, InvalidArgumentError, OutOfMemoryError, RendezvousError
+from symmem.errors import (
+    ClosedError,
+    GroupError,
+    InvalidArgumentError,
+    OutOfMemoryError,
+    PeerTimeoutError,
+    RendezvousError,
+)
 from symmem.group import Group
 from symmem.tensor import SymmetricTensor, allocate
-from symmem.wires import Message, SocketWire
+from symmem.wires import Message, SocketWire, StoreWire
 
 sys.path.append(str(Path(__file__).parent))
 from thread_ranks import make_groups, meet, run_ranks, succeed
@@ -328,3 +335,27 @@ def test_a_group_meets_whatever_its_processes_did_on_other_stores() -> None:
         meet(Group.from_store(1, 2, first, "default"), timeout=0.1)
     groups = make_groups(2, second, "default")
     succeed(2, lambda rank: meet(groups[rank], timeout=3))
+
+
+class _StoppedStore:
+    """A store whose server does not answer, as when its process is stopped, until ``go_on`` is set."""
+
+    def __init__(self, go_on: threading.Event) -> None:
+        self._go_on = go_on
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: self._go_on.wait(60)
+
+
+def test_a_store_that_does_not_answer_is_named_in_time() -> None:
+    """G1: no step of a collective is without limit, whoever serves the store."""
+    go_on = threading.Event()
+    group = Group.from_store(1, 2, dist.HashStore(), "stopped")
+    vars(group)["_store_wire"] = StoreWire(_StoppedStore(go_on), "stopped", 1, 2)  # type: ignore[arg-type]
+    begin = time.monotonic()
+    try:
+        with pytest.raises(PeerTimeoutError, match="the job's store does not answer"), group.collective("meet", 0.2):
+            pass
+        assert time.monotonic() - begin < 20
+    finally:
+        go_on.set()

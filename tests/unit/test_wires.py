@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from symmem.backends import descriptors as scm
@@ -101,12 +101,12 @@ HEADER = Message(3, "x", 1.0, [Contribution(b"abc")]).header()
 def test_a_header_with_a_wrong_value_is_the_named_error_and_closes_descriptors(
     key: str, value: Any, drop: bool
 ) -> None:
+    assume(drop or (key, value) != ("counts", [1]))  # the one value that counts the descriptor
     header = {**HEADER, key: value}
     if drop:
         del header[key]
     ends = os.pipe()
     try:
-        # Whatever the value, the header does not count the descriptor.
         with pytest.raises(RendezvousError, match="no message"):
             Message.unpack(header, b"abc", (ends[0],))
         with pytest.raises(OSError, match="Bad file descriptor"):
