@@ -34,6 +34,8 @@ __all__ = [
     "Collective",
     "Group",
     "Mapping",
+    "Signals",
+    "storage_at",
     "tensor_at",
 ]
 
@@ -60,6 +62,25 @@ class Capability(enum.Flag):
     """The same memory can be rendezvoused over several groups."""
     COLLECTIVE_ALLOCATION = enum.auto()
     """A limitation: all ranks of the job must allocate together, with the same size, in the same order."""
+
+
+class Signals(Protocol):
+    """Barrier and signals over the pads of all ranks; a :class:`Mapping` is one too."""
+
+    def barrier(self, channel: int, timeout: float) -> None:
+        """See :meth:`Mapping.barrier`."""
+
+    def put_signal(self, rank: int, channel: int, timeout: float) -> None:
+        """See :meth:`Mapping.put_signal`."""
+
+    def wait_signal(self, rank: int, channel: int, timeout: float) -> None:
+        """See :meth:`Mapping.wait_signal`."""
+
+    def check(self) -> None:
+        """See :meth:`Mapping.check`."""
+
+    def signal_pad(self, rank: int) -> tuple[int, int]:
+        """See :meth:`Mapping.signal_pad`."""
 
 
 class Group(Protocol):
@@ -129,16 +150,22 @@ class Collective(Protocol):
         """
 
 
-def tensor_at(pointer: int, nbytes: int, device: torch.device, owner: object) -> torch.Tensor:
-    """A uint8 tensor of shape [nbytes] over memory at ``pointer``; it and its views keep ``owner`` alive.
+def storage_at(pointer: int, nbytes: int, device: torch.device, owner: object) -> Any:
+    """An untyped storage over memory at ``pointer``; all tensors over it keep ``owner`` alive.
 
     ``owner`` must not hold a tensor made from itself: such a circle runs through C++, where the garbage collector
     does not see it. At least one byte at ``pointer`` must be mapped, even for ``nbytes == 0``.
     """
     # The device is stated, not looked up by torch: for a peer's memory the driver names the peer's GPU, and through
     # __cuda_array_interface__ or from_blob it would come as a copy, or as a tensor of the wrong device.
-    storage: Any = torch._C._construct_storage_from_data_pointer(pointer, device, max(nbytes, 1))
+    storage: Any = torch._C._construct_storage_from_data_pointer(pointer, device, nbytes or 1)
     storage.owner = owner  # torch keeps a storage's Python object, and thus this, as long as any tensor over it
+    return storage
+
+
+def tensor_at(pointer: int, nbytes: int, device: torch.device, owner: object) -> torch.Tensor:
+    """A uint8 tensor of shape [nbytes] over memory at ``pointer``; see :func:`storage_at`."""
+    storage = storage_at(pointer, nbytes, device, owner)
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (nbytes,), (1,))
 
 
@@ -246,6 +273,15 @@ class Mapping:
             PeerTimeoutError, PeerLostError: Which rank was waited for, on which channel.
         """
 
+    def signals_at(self, pads: Sequence[int]) -> Signals:
+        """Signals apart from those of the whole memory, over other pads in it.
+
+        Args:
+            pads: Address of each rank's pad in this process, ``Backend.pad_nbytes`` bytes at a multiple of 256, filled
+                with zeros before any rank signals; 0 where the rank is not load/store reachable.
+        """
+        self.unsupported("signals over pads anywhere in its memory")
+
     def put(self, rank: int, offset: int, source: torch.Tensor) -> None:
         """Copy a contiguous uint8 tensor to ``offset`` of a rank's memory, on the current stream.
 
@@ -274,6 +310,13 @@ class Backend(abc.ABC):
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def pad_nbytes(self, size: int) -> int:
+        """Bytes of a signal pad in a group of ``size`` ranks; 0 if :meth:`Mapping.signals_at` is not supported.
+
+        A backend that has ``SIGNALS`` needs it for arenas: there, each tensor has a pad of its own.
+        """
+        return 0
 
     @abc.abstractmethod
     def probe(self) -> None:

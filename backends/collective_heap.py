@@ -37,7 +37,7 @@ def job_group(backend: str, group: Group | None, known: Group | None) -> Group:
         GroupError: Neither is the whole job, or the job has grown.
     """
     if group is not None and _is_job(group):
-        if known is None or group.size == known.size:
+        if known is None or (group.size == known.size and _is_first(group)):
             return group
         if group.size > known.size:
             raise GroupError(
@@ -65,10 +65,19 @@ def job_group(backend: str, group: Group | None, known: Group | None) -> Group:
 
 
 def _is_job(group: Group) -> bool:
-    process_group = group.process_group
-    if process_group is None:
+    """Whether it is all ranks of the job, in their order."""
+    if _is_first(group):
         return True
-    return dist.is_initialized() and process_group is dist.group.WORLD
+    if group.process_group is None or not dist.is_initialized():
+        return False
+    return dist.get_process_group_ranks(group.process_group) == list(range(dist.get_world_size()))
+
+
+def _is_first(group: Group) -> bool:
+    """Whether it is the default group, or one that was made from a store, which counts as such."""
+    if group.process_group is None:
+        return True
+    return dist.is_initialized() and group.process_group is dist.group.WORLD
 
 
 class CollectiveHeap(Generic[T]):

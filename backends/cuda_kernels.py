@@ -14,8 +14,9 @@ A barrier counts instead: each rank stores its turn into every peer's pad and wa
 all in one kernel. A store goes one way, where a compare-and-swap on a flag at the peer goes there and back. The turn
 is counted on the device, so that a graph can be replayed.
 
-Order: a put, and a rank's arrival, release at system scope; a take, and the wait for the others, acquire (PTX ISA,
-"Memory Consistency Model"). So what kernels before it have stored, in any rank's memory, is seen by kernels after it.
+Order: a put, and a rank's arrival (a fence, then the store), release at system scope; a take, and the wait for the
+others, acquire (PTX ISA, "Memory Consistency Model"). So what kernels before it have stored, in any rank's memory, is
+seen by kernels after it.
 
 Failure: a kernel whose time is up writes which peer it waited for into host memory, and traps. A trap makes the CUDA
 context of this process unusable, on purpose: no later kernel, in a graph or not, can go on with data that never came.
@@ -52,8 +53,7 @@ struct Call {
 
 enum Operation { BARRIER = 1, PUT = 2, WAIT = 3 };
 
-const u32 SPINS = 64;                         // looks between two readings of the clock
-const u32 HALF = (WORLD + 31) / 32 * 32;      // threads of the barrier that tell, and that wait: whole warps
+const u32 SPINS = 64;  // looks between two readings of the clock
 
 __device__ __forceinline__ u32 swap_release(u32 *word, u32 expected, u32 value) {
   u32 old;
@@ -68,9 +68,13 @@ __device__ __forceinline__ u32 load_acquire(const u32 *word) {
   return value;
 }
 
-__device__ __forceinline__ void store_release(u32 *word, u32 value) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" : : "l"(word), "r"(value) : "memory");
+__device__ __forceinline__ u32 load(const u32 *word) {
+  u32 value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
 }
+
+__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.sys;" : : : "memory"); }
 
 __device__ __forceinline__ void store(u32 *word, u32 value) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" : : "l"(word), "r"(value) : "memory");
@@ -109,20 +113,20 @@ __device__ __forceinline__ u32 *arrived(const Call &call, u32 at, u32 source) {
   return call.pads[at] + (CHANNELS + call.channel) * WORLD + source;
 }
 
+// A thread for each rank. The fence does not wait for the turn to be loaded, nor the load for the fence.
 extern "C" __global__ void barrier(const __grid_constant__ Call call) {
   u32 *turns = call.pads[call.rank] + 2 * CHANNELS * WORLD + call.channel;
-  const u32 turn = load_acquire(turns) + 1;
-  __syncthreads();  // all have read it
-  if (threadIdx.x == 0) store(turns, turn);
-  const u32 peer = threadIdx.x % HALF;
-  if (peer >= WORLD || peer == call.rank) return;
-  if (threadIdx.x < HALF) {
-    store_release(arrived(call, peer, call.rank), turn);
-    return;
+  const u32 turn = load(turns) + 1;
+  const u32 peer = threadIdx.x;
+  if (peer < WORLD && peer != call.rank) {
+    fence();
+    store(arrived(call, peer, call.rank), turn);
+    u64 deadline = 0;
+    for (u32 spins = 1; int(load_acquire(arrived(call, call.rank, peer)) - turn) < 0; ++spins)
+      if (spins % SPINS == 0) deadline = give_up_when_late(call, BARRIER, peer, deadline);
   }
-  u64 deadline = 0;
-  for (u32 spins = 1; int(load_acquire(arrived(call, call.rank, peer)) - turn) < 0; ++spins)
-    if (spins % SPINS == 0) deadline = give_up_when_late(call, BARRIER, peer, deadline);
+  __syncthreads();  // all have loaded the turn before it changes
+  if (peer == 0) store(turns, turn);
 }
 
 extern "C" __global__ void put_signal(const __grid_constant__ Call call) { put(call, PUT, call.peer); }

@@ -11,22 +11,32 @@ import ctypes
 import functools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from symmem.backends.base import Group
+from symmem.backends.base import SIGNAL_CHANNELS, Group
 from symmem.backends.cuda_kernels import OPERATIONS, SOURCE, pad_words
 from symmem.backends.driver import Driver, load_driver
 from symmem.backends.driver_errors import driver_error
-from symmem.errors import PeerLostError, PeerTimeoutError, UnsupportedError
+from symmem.errors import MismatchError, PeerLostError, PeerTimeoutError, UnsupportedError
 
-__all__ = ["CudaSignals"]
+__all__ = ["CudaSignals", "Device", "device_of", "name_steps"]
 
-_LARGEST_WORLD = 480  # 2 threads a rank in one block, and 8 bytes a rank in 4 KiB of arguments
+_LARGEST_WORLD = 480  # 8 bytes a rank in 4 KiB of arguments
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not used CUDA yet
 _REMEMBERED = 4096  # launches whose arguments are kept
+
+_steps: dict[int, str] = {}
+
+
+def name_steps(names: Mapping[int, str]) -> None:
+    """Say what else may be in the status as the operation: numbers above those of the signals, for kernels elsewhere.
+
+    In the place of the channel they write 0 for a peer that did not come, or 1 for one that differs.
+    """
+    _steps.update(names)
 
 
 class _Launch:
@@ -38,8 +48,15 @@ class _Launch:
         self.arguments = ctypes.addressof(self._arguments)
 
 
-class _Device:
-    """What all signals on one GPU of this process share: kernels by number of ranks, and the status words."""
+class Device:
+    """What all signals on one GPU of this process share: kernels by number of ranks, and the status words.
+
+    Attributes:
+        driver: The driver.
+        ordinal: The GPU.
+        status: What a kernel of this process has left before it trapped: {operation, channel, peer, group}, or zeros.
+        status_address: Its address for kernels.
+    """
 
     def __init__(self, ordinal: int) -> None:
         self.driver: Driver = load_driver()
@@ -90,13 +107,23 @@ class _Device:
             functions = {name: self.driver.function(int(code.get_kernel(name).handle)) for name in OPERATIONS}
         return functions | {"code": code}
 
-    def failure(self) -> PeerTimeoutError | PeerLostError | None:
+    def failure(self) -> PeerTimeoutError | PeerLostError | MismatchError | None:
         """What a kernel wrote before it trapped, on any of this GPU's signals."""
         operation, channel, peer, number = self.status
         if not operation:
             return None
         name, rank, known = self._groups[number]
         group = known()
+        if operation in _steps and channel:
+            return MismatchError(
+                f"rank {peer} takes part with other memory: at another offset, or of another size; this process's "
+                "kernels were stopped",
+                hint="pass tensors of the same shape at the same offset of symmetric memory on all ranks",
+                rank=rank,
+                group=name,
+                step=_steps[operation],
+                peers=(peer,),
+            )
         lost = group is not None and peer in group.lost()
         kind = PeerLostError if lost else PeerTimeoutError
         what = f"rank {peer}'s process ended before it came" if lost else f"rank {peer} did not come in time"
@@ -107,14 +134,15 @@ class _Device:
             hint=f"{first}, and restart the job: this process cannot use cuda:{self.ordinal} any more{slow}",
             rank=rank,
             group=name,
-            step=f"{OPERATIONS[operation - 1]} on channel {channel}",
+            step=_steps.get(operation) or f"{OPERATIONS[operation - 1]} on channel {channel}",
             peers=(peer,),
         )
 
 
 @functools.cache
-def _device(ordinal: int) -> _Device:
-    return _Device(ordinal)
+def device_of(ordinal: int) -> Device:
+    """What signals and collective operations on one GPU of this process share."""
+    return Device(ordinal)
 
 
 class CudaSignals:
@@ -132,7 +160,7 @@ class CudaSignals:
     def __init__(self, group: Group, device: torch.device, pads: Sequence[int]) -> None:
         self._group, self._pads = group, tuple(pads)
         self._ordinal = torch.cuda.current_device() if device.index is None else device.index
-        self._device = _device(self._ordinal)
+        self._device = device_of(self._ordinal)
         self._number = self._device.enter(group)
         self._status = self._device.status
         self._launch_kernel = self._device.driver.bindings.cuLaunchKernel
@@ -154,6 +182,11 @@ class CudaSignals:
     def wait_signal(self, rank: int, channel: int, timeout: float) -> None:
         """See :meth:`Mapping.wait_signal`."""
         self._run("wait_signal", rank, channel, timeout)
+
+    def signal_pad(self, rank: int) -> tuple[int, int]:
+        """See :meth:`Mapping.signal_pad`. What lies behind the flags is private."""
+        self._check_reachable("signal pad", rank)
+        return self._pads[rank], 4 * SIGNAL_CHANNELS * self._group.size
 
     def check(self) -> None:
         """See :meth:`Mapping.check`. Tells of a failure of any group's signals on this GPU."""
@@ -201,12 +234,12 @@ class CudaSignals:
         )
         if len(self._launches) >= _REMEMBERED:
             self._launches.clear()
-        threads = 2 * -(-size // 32) * 32 if operation == "barrier" else 1
+        threads = -(-size // 32) * 32 if operation == "barrier" else 1
         launch = self._launches[key] = _Launch(function, threads, call)
         return launch
 
     def _check_reachable(self, operation: str, peer: int) -> None:
-        needed = {"barrier": range(self._group.size), "put_signal": (peer,), "wait_signal": ()}[operation]
+        needed = {"barrier": range(self._group.size), "wait_signal": ()}.get(operation, (peer,))
         unreachable = tuple(rank for rank in needed if not self._pads[rank])
         if unreachable or self._group.size > _LARGEST_WORLD:
             why = f"ranks {list(unreachable)} are not load/store reachable from here"

@@ -234,6 +234,25 @@ class Driver:
     def _own_stream(self, ordinal: int) -> Any:
         return self._call("cuStreamCreate", _NON_BLOCKING)
 
+    # Captured graphs.
+
+    def capture_of(self, stream: int) -> tuple[int, int]:
+        """The number and the graph of the capture that a stream is in."""
+        try:
+            code, _status, number, graph, *_rest = self.bindings.cuStreamGetCaptureInfo(stream)
+        except RuntimeError as error:
+            raise UnsupportedError(f"cuStreamGetCaptureInfo: {error}", hint="install a newer NVIDIA driver") from error
+        if code:
+            raise driver_error(code.name, f"cuStreamGetCaptureInfo: {self._text(code)}")
+        return int(number), int(graph)
+
+    def retain_in_graph(self, graph: int, function: int, argument: int) -> None:
+        """Let the driver call a C function with one pointer once a graph, and all made from it, are gone."""
+        flags = self.bindings.CUuserObject_flags.CU_USER_OBJECT_NO_DESTRUCTOR_SYNC
+        ended = self._call("cuUserObjectCreate", argument, self.bindings.CUhostFn(function), 1, flags)
+        move = self.bindings.CUuserObjectRetain_flags.CU_GRAPH_USER_OBJECT_MOVE
+        self._call("cuGraphRetainUserObject", self.bindings.CUgraph(graph), ended, 1, move)
+
     # Multicast: only where the settings allow it.
 
     def multicast_granularity(self, ordinal: int) -> int:

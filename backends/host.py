@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
+from collections.abc import Sequence
 
 import torch
 
@@ -73,11 +74,9 @@ class HostMapping(SharedMapping):
             region.place(rank * extent, memory, extent)
         pads = [region.place(first_pad + rank * pad, file, pad) for rank, (_, file) in enumerate(files)]
         super().__init__(backend, group, allocation.device, region, extent, allocation.pointer, pads)
-        self._signals = SharedSignals(group, self._pads, region)
 
-    @property
-    def signals(self) -> SharedSignals:
-        return self._signals
+    def signals_at(self, pads: Sequence[int]) -> SharedSignals:
+        return SharedSignals(self.group, pads, self._region)
 
 
 def _pad_extent(size: int) -> int:
@@ -111,6 +110,9 @@ class HostBackend(Backend):
             raise self._unavailable(f"it could not make, pass and map a page of shared memory: {why}") from error
         if not seen:
             raise self._unavailable("a store to shared memory is not visible through a second mapping")
+
+    def pad_nbytes(self, size: int) -> int:
+        return SharedSignals.nbytes(size)
 
     def _unavailable(self, why: str) -> BackendUnavailableError:
         return BackendUnavailableError(

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from symmem.backends.gpu_cards import cannot_map, check_cards, gpu_card, no_mult
 from symmem.backends.libc import round_up
 from symmem.backends.multicast import Multicast, granularity, why_not
 from symmem.backends.pad_blocks import Block, GroupPads, Slot, mapping_order
-from symmem.backends.shared import SharedMapping, Signals, pass_and_map
+from symmem.backends.shared import SharedMapping, pass_and_map
 from symmem.backends.vmm import DeviceRange, Handle, Token, exchange_handles, free_what_is_left
 from symmem.errors import (
     BackendUnavailableError,
@@ -97,14 +96,8 @@ class NativeMapping(SharedMapping):
         self._multicast: Multicast | None = None
         self._lock = threading.Lock()
 
-    @functools.cached_property
-    def signals(self) -> Signals:
-        return CudaSignals(self.group, self.device, self._pads)
-
-    def check(self) -> None:
-        signals = vars(self).get("signals")  # nothing can have failed of signals that were never made
-        if isinstance(signals, CudaSignals):
-            signals.check()
+    def signals_at(self, pads: Sequence[int]) -> CudaSignals:
+        return CudaSignals(self.group, self.device, pads)
 
     def contiguous(self) -> tuple[int, int]:
         # The own memory is put into its gap now: at each rendezvous this would take as long as mapping a peer's.
@@ -159,6 +152,9 @@ class NativeBackend(Backend):
         super().__init__(name)
         self.pads: weakref.WeakKeyDictionary[Group, dict[int, GroupPads]] = weakref.WeakKeyDictionary()
 
+    def pad_nbytes(self, size: int) -> int:
+        return CudaSignals.nbytes(size)
+
     @functools.cached_property
     def driver(self) -> Driver:
         """The CUDA driver; made when it is first needed, for it initialises CUDA.
@@ -189,12 +185,8 @@ class NativeBackend(Backend):
         ordinal = self.driver.ordinal(device)
         allocation = self.allocate(1, device, None)
         with self.driver.on(ordinal):
-            descriptor = self.driver.export_descriptor(allocation.handle.value)
-            try:
-                reserve = functools.partial(self._reserve, ordinal)
-                return pass_and_map(descriptor, allocation.extent, reserve, allocation.tensor())
-            finally:
-                os.close(descriptor)
+            reserve = functools.partial(self._reserve, ordinal)
+            return pass_and_map(allocation.handle.descriptor(), allocation.extent, reserve, allocation.tensor())
 
     @functools.cache  # noqa: B019  # a backend lives as long as its process
     def has_fabric(self, ordinal: int) -> bool:

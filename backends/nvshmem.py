@@ -18,6 +18,7 @@ import torch
 from symmem.backends import gpu
 from symmem.backends.base import Allocation, Backend, Capability, Collective, Group, tensor_at
 from symmem.backends.collective_heap import CollectiveHeap, job_group
+from symmem.backends.cuda_kernels import pad_words
 from symmem.backends.nvshmem_job import start
 from symmem.backends.nvshmem_library import NvshmemLibrary, Staging
 from symmem.backends.pads import PaddedMapping, PadSlots, padded
@@ -117,6 +118,10 @@ class NvshmemBackend(Backend):
         self._heap: CollectiveHeap[int] = CollectiveHeap(
             name, lambda pointer: self.library.free(pointer), lambda: gpu.synchronize(self._bound())
         )
+
+    def pad_nbytes(self, size: int) -> int:
+        """See :meth:`Backend.pad_nbytes`."""
+        return 4 * pad_words(size)
 
     def probe(self) -> None:
         """See :meth:`Backend.probe`. Loads the library and asks it for its version, no more.

@@ -8,6 +8,10 @@ has no free slot.
 A block is sent until its owner knows that all peers have mapped it: a rendezvous that failed half-way, on any rank,
 leaves blocks that some have and some have not. Who has it already ignores it. Blocks live as long as the group.
 
+A block also keeps the driver warm, measured on 4 H200s: while some mapping of a peer's memory lives, importing 64 MiB
+from three peers and setting access takes 0.6 ms instead of 15; while some exported descriptor is open, exporting takes
+0.2 ms instead of 2.7.
+
 A slot is zeroed when it is taken. It comes free when this rank's mapping is gone and its kernels are done, which says
 nothing of a peer's: one that sets a signal nobody waits for could still do so. Hence the slots that came free last
 are used last, hundreds of rendezvous later or more.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from symmem.backends.base import SIGNAL_CHANNELS, Backend, Collective, Group, Mapping
+from symmem.backends.base import Backend, Collective, Group, Mapping
 from symmem.backends.cuda_kernels import pad_words
 from symmem.backends.libc import round_up
 from symmem.errors import ResourceLimitError
@@ -98,10 +98,13 @@ class PaddedMapping(Mapping):
 
     def signal_pad(self, rank: int) -> tuple[int, int]:
         """See :meth:`Mapping.signal_pad`."""
-        self._check_size("signal pad")
-        if not self._pads[rank]:
-            self.unsupported("signal pad", f"rank {rank}'s memory is not load/store reachable from here")
-        return self._pads[rank], 4 * SIGNAL_CHANNELS * self.group.size
+        return self._signals.signal_pad(rank)
+
+    def signals_at(self, pads: Sequence[int]) -> CudaSignals:
+        """See :meth:`Mapping.signals_at`."""
+        from symmem.backends.cuda_signals import CudaSignals
+
+        return CudaSignals(self.group, self.device, pads)
 
     def barrier(self, channel: int, timeout: float) -> None:
         """See :meth:`Mapping.barrier`."""
@@ -123,14 +126,9 @@ class PaddedMapping(Mapping):
     @functools.cached_property
     def _signals(self) -> CudaSignals:
         # Made when they are first used: memory without signals needs neither cuda.bindings nor a compiler.
-        self._check_size("barrier, put_signal and wait_signal")
-        from symmem.backends.cuda_signals import CudaSignals
-
-        return CudaSignals(self.group, self.device, self._pads)
-
-    def _check_size(self, what: str) -> None:
         if self.group.size > MAX_RANKS:
-            self.unsupported(what, f"the group has {self.group.size} ranks, more than {MAX_RANKS}")
+            self.unsupported("signals", f"the group has {self.group.size} ranks, more than {MAX_RANKS}")
+        return self.signals_at(self._pads)
 
 
 M = TypeVar("M", bound=PaddedMapping)

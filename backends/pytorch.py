@@ -28,6 +28,7 @@ import torch.distributed as dist
 from symmem.backends import gpu
 from symmem.backends.base import Allocation, Backend, Capability, Collective, Group
 from symmem.backends.collective_heap import CollectiveHeap, job_group
+from symmem.backends.cuda_kernels import pad_words
 from symmem.backends.pads import PaddedMapping, PadSlots, padded
 from symmem.backends.torch_transport import BACKENDS, Transport, backend_of, connect
 from symmem.errors import GroupError, MulticastUnavailableError, OutOfMemoryError, RendezvousError
@@ -116,6 +117,10 @@ class _TorchBackend(Backend):
         self.transport = Transport(_TRANSPORTS[name])
         if self.transport.name != "NCCL":
             self.capabilities = self.capabilities | Capability.MULTICAST
+
+    def pad_nbytes(self, size: int) -> int:
+        """See :meth:`Backend.pad_nbytes`."""
+        return 4 * pad_words(size)
 
     def probe(self) -> None:
         """See :meth:`Backend.probe`. Asks whether torch has the transport, no more.

@@ -1,22 +1,22 @@
 """What the backends share that export memory and map all ranks' side by side: ``host`` and ``native``.
 
-They differ in what memory is and how it is imported (:class:`Range`), in where signal pads lie, and in who signals
-(:class:`Signals`).
+They differ in what memory is and how it is imported (:class:`Range`), in where signal pads lie, and in who signals.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from symmem.backends.base import SIGNAL_CHANNELS, Backend, Group, Mapping, tensor_at
+from symmem.backends.base import Backend, Group, Mapping, Signals, tensor_at
 from symmem.backends.descriptors import close_all
 
-__all__ = ["Range", "SharedMapping", "Signals", "pass_and_map"]
+__all__ = ["Range", "SharedMapping", "pass_and_map"]
 
 
 class Range(Protocol):
@@ -29,19 +29,6 @@ class Range(Protocol):
 
     def open(self) -> None:
         """Allow access to what was placed."""
-
-
-class Signals(Protocol):
-    """Barrier and signals over the pads of all ranks; see :class:`symmem.backends.base.Mapping`."""
-
-    def barrier(self, channel: int, timeout: float) -> None:
-        """Wait for all ranks."""
-
-    def put_signal(self, rank: int, channel: int, timeout: float) -> None:
-        """Set this rank's flag at ``rank``."""
-
-    def wait_signal(self, rank: int, channel: int, timeout: float) -> None:
-        """Wait for the flag from ``rank`` and take it."""
 
 
 class SharedMapping(Mapping):
@@ -73,10 +60,10 @@ class SharedMapping(Mapping):
         self._region, self._stride = region, stride
         self._pads = tuple(pads)
 
-    @property
+    @functools.cached_property
     def signals(self) -> Signals:
-        """Who signals over the pads."""
-        raise NotImplementedError
+        """Those of the whole memory; made when they are first used."""
+        return self.signals_at(self._pads)
 
     def barrier(self, channel: int, timeout: float) -> None:
         self.signals.barrier(channel, timeout)
@@ -87,11 +74,15 @@ class SharedMapping(Mapping):
     def wait_signal(self, rank: int, channel: int, timeout: float) -> None:
         self.signals.wait_signal(rank, channel, timeout)
 
+    def check(self) -> None:
+        if signals := vars(self).get("signals"):  # nothing can have failed of signals that were never made
+            signals.check()
+
     def contiguous(self) -> tuple[int, int]:
         return self._region.address, self._stride
 
     def signal_pad(self, rank: int) -> tuple[int, int]:
-        return self._pads[rank], 4 * SIGNAL_CHANNELS * self.group.size  # what lies behind the flags is private
+        return self.signals.signal_pad(rank)
 
 
 def pass_and_map(descriptor: int, nbytes: int, reserve: Callable[[int], Range], memory: torch.Tensor) -> bool:

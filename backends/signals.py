@@ -58,18 +58,48 @@ class SharedSignals:
         """Bytes of one pad in a group of ``size`` ranks."""
         return 4 * SIGNAL_CHANNELS * (size + 2)
 
+    def signal_pad(self, rank: int) -> tuple[int, int]:
+        """See :meth:`Mapping.signal_pad`. What lies behind the flags is private."""
+        return self._pads[rank], 4 * SIGNAL_CHANNELS * self._group.size
+
+    def check(self) -> None:
+        """See :meth:`Mapping.check`. What fails here, fails in the call."""
+
     def barrier(self, channel: int, timeout: float) -> None:
         """See :meth:`Mapping.barrier`. Once a rank gives up, the channel's barrier is unusable on all ranks."""
-        at = self._arrived + channel
-        own = self._words[self._rank]
         self._check_abandoned(self._rank, channel)
-        target = (own[at] + 1) & 0xFFFFFFFF
-        deadline = time.monotonic() + timeout
-        fence()
         try:
-            own[at] = target
-            futex_wake(self._pads[self._rank] + 4 * at)
-            for peer in self._peers:
+            self._arrive(channel)
+            self._complete(channel, timeout)
+        except BaseException as error:
+            self._abandon(channel, error)
+            raise
+
+    def arrive(self, channel: int) -> None:
+        """The first half of a barrier: the others need not wait for this rank. :meth:`complete` must follow."""
+        self._check_abandoned(self._rank, channel)
+        self._arrive(channel)
+
+    def complete(self, channel: int, timeout: float) -> None:
+        """The second half: wait for the others. What :meth:`barrier` says of errors holds."""
+        try:
+            self._complete(channel, timeout)
+        except BaseException as error:
+            self._abandon(channel, error)
+            raise
+
+    def _arrive(self, channel: int) -> None:
+        at, own = self._arrived + channel, self._words[self._rank]
+        fence()
+        own[at] = (own[at] + 1) & 0xFFFFFFFF
+        futex_wake(self._pads[self._rank] + 4 * at)
+
+    def _complete(self, channel: int, timeout: float) -> None:
+        at = self._arrived + channel
+        target = self._words[self._rank][at]
+        deadline = time.monotonic() + timeout
+        for peer in self._peers:
+            if (self._words[peer][at] - target) & 0x80000000:
                 self._wait(
                     peer,
                     at,
@@ -79,15 +109,15 @@ class SharedSignals:
                     f"barrier on channel {channel}",
                     channel,
                 )
-                self._check_abandoned(peer, channel)
-            fence()
-        except BaseException as error:
-            # It has been counted, so to come again would be to come twice: nobody can use this channel any more.
-            cause = error.peers[0] if isinstance(error, RendezvousError) else self._rank
-            interrupted = not isinstance(error, PeerLostError | PeerTimeoutError)
-            own[self._abandoned + channel] = (1 + cause) | (_INTERRUPTED if interrupted else 0)
-            futex_wake(self._pads[self._rank] + 4 * at)
-            raise
+            self._check_abandoned(peer, channel)
+        fence()
+
+    def _abandon(self, channel: int, error: BaseException) -> None:
+        """It has been counted, so to come again would be to come twice: nobody can use this channel any more."""
+        cause = error.peers[0] if isinstance(error, RendezvousError) else self._rank
+        interrupted = not isinstance(error, PeerLostError | PeerTimeoutError)
+        self._words[self._rank][self._abandoned + channel] = (1 + cause) | (_INTERRUPTED if interrupted else 0)
+        futex_wake(self._pads[self._rank] + 4 * (self._arrived + channel))
 
     def put_signal(self, rank: int, channel: int, timeout: float) -> None:
         """See :meth:`Mapping.put_signal`."""

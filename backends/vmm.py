@@ -43,6 +43,9 @@ class Handle:
 
     def __init__(self, driver: Driver, value: int) -> None:
         self.value = value
+        self._driver = driver
+        self._descriptor: int | None = None
+        self._closing: Callable[[], object] = lambda: None
         # Not at the interpreter's exit: the driver takes back all that a process had.
         self._finalizer = weakref.finalize(self, _release, driver, os.getpid(), value)
         self._finalizer.atexit = False
@@ -50,6 +53,15 @@ class Handle:
     def close(self) -> None:
         """Release it now; may be called again."""
         self._finalizer()
+        self._closing()
+
+    def descriptor(self) -> int:
+        """The memory as a file descriptor that lives as long as this; exported when it is first asked for."""
+        if self._descriptor is None:
+            self._descriptor = self._driver.export_descriptor(self.value)
+            self._closing = closing = weakref.finalize(self, os.close, self._descriptor)
+            closing.atexit = False
+        return self._descriptor
 
     @classmethod
     def take(cls, driver: Driver, token: Token) -> Handle:
@@ -233,9 +245,6 @@ def exchange_handles(
             cards = [json.loads(each.payload) for each in received]
             yield [(card, tuple(map(bytes.fromhex, card.pop("fabric")))) for card in cards]
             return
-        descriptors = []
-        for handle in handles:
-            descriptors.append(driver.export_descriptor(handle.value))
-            undo.callback(os.close, descriptors[-1])
+        descriptors = [handle.descriptor() for handle in handles]
         received = undo.enter_context(collective.exchange(step, json.dumps(card).encode(), descriptors))
         yield [(json.loads(each.payload), each.descriptors) for each in received]

@@ -20,7 +20,7 @@ from symmem.backends import cuda_signals, get_backend, gpu, nvshmem, torch_trans
 from symmem.backends.libc import PAGE, Region, round_up
 from symmem.backends.signals import SharedSignals
 
-HEAP = 1 << 26
+HEAP = 1 << 27
 SHARED = Path("/dev/shm")
 
 

@@ -74,13 +74,13 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
     stub = StubDriver()
     monkeypatch.setattr(cuda_signals, "load_driver", lambda: stub)
     monkeypatch.setattr(
-        cuda_signals._Device, "_compile", lambda self, world: {name: f"{name}/{world}" for name in OPERATIONS}
+        cuda_signals.Device, "_compile", lambda self, world: {name: f"{name}/{world}" for name in OPERATIONS}
     )
     monkeypatch.setattr("torch._C._cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr("torch._C._cuda_getCurrentRawStream", lambda ordinal: 70 + ordinal, raising=False)
-    cuda_signals._device.cache_clear()
+    cuda_signals.device_of.cache_clear()
     yield stub
-    cuda_signals._device.cache_clear()
+    cuda_signals.device_of.cache_clear()
 
 
 def signals(group: Any = None, pads: tuple[int, ...] = (0x1000, 0x2000, 0x3000)) -> CudaSignals:
@@ -94,7 +94,7 @@ def test_what_a_launch_gets(driver: StubDriver) -> None:
     mine.wait_signal(0, 63, 0.25)
     shapes = [(launch[0], launch[1:7], launch[7:9], launch[10]) for launch in driver.launched]
     assert shapes == [
-        ("barrier/3", (1, 1, 1, 64, 1, 1), (0, 70), 0),
+        ("barrier/3", (1, 1, 1, 32, 1, 1), (0, 70), 0),
         ("put_signal/3", (1, 1, 1, 1, 1, 1), (0, 70), 0),
         ("wait_signal/3", (1, 1, 1, 1, 1, 1), (0, 70), 0),
     ]

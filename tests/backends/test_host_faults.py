@@ -97,7 +97,7 @@ def told(operation: Callable[[], object]) -> Told:
 
 def works(group: symmem.Group, elements: int = 1000) -> None:
     """Allocate, meet and read every rank's memory."""
-    st = symmem.allocate(elements, torch.int32, backend="host").rendezvous(group, timeout=LONG)
+    st = symmem.allocate(elements, torch.int32, backend="host", arena=False).rendezvous(group, timeout=LONG)
     st.tensor.fill_(group.rank + 1)
     st.barrier(timeout=LONG)
     assert [st.remote_tensor(rank)[-1].item() for rank in range(group.size)] == list(range(1, group.size + 1))
@@ -125,7 +125,7 @@ def see_death(moment: str, victim: int) -> tuple[Told, Resources, Resources]:
     if moment != "before the first meeting":
         meet(mine)
     before = Resources.now()
-    st = symmem.allocate(5000, backend="host")
+    st = symmem.allocate(5000, backend="host", arena=False)
     if moment in ("in a barrier", "in wait_signal", "in put_signal"):
         st.rendezvous(mine)
     if mine.rank == victim:
@@ -209,7 +209,7 @@ def see_stop(victim: int, pids: list[int], what: str) -> tuple[list[Told], Resou
     mine = group()
     meet(mine)
     before = Resources.now()
-    st = symmem.allocate(100, backend="host")
+    st = symmem.allocate(100, backend="host", arena=False)
     if what == "barrier":
         st.rendezvous(mine)
     store = rank_store()
@@ -255,7 +255,7 @@ def test_a_stopped_rank_is_a_timeout_that_names_it(what: str, victim: int, pool:
 def see_absence(absent: int, name: str) -> tuple[Told | None, Resources, Resources]:
     mine = group(name)
     before = Resources.now()
-    st = symmem.allocate(10, backend="host")
+    st = symmem.allocate(10, backend="host", arena=False)
     error = told(lambda: st.rendezvous(mine, timeout=0.4)) if mine.rank != absent else None
     st = None  # type: ignore[assignment]
     return error, before, Resources.now()
@@ -355,7 +355,7 @@ def see_limit(name: str, culprit: int, moment: str) -> tuple[Told, Resources, Re
     made: list[symmem.SymmetricTensor] = []
 
     def allocate() -> None:
-        made.append(symmem.allocate(16 << 20, torch.uint8, backend="host", group=mine))
+        made.append(symmem.allocate(16 << 20, torch.uint8, backend="host", group=mine, arena=False))
 
     if moment == "allocate":
 
@@ -435,7 +435,9 @@ def see_sizes() -> tuple[list[Told], Resources, Resources]:
     errors = []
     for size in (1 << 50, (1 << 62,), (1 << 32, 1 << 31)):
         if mine.rank == 1:
-            errors.append(told(lambda size=size: symmem.allocate(size, torch.uint8, backend="host", group=mine)))
+            errors.append(
+                told(lambda size=size: symmem.allocate(size, torch.uint8, backend="host", group=mine, arena=False))
+            )
         else:
             errors.append(told(lambda: meet(mine)))
         meet(mine)
@@ -523,7 +525,7 @@ def rendezvous_apart() -> tuple[Told, Resources, Resources]:
     mine = group("faults apart")
     with told_nothing(mine):
         before = Resources.now()
-        st = symmem.allocate(10, backend="host")
+        st = symmem.allocate(10, backend="host", arena=False)
         error = told(lambda: st.rendezvous(mine, timeout=LONG))
         st = None  # type: ignore[assignment]
         return error, before, Resources.now()
@@ -574,7 +576,7 @@ kept: list[Any] = []
 
 def fork_after_rendezvous() -> tuple[int, dict[str, Any]] | None:
     mine = group()
-    st = symmem.allocate(10, torch.int64, backend="host").rendezvous(mine)
+    st = symmem.allocate(10, torch.int64, backend="host", arena=False).rendezvous(mine)
     st.tensor.fill_(5)
     kept.append(st)
     meet(mine)
@@ -648,7 +650,7 @@ def test_a_forked_child_is_no_rank_and_hides_no_death(mortals: RankPool) -> None
 
 def free_what_peers_use() -> tuple[list[str], int]:
     mine = group()
-    st = symmem.allocate(3, torch.int64, backend="host").rendezvous(mine)
+    st = symmem.allocate(3, torch.int64, backend="host", arena=False).rendezvous(mine)
     st.tensor.fill_(mine.rank + 10)
     meet(mine)
     theirs = st.remote_tensor(1)
@@ -692,7 +694,7 @@ file, mode = sys.argv[1:]
 
 def rank(rank):
     group = symmem.Group.from_store(rank, 2, dist.FileStore(file + mode, 2), "ends")
-    st = symmem.allocate(1 << 20, backend="host").rendezvous(group)
+    st = symmem.allocate(1 << 20, backend="host", arena=False).rendezvous(group)
     if rank == 0:
         print(group._socket_wire._peers[1].getsockname()[1:].decode(), flush=True)
     view = st.contiguous_view()
@@ -757,7 +759,7 @@ def test_a_pool_that_is_killed_leaves_nothing(new_pool: NewPool) -> None:
 
 def meet_and_keep() -> str:
     mine = group("faults kept")
-    kept.append(symmem.allocate(1 << 20, backend="host").rendezvous(mine))
+    kept.append(symmem.allocate(1 << 20, backend="host", arena=False).rendezvous(mine))
     assert mine._socket_wire is not None
     return mine._socket_wire._peers[1].getsockname()[1:].decode() if mine.rank == 0 else ""
 
@@ -795,4 +797,4 @@ def test_a_planted_leak_fails_its_case(kind: str, new_pool: NewPool) -> None:
         assert isinstance(outcome.error, SymmemError), outcome.trace
         assert f"AssertionError: {kind}s leaked" in str(outcome.error)
         assert outcome.error.rank == 1
-    assert "mappings=1) after" in str(outcomes[0].error) or kind == "descriptor"
+    assert "mappings=6) after" in str(outcomes[0].error) or kind == "descriptor"  # five are the arena's

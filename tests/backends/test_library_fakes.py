@@ -28,6 +28,7 @@ from symmem.errors import (
     UnsupportedError,
 )
 from symmem.tools.conformance import CASES, run_case
+from symmem.tools.conformance.case import _warm
 from symmem.tools.ranks import rank_store
 
 sys.path.append(str(Path(__file__).parent))  # the ranks load this file by its path
@@ -36,8 +37,19 @@ from fake_libraries import FakeNvshmem, FakeTorch, install
 FAKED = ("nvshmem", "pytorch_cuda", "pytorch_nccl", "pytorch_nvshmem")
 
 
+def forget_arenas() -> None:
+    """Let go of the default group's arenas, whose memory is that of an earlier fake."""
+    os.environ["SYMMEM_ENABLE"] = "arena_size(4MiB)"  # the fakes' memory is this machine's, and zeroed
+    group = symmem.resolve_group()
+    group.settings = dataclasses.replace(group.settings, arena_size=4 << 20)
+    group.arenas.clear()
+    group.places.clear()
+    _warm.clear()
+
+
 def fresh() -> tuple[FakeNvshmem, FakeTorch]:
     """New fakes on this rank, once what an earlier task left is collected."""
+    forget_arenas()
     gc.collect()
     return install()
 
@@ -47,7 +59,7 @@ def install_only() -> None:
 
 
 def allocate(backend: str, *sizes: int, **options: Any) -> symmem.SymmetricTensor:
-    return symmem.allocate(sizes, torch.int32, backend=backend, **options)
+    return symmem.allocate(sizes, torch.int32, backend=backend, **{"arena": False, **options})
 
 
 def caught(kind: type[SymmemError], function: Any, *args: Any, **options: Any) -> SymmemError:

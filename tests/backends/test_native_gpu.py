@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not FOUND.available, reason=FOUND.why_not)
 
 
 def shared(*sizes: int, **options: Any) -> symmem.SymmetricTensor:
-    return symmem.allocate(sizes, torch.int64, backend="native", **options).rendezvous()
+    return symmem.allocate(sizes, torch.int64, backend="native", arena=False, **options).rendezvous()
 
 
 def ring() -> tuple[int, int, int]:
@@ -112,7 +112,7 @@ def allocated_in_a_capture() -> None:
     free = torch.cuda.mem_get_info()[0]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        inside = symmem.allocate(1 << 20, backend="native")
+        inside = symmem.allocate(1 << 20, backend="native", arena=False)
         counter += 1
         del outside
         gc.collect()
@@ -122,7 +122,7 @@ def allocated_in_a_capture() -> None:
     assert counter.item() == 1
     assert inside.tensor.unique().tolist() == [1]
     inside = None
-    symmem.allocate(1, backend="native")
+    symmem.allocate(1, backend="native", arena=False)
     meet()
     assert torch.cuda.mem_get_info()[0] >= free + (128 << 20)  # of 256 MiB
 
@@ -203,7 +203,7 @@ def test_a_graph_whose_peer_does_not_come_stops_by_name(new_pool: Callable[..., 
 def out_of_memory() -> str:
     free = torch.cuda.mem_get_info()[0]
     with pytest.raises(OutOfMemoryError) as caught:
-        symmem.allocate(free + (1 << 30), torch.uint8, backend="native")
+        symmem.allocate(free + (1 << 30), torch.uint8, backend="native", arena=False)
     text = str(caught.value)
     del caught
     gc.collect()
@@ -258,7 +258,7 @@ def figures() -> dict[str, tuple[float, float]]:
         return tensor, torch_symm_mem.rendezvous(tensor, dist.group.WORLD)
 
     def ours(nbytes: int) -> symmem.SymmetricTensor:
-        return symmem.allocate(nbytes, torch.uint8, backend="native").rendezvous()
+        return symmem.allocate(nbytes, torch.uint8, backend="native", arena=False).rendezvous()
 
     st, (_kept, handle) = ours(1024), theirs(1024)
     found = {"barrier in a graph, us": (in_a_graph(st.barrier), in_a_graph(lambda: handle.barrier(0)))}
