@@ -21,8 +21,11 @@ from symmem.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from symmem.backends.base import Capability
+    from symmem.collection import collect
+    from symmem.context import use_symmetric_memory
     from symmem.errors import SymmemError
     from symmem.group import Group, resolve_group
+    from symmem.statistics import memory_snapshot, memory_stats
     from symmem.tensor import SymmetricTensor, allocate, find
 
 __all__ = [
@@ -32,8 +35,13 @@ __all__ = [
     "SymmetricTensor",
     "__version__",
     "allocate",
+    "collect",
     "find",
+    "memory_snapshot",
+    "memory_stats",
+    "register_symm_mem_args",
     "resolve_group",
+    "use_symmetric_memory",
 ]
 
 _HOMES = {
@@ -42,12 +50,23 @@ _HOMES = {
     "SymmemError": "symmem.errors",
     "SymmetricTensor": "symmem.tensor",
     "allocate": "symmem.tensor",
+    "collect": "symmem.collection",
     "find": "symmem.tensor",
+    "memory_snapshot": "symmem.statistics",
+    "memory_stats": "symmem.statistics",
+    "register_symm_mem_args": "symmem.ops.registry",
     "resolve_group": "symmem.group",
+    "use_symmetric_memory": "symmem.context",
 }
 
 
+# Not to be imported here, where names and types are checked: they are layers above this one.
+_SUBPACKAGES = {"ops"}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"symmem.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'symmem' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)

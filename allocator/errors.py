@@ -17,6 +17,7 @@ __all__ = [
     "BackendUnavailableError",
     "ClosedError",
     "ConfigError",
+    "DivergenceError",
     "ForkedError",
     "GroupError",
     "InvalidArgumentError",
@@ -149,6 +150,10 @@ class RendezvousError(SymmemError, RuntimeError):
 
 class MismatchError(RendezvousError):
     """Ranks disagree on something that must be the same everywhere; ``peers`` are the ranks that differ."""
+
+
+class DivergenceError(MismatchError):
+    """Ranks have allocated from an arena differently, so that offsets do not mean the same; names the first place."""
 
 
 class PeerLostError(RendezvousError):

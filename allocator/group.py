@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 import torch.distributed as dist
 
 from symmem.backends import descriptors as scm
@@ -59,7 +60,21 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["Collective", "Group", "GroupLike", "Place", "check_timeout", "differing", "resolve_group"]
+    from symmem.arena import Arena
+    from symmem.backends.base import Mapping
+    from symmem.segment import Segment
+
+__all__ = [
+    "Collective",
+    "Group",
+    "GroupLike",
+    "Place",
+    "check_timeout",
+    "default_group",
+    "differing",
+    "known_groups",
+    "resolve_group",
+]
 
 log = logging.getLogger("symmem.group")
 
@@ -160,7 +175,11 @@ class Group:
         name: The process group's name, or the name given.
         rank: This process's rank within the group.
         size: Number of ranks.
-        settings: The configuration for this group.
+        settings: The configuration for this group, as it was when the group was first used.
+        arenas: Those of this group, by backend and device, in the order in which they were made.
+        places: What requests to allocate have led to; see :mod:`symmem.tensor`.
+        mapped: Segments of other groups' arenas whose tensors this group has rendezvoused.
+        engines: What runs this group's collective operations, by device; see :mod:`symmem.ops.engines`.
     """
 
     def __init__(
@@ -187,8 +206,13 @@ class Group:
         self._watched: dict[int, int] = {}  # pidfd -> rank
         self._poll = select.poll()
         self._watch_lock = threading.Lock()  # of the two above; never held for long
+        self.arenas: dict[tuple[str, torch.device], Arena] = {}
+        self.places: dict[Any, Any] = {}
+        self.mapped: weakref.WeakKeyDictionary[Segment, Mapping] = weakref.WeakKeyDictionary()
+        self.engines: dict[torch.device, Any] = {}
         self._sequence = 0
         self._lock = threading.RLock()  # of the rounds: held for a whole collective
+        self._under_way: str | None = None  # the operation of the thread that holds it
         self._unsaid: deque[tuple[str, BaseException]] = deque()  # what `fail` left to the holder of the lock
         self._pid = os.getpid()
         self._closed = False
@@ -214,6 +238,11 @@ class Group:
         """The ``torch.distributed.ProcessGroup``; None if it was destroyed, or for a group made from a store."""
         return self._process_group()
 
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
     def __repr__(self) -> str:
         return f"Group({self.name!r}, rank={self.rank}, size={self.size})"
 
@@ -238,7 +267,12 @@ class Group:
         try:
             with self._lock:
                 self._check_usable(operation)  # it may have been closed while this thread waited
-                yield from self._collective(operation, timeout)
+                self._check_not_under_way(operation)
+                self._under_way = operation
+                try:
+                    yield from self._collective(operation, timeout)
+                finally:
+                    self._under_way = None
         finally:
             self._catch_up()
 
@@ -562,6 +596,16 @@ class Group:
         if self._closed:
             raise GroupError(f"the group {self.name!r} is closed", rank=self.rank, step=operation)
 
+    def _check_not_under_way(self, operation: str) -> None:
+        if self._under_way is not None:
+            raise GroupError(
+                f"{operation!r} was begun amid {self._under_way!r} of the same group, on the same thread",
+                hint="make no collective call from a finalizer, a signal handler or another callback",
+                rank=self.rank,
+                group=self.name,
+                step=operation,
+            )
+
     def _leave(self) -> None:
         if self._socket_wire is not None:
             self._socket_wire.close()
@@ -643,6 +687,8 @@ def resolve_group(group: GroupLike = None) -> Group:
     Raises:
         GroupError: There is no such group, or this process is not in it, or the mesh has more dimensions.
     """
+    if group is None and (known := default_group()):
+        return known
     if isinstance(group, Group):
         return group
     process_group = _process_group(group)
@@ -654,6 +700,30 @@ def resolve_group(group: GroupLike = None) -> Group:
         store = _get_process_group_store(process_group)
         known = Group(store, rank, size, process_group.group_name, process_group)
         _by_process_group[process_group] = known
+    return known
+
+
+def known_groups() -> list[Group]:
+    """All groups of this process that are in use. Local."""
+    return sorted(_groups, key=lambda group: group.name)
+
+
+_AVAILABLE = dist.is_available()
+_default: tuple[weakref.ref[Any], weakref.ref[Group]] | None = None  # the default process group seen last, its group
+
+
+def default_group() -> Group | None:
+    """The :class:`Group` of the default process group; None if there is none. Local."""
+    global _default
+    process_group = dist.group.WORLD if _AVAILABLE else None
+    if process_group is None:
+        return None
+    if _default is not None and _default[0]() is process_group:
+        known = _default[1]()
+        if known is not None and not known._closed:
+            return known
+    known = resolve_group(process_group)
+    _default = weakref.ref(process_group), weakref.ref(known)
     return known
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import SupportsIndex
@@ -14,19 +16,20 @@ from symmem.errors import InvalidArgumentError
 
 __all__ = ["Layout", "integer"]
 
+_REMEMBERED = 4096  # layouts that need not be checked again
 _QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
 _MAX_NBYTES = 2**63 - 1 - 2**30  # what an int64 can address, less room for rounding up
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A strided tensor within an allocation.
+    """A strided tensor within a block of memory.
 
     Attributes:
         sizes: Elements of each dimension.
         strides: Elements from one index to the next, of each dimension.
         dtype: Any but the quantized dtypes.
-        offset: Bytes from the beginning of the allocation to the first element.
+        offset: Bytes from the beginning of the block to the first element.
     """
 
     sizes: tuple[int, ...]
@@ -36,6 +39,21 @@ class Layout:
 
     @classmethod
     def make(
+        cls, sizes: SupportsIndex | Iterable[int], dtype: torch.dtype | None, strides: Iterable[int] | None
+    ) -> Layout:
+        """Check what a user asked for; see :meth:`_make`. The usual request is remembered."""
+        if strides is None and dtype is not None:
+            plain = sizes if isinstance(sizes, tuple) else (sizes,) if type(sizes) is int else None
+            if plain is not None:
+                for size in plain:
+                    if type(size) is not int:  # True would be taken for the 1 that is remembered
+                        break
+                else:
+                    return _contiguous(plain, dtype)
+        return cls._make(sizes, dtype, strides)
+
+    @classmethod
+    def _make(
         cls, sizes: SupportsIndex | Iterable[int], dtype: torch.dtype | None, strides: Iterable[int] | None
     ) -> Layout:
         """Check what a user asked for.
@@ -83,10 +101,15 @@ class Layout:
 
     @classmethod
     def of(cls, tensor: torch.Tensor, offset: int) -> Layout:
-        """The layout of a tensor that lies ``offset`` bytes into an allocation."""
+        """The layout of a tensor that lies ``offset`` bytes into a block."""
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, offset)
 
-    @property
+    @functools.cached_property
+    def fingerprint(self) -> int:
+        """A number that tells layouts apart; the same in every process."""
+        return hash((self.sizes, self.strides, zlib.crc32(str(self.dtype).encode()), self.offset))
+
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes from the first element to the end of the last; 0 if there is none."""
         if 0 in self.sizes:
@@ -108,7 +131,7 @@ class Layout:
         return False
 
     def view(self, memory: torch.Tensor) -> torch.Tensor:
-        """The tensor, over the uint8 tensor of the whole allocation, of shape [at least offset + nbytes]."""
+        """The tensor, over the uint8 tensor of the whole block, of shape [at least offset + nbytes]."""
         elements = memory[self.offset : self.offset + self.nbytes].view(self.dtype)
         return elements.as_strided(self.sizes, self.strides)
 
@@ -123,6 +146,11 @@ class Layout:
         usable = (memory.numel() - self.offset) // self.dtype.itemsize * self.dtype.itemsize
         elements = memory[self.offset : self.offset + usable].view(self.dtype)
         return elements.as_strided((world, *self.sizes), (stride // self.dtype.itemsize, *self.strides))
+
+
+@functools.lru_cache(_REMEMBERED)
+def _contiguous(sizes: tuple[int, ...], dtype: torch.dtype) -> Layout:
+    return Layout._make(sizes, dtype, None)
 
 
 def integer(value: SupportsIndex) -> int:

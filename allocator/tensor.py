@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
-import torch.distributed as dist
 
+from symmem import capture
+from symmem.arena import Arena, arena_for, carves
 from symmem.backends import select_backend
-from symmem.backends.base import SIGNAL_CHANNELS, Capability, tensor_at
+from symmem.backends.base import SIGNAL_CHANNELS, Backend, Capability, storage_at, tensor_at
 from symmem.config import load_settings
 from symmem.errors import (
     ClosedError,
     ForkedError,
+    GroupError,
     InvalidArgumentError,
     NotRendezvousedError,
     NotSymmetricError,
     RankError,
     UnsupportedError,
 )
-from symmem.group import Group, GroupLike, check_timeout, resolve_group
+from symmem.group import Group, GroupLike, check_timeout, default_group, resolve_group
 from symmem.layout import Layout, integer
 from symmem.live import Block, block_at, record
 from symmem.rendezvous import rendezvous
@@ -39,14 +43,16 @@ class SymmetricTensor:
     with :meth:`rendezvous`, then use peers' memory. The memory lives as long as a handle or any tensor over it,
     this rank's or a peer's, does; :meth:`close` ends the use of it through handles at once.
 
-    Methods that take ``group`` mean the group of the first rendezvous if it is None. Ranks are ranks of that group.
+    Methods that take ``group`` mean the group of the first :meth:`rendezvous` if it is None, or that of the arena if
+    there was none. Ranks are ranks of that group.
     """
 
     def __init__(self, block: Block, layout: Layout) -> None:
         """Use :meth:`allocate`, :meth:`wrap` or :func:`find`."""
         self._block = block
         self._layout = layout
-        self._tensor: torch.Tensor | None = layout.view(block.allocation.tensor(block))
+        self._address = block.pointer + layout.offset
+        self._tensor: torch.Tensor | None = _tensor(block, layout, self._address)
 
     @classmethod
     def allocate(
@@ -58,43 +64,59 @@ class SymmetricTensor:
         strides: Iterable[int] | None = None,
         group: GroupLike = None,
         backend: str | Sequence[str] | None = None,
+        arena: bool | None = None,
+        name: str | None = None,
     ) -> SymmetricTensor:
-        """Allocate zeroed memory. Not collective; every rank then calls :meth:`rendezvous`.
+        """Allocate memory; every rank of the group must, alike and in the same order.
+
+        With a group, given or the default process group, it is carved from the group's arena: it is rendezvoused
+        already, is not zeroed, and nothing is communicated, unless the arena must grow. Growing is collective over
+        the group. Outside of an arena it is zeroed memory of its own, which every rank then must :meth:`rendezvous`;
+        allocating that is not collective, unless the backend has ``COLLECTIVE_ALLOCATION``.
+
+        A tensor of an arena that is no longer used is kept until all ranks have dropped theirs; see
+        :func:`symmem.collect`. On CUDA, one that was allocated, or whose handle was used, amid the capture of a graph
+        is kept as long as the graph lives.
 
         Args:
             sizes: Shape: an integer, or integers; ``()`` for no dimensions; a size may be 0.
             dtype: Any but the quantized ones; default ``torch.get_default_dtype()``.
             device: Default: that of the backend; with ``auto``, the current CUDA device if there is one, else CPU.
             strides: In elements; default contiguous. Elements may have gaps between them, not share memory.
-            group: Whose settings apply. If given, an error here is also raised, on the other ranks, by the group's
-                next collective: they need not wait for this rank until the timeout.
+            group: Whose arena and settings apply. If given, an error here is also raised, on the other ranks, by the
+                group's next collective: they need not wait for this rank until the timeout.
             backend: A name, or names in order of preference; default: the configuration's.
+            arena: False for memory of its own; True for the arena, or an error; None for the arena if there is a
+                group and the backend's memory can be in one.
+            name: What the ranks call it, for :func:`symmem.memory_snapshot`; compared like the shape.
 
         Raises:
             InvalidArgumentError: Sizes, strides, dtype or device.
+            DivergenceError: Ranks have allocated differently from the arena; names the first allocation, and where
+                each rank made it. Found when the ranks meet, or at once with the setting ``allocation_check(each)``.
+            UnsupportedError: The arena would have to grow during the capture of a CUDA graph.
             ConfigError: Unknown backend, or an error in the environment or the cluster file.
             BackendUnavailableError: No backend that was asked for works here; says why for each.
             OutOfMemoryError, ResourceLimitError: A limit was reached; nothing is left behind.
         """
-        known = resolve_group(group) if group is not None or _has_default_group() else None
+        known = default_group() if group is None else resolve_group(group)
         try:
             layout = Layout.make(sizes, dtype, strides)
-            overrides = {} if backend is None else {"backend": backend}
-            settings = load_settings(overrides, group=known.name if known else None)
-            wanted = _device(device)
-            chosen = select_backend(settings.backend, wanted.type if wanted else None)
-            if wanted is None:
-                wanted = torch.device(chosen.device_type)
-            if wanted.type == "cuda" and wanted.index is None:
-                wanted = torch.device("cuda", torch.cuda.current_device())
-            allocation = chosen.allocate(layout.nbytes, wanted, known)
+            place = _place(known, backend, device)
+            if arena is None:
+                arena = place.arena is not None
+            if arena:
+                block: Block = _arena(place, known).carve(layout, name, sys._getframe(1))
+                if place.device.type == "cuda" and capture.is_capturing(place.device):
+                    capture.keep(block)
+            else:
+                block = Block(place.backend.allocate(layout.nbytes, place.device, known), layout)
+                record(block)
         except Exception as error:
-            # What came out of a collective (some backends allocate together), all ranks know.
+            # What came out of a collective (an arena that grows; some backends allocate together), all ranks know.
             if known is not None and group is not None and getattr(error, "known_to", None) is None:
                 known.fail("allocate", error)
             raise
-        block = Block(allocation, layout)
-        record(block)
         return cls(block, layout)
 
     @classmethod
@@ -131,17 +153,13 @@ class SymmetricTensor:
         block = block_at(address)
         if block is None or block.allocation.device != tensor.device:
             failed("address", f"no live allocation on {tensor.device} holds {address:#x}")
-        allocation = block.allocation
-        layout = Layout.of(tensor, address - allocation.pointer)
-        if layout.offset + layout.nbytes > allocation.nbytes:
-            failed(
-                "extent",
-                f"it ends {layout.offset + layout.nbytes - allocation.nbytes} bytes past the allocation",
-            )
+        layout = Layout.of(tensor, address - block.pointer)
+        if layout.offset + layout.nbytes > block.nbytes:
+            failed("extent", f"it ends {layout.offset + layout.nbytes - block.nbytes} bytes past what was allocated")
         if layout.overlaps:
             failed("strides", f"with sizes {layout.sizes} and strides {layout.strides} elements share memory")
-        if backend is not None and allocation.backend.name != backend:
-            failed("backend", f"it is memory of {allocation.backend.name!r}, not of {backend!r}")
+        if backend is not None and block.allocation.backend.name != backend:
+            failed("backend", f"it is memory of {block.allocation.backend.name!r}, not of {backend!r}")
         handle = cls(block, layout)
         handle._check_open("wrap")
         return handle
@@ -152,8 +170,16 @@ class SymmetricTensor:
     def tensor(self) -> torch.Tensor:
         """This rank's tensor: plain, of :attr:`shape` and :attr:`dtype`; the same object each time."""
         self._check_open("tensor")
-        assert self._tensor is not None
-        return self._tensor
+        tensor = self._tensor
+        assert tensor is not None
+        if tensor.data_ptr() != self._address and tensor.numel():
+            raise NotSymmetricError(
+                "this handle's tensor was given other memory (by share_memory_(), sending it to another process, "
+                "set_(), resize_() or an assignment to .data), which its peers do not see",
+                hint="send or resize a clone(); SymmetricTensor.wrap() a view of the memory for another shape",
+                step="tensor",
+            )
+        return tensor
 
     @property
     def shape(self) -> torch.Size:
@@ -205,7 +231,7 @@ class SymmetricTensor:
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(
             "a SymmetricTensor cannot be pickled or copied: it is this process's view of memory",
-            hint="send its .tensor (a copy), or let each rank allocate its own and rendezvous",
+            hint="send its .tensor.clone(), or let each rank allocate its own and rendezvous",
         )
 
     # Meeting.
@@ -213,7 +239,8 @@ class SymmetricTensor:
     def rendezvous(self, group: GroupLike = None, timeout: float | None = None) -> SymmetricTensor:
         """Let the ranks of a group reach each other's memory. Collective over the group, the first time.
 
-        Once it has succeeded, further calls with the same group return at once. After a failure, which is the same
+        Once it has succeeded, further calls with the same group return at once, as does the first one for a tensor of
+        that group's arena. After a failure, which is the same
         on all ranks, it may be tried again. A second group may rendezvous the same tensor; each has signals of
         its own.
 
@@ -232,14 +259,21 @@ class SymmetricTensor:
             UnsupportedError: A second group, of a backend that knows but one.
             SymmemError: What else failed, on any rank: all raise that rank's error.
         """
+        block = self._block
+        if group is None and timeout is None and not block.closed and block.process == os.getpid():
+            known = default_group()  # the usual case: a tensor of the default group's arena
+            if known is not None and self._layout is block.layout and known in block.compared:
+                block.choose(known)
+                return self
         self._check_open("rendezvous")
         resolved = resolve_group(group)
         if timeout is not None:
             check_timeout(timeout)
         self._check_process("rendezvous")
-        self._check_second(resolved)
-        if (resolved, self._layout) not in self._block.compared:
+        if self._block.key(resolved, self._layout) not in self._block.compared:
+            self._check_second(resolved)
             rendezvous(self._block, self._layout, resolved, timeout)
+        self._block.choose(resolved)
         return self
 
     def _check_second(self, group: Group) -> None:
@@ -259,6 +293,8 @@ class SymmetricTensor:
         """The mapping that a group's rendezvous made."""
         self._check_open(operation)
         self._check_process(operation)
+        if capture.is_capturing(self._block.allocation.device):
+            capture.keep(self._block)
         mappings = self._block.mappings
         if group is None and mappings:
             return next(iter(mappings.values()))
@@ -289,7 +325,7 @@ class SymmetricTensor:
         rank = _check_rank(rank, mapping, "remote_tensor")
         if rank == mapping.group.rank:
             return self.tensor
-        return self._layout.view(mapping.tensor(rank, self._block.allocation.nbytes, self._block))
+        return self._layout.view(self._block.part(mapping.tensor(rank, self._block.end, self._block)))
 
     @property
     def remote_pointers(self) -> torch.Tensor:
@@ -302,7 +338,7 @@ class SymmetricTensor:
     def pointers_of(self, group: GroupLike) -> torch.Tensor:
         """:attr:`remote_pointers` for a given group."""
         mapping = self._mapping("remote_pointers", group)
-        offset = self._layout.offset
+        offset = self._block.offset + self._layout.offset
         pointers = [pointer + offset if pointer else 0 for pointer in mapping.pointers]
         return torch.tensor(pointers, dtype=torch.int64, device=self.device)
 
@@ -319,7 +355,7 @@ class SymmetricTensor:
         address, stride = mapping.contiguous()
         world = mapping.group.size
         memory = tensor_at(address, world * stride, self.device, (self._block, mapping))
-        return self._layout.view_all(memory, world, stride)
+        return self._layout.view_all(memory[self._block.offset :], world, stride)
 
     @property
     def multicast_ptr(self) -> int:
@@ -330,14 +366,15 @@ class SymmetricTensor:
         Raises:
             MulticastUnavailableError: There is none; says why.
         """
-        return self._mapping("multicast_ptr", None).multicast() + self._layout.offset
+        return self._mapping("multicast_ptr", None).multicast() + self._block.offset + self._layout.offset
 
     def signal_pad(self, rank: int, *, group: GroupLike = None) -> torch.Tensor:
         """A rank's signal pad: uint32 tensor of shape [channels, world], element [c, s] set by source rank s."""
         mapping = self._mapping("signal_pad", group)
         rank = _check_rank(rank, mapping, "signal_pad")
         words = SIGNAL_CHANNELS * mapping.group.size
-        pad = tensor_at(mapping.signal_pad(rank)[0], 4 * words, self.device, (self._block, mapping))
+        address, _nbytes = self._block.signals(mapping).signal_pad(rank)
+        pad = tensor_at(address, 4 * words, self.device, (self._block, mapping))
         return pad.view(torch.uint32).view(SIGNAL_CHANNELS, mapping.group.size)
 
     # Signals. On CUDA they are work on the current stream; on the CPU they are done when the call returns.
@@ -358,7 +395,7 @@ class SymmetricTensor:
                 KeyboardInterrupt (on the CPU). On that rank it goes on as itself, and the barrier is abandoned as well.
         """
         mapping, channel, seconds = self._signals("barrier", channel, timeout, group)
-        mapping.barrier(channel, seconds)
+        self._block.signals(mapping).barrier(channel, seconds)
 
     def put_signal(self, rank: int, channel: int = 0, timeout: float | None = None, *, group: GroupLike = None) -> None:
         """Set this rank's flag at ``rank``; first waits until the one before was taken. What was stored is visible.
@@ -367,7 +404,8 @@ class SymmetricTensor:
             PeerTimeoutError, PeerLostError: ``rank`` did not take the one before. May be tried again.
         """
         mapping, channel, seconds = self._signals("put_signal", channel, timeout, group)
-        mapping.put_signal(_check_rank(rank, mapping, "put_signal"), channel, seconds)
+        rank = _check_rank(rank, mapping, "put_signal")
+        self._block.signals(mapping).put_signal(rank, channel, seconds)
 
     def wait_signal(
         self, rank: int, channel: int = 0, timeout: float | None = None, *, group: GroupLike = None
@@ -378,7 +416,8 @@ class SymmetricTensor:
             PeerTimeoutError, PeerLostError: It was not set. May be tried again.
         """
         mapping, channel, seconds = self._signals("wait_signal", channel, timeout, group)
-        mapping.wait_signal(_check_rank(rank, mapping, "wait_signal"), channel, seconds)
+        rank = _check_rank(rank, mapping, "wait_signal")
+        self._block.signals(mapping).wait_signal(rank, channel, seconds)
 
     def synchronize(self, *, group: GroupLike = None) -> None:
         """Wait until the work on the current stream is done, and raise if a barrier or signal in it failed. Local.
@@ -390,15 +429,15 @@ class SymmetricTensor:
         Raises:
             PeerTimeoutError, PeerLostError: A barrier or signal failed; names the rank, its peer and the channel.
         """
-        mapping = self._mapping("synchronize", group)
-        mapping.check()
+        signals = self._block.signals(self._mapping("synchronize", group))
+        signals.check()
         if self.device.type == "cuda":
             try:
                 torch.cuda.current_stream(self.device).synchronize()
             except RuntimeError:
-                mapping.check()
+                signals.check()
                 raise
-        mapping.check()
+        signals.check()
 
     def _signals(
         self, operation: str, channel: int, timeout: float | None, group: GroupLike
@@ -437,7 +476,7 @@ class SymmetricTensor:
             _copy(self.remote_tensor(rank, group=mapping.group), source)  # type: ignore[arg-type]
         else:
             dense = source.resolve_conj().resolve_neg().contiguous()
-            mapping.put(rank, self._layout.offset, self._flat(dense, mapping, "put"))
+            mapping.put(rank, self._block.offset + self._layout.offset, self._flat(dense, mapping, "put"))
 
     def get(self, rank: int, out: torch.Tensor | None = None, *, group: GroupLike = None) -> torch.Tensor:
         """Copy a rank's tensor into ``out``, or into a new tensor; on CUDA, work on the current stream.
@@ -457,7 +496,7 @@ class SymmetricTensor:
             return out
         plain = out.is_contiguous() and not _is_lazy(out)
         dense = out if plain else torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        mapping.get(rank, self._layout.offset, self._flat(dense, mapping, "get"))
+        mapping.get(rank, self._block.offset + self._layout.offset, self._flat(dense, mapping, "get"))
         if dense is not out:
             _copy(out, dense)
         return out
@@ -512,17 +551,81 @@ class SymmetricTensor:
             )
 
 
-def allocate(
-    sizes: int | Iterable[int],
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | int | None = None,
-    *,
-    strides: Iterable[int] | None = None,
-    group: GroupLike = None,
-    backend: str | Sequence[str] | None = None,
-) -> SymmetricTensor:
-    """See :meth:`SymmetricTensor.allocate`."""
-    return SymmetricTensor.allocate(sizes, dtype, device, strides=strides, group=group, backend=backend)
+allocate = SymmetricTensor.allocate
+
+
+class _Place(NamedTuple):
+    """Where a request leads.
+
+    Attributes:
+        backend: Which makes the memory.
+        device: Where it lies.
+        arena: The arena there, if there is a group and the backend's memory can be in one.
+        moves: Whether the same request leads elsewhere once another CUDA device is the current one.
+    """
+
+    backend: Backend
+    device: torch.device
+    arena: Arena | None
+    moves: bool
+
+
+def _place(group: Group | None, backend: str | Sequence[str] | None, device: torch.device | str | int | None) -> _Place:
+    """Choose the backend and the device. What a group's earlier requests led to is remembered."""
+    if group is None:
+        return _choose(None, backend, device)
+    try:
+        known: _Place | None = group.places.get((backend, device))
+    except TypeError:  # a list, which is not worth remembering, or what is no device at all
+        return _choose(group, backend, device)
+    if known is None or (known.moves and known.device.index != torch._C._cuda_getDevice()):
+        known = group.places[backend, device] = _choose(group, backend, device)
+    return known
+
+
+def _choose(
+    group: Group | None, backend: str | Sequence[str] | None, device: torch.device | str | int | None
+) -> _Place:
+    overrides = {} if backend is None else {"backend": backend}
+    settings = load_settings(overrides, group=group.name if group else None)
+    wanted = _device(device)
+    chosen = select_backend(settings.backend, wanted.type if wanted else None)
+    if wanted is None:
+        wanted = torch.device(chosen.device_type)
+    if wanted.type == "cpu":
+        wanted = torch.device("cpu")  # "cpu:0" is the same memory
+    moves = wanted.type == "cuda" and wanted.index is None
+    if moves:
+        wanted = torch.device("cuda", torch.cuda.current_device())
+    return _Place(chosen, wanted, arena_for(group, chosen, wanted) if group and carves(chosen) else None, moves)
+
+
+def _arena(place: _Place, group: Group | None) -> Arena:
+    """The arena of a place, or why it has none."""
+    if place.arena is not None:
+        return place.arena
+    if group is None:
+        raise GroupError(
+            "an arena belongs to a group, and there is none",
+            hint="call torch.distributed.init_process_group(), or pass group=; or allocate with arena=False",
+            step="allocate",
+        )
+    return arena_for(group, place.backend, place.device)
+
+
+def _tensor(block: Block, layout: Layout, address: int) -> torch.Tensor:
+    """The tensor of a layout over a block's memory, which keeps the block alive."""
+    if layout.offset:
+        return layout.view(block.tensor())
+    device = block.allocation.device
+    storage = storage_at(address, block.nbytes, device, block)
+    return _empty(layout.dtype, device).new().set_(storage, 0, layout.sizes, layout.strides)
+
+
+@functools.lru_cache(256)
+def _empty(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of no elements, of which ``new()`` makes others in half the time that torch.empty takes."""
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 def find(tensor: torch.Tensor) -> SymmetricTensor | None:
@@ -574,10 +677,6 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
 def _check_tensor(value: object, operation: str) -> None:
     if not isinstance(value, torch.Tensor):
         raise InvalidArgumentError(f"{operation} needs a torch.Tensor, not a {type(value).__name__}", step=operation)
-
-
-def _has_default_group() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _device(device: torch.device | str | int | None) -> torch.device | None:

@@ -85,7 +85,10 @@ def _allocate(
     device = torch.get_default_device() if device is None else device
     nbytes = math.prod(sizes) * dtype.itemsize
     begin = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-    whole = SymmetricTensor.allocate(begin + _pad_nbytes, torch.uint8, device, group=group, backend=_backend)
+    # Not from an arena: PyTorch's memory is zeroed, of no group yet, and allocated by any rank alone.
+    whole = SymmetricTensor.allocate(
+        begin + _pad_nbytes, torch.uint8, device, group=group, backend=_backend, arena=False
+    )
     reserve(whole._block, begin, _pad_nbytes)
     return whole.tensor[:nbytes].view(dtype).view(tuple(sizes))
 

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from symmem.backends.base import Mapping, tensor_at
+from symmem.backends.base import tensor_at
 from symmem.errors import InvalidArgumentError, MulticastUnavailableError, RankError
 from symmem.group import GroupLike, resolve_group
 
 if TYPE_CHECKING:
+    from symmem.backends.base import Mapping
     from symmem.live import Block
     from symmem.tensor import SymmetricTensor
 
 __all__ = ["Handle", "reserve"]
 
 _reserved: weakref.WeakKeyDictionary[Block, tuple[int, int]] = weakref.WeakKeyDictionary()
-_arrays: weakref.WeakKeyDictionary[Mapping, dict[str, torch.Tensor]] = weakref.WeakKeyDictionary()
+_arrays: weakref.WeakKeyDictionary[Block, dict[tuple[Mapping, str], torch.Tensor]] = weakref.WeakKeyDictionary()
 
 
 def reserve(block: Block, begin: int, nbytes: int) -> None:
@@ -32,8 +33,8 @@ def reserve(block: Block, begin: int, nbytes: int) -> None:
 class Handle:
     """What PyTorch's ``_SymmetricMemory`` offers, over one allocation and group. Made by :func:`rendezvous`.
 
-    Everything counts from the beginning of the allocation that the tensor lies in, as in PyTorch, not from that of a
-    view. Tensors and pointers from here stay valid as long as any tensor over the memory does.
+    Everything counts from the beginning of what was allocated, as in PyTorch, not from that of a view. Tensors and
+    pointers from here stay valid as long as any tensor over the memory does.
     """
 
     def __init__(self, tensor: SymmetricTensor, group: GroupLike) -> None:
@@ -68,13 +69,14 @@ class Handle:
     @property
     def buffer_size(self) -> int:
         """Bytes of each rank's allocation, without room for a signal pad."""
-        begin, _nbytes = _reserved.get(self._block, (self._block.allocation.nbytes, 0))
+        begin, _nbytes = _reserved.get(self._block, (self._block.nbytes, 0))
         return begin
 
     @property
     def buffer_ptrs(self) -> list[int]:
         """Address of each rank's allocation as seen from this rank; 0 where it is not load/store reachable."""
-        return list(self._mapping.pointers)
+        offset = self._block.offset
+        return [pointer + offset if pointer else 0 for pointer in self._mapping.pointers]
 
     @property
     def buffer_ptrs_dev(self) -> int:
@@ -88,7 +90,7 @@ class Handle:
         :attr:`SymmetricTensor.multicast_ptr` raises instead, and says why. May be collective the first time.
         """
         with contextlib.suppress(MulticastUnavailableError):
-            return self._mapping.multicast()
+            return self._mapping.multicast() + self._block.offset
         return 0
 
     def has_multicast_support(self) -> bool:
@@ -182,30 +184,30 @@ class Handle:
     # Within.
 
     def _memory(self, rank: int) -> torch.Tensor:
-        allocation = self._block.allocation
+        block = self._block
         if self._check_rank(rank) == self.rank:
-            return allocation.tensor(self._block)
-        return self._mapping.tensor(rank, allocation.nbytes, self._block)
+            return block.tensor()
+        return block.part(self._mapping.tensor(rank, block.end, block))
 
     def _pads(self) -> tuple[tuple[int, ...], int]:
         """Address of each rank's signal pad, and its bytes."""
         begin, wanted = _reserved.get(self._block, (0, 0))
         if wanted and (self.device.type == "cpu" or self._shared_pad_nbytes() < wanted):
-            return tuple(pointer + begin if pointer else 0 for pointer in self._mapping.pointers), wanted
-        pads = [
-            self._mapping.signal_pad(rank)[0] if pointer else 0 for rank, pointer in enumerate(self._mapping.pointers)
-        ]
+            return tuple(pointer + begin if pointer else 0 for pointer in self.buffer_ptrs), wanted
+        signals = self._block.signals(self._mapping)
+        pads = [signals.signal_pad(rank)[0] if pointer else 0 for rank, pointer in enumerate(self._mapping.pointers)]
         return tuple(pads), self._shared_pad_nbytes()
 
     def _shared_pad_nbytes(self) -> int:
-        return self._mapping.signal_pad(self.rank)[1]
+        return self._block.signals(self._mapping).signal_pad(self.rank)[1]
 
     def _on_device(self, what: str, pointers: list[int]) -> int:
-        # Kept by the mapping, since callers keep the address and drop the handle.
-        arrays = _arrays.setdefault(self._mapping, {})
-        if what not in arrays:
-            arrays[what] = torch.tensor(pointers, dtype=torch.int64, device=self.device)
-        return arrays[what].data_ptr()
+        # Kept by the block, since callers keep the address and drop the handle.
+        arrays = _arrays.setdefault(self._block, {})
+        key = self._mapping, what
+        if key not in arrays:
+            arrays[key] = torch.tensor(pointers, dtype=torch.int64, device=self.device)
+        return arrays[key].data_ptr()
 
     def _check_rank(self, rank: int) -> int:
         if isinstance(rank, int) and 0 <= rank < self.world_size:

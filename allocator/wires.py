@@ -51,6 +51,10 @@ PATIENCE = 2.0
 """Seconds that rank 0 tries to send a verdict to a rank whose buffer is full, before it takes that rank for gone; and
 that the store may be late with an answer."""
 
+TURN = 1.0
+"""Seconds that the first request of the store may wait, and the following ones longer. A client of it serves one at a
+time, so two threads whose groups meet at once would otherwise wait for each other."""
+
 
 @dataclass
 class Message:
@@ -161,6 +165,7 @@ class StoreWire:
         self._store: Any = store  # torch's stubs leave out bytes as values, and has_extended_api
         self._prefix, self._rank, self._size = prefix, rank, size
         self._kept = 1  # the first round whose keys are still there
+        self._collected = 0  # the last round that was collected here; those that sockets carried left no keys
 
     def _key(self, sequence: int, name: object) -> str:
         return f"{self._prefix}/{sequence}/{name}"
@@ -185,6 +190,7 @@ class StoreWire:
 
     def _collect(self, sequence: int, deadline: float) -> dict[int, Message]:
         ranks = range(1, self._size)
+        self._collected = sequence
         self._store.set(self._key(sequence, 0), b"")  # only so that the others can tell whether rank 0 came
         self._wait(self._key(sequence, "ready"), deadline, sequence, ranks)
         keys = {rank: self._key(sequence, rank) for rank in ranks}
@@ -202,7 +208,7 @@ class StoreWire:
         within(time.monotonic(), self._forget, sequence)
 
     def _forget(self, sequence: int) -> None:
-        for past in range(self._kept, sequence):
+        for past in range(self._kept, min(sequence, self._collected + 1)):
             for name in ("verdict", "ready", "count", *range(self._size)):
                 self._store.delete_key(self._key(past, name))
         self._kept = max(self._kept, sequence)
@@ -225,22 +231,32 @@ class StoreWire:
         return Message.unpack(scm.parse_header(value[4 : 4 + size]), value[4 + size :])
 
     def _wait(self, key: str, deadline: float, sequence: int, ranks: Iterable[int]) -> None:
-        remaining = max(deadline - time.monotonic(), 0.001)
-        try:
-            self._store.wait([key], timedelta(seconds=remaining))
-        except RuntimeError as error:
-            # Stores differ in what they raise when time is up; the clock tells a timeout from a broken store.
-            if time.monotonic() < deadline - 0.05:
-                raise RendezvousError(
-                    f"the job's store failed: {error}", hint="the process that serves it may have ended"
-                ) from error
+        turn = TURN
+        while not self._comes(key, min(time.monotonic() + turn, deadline)):
+            if time.monotonic() < deadline:
+                turn = min(2 * turn, 4 * TURN)  # torch logs each that was in vain
+                time.sleep(0.02)  # so that another thread gets hold of the client
+                continue
             absent = tuple(
                 rank for rank in ranks if rank != self._rank and not self._store.check([self._key(sequence, rank)])
             )
             raise PeerTimeoutError(
                 f"ranks {list(absent)} did not come in time" if absent else "rank 0 did not answer in time",
                 peers=absent or (0,),
-            ) from None
+            )
+
+    def _comes(self, key: str, end: float) -> bool:
+        """Wait for a key for a while; meanwhile no other thread of this process can ask the store anything."""
+        try:
+            self._store.wait([key], timedelta(seconds=max(end - time.monotonic(), 0.001)))
+        except RuntimeError as error:
+            # Stores differ in what they raise when time is up; the clock tells a timeout from a broken store.
+            if time.monotonic() < end - 0.05:
+                raise RendezvousError(
+                    f"the job's store failed: {error}", hint="the process that serves it may have ended"
+                ) from error
+            return False
+        return True
 
 
 def within(deadline: float, call: Callable[..., T], *arguments: Any) -> T:

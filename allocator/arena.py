@@ -1,0 +1,555 @@
+"""Arenas: symmetric memory that ranks cut up alike, each for itself.
+
+An arena belongs to a group, a backend and a device. It has segments, each one allocation of the backend that was
+rendezvoused once. A tensor is carved from one by an integer-only sub-allocator; every rank of the group makes the same
+calls in the same order and so gets the same offset with no communication, and peers' pointers follow from it.
+
+Freeing. The garbage collector drops tensors at other moments, and in another order, on each rank. So what is dropped
+only goes into quarantine, and becomes free where all ranks meet anyway and each has it in quarantine
+(:mod:`symmem.meeting`): where an arena would have to grow, at a rendezvous of the group, or at :func:`symmem.collect`.
+
+Divergence. A rolling hash of all that was allocated is compared whenever ranks meet. If it differs, the error names the
+first allocation that does, and where in the program each rank made it; the arena cannot be used any more.
+
+Contents. A carved tensor is not zeroed: its peers may have begun to store into it. Its signal pad is zero, for that
+lies where only pads ever lie, and was zeroed when the ranks met last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import weakref
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from symmem import capture
+from symmem.backends.base import Capability, tensor_at
+from symmem.backends.libc import round_up
+from symmem.errors import (
+    DivergenceError,
+    ForkedError,
+    GroupError,
+    InvalidArgumentError,
+    MismatchError,
+    OutOfMemoryError,
+    PeerTimeoutError,
+    ResourceLimitError,
+    SymmemError,
+    UnsupportedError,
+    from_wire,
+    to_wire,
+)
+from symmem.group import Collective, Group
+from symmem.live import record
+from symmem.meeting import Meeting, compare
+from symmem.record import Entry, Record, Site, nbytes_of
+from symmem.segment import GRANULE, SPARE, Carve, Segment, finish
+
+if TYPE_CHECKING:
+    from symmem.backends.base import Backend
+    from symmem.layout import Layout
+
+__all__ = ["Arena", "arena_for", "carves"]
+
+_EXTENT = 2 << 20  # segments are multiples of this, the granularity of GPU memory
+_PADS_PART = 8  # one part in so many of the first segment, at most, is for signal pads of the arena's group
+_TYPICAL = 1 << 16  # bytes of a tensor: so that there are pads for as many as may fit
+_FEWEST_PADS = 16
+_SELDOM = 4096  # allocations between two meetings
+_AT_ONCE = 256  # blocks that are freed while the ranks meet: half a millisecond
+_MOST_STEPS = 64  # of growth; beyond, 1024 ** steps is more than a float can be
+_SHOWN = 4096  # blocks of one event that are remembered
+_HISTORY = 16384  # allocations and other events that are remembered: to name the first that differs, and for pictures
+
+_PACKAGE, _TOOLS = f"{__package__}.", f"{__package__}.tools."
+_NOWHERE = (compile("", "<no caller>", "exec"), 0)
+
+_arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
+
+
+class Arena:
+    """Symmetric memory of one group, backend and device.
+
+    Allocating in it is not collective, unless it must grow. All ranks of the group must allocate the same in the same
+    order.
+
+    Args:
+        group: Whose ranks share it.
+        backend: Which makes the memory.
+        device: Where it lies.
+
+    Attributes:
+        segments: In the order in which it grew.
+        count: Allocations so far.
+        digest: Rolling hash of them.
+        history: The last ones.
+        events: What happened last to many blocks at once: when (to all, or to each), what, which.
+        drops: And single drops: when, which.
+        changes: And to segments: when, what, which, bytes.
+        dropped: Slot of each block that is in quarantine and was not looked at yet, whether it has signalled, and when.
+        quarantine: Slots in quarantine, and whether they have signalled.
+        agreed: Slots that came free and are not entered into the books yet; with their ``agreed_bytes``.
+        live_bytes: Of blocks outside of quarantine.
+        peak_bytes: The most that ``live_bytes`` ever was.
+        process: Where it was made.
+    """
+
+    def __init__(self, group: Group, backend: Backend, device: torch.device) -> None:
+        self.group, self.backend, self.device = group, backend, device
+        self.segments: list[Segment] = []
+        self.count, self.digest = 0, 0
+        self.history: deque[Entry] = deque(maxlen=_HISTORY)
+        self.events: deque[tuple[Sequence[float], str, Sequence[Entry]]] = deque()
+        self.drops: deque[tuple[float, Entry]] = deque(maxlen=_HISTORY)
+        self.changes: deque[tuple[float, str, int, int]] = deque(maxlen=_HISTORY)
+        self._noted = 0  # entries in `events`
+        self.dropped: deque[tuple[int, bool, float]] = deque()
+        self.quarantine: dict[int, bool] = {}
+        self.agreed: list[int] = []
+        self.agreed_bytes = 0
+        self.live_bytes = self.peak_bytes = self.quarantined_bytes = 0
+        self.reclaimed_blocks = self.collections = self.growths = 0
+        self._broken: SymmemError | None = None
+        self.entries: list[Entry | None] = []  # by slot
+        self.blocks: list[weakref.ref[Carve] | None] = []  # by slot
+        # By slot, of what was dropped: further groups and this rank's pads for them.
+        self.further: dict[int, list[tuple[weakref.ref[Group], int]]] = {}
+        self._free_slots: list[int] = []
+        self._pad = round_up(backend.pad_nbytes(group.size), GRANULE)
+        self._pads: list[tuple[int, Segment, int]] = []  # from which slot on, where
+        self._slots = 0 if self._pad else sys.maxsize  # as many as have pads
+        self._short_at = -_SELDOM  # the allocation for which they did not suffice last
+        self._each = group.settings.allocation_check == "each"
+        self._unusual = self._each  # or broken, or in a forked child
+        self.amid = False  # a change that must be done as a whole
+        self.lock = threading.RLock()
+        self.process = os.getpid()
+        _arenas.add(self)
+
+    def carve(self, layout: Layout, name: str | None, frame: FrameType | None) -> Carve:
+        """A block for a tensor. Collective over the group if it must grow, or where each allocation is checked.
+
+        Args:
+            layout: Of the tensor.
+            name: What the ranks call it.
+            frame: Who asked for it; the first one from here outwards that is not of symmem is noted as the call site.
+
+        Raises:
+            DivergenceError: The ranks' allocations differ; on all ranks.
+            OutOfMemoryError, ResourceLimitError: It cannot grow: on some rank there is no memory; it would pass
+                ``arena_limit``. On all ranks.
+            UnsupportedError: It must grow amid the capture of a CUDA graph.
+        """
+        # The warm path, whose budget is 5 us: hence plain tuples, and no helpers.
+        while frame is not None and (module := frame.f_globals.get("__name__", "")).startswith(_PACKAGE):
+            if module.startswith(_TOOLS):
+                break
+            frame = frame.f_back
+        site = (frame.f_code, frame.f_lasti) if frame is not None else _NOWHERE
+        size = layout.nbytes + GRANULE - 1 & -GRANULE or GRANULE
+        with self.lock:
+            if self.dropped:
+                if len(self.dropped) == 1:
+                    slot, signalled, when = self.dropped.popleft()
+                    gone: Any = self.entries[slot]
+                    self.quarantine[slot] = signalled
+                    self.live_bytes -= gone[5]
+                    self.quarantined_bytes += gone[5]
+                    self.drops.append((when, gone))
+                else:
+                    self.look()
+            label = 0 if name is None else _label(name)
+            if self._unusual or self.amid:
+                self._check(self._proposed(size, layout, site, name))
+            self.amid = True
+            for segment in self.segments:
+                offset = segment.space.allocate(size)
+                if offset is not None:
+                    break
+            else:
+                if self.agreed:
+                    self.absorb()
+                self.amid = False
+                self._make_room(self._proposed(size, layout, site, name))
+                self.amid = True
+                segment, offset = self._take(size)
+            if len(self.entries) == self._slots and not self._free_slots:
+                if self.agreed:
+                    self.absorb()
+                self.amid = False
+                self._add_pads(segment, offset, self._proposed(size, layout, site, name))
+                self.amid = True
+            if self._free_slots:
+                slot = self._free_slots.pop()
+            else:
+                slot = len(self.entries)
+                self.entries.append(None)
+                self.blocks.append(None)
+            self.count += 1
+            # Where it is as well: so ranks whose books differ are told, whatever the reason.
+            self.digest = digest = hash((self.digest, layout.fingerprint, label, segment.index, offset, slot))
+            entry = (self.count, digest, time.perf_counter(), segment.index, offset, size, layout, site, name)
+            self.entries[slot] = entry
+            self.history.append(entry)
+            carve = Carve(self, segment, slot, layout, offset)
+            self.blocks[slot] = weakref.ref(carve)
+            segment.slots[offset] = slot
+            if offset not in segment.known:
+                segment.know(offset)
+            self.live_bytes += size
+            if self.live_bytes > self.peak_bytes:
+                self.peak_bytes = self.live_bytes
+            self.amid = False
+            return carve
+
+    def _proposed(self, size: int, layout: Layout, site: tuple[CodeType, int], name: str | None) -> Record:
+        """The next allocation, before it is known where it will be."""
+        digest = hash((self.digest, layout.fingerprint, 0 if name is None else _label(name)))
+        return Record(self.count + 1, digest, 0.0, 0, 0, size, layout, Site(*site), name)
+
+    def records(self) -> list[Record]:
+        """The last allocations, in order."""
+        return [Record.of(entry) for entry in self.history]
+
+    def look(self) -> None:
+        """Take note of what was dropped. Local."""
+        batch = [self.dropped.popleft() for _ in range(len(self.dropped))]
+        if not batch:
+            return
+        slots = [slot for slot, _, _ in batch]
+        entries = self._entries_of(slots)
+        self.quarantine.update(zip(slots, [signalled for _, signalled, _ in batch], strict=True))
+        total = sum(map(nbytes_of, entries))
+        self.live_bytes -= total
+        self.quarantined_bytes += total
+        self._note([when for _, _, when in batch], "drop", entries)
+
+    def _entries_of(self, slots: Sequence[int]) -> list[Entry]:
+        """Those of slots that are in use."""
+        entries: list[Any] = list(map(self.entries.__getitem__, slots))
+        return entries
+
+    def _note(self, times: Sequence[float], event: str, entries: Sequence[Entry]) -> None:
+        if len(entries) > _SHOWN:
+            times, entries = times[-_SHOWN:], entries[-_SHOWN:]
+        self.events.append((times, event, entries))
+        self._noted += len(entries)
+        while self._noted > _HISTORY and len(self.events) > 1:
+            self._noted -= len(self.events.popleft()[2])
+
+    # Growing.
+
+    def _take(self, size: int) -> tuple[Segment, int]:
+        """A block, where room was made."""
+        for segment in self.segments:
+            if (offset := segment.space.allocate(size)) is not None:
+                return segment, offset
+        self.check_whole("allocate")  # a finalizer has taken it
+        raise AssertionError
+
+    @contextlib.contextmanager
+    def _collective(self, operation: str, proposed: Record) -> Iterator[Collective]:
+        """A collective operation that is needed for an allocation; if the others do something else, says for which."""
+        try:
+            with self.group.collective(operation) as collective:
+                capture.refuse(self.device, "an arena cannot grow")
+                yield collective
+        except (MismatchError, PeerTimeoutError) as error:
+            if not isinstance(error, DivergenceError):
+                error.hint = (
+                    f"{error.hint}. Rank {self.group.rank} came here since the arena of {self.backend.name!r} had no "
+                    f"room for allocation {proposed.number}: {proposed}"
+                )
+            raise
+
+    def _reclaim(self, proposed: Record) -> None:
+        with Meeting([self]) as meeting:
+            with self._collective("allocate", proposed) as collective:
+                meeting.hold(collective)
+            meeting.settle()
+        self.absorb()
+
+    def _make_room(self, proposed: Record) -> None:
+        """Reclaim what all ranks have dropped, if there is no room; if that is not enough, grow. Collective."""
+        size = proposed.nbytes
+        if self.segments and not self._has_room(size):
+            self._reclaim(proposed)
+        if not self._has_room(size):
+            self._grow(proposed)
+
+    def _has_room(self, size: int) -> bool:
+        return any(segment.space.largest_free >= size for segment in self.segments)
+
+    def _grow(self, proposed: Record) -> None:
+        settings, first, size = self.group.settings, not self.segments, proposed.nbytes
+        pads = _FEWEST_PADS * self._pad if first else 0
+        least = round_up((size + pads) * SPARE // (SPARE - 1) + 2 * GRANULE, _EXTENT)
+        steps = len(self.segments) - len(self._pads[1:])  # those for pads alone are no steps
+        factor = settings.arena_growth ** min(steps, _MOST_STEPS)
+        wished = round_up(int(settings.arena_size * factor), _EXTENT)
+        nbytes = max(least, min(wished, self._left(least, size) & -_EXTENT))
+        try:
+            segment = self._add_segment(nbytes, proposed)
+        except OutOfMemoryError:  # on all ranks
+            if nbytes == least:
+                raise
+            segment = self._add_segment(least, proposed)
+        if first and self._pad:
+            # The first pads come along, so that the ranks meet once.
+            room = (segment.space.capacity - size) // self._pad
+            most = min(segment.nbytes // _PADS_PART // self._pad, segment.nbytes // _TYPICAL, room)
+            count = max(_FEWEST_PADS, most)
+            offset = segment.space.allocate(count * self._pad)
+            assert offset is not None
+            self._enter_pads(segment, offset, count)
+
+    def _left(self, least: int, size: int) -> int:
+        """Bytes that may still be added.
+
+        Raises:
+            ResourceLimitError: Less than ``least``, which ``size`` bytes of tensors need. On all ranks, whose limits
+                may differ.
+        """
+        limit = self.group.settings.arena_limit
+        reserved = sum(segment.nbytes for segment in self.segments)
+        if reserved + least <= limit:
+            return limit - reserved
+        error = ResourceLimitError(
+            f"{size} bytes do not fit into the arena of {self.backend.name!r}: it has {reserved} bytes, "
+            f"{self.live_bytes} of them live and {self.quarantined_bytes} in quarantine, and must not pass "
+            f"arena_limit, {limit} bytes",
+            hint="free tensors, raise arena_limit, or allocate with arena=False",
+            rank=self.group.rank,
+            group=self.group.name,
+            step="allocate",
+        )
+        with self.group.collective("grow an arena"):
+            raise error
+
+    def _add_pads(self, segment: Segment, offset: int, proposed: Record) -> None:
+        """Let the arena have twice as many tensors, for each of which it needs a signal pad. Collective.
+
+        Unless so many can be reclaimed that the ranks will not soon meet again for this, or pads would take more memory
+        than tensors.
+        """
+        try:
+            if self._slots and not self._free_slots:
+                self._reclaim(proposed)
+            seldom = self.count - self._short_at >= _SELDOM
+            self._short_at = self.count
+            reserved = sum(segment.nbytes for segment in self.segments)
+            enough = 4 * len(self._free_slots) > self._slots
+            if enough and (seldom or 4 * self._slots * self._pad > reserved):
+                return
+            least = round_up(self._slots * self._pad * SPARE // (SPARE - 1) + 2 * GRANULE, _EXTENT)
+            self._left(least, self._slots * self._pad)
+            added = self._add_segment(least, proposed)
+            added_at = added.space.allocate(self._slots * self._pad)
+            assert added_at is not None
+            self._enter_pads(added, added_at, self._slots)
+        except BaseException:
+            segment.space.free(offset)  # of the tensor that was to be allocated; on all ranks alike
+            raise
+
+    def _enter_pads(self, segment: Segment, offset: int, count: int) -> None:
+        self._pads.append((self._slots, segment, offset))
+        self._slots += count
+
+    def pad_of(self, slot: int) -> tuple[Segment, int]:
+        """Where the signal pad of a slot lies: the segment, and the offset in it.
+
+        Memory for pads is never used for anything else: a pad must be zero on all ranks before any of them signals,
+        and a tensor is handed out with nobody knowing what its peers do.
+        """
+        first, segment, offset = next(pads for pads in reversed(self._pads) if pads[0] <= slot)
+        return segment, offset + (slot - first) * self._pad
+
+    def _add_segment(self, nbytes: int, proposed: Record) -> Segment:
+        backend, group = self.backend, self.group
+        together = Capability.COLLECTIVE_ALLOCATION in backend.capabilities
+        allocation = None
+        if together:
+            capture.refuse(self.device, "an arena cannot grow")
+            allocation = backend.allocate(nbytes, self.device, group)
+        with self._collective("grow an arena", proposed) as collective:
+            compare(self, collective, proposed, nbytes)
+            if allocation is None:
+                allocation = backend.allocate(nbytes, self.device, group)
+            mapping = backend.rendezvous(allocation, collective)
+        index = self.growths
+        segment = Segment(index, allocation, group, mapping, self.blocks)
+        self.growths += 1
+        self.segments.append(segment)
+        record(segment)
+        self.changes.append((time.perf_counter(), "grow", index, nbytes))
+        return segment
+
+    # Meeting; see symmem.meeting.
+
+    def reclaim(self, slots: Sequence[int]) -> int:
+        """Make blocks free that all ranks have in quarantine; the same, in the same order, on all. Returns bytes.
+
+        Many are only noted, so that the ranks do not wait for each other meanwhile. They are entered into the books
+        when there is no other room, before the arena would grow: see :meth:`absorb`.
+        """
+        entries = self._entries_of(slots)
+        total = sum(map(nbytes_of, entries))
+        if len(slots) == len(self.quarantine):
+            self.quarantine.clear()
+        else:
+            for slot in slots:
+                del self.quarantine[slot]
+        self._note([time.perf_counter()], "reclaim", entries)
+        self.digest = hash((self.digest, len(slots), total))
+        self.quarantined_bytes -= total
+        self.agreed_bytes += total
+        self.reclaimed_blocks += len(slots)
+        self.collections += 1
+        self.agreed += slots
+        if len(self.agreed) <= _AT_ONCE:
+            self.absorb()
+        return total
+
+    def absorb(self) -> None:
+        """Enter what came free into the books; at the same point of the sequence on all ranks."""
+        by_index: dict[int, tuple[Segment, list[int]]] = {segment.index: (segment, []) for segment in self.segments}
+        for slot, entry in zip(self.agreed, self._entries_of(self.agreed), strict=True):
+            index, offset = entry[3], entry[4]
+            segment, offsets = by_index[index]
+            offsets.append(offset)
+            segment.leave(offset)
+            self.entries[slot] = self.blocks[slot] = None
+            if pads := self.further.pop(slot, None):
+                segment.free_pads([pad for _, pad in pads])
+        for segment, offsets in by_index.values():
+            segment.space.free_many(offsets)
+            segment.tidy()
+        self._free_slots += reversed(self.agreed)
+        self.agreed, self.agreed_bytes = [], 0
+
+    def dropped_pads(self, group: Group) -> list[int]:
+        """Slots of what this rank has dropped, whose signal pads for a further group are still taken."""
+        further = list(self.further.items())
+        return sorted(slot for slot, pads in further if any(known() is group for known, _ in pads))
+
+    def free_pads(self, slots: Sequence[int], group: Group) -> None:
+        """Free this rank's pads for a further group, all of whose ranks have dropped the tensors."""
+        with self.lock:
+            by_index = {segment.index: segment for segment in self.segments}
+            for slot, entry in zip(slots, self._entries_of(slots), strict=True):
+                mine = [pad for known, pad in self.further[slot] if known() is group]
+                by_index[entry[3]].free_pads(mine)
+                self.further[slot] = [(known, pad) for known, pad in self.further[slot] if known() is not group]
+
+    def trim(self) -> int:
+        """Give up segments in which nothing lives; the same on all ranks. Returns bytes."""
+        self.absorb()
+        empty = [segment for segment in self.segments if not segment.space.used]  # what holds pads is not
+        for segment in empty:
+            self.segments.remove(segment)
+            self.changes.append((time.perf_counter(), "trim", segment.index, segment.nbytes))
+        return sum(segment.nbytes for segment in empty)
+
+    def clean_pads(self, slots: Sequence[int]) -> None:
+        """Zero this rank's signal pads of slots, before anybody can use them again."""
+        for slot in slots:
+            segment, offset = self.pad_of(slot)
+            tensor_at(segment.pointer + offset, self._pad, self.device, segment).zero_()
+        if slots:
+            finish(self.device)
+
+    def check_whole(self, step: str) -> None:
+        """Raise if a change is under way.
+
+        Raises:
+            GroupError: It is, on this very thread, which now runs a finalizer or a signal handler; or an exception out
+                of one has ended it half-way, and this rank's book of the arena is no longer that of the others.
+        """
+        if self.amid:
+            raise GroupError(
+                f"{step!r} was begun amid another allocation or collection of the same arena, or after one that an "
+                "exception out of a signal handler had ended half-way",
+                hint="neither allocate nor collect in a finalizer, a signal handler or another callback; if a signal "
+                "handler raised, the arena cannot be used any more: make a new group, or allocate with arena=False",
+                rank=self.group.rank,
+                group=self.group.name,
+                step=step,
+            )
+
+    def _check(self, proposed: Record) -> None:
+        if self.process != os.getpid():
+            raise ForkedError(
+                "this process was forked after the arena was made: its memory is the parent's, who goes on using it",
+                hint="make a group in the child, or start workers with the 'spawn' method",
+                group=self.group.name,
+                step="allocate",
+            )
+        self.check_whole("allocate")
+        if self._broken:
+            raise DivergenceError(
+                f"this arena cannot be used since its ranks diverged: {self._broken.what}",
+                hint=self._broken.hint,
+                rank=self.group.rank,
+                group=self.group.name,
+                step="allocate",
+                peers=self._broken.peers,
+            )
+        if self._each:
+            with self.group.collective("check an allocation") as collective:
+                compare(self, collective, proposed, proposed.nbytes, sites=True)
+
+    def break_down(self, error: DivergenceError) -> DivergenceError:
+        """Let every further allocation fail; returns the error."""
+        # A copy: with its traceback it would hold frames, and what those hold, for as long as the arena lives.
+        self._broken, self._unusual = from_wire(to_wire(error)), True
+        return error
+
+
+def _label(name: str) -> int:
+    try:
+        return zlib.crc32(name.encode())
+    except (AttributeError, UnicodeError) as error:
+        raise InvalidArgumentError(f"name must be text, not {name!r}") from error
+
+
+def _mark_in_child() -> None:
+    """In a forked child: nobody may allocate here, nor wait for a thread that held the lock at the fork."""
+    for arena in list(_arenas):
+        arena.lock, arena._unusual = threading.RLock(), True
+
+
+os.register_at_fork(after_in_child=_mark_in_child)
+
+
+def carves(backend: Backend) -> bool:
+    """Whether arenas can hold a backend's memory: where it has signals, each tensor needs a pad of its own."""
+    return Capability.SIGNALS not in backend.capabilities or backend.pad_nbytes(2) > 0
+
+
+def arena_for(group: Group, backend: Backend, device: torch.device) -> Arena:
+    """The arena of a group, backend and device; made when it is first asked for. Local.
+
+    Raises:
+        UnsupportedError: The backend's signals cannot work in an arena.
+    """
+    known = group.arenas.get((backend.name, device))
+    if known is None:
+        if not carves(backend):
+            raise UnsupportedError(
+                f"the backend {backend.name!r} cannot be used with an arena: its signals work at one place only",
+                hint="allocate with arena=False",
+                rank=group.rank,
+                group=group.name,
+                step="allocate",
+            )
+        known = group.arenas.setdefault((backend.name, device), Arena(group, backend, device))
+    return known

@@ -1,0 +1,250 @@
+"""Cutting one piece of symmetric memory into blocks: integers only, no memory is touched.
+
+All ranks of a group make the same calls, each on a :class:`SubAllocator` of its own, and get the same offsets without
+talking. Hence whatever decides where a block goes follows from the calls alone: dicts, which keep the order of what
+was put in, and no sets.
+
+Two-level segregated fit (M. Masmano et al., "TLSF: a new dynamic memory allocator for real-time systems", 2004): free
+blocks lie in bins by size, one integer has a bit for each bin that isn't empty, and free blocks that touch are merged
+at once. A bin has one size up to 63 granules; above, each power of two is divided into 32 bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from symmem.errors import InvalidArgumentError
+
+__all__ = ["SubAllocator"]
+
+_BITS = 6  # the leading bits of a size, which choose its bin: sizes in one differ by 3% at most
+
+
+class SubAllocator:
+    """Hands out blocks of ``range(capacity)``.
+
+    It has no lock: calls must come one at a time, and for equal offsets on all ranks in the same order on each.
+
+    Args:
+        capacity: Bytes; rounded down to a multiple of ``granularity``.
+        granularity: Bytes, a power of two. Offsets and sizes of blocks are multiples of it.
+
+    Attributes:
+        capacity: Bytes in all.
+        granularity: As given.
+        used: Bytes in live blocks.
+
+    Raises:
+        InvalidArgumentError: ``granularity`` is not a power of two; ``capacity`` is less than that.
+    """
+
+    __slots__ = ("_bins", "_bitmap", "_ends", "_free", "_live", "_mask", "_shift", "capacity", "granularity", "used")
+
+    def __init__(self, capacity: int, granularity: int = 256) -> None:
+        if granularity < 1 or granularity & (granularity - 1):
+            raise InvalidArgumentError(f"the granularity must be a power of two, not {granularity}")
+        if capacity < granularity:
+            raise InvalidArgumentError(f"a capacity of {capacity} bytes is less than one granule of {granularity}")
+        self.granularity = granularity
+        self.capacity = capacity & -granularity
+        self.used = 0
+        self._mask = granularity - 1
+        self._shift = granularity.bit_length() - 1
+        self._live: dict[int, int] = {}  # bytes of each live block, by offset
+        self._free: dict[int, int] = {}  # bin of each free block, by offset
+        self._ends: dict[int, int] = {}  # offset of each free block, by its end
+        self._bins: list[dict[int, int]] = [{} for _ in range(self._bin_of(self.capacity) + 1)]  # bytes, by offset
+        self._bitmap = 0
+        self._put(0, self.capacity)
+
+    def allocate(self, nbytes: int, alignment: int = 0) -> int | None:
+        """Take a block.
+
+        Args:
+            nbytes: Bytes; rounded up to a multiple of the granularity, 0 to one granule.
+            alignment: What the offset shall be a multiple of: a power of two; 0 for the granularity.
+
+        Returns:
+            The offset; None only if no free block has room for it.
+
+        Raises:
+            InvalidArgumentError: ``nbytes`` is negative; ``alignment`` is not a power of two.
+        """
+        if nbytes < 0:
+            raise InvalidArgumentError(f"cannot allocate {nbytes} bytes")
+        skew = 0  # the bits that the offset must not have
+        if alignment:
+            if alignment & (alignment - 1):
+                raise InvalidArgumentError(f"the alignment must be a power of two, not {alignment}")
+            skew = max(alignment, self.granularity) - 1
+        size = (nbytes + self._mask) & ~self._mask or self.granularity
+        if size > self.capacity:
+            return None
+        # _bin_of() and _put() are written out once each: calls would be a tenth of the time taken.
+        shift = size.bit_length() - _BITS
+        if shift < self._shift:
+            shift = self._shift
+        index = (shift - self._shift << _BITS - 1) + (size >> shift)
+        chosen = self._bins[index]
+        spare = -1
+        if chosen:  # what came free last is often of this very size
+            start, length = chosen.popitem()
+            spare = length - size - (-start & skew)
+            if spare < 0:
+                chosen[start] = length
+        if spare < 0:
+            enough = self._bin_of(size + skew) if skew else index
+            above = self._bitmap >> enough + 1  # the bins of which every block has room
+            if above:
+                index = enough + (above & -above).bit_length()
+                chosen = self._bins[index]
+                start, length = chosen.popitem()
+            else:
+                found = self._search(size, skew, range(index, min(enough + 1, len(self._bins))))
+                if found is None:
+                    return None
+                index, start, length = found
+                chosen = self._bins[index]
+        if not chosen:
+            self._bitmap ^= 1 << index
+        del self._free[start]
+        offset = start + (-start & skew)
+        if offset > start:
+            self._put(start, offset)
+        end = offset + size
+        if end < start + length:
+            self._put(end, start + length)
+        else:
+            del self._ends[end]
+        self._live[offset] = size
+        self.used += size
+        return offset
+
+    def free(self, offset: int) -> None:
+        """Give a block back.
+
+        Raises:
+            InvalidArgumentError: No live block begins there; nothing has changed.
+        """
+        size = self._live.pop(offset, 0)
+        if not size:
+            raise self._not_live(offset)
+        self.used -= size
+        self._merge(offset, offset + size)
+
+    def free_many(self, offsets: Iterable[int]) -> None:
+        """Give many blocks back; the order in which they are named makes no difference.
+
+        Raises:
+            InvalidArgumentError: At one of them no live block begins, or it comes twice; nothing has changed.
+        """
+        ordered, live = sorted(offsets), self._live
+        start = end = total = 0
+        last = -1
+        for offset in ordered:
+            if offset not in live:
+                raise self._not_live(offset)
+            if offset == last:
+                raise InvalidArgumentError(f"offset {offset} comes twice among those to free")
+            last = offset
+        for offset in ordered:
+            if offset != end:  # a run of touching blocks is over
+                if end:
+                    self._merge(start, end)
+                start = offset
+            size = live.pop(offset)
+            total += size
+            end = offset + size
+        if end:
+            self._merge(start, end)
+        self.used -= total
+
+    def size_of(self, offset: int) -> int:
+        """Bytes of a live block, a multiple of the granularity.
+
+        Raises:
+            InvalidArgumentError: No live block begins there.
+        """
+        size = self._live.get(offset, 0)
+        if not size:
+            raise self._not_live(offset)
+        return size
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes in free blocks."""
+        return self.capacity - self.used
+
+    @property
+    def largest_free(self) -> int:
+        """Bytes of the largest free block; 0 if there is none."""
+        top = self._bitmap.bit_length() - 1  # -1 if all bins are empty, and so is the last one
+        return max(self._bins[top].values(), default=0)
+
+    @property
+    def fragmentation(self) -> float:
+        """The part of the free bytes that is outside of the largest free block; 0.0 if nothing is free."""
+        return 1 - self.largest_free / self.free_bytes if self.free_bytes else 0.0
+
+    def blocks(self) -> Iterator[tuple[int, int, bool]]:
+        """Offset, bytes, and whether it is in use, of each block by address; together they are the capacity."""
+        live = [(offset, size, True) for offset, size in self._live.items()]
+        free = [(offset, self._bins[index][offset], False) for offset, index in self._free.items()]
+        return iter(sorted(live + free))
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def _bin_of(self, size: int) -> int:
+        shift = max(size.bit_length() - _BITS, self._shift)
+        return (shift - self._shift << _BITS - 1) + (size >> shift)
+
+    def _search(self, size: int, skew: int, bins: range) -> tuple[int, int, int] | None:
+        """Take a free block out of bins in which some may have room and some not: its bin, offset and bytes.
+
+        This is linear in the blocks there, but giving up costs more: then all ranks must meet to get more memory.
+        """
+        for index in bins:
+            for start, length in self._bins[index].items():
+                if length - size >= (-start & skew):
+                    del self._bins[index][start]
+                    return index, start, length
+        return None
+
+    def _put(self, start: int, end: int) -> None:
+        size = end - start
+        shift = size.bit_length() - _BITS
+        if shift < self._shift:
+            shift = self._shift
+        index = (shift - self._shift << _BITS - 1) + (size >> shift)
+        chosen = self._bins[index]
+        if not chosen:
+            self._bitmap |= 1 << index
+        chosen[start] = size
+        self._free[start] = index
+        self._ends[end] = start
+
+    def _pull(self, start: int) -> int:
+        index = self._free.pop(start)
+        chosen = self._bins[index]
+        size = chosen.pop(start)
+        if not chosen:
+            self._bitmap ^= 1 << index
+        return size
+
+    def _merge(self, start: int, end: int) -> None:
+        """Make a range free, as one block with the free ones that it touches."""
+        if end in self._free:
+            end += self._pull(end)  # what is kept by its end, _put() overwrites
+        if start in self._ends:
+            start = self._ends.pop(start)
+            self._pull(start)
+        self._put(start, end)
+
+    def _not_live(self, offset: int) -> InvalidArgumentError:
+        for start, size, in_use in self.blocks():
+            if start <= offset < start + size:
+                if in_use:
+                    return InvalidArgumentError(f"offset {offset} lies within the block of {size} bytes at {start}")
+                return InvalidArgumentError(f"offset {offset} is free: freed twice, or never allocated")
+        return InvalidArgumentError(f"offset {offset} lies outside of the {self.capacity} bytes")
