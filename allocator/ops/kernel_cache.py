@@ -1,0 +1,84 @@
+"""Compiled kernels on disk: one file a program, in the user's cache directory.
+
+A file holds a digest of what follows, and is thrown away if that does not fit, whatever befell it. It is written beside
+and then renamed, so that another process sees it whole or not at all. Where the directory cannot be used, kernels are
+compiled each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+__all__ = ["cache_directory", "cached", "key_of"]
+
+log = logging.getLogger("symmem.ops")
+
+_MAGIC = b"symmem kernel 1\n"
+_DIGEST = 32
+
+
+def cache_directory() -> Path | None:
+    """Where the files lie: ``$XDG_CACHE_HOME/symmem/kernels``, by default in ``~/.cache``; None if there is no home."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    with contextlib.suppress(RuntimeError):
+        return (Path(root) if root else Path.home() / ".cache") / "symmem" / "kernels"
+    return None
+
+
+def key_of(parts: Sequence[str]) -> str:
+    """Name of a program by all that decides what it is compiled to."""
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = part.encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()
+
+
+def cached(key: str, compile_it: Callable[[], bytes], directory: Path | None) -> bytes:
+    """The program of that key: from its file, or compiled now and kept there. Local; safe among processes."""
+    file = None if directory is None else directory / f"{key}.cubin"
+    if file is None:
+        return compile_it()
+    code = _read(file)
+    if code is None:
+        code = compile_it()
+        _write(file, code)
+    return code
+
+
+def _read(file: Path) -> bytes | None:
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.debug("%s cannot be read: %s", file, error)
+        return None
+    start = len(_MAGIC) + _DIGEST
+    code = content[start:]
+    if code and content[:start] == _MAGIC + hashlib.sha256(code).digest():
+        return code
+    log.debug("%s is damaged; compiling anew", file)
+    return None
+
+
+def _write(file: Path, code: bytes) -> None:
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=file.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as out:
+                out.write(_MAGIC + hashlib.sha256(code).digest() + code)
+            os.replace(name, file)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+    except OSError as error:
+        log.debug("%s cannot be written: %s", file, error)

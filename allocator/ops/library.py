@@ -1,0 +1,55 @@
+"""``torch.library.Library`` with the method that torch has from 2.13 on, for every torch, and with its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch._library.utils import RegistrationHandle
+
+from symmem.ops.registry import FROM_SCHEMA, _source, described, enter, withdraw
+from symmem.ops.schema import OpLike, find_op
+
+__all__ = ["Library"]
+
+
+class Library(torch.library.Library):
+    """A ``torch.library.Library`` whose :meth:`register_symm_mem_args` checks what it is told. Works with torch 2.11.
+
+        lib = symmem.ops.Library("lib", "FRAGMENT")
+        lib.define("op(Tensor x, str tp) -> Tensor")
+        lib.register_symm_mem_args("op", ["x"], group_arg="tp")
+
+    What was registered ends with the library, as its ops do.
+    """
+
+    def register_symm_mem_args(
+        self,
+        op_name: OpLike,
+        arg_names: Iterable[str],
+        *,
+        group_arg: str | None = FROM_SCHEMA,
+        exit_barrier: bool = False,
+        one_sided: bool = False,
+        replace: bool = False,
+    ) -> None:
+        """:func:`symmem.register_symm_mem_args` for an op, by default of this library's namespace.
+
+        Args:
+            op_name: As there; also ``"op"`` and ``"op.overload"``.
+            arg_names: As there, and all that follow.
+            group_arg: See there.
+            exit_barrier: See there.
+            one_sided: See there.
+            replace: See there.
+
+        Raises:
+            InvalidArgumentError: As there.
+        """
+        if isinstance(op_name, str) and "::" not in op_name:
+            op_name = f"{self.ns}::{op_name}"
+        made = described(find_op(op_name), arg_names, group_arg, exit_barrier, one_sided, _source())
+        enter(made, replace=replace)
+        handles: list[Any] = self._registration_handles
+        handles.append(RegistrationHandle(lambda: withdraw(made)))
