@@ -14,11 +14,13 @@ __all__ = [
     "AUTO",
     "BACKENDS",
     "BACKEND_ORDER",
+    "CHECK",
     "DURATION",
     "FACTOR",
     "MAX_SECONDS",
     "MULTICAST",
     "SIZE",
+    "SYMMETRIC_ARGUMENTS",
     "installed_backends",
 ]
 
@@ -198,6 +200,12 @@ FACTOR: Kind[float] = Kind(_one(_parse_factor, _FACTOR_VALUES), _format_number, 
 
 MULTICAST = _choice("auto", "off")
 """Whether multicast may be used."""
+
+CHECK = _choice("meeting", "each")
+"""When something is compared among ranks."""
+
+SYMMETRIC_ARGUMENTS = _choice("error", "copy", "off")
+"""What becomes of an argument that should be symmetric memory and is not."""
 
 BACKEND_ORDER: Kind[tuple[str, ...]] = Kind(
     _parse_backends,

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from symmem.config.cluster import Cluster, parse_cluster, read_file
-from symmem.config.kinds import AUTO, BACKEND_ORDER, DURATION, FACTOR, MULTICAST, SIZE
+from symmem.config.kinds import AUTO, BACKEND_ORDER, CHECK, DURATION, FACTOR, MULTICAST, SIZE, SYMMETRIC_ARGUMENTS
 from symmem.config.machine import gpu_model, multicast_blocker
 from symmem.config.options import Option, find_option, parse_options, place_of
 from symmem.config.values import Found, Kind, advise, read
@@ -56,6 +56,9 @@ class Settings:
         signal_timeout: Seconds.
         arena_size: Bytes on each rank.
         arena_growth: Factor.
+        arena_limit: Bytes on each rank.
+        allocation_check: ``"meeting"`` or ``"each"``.
+        symmetric_arguments: ``"error"``, ``"copy"`` or ``"off"``.
         origins: For each setting, the text that says where its value came from.
     """
 
@@ -72,8 +75,17 @@ class Settings:
     signal_timeout: float = _declare(
         DURATION, 300.0, "How long a barrier or a wait for a signal may take before it fails."
     )
-    arena_size: int = _declare(SIZE, 64 * 2**20, "Size of the first arena, on each rank.")
-    arena_growth: float = _declare(FACTOR, 2.0, "How much larger each further arena is than the one before.")
+    arena_size: int = _declare(SIZE, 64 * 2**20, "Size of an arena's first segment, on each rank.")
+    arena_growth: float = _declare(FACTOR, 2.0, "How much larger each further segment is than the one before.")
+    arena_limit: int = _declare(SIZE, 2**40, "What the segments of an arena may have together, on each rank.")
+    allocation_check: str = _declare(
+        CHECK, "meeting", "When ranks compare what they have allocated: whenever they meet, or at each allocation."
+    )
+    symmetric_arguments: str = _declare(
+        SYMMETRIC_ARGUMENTS,
+        "error",
+        "What happens where an op that is checked gets plain memory for an argument that is registered as symmetric.",
+    )
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from symmem.errors import SymmemError
-from symmem.tools import config_command
+from symmem.tools import config_command, ops_command
 from symmem.tools.outcomes import RanksFailedError
 from symmem.version import VERSION
 
@@ -53,12 +53,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     host.add_argument("--json", action="store_true", help="print one JSON object a figure and line")
     host.set_defaults(run=_bench_host)
 
+    alloc = suites.add_parser("alloc", help="allocation in a warm arena, reclaiming, and what a long run leaves")
+    alloc.add_argument("--backend", default="host", metavar="NAME", help="ours (host)")
+    alloc.add_argument("--peers", nargs="*", choices=_PEERS, default=(), metavar="NAME", help="cuda nvshmem nccl")
+    alloc.add_argument("--ranks", type=_positive, nargs="+", default=[2, 4], metavar="N", help="world sizes (2 4)")
+    alloc.add_argument("--pairs", type=_positive, default=1_000_000, metavar="N", help="of the long run (1000000)")
+    alloc.add_argument("--json", action="store_true", help="print one JSON object a figure and line")
+    alloc.set_defaults(run=_bench_alloc)
+
     gpu = suites.add_parser("gpu", help="one backend beside torch's transports, on all GPUs of this machine")
     gpu.add_argument("--backend", default="native", metavar="NAME", help="ours (native)")
     gpu.add_argument("--peers", nargs="+", choices=_PEERS, default=_PEERS, metavar="NAME", help="cuda nvshmem nccl")
     gpu.add_argument("--ranks", type=_positive, metavar="N", help="number of ranks (default: all GPUs)")
     gpu.add_argument("--json", action="store_true", help="print one JSON object a figure and line")
     gpu.set_defaults(run=_bench_gpu)
+
+    collectives = suites.add_parser("collectives", help="the collective operators on the CPU beside gloo's")
+    worlds = "world sizes (2 4)"
+    collectives.add_argument("--ranks", type=_positive, nargs="+", default=[2, 4], metavar="N", help=worlds)
+    collectives.add_argument("--json", action="store_true", help="print one JSON object a figure and line")
+    collectives.set_defaults(run=_bench_collectives)
+
+    scale = suites.add_parser("scale", help="what the groups of a large job ask of its store, counted")
+    scale.add_argument("--ranks", type=_positive, default=10_000, metavar="N", help="of the job (10000)")
+    scale.add_argument("--group-size", type=_positive, default=72, metavar="M", help="ranks of a group (72)")
+    scale.add_argument("--report", type=Path, metavar="PATH", help="write a report in Markdown there")
+    scale.add_argument("--json", action="store_true", help="print one JSON object a figure and line")
+    scale.set_defaults(run=_bench_scale)
 
     validate = commands.add_parser("validate", help="run the conformance suite and the figures, and write a report")
     names = "comma-separated, or all"
@@ -69,7 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     validate.add_argument("--no-figures", action="store_true", help="only the conformance suite")
     validate.set_defaults(run=_validate)
 
+    memory_map = commands.add_parser("memory-map", help="draw the arenas of snapshots, as a page to open in a browser")
+    what = "what symmem.memory_snapshot() returned, as JSON; one a rank"
+    memory_map.add_argument("snapshots", type=Path, nargs="+", metavar="SNAPSHOT", help=what)
+    where = "write the page there (memory-map.html)"
+    memory_map.add_argument("-o", "--output", type=Path, default="memory-map.html", metavar="PATH", help=where)
+    memory_map.set_defaults(run=_memory_map)
+
     config_command.add_parser(commands)
+    ops_command.add_parser(commands)
 
     args = parser.parse_args(argv)
     try:
@@ -121,12 +150,30 @@ def _bench_host(args: argparse.Namespace) -> int:
     return host.run(args.ranks, as_json=args.json)
 
 
+def _bench_alloc(args: argparse.Namespace) -> int:
+    from symmem.tools.bench import alloc
+
+    return alloc.run(args.backend, args.peers, args.ranks, pairs=args.pairs, as_json=args.json)
+
+
 def _bench_gpu(args: argparse.Namespace) -> int:
     import torch
 
     from symmem.tools.bench import gpu
 
     return gpu.run(args.backend, args.peers, args.ranks or torch.cuda.device_count(), as_json=args.json)
+
+
+def _bench_collectives(args: argparse.Namespace) -> int:
+    from symmem.tools.bench import collectives
+
+    return collectives.run(args.ranks, as_json=args.json)
+
+
+def _bench_scale(args: argparse.Namespace) -> int:
+    from symmem.tools.bench import scale
+
+    return scale.run(args.ranks, args.group_size, args.report, as_json=args.json)
 
 
 def _validate(args: argparse.Namespace) -> int:
@@ -142,6 +189,12 @@ def _validate(args: argparse.Namespace) -> int:
         get_backend(name)
     world = args.ranks or torch.cuda.device_count() or 4
     return validate.run(backends, required, world, args.report, figures=not args.no_figures)
+
+
+def _memory_map(args: argparse.Namespace) -> int:
+    from symmem.tools import memory_map
+
+    return memory_map.run(args.snapshots, args.output)
 
 
 if __name__ == "__main__":

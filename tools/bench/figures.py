@@ -10,7 +10,7 @@ from time import perf_counter
 
 from symmem.tools.table import render
 
-__all__ = ["Figure", "alternate", "show"]
+__all__ = ["Figure", "alternate", "show", "slowest"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Figure:
         world: Number of ranks.
         bytes: Size of the operation; 0 where it has none.
         value: Ours, in ``unit``.
-        unit: ``us``, ``GB/s`` or ``count``.
+        unit: ``us``, ``GB/s``, ``count`` or ``bytes``.
         peer: What it is compared with: ``gloo``, ``nccl``, ``local``, ...; empty if there is nothing to compare.
         peer_value: The peer's, in ``unit``.
     """
@@ -58,6 +58,11 @@ def alternate(ours: Callable[[], object], peer: Callable[[], object], rounds: in
             taken.append(perf_counter() - begin)
         pair.reverse()
     return statistics.median(samples[0]), statistics.median(samples[1])
+
+
+def slowest(results: Sequence[Sequence[float]]) -> list[float]:
+    """Of what each rank has measured, the largest of each figure."""
+    return [max(column) for column in zip(*results, strict=True)]
 
 
 def show(figures: Sequence[Figure], *, as_json: bool) -> None:

@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 import symmem
 from symmem.errors import UnsupportedError
-from symmem.tools.bench.figures import Figure, show
+from symmem.tools.bench.figures import Figure, show, slowest
 from symmem.tools.ranks import RankPool
 
-__all__ = ["PEERS", "measure", "run"]
+__all__ = ["PEERS", "fresh", "measure", "run"]
 
 PEERS = {"cuda": "CUDA", "nvshmem": "NVSHMEM", "nccl": "NCCL"}
 """Names of torch's transports: in figures, and as torch spells them."""
@@ -67,28 +67,24 @@ def _timed(call: Callable[[], object]) -> tuple[float, Any]:
     return time.perf_counter() - begin, result
 
 
-def _fresh(transport: str, backend: str, nbytes: int, rounds: int) -> list[float]:
-    """Median seconds of allocate and of rendezvous: ours, then torch's.
-
-    Each is first as often as the other, and gone before the other begins: while a large mapping of a peer's memory
-    lives, the driver makes another in a hundredth of the time.
-    """
-    theirs = _Torch(transport)
-    sides: list[tuple[list[tuple[float, float]], Callable[[], Any], Callable[[Any], object]]] = [
-        ([], partial(symmem.allocate, nbytes, torch.uint8, backend=backend), lambda st: st.rendezvous()),
-        ([], partial(theirs.allocate, nbytes), theirs.rendezvous),
-    ]
+def fresh(transport: str | None, backend: str, nbytes: int, rounds: int) -> list[float]:
+    """Median seconds of allocate and of rendezvous: torch's with a transport, ours with None."""
+    allocate: Callable[[], Any] = partial(symmem.allocate, nbytes, torch.uint8, backend=backend, arena=False)
+    rendezvous: Callable[[Any], Any] = symmem.SymmetricTensor.rendezvous
+    if transport:
+        theirs = _Torch(transport)
+        allocate, rendezvous = partial(theirs.allocate, nbytes), theirs.rendezvous
+    samples = []
     for turn in range(rounds + 1):
-        for samples, allocate, rendezvous in sides if turn % 2 else reversed(sides):
-            _all_here()
-            alloc, memory = _timed(allocate)
-            _all_here()
-            meet, handle = _timed(partial(rendezvous, memory))
-            if turn:  # the first sets up libraries and connections
-                samples.append((alloc, meet))
-            _all_here()
-            del memory, handle
-    return [statistics.median(column) for samples, _, _ in sides for column in zip(*samples, strict=True)]
+        _all_here()
+        alloc, memory = _timed(allocate)
+        _all_here()
+        meet, handle = _timed(partial(rendezvous, memory))
+        if turn:  # the first sets up libraries and connections
+            samples.append((alloc, meet))
+        _all_here()
+        del memory, handle
+    return [statistics.median(column) for column in zip(*samples, strict=True)]
 
 
 def _copies(transport: str, backend: str, rounds: int = 5) -> list[float]:
@@ -97,7 +93,7 @@ def _copies(transport: str, backend: str, rounds: int = 5) -> list[float]:
     peer = (dist.get_rank() + 1) % dist.get_world_size()
     largest = max(_COPIES)
     # One allocation for all sizes: torch's transports may take new memory at an old address for the old one.
-    st = symmem.allocate(largest, torch.uint8, backend=backend).rendezvous()
+    st = symmem.allocate(largest, torch.uint8, backend=backend, arena=False).rendezvous()
     memory = theirs.allocate(largest)
     handle = theirs.rendezvous(memory)
     remotes = st.remote_tensor(peer), handle.get_buffer(peer, (largest,), torch.uint8)
@@ -134,7 +130,7 @@ def _streamed(call: Callable[[], object], repeats: int) -> float:
 def _barrier(transport: str, backend: str, count: int = 100, rounds: int = 15) -> list[float]:
     """Median seconds of a barrier within a CUDA graph, and of one eager call: ours, then torch's."""
     theirs = _Torch(transport)
-    st = symmem.allocate(1024, torch.uint8, backend=backend).rendezvous()
+    st = symmem.allocate(1024, torch.uint8, backend=backend, arena=False).rendezvous()
     handle = theirs.rendezvous(theirs.allocate(1024))
     result = []
     for call in (st.barrier, handle.barrier):
@@ -161,10 +157,6 @@ def _barrier(transport: str, backend: str, count: int = 100, rounds: int = 15) -
 def measure(backend: str, peer: str, world: int) -> Iterator[Figure]:
     """All figures of a backend beside one of torch's transports. Of all ranks, the slowest counts."""
 
-    def slowest(function: Callable[..., list[float]], *args: Any) -> list[float]:
-        columns = zip(*pool.run(function, PEERS[peer], backend, *args, timeout=240), strict=True)
-        return [max(column) for column in columns]
-
     def figure(name: str, nbytes: int, ours: float, theirs: float, unit: str = "us") -> Figure:
         def convert(seconds: float) -> float:
             return seconds * 1e6 if unit == "us" else nbytes / seconds / 1e9
@@ -172,21 +164,27 @@ def measure(backend: str, peer: str, world: int) -> Iterator[Figure]:
         return Figure(name, backend, world, nbytes, convert(ours), unit, f"torch_{peer}", convert(theirs))
 
     with RankPool(world, timeout=240) as pool:
-        copies = slowest(_copies)
+        copies = slowest(pool.run(_copies, PEERS[peer], backend, timeout=240))
         for nbytes in _COPIES:
             pull, push, peer_pull, peer_push = (copies.pop(0) for _ in range(4))
             yield figure("p2p_pull", nbytes, pull, peer_pull, "GB/s")
             yield figure("p2p_push", nbytes, push, peer_push, "GB/s")
         if peer == "cuda":  # of torch 2.11's transports, the only one whose barrier is implemented
-            graph, eager, peer_graph, peer_eager = slowest(_barrier)
+            graph, eager, peer_graph, peer_eager = slowest(pool.run(_barrier, PEERS[peer], backend, timeout=240))
             yield figure("barrier_graph", 0, graph, peer_graph)
             yield figure("barrier_eager", 0, eager, peer_eager)
-        # Last: torch's NVSHMEM transport takes new memory at an old address for the old one, whatever its size.
-        for nbytes in _FRESH:
-            alloc, meet, peer_alloc, peer_meet = slowest(_fresh, nbytes, 7 if nbytes < 1 << 30 else 3)
-            yield figure("alloc_fresh", nbytes, alloc, peer_alloc)
-            yield figure("rendezvous", nbytes, meet, peer_meet)
-            yield figure("alloc_and_rendezvous", nbytes, alloc + meet, peer_alloc + peer_meet)
+    # Each in processes of its own: while any mapping of a peer's memory lives, the driver makes the next one in a
+    # fraction of the time, so what one of the two keeps mapped would help the other.
+    sides = []
+    for transport in (None, PEERS[peer]):
+        with RankPool(world, timeout=240) as pool:
+            sides.append(
+                [slowest(pool.run(fresh, transport, backend, n, 7 if n < 1 << 30 else 3, timeout=240)) for n in _FRESH]
+            )
+    for nbytes, (alloc, meet), (peer_alloc, peer_meet) in zip(_FRESH, *sides, strict=True):
+        yield figure("alloc_fresh", nbytes, alloc, peer_alloc)
+        yield figure("rendezvous", nbytes, meet, peer_meet)
+        yield figure("alloc_and_rendezvous", nbytes, alloc + meet, peer_alloc + peer_meet)
 
 
 def run(backend: str, peers: Sequence[str], world: int, *, as_json: bool) -> int:

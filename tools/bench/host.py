@@ -23,7 +23,7 @@ _FRESH = 64 << 20
 
 def _barrier() -> tuple[float, float]:
     """Median seconds of a barrier, ours and gloo's, each the mean over a run of them."""
-    st = symmem.allocate(1, backend="host").rendezvous()
+    st = symmem.allocate(1, backend="host", arena=False).rendezvous()
     count = 200
 
     def ours() -> None:
@@ -53,7 +53,7 @@ def _copies() -> list[tuple[float, float]]:
 
 
 def _copies_of_one() -> list[tuple[float, float]]:
-    st = symmem.allocate(_COPY, torch.uint8, backend="host").rendezvous()
+    st = symmem.allocate(_COPY, torch.uint8, backend="host", arena=False).rendezvous()
     st.tensor.fill_(1)
     local, other = torch.ones(_COPY, dtype=torch.uint8), torch.ones(_COPY, dtype=torch.uint8)
     st.barrier()
@@ -78,7 +78,7 @@ def _fresh() -> tuple[float, float, float]:
     for _ in range(15):
         dist.barrier()
         begin = perf_counter()
-        st = symmem.allocate(_FRESH, torch.uint8, backend="host")
+        st = symmem.allocate(_FRESH, torch.uint8, backend="host", arena=False)
         allocated = perf_counter()
         st.rendezvous()
         met = perf_counter()

@@ -14,7 +14,7 @@ case needs a capability that the backend does not list, it must refuse by a name
 descriptors and mappings before and after, so a leak fails the case that made it.
 """
 
-from symmem.tools.conformance import groups, memory, peers, signals
+from symmem.tools.conformance import arenas, groups, memory, peers, signals
 from symmem.tools.conformance.case import CASES, Case, Context, run_case
 
-__all__ = ["CASES", "Case", "Context", "groups", "memory", "peers", "run_case", "signals"]
+__all__ = ["CASES", "Case", "Context", "arenas", "groups", "memory", "peers", "run_case", "signals"]

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import symmem
+from symmem.arena import carves
 from symmem.backends import get_backend
 from symmem.backends.base import Backend, Capability
 from symmem.errors import SymmemError, UnsupportedError
@@ -31,10 +32,12 @@ class Context:
         rank: This rank.
         world: Number of ranks.
         device: Where the backend's memory lies, on this rank.
+        arena: Whether :meth:`allocate` takes memory from the default group's arena.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, arena: bool = False) -> None:
         self.backend: Backend = get_backend(name)
+        self.arena = arena
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         cuda = self.backend.device_type == "cuda"
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -56,7 +59,7 @@ class Context:
 
     def allocate(self, sizes: Any, dtype: torch.dtype = torch.float32, **options: Any) -> symmem.SymmetricTensor:
         """Allocate with the backend under test."""
-        return symmem.allocate(sizes, dtype, backend=self.backend.name, **options)
+        return symmem.allocate(sizes, dtype, backend=self.backend.name, **{"arena": self.arena, **options})
 
     def shared(self, sizes: Any, dtype: torch.dtype = torch.float32, **options: Any) -> symmem.SymmetricTensor:
         """Allocate, and rendezvous in the default group."""
@@ -81,6 +84,7 @@ class Case:
         requires: What a backend needs for it; one that lacks it must refuse by a named error instead.
         world: The least number of ranks; skipped in smaller worlds.
         breaks: It leaves the ranks' process unusable (a CUDA context after a trap): they need a pool of their own.
+        arena: It allocates from an arena.
     """
 
     name: str
@@ -89,6 +93,7 @@ class Case:
     requires: Capability | None
     world: int
     breaks: bool
+    arena: bool = False
 
 
 CASES: dict[str, Case] = {}
@@ -96,14 +101,23 @@ CASES: dict[str, Case] = {}
 
 
 def case(
-    rows: str, *, requires: Capability | None = None, world: int = 1, breaks: bool = False
+    rows: str,
+    *,
+    requires: Capability | None = None,
+    world: int = 1,
+    breaks: bool = False,
+    arena: bool = False,
+    both: bool = False,
 ) -> Callable[[Callable[[Context], None]], Callable[[Context], None]]:
-    """Enter a function into the suite."""
+    """Enter a function into the suite; with ``both``, a second time for tensors of an arena."""
 
     def enter(function: Callable[[Context], None]) -> Callable[[Context], None]:
         name = function.__name__
         assert name not in CASES, f"two cases {name}"
-        CASES[name] = Case(name, rows, function, requires, world, breaks)
+        CASES[name] = Case(name, rows, function, requires, world, breaks, arena)
+        if both:
+            name += "_in_an_arena"
+            CASES[name] = Case(name, rows, function, requires, world, breaks, True)
         return function
 
     return enter
@@ -152,9 +166,11 @@ def run_case(name: str, backend: str) -> str | None:
     Raises:
         AssertionError: It does not hold, or something leaked.
     """
-    chosen, context = CASES[name], Context(backend)
+    chosen, context = CASES[name], Context(backend, CASES[name].arena)
     if context.world < chosen.world:
         return f"needs {chosen.world} ranks"
+    if chosen.arena and not carves(context.backend):
+        return "an arena cannot hold this backend's memory"
     lacking = (chosen.requires or Capability(0)) & ~context.backend.capabilities
     function = functools.partial(_refuses, lacking=lacking) if lacking else chosen.function
     _warm_up(context)
@@ -163,6 +179,8 @@ def run_case(name: str, backend: str) -> str | None:
         function(context)
         if not chosen.breaks:
             context.meet()
+            gc.collect()
+            symmem.collect()  # so that no arena grows in a later case
             with context.group.collective("release", timeout=30):
                 _check_released(before)
     except BaseException as error:
@@ -177,11 +195,14 @@ _warm: set[str] = set()
 def _warm_up(ctx: Context) -> None:
     """Let the group and the backend's library set up, once, what stays: sockets, watched processes, heaps, kernels."""
     if ctx.backend.name not in _warm:
-        st = ctx.shared(16)
+        st = ctx.shared(16, arena=False)
+        carved = ctx.shared(16, arena=True) if carves(ctx.backend) else None
         if Capability.SIGNALS in ctx.backend.capabilities:
             st.barrier()
+        if carved and Capability.CONTIGUOUS_VIEW in ctx.backend.capabilities:
+            carved.contiguous_view()  # of the whole segment
         _warm.add(ctx.backend.name)
-        del st
+        del st, carved
         gc.collect()
         gc.freeze()  # what torch is made of need not be looked through again: 0.1 s each time
     ctx.meet()

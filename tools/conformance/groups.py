@@ -19,7 +19,7 @@ from symmem.errors import (
 from symmem.tools.conformance.case import Context, case, expect
 
 
-@case("A4")
+@case("A4", both=True)
 def rendezvous_happens_once(ctx: Context) -> None:
     st = ctx.shared(4)
     if ctx.rank == 0:

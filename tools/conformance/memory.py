@@ -33,7 +33,7 @@ def memory_is_zeroed_and_local(ctx: Context) -> None:
         ctx.meet()
 
 
-@case("A2")
+@case("A2", both=True)
 def any_shape_works(ctx: Context) -> None:
     for sizes in ((), (0,), (3, 0, 2), (1,), (7,), (5, 3), (1, 1, 1, 4), (2**20 + 1,)):
         st = ctx.shared(sizes)
@@ -46,7 +46,7 @@ def any_shape_works(ctx: Context) -> None:
     assert ctx.shared(5).tensor.shape == (5,)
 
 
-@case("A2")
+@case("A2", both=True)
 def every_dtype_works_or_is_refused_by_name(ctx: Context) -> None:
     for dtype in DTYPES:
         if str(dtype).startswith(("torch.qint", "torch.quint")):
@@ -65,7 +65,7 @@ def every_dtype_works_or_is_refused_by_name(ctx: Context) -> None:
         ctx.meet()
 
 
-@case("A2")
+@case("A2", both=True)
 def strides_without_overlap_work(ctx: Context) -> None:
     for sizes, strides in (((3, 5), (1, 3)), ((2, 3), (8, 2)), ((4, 1, 2), (2, 99, 1)), ((0, 3), (1, 1))):
         st = ctx.shared(sizes, strides=strides)
@@ -97,7 +97,7 @@ def bad_requests_are_refused_by_name(ctx: Context) -> None:
         symmem.allocate(4, backend="nosuch")
 
 
-@case("A3")
+@case("A3", both=True)
 def wrap_finds_a_view(ctx: Context) -> None:
     st = ctx.shared((8, 4))
     st.tensor.copy_(torch.arange(32.0).view(8, 4) + 100 * ctx.rank)
@@ -133,7 +133,7 @@ def wrap_names_the_check_that_failed(ctx: Context) -> None:
         wrap(inside)
 
 
-@case("A3")
+@case("A3", both=True)
 def find_gives_the_handle_of_any_view(ctx: Context) -> None:
     tensors = [ctx.allocate((16, size + 1)) for size in range(8)]
     for st in tensors:
@@ -152,7 +152,7 @@ def find_gives_the_handle_of_any_view(ctx: Context) -> None:
     assert addresses[0] == plain.data_ptr()
 
 
-@case("A5")
+@case("A5", both=True)
 def use_after_close_is_an_error(ctx: Context) -> None:
     st = ctx.shared(16)
     st.tensor.fill_(ctx.rank)

@@ -14,7 +14,7 @@ from symmem.tools.conformance.case import Context, case, expect
 SIGNALS = Capability.SIGNALS
 
 
-@case("A8", requires=SIGNALS | Capability.REMOTE_TENSOR)
+@case("A8", requires=SIGNALS | Capability.REMOTE_TENSOR, both=True)
 def a_barrier_orders_stores(ctx: Context) -> None:
     st = ctx.shared(4099, torch.int64)
     chance = random.Random(ctx.rank)
@@ -29,7 +29,7 @@ def a_barrier_orders_stores(ctx: Context) -> None:
         st.barrier()
 
 
-@case("A8", requires=SIGNALS)
+@case("A8", requires=SIGNALS, both=True)
 def channels_are_independent(ctx: Context) -> None:
     st = ctx.shared(1)
     for channel in (0, 1, SIGNAL_CHANNELS - 1):
@@ -44,7 +44,7 @@ def channels_are_independent(ctx: Context) -> None:
     ctx.meet()
 
 
-@case("A8", requires=SIGNALS | Capability.REMOTE_TENSOR)
+@case("A8", requires=SIGNALS | Capability.REMOTE_TENSOR, both=True)
 def signals_carry_stores_around_a_ring(ctx: Context) -> None:
     st = ctx.shared(ctx.world, torch.int64)
     for turn in range(20):
@@ -55,7 +55,7 @@ def signals_carry_stores_around_a_ring(ctx: Context) -> None:
         st.barrier(channel=3)
 
 
-@case("A8", requires=SIGNALS)
+@case("A8", requires=SIGNALS, both=True)
 def two_tensors_have_signals_of_their_own(ctx: Context) -> None:
     first, second = ctx.shared(1), ctx.shared(1)
     first.put_signal(ctx.next)
@@ -66,7 +66,7 @@ def two_tensors_have_signals_of_their_own(ctx: Context) -> None:
     ctx.meet()
 
 
-@case("A8", requires=SIGNALS)
+@case("A8", requires=SIGNALS, both=True)
 def the_signal_pad_is_shared_and_zero(ctx: Context) -> None:
     st = ctx.shared(16)
     for rank in range(ctx.world):

@@ -1,0 +1,124 @@
+"""``symmem bench alloc``: allocation in a warm arena, reclaiming, and what a long run leaves, on any backend.
+
+Beside it, in processes of its own, what PyTorch takes for an allocation and a rendezvous, where there
+are GPUs.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import symmem
+from symmem.backends import get_backend
+from symmem.tools.bench.figures import Figure, show, slowest
+from symmem.tools.bench.gpu import PEERS, fresh
+from symmem.tools.ranks import RankPool
+
+__all__ = ["measure", "run"]
+
+_SIZES = (4 << 10, 2 << 20)
+_ALLOCATIONS = 2000
+_BLOCKS = 10_000
+_PAIRS = 1_000_000
+
+
+def _warm(backend: str, nbytes: int) -> float:
+    """Median seconds from the request to a tensor whose peers can be reached, in a warm arena."""
+    allocate = partial(symmem.allocate, (nbytes,), torch.uint8, backend=backend)
+    kept = [allocate() for _ in range(8)]  # grows the arena
+    samples = []
+    for _ in range(_ALLOCATIONS):
+        begin = time.perf_counter()
+        memory = allocate().rendezvous().tensor
+        samples.append(time.perf_counter() - begin)
+        del memory
+    del kept
+    symmem.collect()
+    return statistics.median(samples)
+
+
+def _reclaim(backend: str, rounds: int = 5) -> tuple[float, float, int]:
+    """Median seconds to reclaim quarantined blocks, contiguous and every second one; and the exchanges it takes."""
+    group = symmem.resolve_group()
+    medians, exchanges = [], 0
+    for step in (1, 2):
+        samples = []
+        for _ in range(rounds + 1):
+            tensors = [symmem.allocate((256,), torch.uint8, backend=backend) for _ in range(_BLOCKS * step)]
+            symmem.collect()
+            kept = tensors[1::2] if step == 2 else []
+            del tensors
+            gc.collect()
+            with group.collective("begin together"):
+                pass
+            before, begin = group._sequence, time.perf_counter()
+            symmem.collect()
+            samples.append(time.perf_counter() - begin)
+            exchanges = group._sequence - before
+            del kept
+            symmem.collect()
+        medians.append(statistics.median(samples[1:]))
+    return medians[0], medians[1], exchanges
+
+
+def _usage() -> tuple[int, int, int]:
+    """Resident bytes, descriptors, and bytes of address space of this process."""
+    gc.collect()
+    pages = [int(number) for number in Path("/proc/self/statm").read_text().split()]
+    return pages[1] * 4096, len(list(Path("/proc/self/fd").iterdir())), pages[0] * 4096
+
+
+def _long_run(backend: str, pairs: int) -> tuple[int, int, int]:
+    """What a process has more of after so many allocations, each dropped at once: bytes, descriptors, address space."""
+    allocate = partial(symmem.allocate, (1 << 14,), torch.uint8, backend=backend)
+    for _ in range(pairs // 10):
+        allocate()
+    before = _usage()
+    for _ in range(pairs):
+        allocate()
+    after = _usage()
+    return after[0] - before[0], after[1] - before[1], after[2] - before[2]
+
+
+def _theirs(transport: str, nbytes: int, rounds: int = 5) -> float:
+    """Median seconds of PyTorch's allocation and rendezvous of fresh memory."""
+    return sum(fresh(transport, "", nbytes, rounds))
+
+
+def measure(backend: str, peers: Sequence[str], world: int, pairs: int) -> Iterator[Figure]:
+    """All figures of a backend; of all ranks, the slowest counts."""
+    others = {}
+    for peer in peers:
+        with RankPool(world, timeout=240) as pool:
+            others[peer] = {nbytes: max(pool.run(_theirs, PEERS[peer], nbytes, timeout=300)) * 1e6 for nbytes in _SIZES}
+    with RankPool(world, timeout=300) as pool:
+        for nbytes in _SIZES:
+            ours = max(pool.run(_warm, backend, nbytes, timeout=300)) * 1e6
+            yield Figure("alloc_warm", backend, world, nbytes, ours, "us")
+            for peer, times in others.items():
+                yield Figure("alloc_warm", backend, world, nbytes, ours, "us", f"torch_{peer}", times[nbytes])
+        contiguous, alternating, exchanges = slowest(pool.run(_reclaim, backend, timeout=300))
+        yield Figure("reclaim", backend, world, _BLOCKS, contiguous * 1e6, "us")
+        yield Figure("reclaim_alternating", backend, world, _BLOCKS, alternating * 1e6, "us")
+        yield Figure("reclaim_rounds", backend, world, _BLOCKS, exchanges, "count")
+        resident, descriptors, space = slowest(pool.run(_long_run, backend, pairs, timeout=300))
+        yield Figure("long_run_resident", backend, world, pairs, resident, "bytes")
+        yield Figure("long_run_descriptors", backend, world, pairs, descriptors, "count")
+        yield Figure("long_run_address_space", backend, world, pairs, space, "bytes")
+
+
+def run(
+    backend: str, peers: Sequence[str], worlds: Sequence[int], *, pairs: int = _PAIRS, as_json: bool = False
+) -> int:
+    """Measure and print."""
+    if get_backend(backend).device_type == "cpu":
+        peers = ()
+    show([figure for world in worlds for figure in measure(backend, peers, world, pairs)], as_json=as_json)
+    return 0
