@@ -10,7 +10,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +51,13 @@ def stand_at(monkeypatch: pytest.MonkeyPatch, *places: Place) -> None:
     monkeypatch.setattr(Place, "here", here)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def what_stays() -> Iterator[None]:
-    """The first TCPStore of a process makes a pipe that stays; what is old is not looked at by each collection."""
+@pytest.fixture(scope="module")
+def first_store() -> None:
+    """The first TCPStore of a process makes a pipe that stays."""
     dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
-@pytest.fixture(autouse=True)
-def nothing_leaks() -> Iterator[None]:
-    before = descriptors()
-    yield
-    gc.collect()  # exceptions and their frames go in circles
-    assert descriptors() == before
+pytestmark = pytest.mark.usefixtures("first_store", "what_stays", "nothing_leaks")
 
 
 def kinds(results: list[Any]) -> set[type]:

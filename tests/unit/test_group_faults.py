@@ -162,9 +162,9 @@ def test_a_tensor_that_is_mapped_on_some_ranks_only_can_be_tried_again() -> None
     groups = make_groups(2)
     tensors = [allocate(8, backend="host") for _ in range(2)]
     succeed(2, lambda rank: tensors[rank].rendezvous(groups[rank]))
-    tensors[1]._block.mappings.clear()
+    tensors[1]._block.mappings = {}
     for tensor in tensors:
-        tensor._block.compared.clear()
+        tensor._block.compared = frozenset()
     succeed(2, lambda rank: tensors[rank].rendezvous(groups[rank]))
 
     def rank(rank: int) -> None:

@@ -64,6 +64,7 @@ def test_contiguous_strides_are_torchs(sizes: tuple[int, ...], dtype: torch.dtyp
     assert Layout.of(expected, 8) == Layout(sizes, expected.stride(), dtype, 8)
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_bytes_against_brute_force_and_torch(layout: Layout) -> None:
     places = positions(layout)

@@ -135,6 +135,9 @@ def test_every_setting_can_be_given_in_every_way(name: str, cluster: ClusterFile
         "signal_timeout": ("1.5m", 90.0),
         "arena_size": ("1GiB", 2**30),
         "arena_growth": ("1.5", 1.5),
+        "arena_limit": ("3GiB", 3 * 2**30),
+        "allocation_check": ("each", "each"),
+        "symmetric_arguments": ("copy", "copy"),
     }[name]
     assert value != setting.default
     for settings in (

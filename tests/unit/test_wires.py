@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import math
 import os
@@ -35,22 +34,7 @@ from symmem.wires import Message, SocketWire, StoreWire
 sys.path.append(str(Path(__file__).parent))
 from thread_ranks import descriptors, run_ranks
 
-
-@pytest.fixture(scope="module", autouse=True)
-def what_stays() -> Iterator[None]:
-    """What is old is not looked at by each collection."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def nothing_leaks() -> Iterator[None]:
-    before = descriptors()
-    yield
-    gc.collect()  # exceptions and their frames go in circles
-    assert descriptors() == before
+pytestmark = pytest.mark.usefixtures("what_stays", "nothing_leaks")
 
 
 def message(sequence: int = 1, *payloads: bytes, error: Exception | None = None, seconds: float = 5.0) -> Message:

@@ -1,0 +1,555 @@
+"""The CUDA engine with no GPU: its tables, what it hands to a launch, its files, and its kernels run by CPU threads."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import itertools
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from symmem.backends import cuda_signals
+from symmem.errors import MismatchError, PeerTimeoutError, UnsupportedError
+from symmem.ops import cuda_engine, kernel_cache
+from symmem.ops.algorithms import (
+    ALL_REDUCE,
+    BLOCKS,
+    MOVE,
+    REDUCE_SCATTER,
+    Choice,
+    choose,
+    choose_move,
+    choose_reduce_scatter,
+    grid,
+    symmetric_beyond,
+)
+from symmem.ops.cuda_engine import CudaEngine, Piece, call_type, pieces
+from symmem.ops.cuda_kernels import KERNELS, OPERATORS, SOURCE, STEPS, TYPES, Layout
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from emulated_gpu import COMPILER, compile_kernels
+
+# Tables.
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8, 16, 64])
+def test_every_size_has_a_kernel(world: int) -> None:
+    for nbytes in (1, 16, 2 << 10, 64 << 10, 1 << 20, 8 << 20, 1 << 33):
+        for symmetric in (False, True):
+            choice = choose(nbytes, world, symmetric)
+            assert choice.kernel in KERNELS["reduce"]
+            assert symmetric or choice.kernel != "direct"
+        assert choose_move(nbytes, world).kernel in KERNELS["move"]
+        assert choose_reduce_scatter(nbytes, world).kernel == "reduce_scatter"
+
+
+def test_the_tables_are_in_order() -> None:
+    for table in (ALL_REDUCE, REDUCE_SCATTER, MOVE):
+        for before, after in itertools.pairwise(table):
+            assert before.world <= after.world
+            if before.world == after.world and before.nbytes and after.nbytes:
+                assert before.nbytes < after.nbytes
+        assert table[-1].nbytes is None
+        assert not table[-1].symmetric
+        # A meeting needs a thread for each rank, and a flag for each block.
+        assert all(row.blocks <= BLOCKS and 64 <= row.threads <= 512 for row in table)
+
+
+def test_small_is_one_way_and_large_is_two() -> None:
+    assert choose(2 << 10, 8).kernel == "one_shot"
+    assert choose(1 << 20, 8).kernel == "two_shot"
+    assert choose(64 << 20, 8, True).kernel == "direct"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8, 64])
+def test_where_it_begins_to_matter_where_tensors_lie(world: int) -> None:
+    most = symmetric_beyond(world)
+    assert choose(most, world, True) == choose(most, world, False)
+    assert choose(most + 1, world, True).kernel == "direct"
+
+
+@pytest.mark.parametrize(("units", "blocks"), [(0, 1), (1, 1), (128, 1), (129, 2), (10**9, 64)])
+def test_blocks_of_a_launch(units: int, blocks: int) -> None:
+    assert grid(Choice("any", 128, 64), units) == blocks
+
+
+def test_pieces_cover_everything_once() -> None:
+    rng = random.Random(1)
+    for _ in range(2000):
+        most, nbytes = 16 * rng.randrange(1, 300), rng.randrange(1, 20000)
+        cut = pieces(nbytes, most)
+        assert [piece.start for piece in cut] == [sum(p.nbytes for p in cut[:index]) for index in range(len(cut))]
+        assert sum(piece.nbytes for piece in cut) == nbytes
+        assert all(0 < piece.nbytes <= most for piece in cut)
+        assert all(piece.nbytes % 16 == 0 for piece in cut[:-1])
+    assert pieces(100, 1600) == [Piece(0, 100)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8, 64])
+def test_nothing_of_a_workspace_overlaps(world: int) -> None:
+    layout = Layout.make(world, 16 << 20, 8 << 20, BLOCKS)
+    marks = int(layout.macros()["MARKS"])
+    assert marks >= 68
+    assert marks + 2 * world * 8 == layout.flags
+    assert layout.flags + 4 * BLOCKS * world * 8 <= layout.landing
+    assert layout.landing % 4096 == layout.slot % 512 == layout.stage % 512 == 0
+    assert layout.stages == layout.landing + 2 * world * layout.slot
+    assert layout.nbytes == layout.stages + 2 * layout.stage
+
+
+def test_the_arguments_are_those_of_the_source() -> None:
+    text = SOURCE[SOURCE.index("struct Call {") : SOURCE.index("};", SOURCE.index("struct Call {"))]
+    declared = [line.split("//")[0].strip(" ;\n").split(" ", 1)[1] for line in text.splitlines()[1:] if ";" in line]
+    names = [name.strip(" *").split("[")[0] for line in declared for name in line.replace("u8 *", "").split(",")]
+    assert names == [name for name, _kind in call_type(3)._fields_]  # type: ignore[misc]
+    assert ctypes.sizeof(call_type(8)) == 3 * 8 * 8 + 9 * 8 + 6 * 4
+    assert ctypes.sizeof(call_type(64)) <= 4096
+
+
+# Files.
+
+
+def test_compiled_kernels_are_kept(tmp_path: Path) -> None:
+    made = []
+
+    def compile_it() -> bytes:
+        made.append(1)
+        return b"code" * 100
+
+    folder = tmp_path / "a" / "b"
+    key = kernel_cache.key_of(["source", "sm_90"])
+    for _ in range(3):
+        assert kernel_cache.cached(key, compile_it, folder) == b"code" * 100
+    assert len(made) == 1
+    assert [file.name for file in folder.iterdir()] == [f"{key}.cubin"]
+    assert kernel_cache.cached(key, compile_it, None) == b"code" * 100
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "changed", "other", "longer"])
+def test_a_damaged_file_is_compiled_anew(damage: str, tmp_path: Path) -> None:
+    key = kernel_cache.key_of(["x"])
+    kernel_cache.cached(key, lambda: b"good code", tmp_path)
+    file = tmp_path / f"{key}.cubin"
+    content = file.read_bytes()
+    changed = {
+        "cut": content[:-1],
+        "empty": b"",
+        "changed": content[:-1] + b"?",
+        "other": b"something else",
+        "longer": content + b"!",
+    }
+    file.write_bytes(changed[damage])
+    assert kernel_cache.cached(key, lambda: b"good code", tmp_path) == b"good code"
+    assert file.read_bytes() == content
+
+
+def test_a_folder_that_cannot_be_used_is_no_failure(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert kernel_cache.cached("key", lambda: b"code", blocked) == b"code"
+    assert kernel_cache.cached("key", lambda: b"code", blocked / "below") == b"code"
+
+
+def test_a_failed_compilation_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> bytes:
+        raise UnsupportedError("no compiler")
+
+    with pytest.raises(UnsupportedError):
+        kernel_cache.cached("key", fail, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_tell_programs_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert kernel_cache.key_of(["ab", "c"]) != kernel_cache.key_of(["a", "bc"])
+    assert kernel_cache.key_of(["a"]) == kernel_cache.key_of(["a"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kernel_cache.cache_directory() == tmp_path / "symmem" / "kernels"
+
+
+# The compiler.
+
+
+def macros(world: int, dtype: torch.dtype | None = None, reduction: str = "sum") -> list[str]:
+    found = Layout.make(world, 16 << 20, 8 << 20, BLOCKS).macros()
+    if dtype is not None:
+        found |= {"REDUCES": "1", f"TYPE_{TYPES[dtype]}": "1", f"OPERATOR_{OPERATORS[reduction]}": "1"}
+    return [f"-D{name}={value}" for name, value in found.items()]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc here")
+@pytest.mark.parametrize(
+    "flags",
+    [macros(8), macros(2), *(macros(2, dtype, "sum") for dtype in TYPES), macros(3, torch.bfloat16, "max")],
+    ids=lambda flags: " ".join(flags[0:1] + flags[9:]),
+)
+def test_nvcc_takes_the_kernels(flags: list[str], tmp_path: Path) -> None:
+    source = tmp_path / "kernels.cu"
+    source.write_text(SOURCE)
+    command = ["nvcc", "-arch=sm_90", "-std=c++17", "-cubin", "-o", str(tmp_path / "out"), *flags, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+# The engine, with GPUs made of threads.
+
+
+class EmulatedDriver:
+    """Launches run here and now, in the thread that launches them."""
+
+    def __init__(self) -> None:
+        self.bindings = self
+        self.launched: list[tuple[str, int, int]] = []
+        self.code = 0
+        self._memory = (ctypes.c_uint32 * 4)()
+
+    def cuLaunchKernel(self, *arguments: Any) -> tuple[Any]:
+        (library, number), blocks, threads = arguments[0], arguments[1], arguments[4]
+        call = ctypes.c_void_p.from_address(arguments[9]).value
+        self.launched.append((number, blocks, threads))
+        if library is not None and library.launch(number, ctypes.c_void_p(call), blocks, threads):
+            raise RuntimeError("unspecified launch failure")
+        return (self.code,)
+
+    def enter(self, ordinal: int) -> None:
+        """Nothing to do."""
+
+    def on(self, ordinal: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def pinned(self, nbytes: int) -> tuple[int, int]:
+        return ctypes.addressof(self._memory), ctypes.addressof(self._memory)
+
+
+class StubGroup:
+    name = "g"
+    settings = SimpleNamespace(signal_timeout=20.0)
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def lost(self) -> tuple[int, ...]:
+        return ()
+
+
+WORLD = 3
+SMALL = Layout.make(WORLD, 3 * 4096, 3 * 2048, 8)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedDriver]:
+    stub = EmulatedDriver()
+    monkeypatch.setattr(cuda_signals, "load_driver", lambda: stub)
+    monkeypatch.setattr("torch._C._cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr("torch._C._cuda_getCurrentRawStream", lambda ordinal: 70 + ordinal, raising=False)
+    cuda_signals.device_of.cache_clear()
+    yield stub
+    cuda_signals.device_of.cache_clear()
+
+
+def memory(nbytes: int) -> torch.Tensor:
+    """Zeros at a multiple of 4096."""
+    room = torch.zeros(nbytes + 4096, dtype=torch.uint8)
+    return room[-room.data_ptr() % 4096 :][:nbytes]
+
+
+class Ranks:
+    """An engine for each rank, in this process; an operation is run by a thread a rank."""
+
+    def __init__(self, world: int, layout: Layout) -> None:
+        self.engines = [CudaEngine(StubGroup(rank, world), torch.device("cuda", 0)) for rank in range(world)]  # type: ignore[arg-type]
+        self.areas = [memory(layout.nbytes) for _ in range(world)]
+        for engine, area in zip(self.engines, self.areas, strict=True):
+            area[layout.landing : layout.stages] = 255
+            engine.layout, engine._areas = layout, tuple(each.data_ptr() for each in self.areas)
+
+    def run(self, operation: Callable[[CudaEngine, int], object]) -> list[BaseException | None]:
+        errors: list[BaseException | None] = [None] * len(self.engines)
+
+        def work(rank: int) -> None:
+            try:
+                operation(self.engines[rank], rank)
+            except BaseException as error:
+                errors[rank] = error
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(self.engines))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(50)
+            assert not thread.is_alive()
+        return errors
+
+
+@pytest.fixture
+def ranks(driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch, libraries: dict[str, Any]) -> Ranks:
+    def program(_state: Any, kind: str, _macros: dict[str, str]) -> Any:
+        functions = {name: (libraries[kind], number) for number, name in enumerate(KERNELS[kind])}
+        return SimpleNamespace(functions=functions)
+
+    monkeypatch.setattr(cuda_engine, "program", program)
+    for library in libraries.values():
+        library.restart()
+    return Ranks(WORLD, SMALL)
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if COMPILER is None:
+        pytest.skip("there is no C++ compiler here")
+    folder, layout = tmp_path_factory.mktemp("kernels"), SMALL.macros()
+    reducing = {"REDUCES": "1", "TYPE_F32": "1", "OPERATOR_SUM": "1"}
+    return {
+        "reduce": compile_kernels("reduce", layout | reducing, folder),
+        "move": compile_kernels("move", layout, folder),
+    }
+
+
+def floats(n: int, rank: int, rng: random.Random) -> torch.Tensor:
+    """Numbers at any multiple of 4 bytes."""
+    start = rng.choice((0, 0, 1, 2))
+    generator = torch.Generator().manual_seed(rank * 1000 + n)
+    return torch.cat([torch.zeros(start), torch.randn(n, generator=generator)])[start:]
+
+
+def test_all_reduce_to_the_bit(ranks: Ranks) -> None:
+    rng = random.Random(3)
+    for turn in range(60):
+        n = rng.choice((1, 2, 3, 4, 5, 63, 64, 65, 1000, 1025, 3000, 7001))
+        sources = [floats(n, rank, rng) for rank in range(WORLD)]
+        want = functools.reduce(torch.add, sources)
+        outs = sources if rng.random() < 0.5 else [torch.empty_like(each) for each in sources]
+        choice = Choice(("one_shot", "two_shot")[turn % 2], rng.choice((8, 16)), rng.choice((1, 3)))
+        errors = ranks.run(
+            lambda engine, rank, s=sources, o=outs, c=choice: engine.run_all_reduce(s[rank], o[rank], "sum", c)
+        )
+        assert errors == [None] * WORLD
+        for out in outs:
+            assert torch.equal(out.view(torch.int32), want.view(torch.int32)), (turn, n, choice)
+    for area in ranks.areas:  # all that was pushed was taken
+        assert (area[SMALL.landing : SMALL.stages] == 255).all()
+
+
+def test_numbers_that_look_like_nothing(ranks: Ranks) -> None:
+    # 64 ones are what lies in a landing zone at rest; as floats they are NaNs.
+    for kernel in ("one_shot", "two_shot"):
+        tensors = [torch.full((50,), -1, dtype=torch.int32).view(torch.float32) for _ in range(WORLD)]
+        choice = Choice(kernel, 8, 2)
+        ranks.run(lambda engine, rank, t=tensors, c=choice: engine.run_all_reduce(t[rank], t[rank], "sum", c))
+        for tensor in tensors:
+            assert tensor.isnan().all()
+            assert torch.equal(tensor.view(torch.int32), tensors[0].view(torch.int32))
+
+
+def test_a_rank_may_run_ahead(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(4)
+    sizes = [rng.choice((1, 5, 64, 500, 2000)) for _ in range(40)]
+    monkeypatch.setattr(cuda_engine, "choose", lambda n, *_: Choice("two_shot" if n % 8 else "one_shot", 8, 2))
+    monkeypatch.setattr(cuda_engine, "choose_move", lambda n, *_: Choice("pull" if n % 8 else "exchange", 8, 2))
+
+    def work(engine: CudaEngine, rank: int) -> None:
+        for turn, n in enumerate(sizes):
+            x = torch.arange(n, dtype=torch.float32) + rank * 100 + turn
+            if turn % 4 == 0:
+                root = turn // 4 % WORLD
+                engine.broadcast(x, x, root)
+                assert torch.equal(x, torch.arange(n) + root * 100.0 + turn)
+            elif turn % 4 == 1:
+                out = torch.empty(WORLD, n)
+                engine.all_gather(x, out)
+                assert torch.equal(out, torch.stack([torch.arange(n) + r * 100.0 + turn for r in range(WORLD)]))
+            else:
+                engine.all_reduce(x, x, "sum")
+                assert torch.equal(x, torch.arange(n) * WORLD + 100.0 * sum(range(WORLD)) + turn * WORLD)
+
+    assert ranks.run(work) == [None] * WORLD
+
+
+@pytest.mark.parametrize("kernel", ["exchange", "pull"])
+def test_bytes_move_unchanged(kernel: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_engine, "choose_move", lambda *_: Choice(kernel, 8, 3))
+    rng = random.Random(5)
+    for n in (1, 3, 7, 8, 9, 16, 33, 500, 2047, 2048, 7003):
+        given = [torch.randint(0, 256, (WORLD, n), dtype=torch.uint8) for _ in range(WORLD)]
+        given[1][:] = 255  # as the landing zones at rest
+        start = rng.choice((0, 1, 4))
+        sources = [torch.cat([torch.zeros(start, dtype=torch.uint8), each.flatten()])[start:] for each in given]
+        outs = [torch.zeros(WORLD, n, dtype=torch.uint8) for _ in range(WORLD)]
+        errors = ranks.run(lambda e, rank, s=sources, o=outs, n=n: e.all_to_all(s[rank].view(WORLD, n), o[rank]))
+        assert errors == [None] * WORLD
+        for rank, out in enumerate(outs):
+            assert torch.equal(out, torch.stack([each[rank] for each in given])), n
+        errors = ranks.run(lambda e, rank, s=sources, o=outs, n=n: e.all_gather(s[rank][:n], o[rank]))
+        assert errors == [None] * WORLD
+        for out in outs:
+            assert torch.equal(out, torch.stack([each[0] for each in given])), n
+        for root in range(WORLD):
+            received = [each[:n].clone() for each in sources]
+            ranks.run(lambda e, rank, r=received, root=root: e.broadcast(r[rank], r[rank], root))
+            assert all(torch.equal(each, given[root][0]) for each in received), (n, root)
+
+
+def test_reduce_scatter(ranks: Ranks) -> None:
+    rng = random.Random(6)
+    for n in (1, 3, 4, 31, 500, 1024, 2500):
+        sources = [floats(WORLD * n, rank, rng).view(WORLD, n) for rank in range(WORLD)]
+        outs = [torch.empty(n) for _ in range(WORLD)]
+        assert ranks.run(lambda e, r, s=sources, o=outs: e.reduce_scatter(s[r], o[r], "sum")) == [None] * WORLD
+        for rank, out in enumerate(outs):
+            assert torch.equal(out, functools.reduce(torch.add, [each[rank] for each in sources])), n
+
+
+def in_symmetric_memory(ranks: Ranks, rooms: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every engine find the tensors of all ranks, each at its place within its room."""
+
+    def peers(rank: int, address: int, nbytes: int) -> tuple[tuple[int, ...], int]:
+        offset = address - rooms[rank].data_ptr()
+        return tuple(room.data_ptr() + offset for room in rooms), offset
+
+    for rank, engine in enumerate(ranks.engines):
+        monkeypatch.setattr(engine, "_peers", lambda address, nbytes, rank=rank: peers(rank, address, nbytes))
+
+
+def run_with_a_slow_rank(
+    ranks: Ranks, choice: Choice, sources: list[torch.Tensor], outs: list[torch.Tensor], slow: int
+) -> list[torch.Tensor]:
+    """What each rank has when its own kernel ends."""
+    seen = [torch.empty(0)] * WORLD
+
+    def work(engine: CudaEngine, rank: int) -> None:
+        if rank == slow:
+            time.sleep(0.002)
+        engine.run_all_reduce(sources[rank], outs[rank], "sum", choice)
+        seen[rank] = outs[rank].clone()
+
+    assert ranks.run(work) == [None] * WORLD
+    return seen
+
+
+def test_symmetric_memory_in_place(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms = [memory(1 << 16) for _ in range(WORLD)]
+    in_symmetric_memory(ranks, rooms, monkeypatch)
+    rng = random.Random(7)
+    for turn in range(30):
+        n, start = rng.choice((1, 4, 5, 100, 999, 4000)), rng.choice((0, 4, 64))
+        sources = [room.view(torch.float32)[start : start + n] for room in rooms]
+        outs = sources if turn % 2 else [room.view(torch.float32)[8192 + start :][:n] for room in rooms]
+        for rank, source in enumerate(sources):
+            source[:] = floats(n, rank, rng)
+        want = functools.reduce(torch.add, sources)
+        choice = Choice("direct", 8, rng.choice((1, 3)))
+        seen = run_with_a_slow_rank(ranks, choice, sources, outs, rng.randrange(WORLD))
+        assert all(torch.equal(out, want) for out in seen), (turn, n)
+
+
+def test_other_offsets_are_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms = [memory(1 << 12) for _ in range(WORLD)]
+    in_symmetric_memory(ranks, rooms, monkeypatch)
+    tensors = [room.view(torch.float32)[4 * (rank == 1) :][:100] for rank, room in enumerate(rooms)]
+    errors = ranks.run(lambda e, rank: e.run_all_reduce(tensors[rank], tensors[rank], "sum", Choice("direct", 8, 1)))
+    assert any(errors)
+    with pytest.raises(MismatchError, match="other memory") as caught:
+        ranks.engines[0].check()
+    assert caught.value.step == "all_reduce"
+
+
+def test_a_missing_rank_is_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, libraries: dict[str, Any]) -> None:
+    monkeypatch.setattr(StubGroup, "settings", SimpleNamespace(signal_timeout=0.3))
+    tensors = [torch.ones(10) for _ in range(WORLD)]
+    errors = ranks.run(lambda e, rank: e.all_gather(tensors[rank], torch.empty(WORLD, 10)) if rank != 2 else None)
+    assert [type(error) for error in errors] == [RuntimeError, RuntimeError, type(None)]
+    for use in (ranks.engines[0].check, lambda: ranks.engines[1].all_reduce(tensors[1], tensors[1], "sum")):
+        with pytest.raises(PeerTimeoutError, match=r"step all_gather. rank 2 did not come") as caught:
+            use()
+        assert caught.value.peers == (2,)
+
+
+# What is left to the host.
+
+
+@pytest.fixture
+def alone(driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch) -> CudaEngine:
+    functions = {name: (None, name) for names in KERNELS.values() for name in names}
+    monkeypatch.setattr(cuda_engine, "program", lambda *_: SimpleNamespace(functions=functions))
+    engine = CudaEngine(StubGroup(1, 8), torch.device("cuda", 0))  # type: ignore[arg-type]
+    engine._areas = tuple(range(4096, 4096 * 9, 4096))
+    return engine
+
+
+def test_arguments_are_laid_out_once(alone: CudaEngine, driver: EmulatedDriver) -> None:
+    x, y = torch.zeros(1000), torch.zeros(1000)
+    alone.all_reduce(x, y, "sum")
+    (launch,) = alone._plans[4000, torch.float32, "sum"]
+    assert (launch.call.source, launch.call.out) == (x.data_ptr(), y.data_ptr())
+    assert (launch.call.bytes, launch.call.rank, launch.call.limit) == (4000, 1, 20_000_000_000)
+    alone.all_reduce(y, y, "sum")
+    assert (launch.call.source, launch.call.out) == (y.data_ptr(), y.data_ptr())
+    assert driver.launched == [("one_shot", 2, 128)] * 2
+    assert len(alone._plans) == 1
+
+
+def test_what_is_larger_than_the_workspace_is_cut(alone: CudaEngine, driver: EmulatedDriver) -> None:
+    x = torch.empty(20 << 20)
+    alone.all_reduce(x, x, "sum")
+    plan = next(iter(alone._plans.values()))
+    assert sum(launch.call.bytes for launch in plan) == x.nbytes
+    assert all(launch.call.slice <= alone.layout.slot // 2 for launch in plan)
+    assert all(launch.call.slice * 8 >= launch.call.bytes for launch in plan)
+    assert [name for name, _blocks, _threads in driver.launched] == ["two_shot"] * len(plan)
+
+
+def test_nothing_is_launched_for_nothing(alone: CudaEngine, driver: EmulatedDriver) -> None:
+    nothing = torch.empty(0)
+    alone.all_reduce(nothing, nothing, "sum")
+    alone.all_gather(nothing, torch.empty(8, 0))
+    alone.reduce_scatter(torch.empty(8, 0), nothing, "sum")
+    assert driver.launched == []
+
+
+def test_a_group_of_one(driver: EmulatedDriver) -> None:
+    engine = CudaEngine(StubGroup(0, 1), torch.device("cuda", 0))  # type: ignore[arg-type]
+    x, y = torch.arange(10.0), torch.zeros(10)
+    engine.all_reduce(x, y, "avg")
+    assert torch.equal(x, y)
+    z = torch.zeros(1, 10)
+    engine.all_gather(x, z)
+    assert torch.equal(z[0], x)
+    assert driver.launched == []
+
+
+def test_integers_are_refused(alone: CudaEngine) -> None:
+    x = torch.zeros(10, dtype=torch.int32)
+    with pytest.raises(UnsupportedError, match=r"all_reduce of torch\.int32") as caught:
+        alone.all_reduce(x, x, "sum")
+    assert caught.value.rank == 1
+    alone.all_gather(x, torch.zeros(8, 10, dtype=torch.int32))
+
+
+def test_the_first_operation_amid_a_capture_is_refused(driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("symmem.capture.is_capturing", lambda device: True)
+    engine = CudaEngine(StubGroup(1, 8), torch.device("cuda", 0))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="the first all_gather of the group 'g' during the capture"):
+        engine.all_gather(torch.zeros(4), torch.zeros(8, 4))
+
+
+def test_a_launch_that_fails_is_named(alone: CudaEngine, driver: EmulatedDriver) -> None:
+    driver.code = SimpleNamespace(name="CUDA_ERROR_NOT_PERMITTED", __bool__=lambda: True)  # type: ignore[assignment]
+    with pytest.raises(UnsupportedError, match="collective kernel cannot be launched"):
+        alone.all_reduce(torch.zeros(4), torch.zeros(4), "sum")
+
+
+def test_steps_do_not_clash_with_the_signals() -> None:
+    assert min(STEPS) > len(cuda_signals.OPERATIONS)
