@@ -97,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     memory_map.add_argument("-o", "--output", type=Path, default="memory-map.html", metavar="PATH", help=where)
     memory_map.set_defaults(run=_memory_map)
 
+    include_path = commands.add_parser("include-path", help="print the folder of symmem.cuh, for nvcc -I")
+    include_path.set_defaults(run=_include_path)
+
     config_command.add_parser(commands)
     ops_command.add_parser(commands)
 
@@ -195,6 +198,13 @@ def _memory_map(args: argparse.Namespace) -> int:
     from symmem.tools import memory_map
 
     return memory_map.run(args.snapshots, args.output)
+
+
+def _include_path(args: argparse.Namespace) -> int:
+    from symmem.device_view import include_path
+
+    print(include_path())
+    return 0
 
 
 if __name__ == "__main__":
