@@ -43,7 +43,7 @@ class View(ctypes.Structure):
 class DeviceView:
     """Made by :meth:`SymmetricTensor.device_view`. It keeps the memory alive, and must live while kernels use it.
 
-    For Triton (:mod:`symmem.triton`), pass :attr:`pointers`, :attr:`signals` and :attr:`rank`. For CUDA C++ (symmem.cuh),
+    Triton (:mod:`symmem.triton`) takes :attr:`pointers`, :attr:`signals` and :attr:`rank`. In CUDA C++ (symmem.cuh)
     a parameter ``symmem::View`` takes ``bytes(view)``, or :attr:`struct` through ctypes. Where a launcher cannot pass a
     struct by value, as that of cuda.core, declare ``const symmem::View *``, and pass ``struct_tensor.data_ptr()``.
 

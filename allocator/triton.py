@@ -22,9 +22,9 @@ Over any backend whose peers are load/store reachable. On CPU tensors the kernel
 (``TRITON_INTERPRET=1``, set before ``triton`` is imported); its atomics are the processor's, so ranks may be processes.
 
 Signals. Each rank has words [channel][source], 0 at rest. A word counts what ``source`` has put and the owner has not
-taken: a semaphore. So every operation leaves it as the next one needs it, and a captured CUDA graph can be replayed. The
-words are the flags of :meth:`SymmetricTensor.put_signal` and ``wait_signal``, so a kernel may take what the host put, and
-the other way round, while at most one signal is under way on that word. symmem.cuh does the same in CUDA C++.
+taken: a semaphore. So every operation leaves it as the next one needs it, and a captured CUDA graph can be replayed.
+The words are the flags of :meth:`SymmetricTensor.put_signal` and ``wait_signal``: a kernel may take what the host put,
+and the other way round, while at most one signal is under way on that word. symmem.cuh does the same in CUDA C++.
 
 Time. A wait that takes longer than the view's ``timeout`` leaves word of the peer it waited for, and traps, which makes
 this process's CUDA context unusable; :meth:`SymmetricTensor.synchronize` then raises PeerTimeoutError by name. In the
@@ -67,8 +67,8 @@ BAD_CHANNEL = tl.constexpr(4)
 
 ACQ_REL = tl.constexpr("acq_rel")
 
-# Words that are looked at together, one for each thread of a warp. Were there fewer, several threads of a warp would load
-# the same word, and might see it change between them; were there more, warps would have to meet while they wait.
+# Words that are looked at together, one for each thread of a warp. Were there fewer, several threads of a warp would
+# load the same word, and might see it change between them; were there more, warps would have to meet while they wait.
 LANES = tl.constexpr(32)
 
 
@@ -133,13 +133,14 @@ def atomic_cas(pointer, expected, value, pointers, rank, peer, sem: tl.constexpr
 
 @triton.jit
 def barrier(signals, channel, rank, world: tl.constexpr):
-    """Wait until the blocks that call it with this channel have come on all ranks: one block a rank, of the same number.
+    """Wait until the blocks that call it with this channel have come on all ranks: one block a rank.
 
     1. Release: what any thread of the block has stored before, in any rank's memory, is visible to all threads of the
        blocks that meet, after the barrier. (bar.sync, then atom.release.sys by one thread for each rank.)
-    2. Acquire: no load that follows it is made before. (atom.acquire.sys, which reads what was released; then bar.sync.)
+    2. Acquire: no load that follows it is made before. (atom.acquire.sys, which reads what was released, then
+       bar.sync.)
     3. It orders nothing between blocks of one rank, and blocks of one rank do not wait for each other. All blocks that
-       meet must be running: no more blocks than the GPU holds at a time, unless they meet in the order of their numbers.
+       meet must be running: no more of them than the GPU holds at a time.
     4. A channel is used by one block of a rank at a time; never by barriers and signals in turn.
     """
     _check_channel(signals, channel, rank, world)
@@ -157,7 +158,8 @@ def barrier(signals, channel, rank, world: tl.constexpr):
 def put_signal(signals, peer, channel, rank, world: tl.constexpr, count=1):
     """Add ``count`` to this rank's word at ``peer``. Waits for nobody.
 
-    1. Release: as for :func:`barrier`, towards the block that takes it. (bar.sync, then atom.release.sys by one thread.)
+    1. Release: as for :func:`barrier`, towards the block that takes it. (bar.sync, then atom.release.sys by one
+       thread.)
     """
     _check_channel(signals, channel, rank, world)
     tl.debug_barrier()
@@ -213,7 +215,7 @@ def _take(signals, channel, sources, mask, count, taken, rank, world: tl.constex
 def _missing(words, sources, mask, count):
     """The last of the sources whose word is below ``count``, or -1; the same for all threads of a warp.
 
-    A volatile load is relaxed at scope sys (PTX ISA, "ld.volatile"); the acquire is in the read-modify-write that takes.
+    A volatile load is relaxed at scope sys (PTX ISA, "ld"); the acquire is in the read-modify-write that takes.
     """
     seen = tl.load(words, mask=mask, other=count, volatile=True)
     return tl.max(tl.where(seen < count, sources, -1), 0)

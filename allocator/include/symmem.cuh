@@ -146,12 +146,12 @@ SYMMEM_ATOMIC(u64, "l", "64")
 
 // Meeting and signals. All threads of a block call them together, as __syncthreads.
 
-// Wait until the blocks that call it with this channel have come on all ranks: one block a rank, say of the same number.
+// Wait until the blocks that call it with this channel have come on all ranks: one block a rank.
 //   1. Release: what any thread of the block has stored before, in any rank's memory, is visible to all threads of the
 //      blocks that meet, after the barrier. (__syncthreads, then red.release.sys by one thread for each rank.)
 //   2. Acquire: no load that follows it is made before. (atom.acquire.sys, then __syncthreads.)
 //   3. It orders nothing between blocks of one rank, and blocks of one rank do not wait for each other. All blocks that
-//      meet must be running: no more blocks than the GPU holds at a time, unless they meet in the order of their numbers.
+//      meet must be running: no more of them than the GPU holds at a time.
 //   4. A channel is used by one block of a rank at a time; never by barriers and signals in turn.
 __device__ __forceinline__ void barrier(const View &view, u32 channel) {
   __syncthreads();

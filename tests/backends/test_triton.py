@@ -93,11 +93,15 @@ def late(channel: int) -> str:
     world = dist.get_world_size()
     (st,) = tensors(4)
     view = st.device_view(timeout=0.2)
-    with pytest.raises(Exception, match="PeerTimeoutError") as caught:
+
+    def wait() -> None:
         if dist.get_rank() == 0:
             kernels().meet[(1,)](view.signals, channel, 0, world)
         else:
             kernels().take[(1,)](view.signals, 0, channel + 1, 1, 1, world)
+
+    with pytest.raises(Exception, match="PeerTimeoutError") as caught:
+        wait()
     with pytest.raises(Exception, match="signal channel 64, of which its device view has 64"):
         kernels().meet[(1,)](view.signals, 64, dist.get_rank(), world)
     error: BaseException | None = caught.value
