@@ -60,19 +60,14 @@ class DeviceView:
     """
 
     def __init__(
-        self,
-        tensor: SymmetricTensor,
-        mapping: Mapping,
-        pointers: torch.Tensor,
-        signals: SymmetricTensor | None,
-        timeout: float | None,
+        self, tensor: SymmetricTensor, mapping: Mapping, signals: SymmetricTensor | None, timeout: float | None
     ) -> None:
         """Use :meth:`SymmetricTensor.device_view`."""
         group, device = mapping.group, tensor.device
         self._owners = tensor, signals, mapping
         self.rank, self.world_size, self.nbytes = group.rank, group.size, tensor.nbytes
-        self.pointers = pointers
-        _check_reachable(mapping, pointers)
+        pointers = _reachable(tensor, mapping)
+        self.pointers = torch.tensor(pointers, dtype=torch.int64, device=device)
         words, self.channels = _words(tensor, mapping, signals)
         limit = int((group.settings.signal_timeout if timeout is None else check_timeout(timeout)) * 1e9)
         status, number = _status(mapping.group, device)
@@ -94,14 +89,18 @@ class DeviceView:
         return bytes(self.struct)
 
 
-def _check_reachable(mapping: Mapping, pointers: torch.Tensor) -> None:
-    addresses = pointers.tolist()
+def _reachable(tensor: SymmetricTensor, mapping: Mapping) -> list[int]:
+    """Address of every rank's first element, if there is one of each."""
+    if Capability.REMOTE_TENSOR not in mapping.backend.capabilities:
+        mapping.unsupported("device view", "peers' memory is not load/store reachable")
+    addresses = tensor._addresses(mapping)
     unreachable = [rank for rank, address in enumerate(addresses) if not address]
-    if unreachable or Capability.REMOTE_TENSOR not in mapping.backend.capabilities:
+    if unreachable:
         mapping.unsupported("device view", f"ranks {unreachable} are not load/store reachable from here")
     # symmem.triton tells the compiler so; no memory that is mapped by pages is otherwise.
     if any((address - addresses[0]) % 16 for address in addresses):
         mapping.unsupported("device view", "its memory does not begin at the same address modulo 16 on all ranks")
+    return addresses
 
 
 def _words(tensor: SymmetricTensor, mapping: Mapping, signals: SymmetricTensor | None) -> tuple[list[int], int]:
@@ -124,9 +123,8 @@ def _words(tensor: SymmetricTensor, mapping: Mapping, signals: SymmetricTensor |
             group=mapping.group.name,
             step="device_view",
         )
-    words = signals.pointers_of(mapping.group)  # type: ignore[arg-type]
-    _check_reachable(mapping, words)
-    return words.tolist(), shape[0]
+    own = signals._mapping("device_view", mapping.group)  # type: ignore[arg-type]
+    return _reachable(signals, own), shape[0]
 
 
 def _status(group: Group, device: torch.device) -> tuple[int, int]:

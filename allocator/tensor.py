@@ -338,15 +338,20 @@ class SymmetricTensor:
 
     def pointers_of(self, group: GroupLike) -> torch.Tensor:
         """:attr:`remote_pointers` for a given group."""
-        mapping = self._mapping("remote_pointers", group)
-        offset = self._block.offset + self._layout.offset
-        pointers = [pointer + offset if pointer else 0 for pointer in mapping.pointers]
+        pointers = self._addresses(self._mapping("remote_pointers", group))
         return torch.tensor(pointers, dtype=torch.int64, device=self.device)
+
+    def _addresses(self, mapping: Mapping) -> list[int]:
+        """Address of every rank's first element; 0 where it is not reachable."""
+        offset = self._block.offset + self._layout.offset
+        return [pointer + offset if pointer else 0 for pointer in mapping.pointers]
 
     def device_view(
         self, signals: SymmetricTensor | None = None, timeout: float | None = None, *, group: GroupLike = None
     ) -> DeviceView:
         """What kernels of the user's own need to reach peers: for :mod:`symmem.triton` and for symmem.cuh. Local.
+
+        Not to be made amid the capture of a CUDA graph, which may well capture kernels that use it.
 
         Args:
             signals: Memory for the kernels' barriers and signals, if the 64 channels of this tensor's signal pads,
@@ -359,8 +364,7 @@ class SymmetricTensor:
             UnsupportedError: Some rank's memory is not load/store reachable from here.
             InvalidArgumentError: ``signals`` have another shape or dtype.
         """
-        mapping = self._mapping("device_view", group)
-        return DeviceView(self, mapping, self.pointers_of(mapping.group), signals, timeout)  # type: ignore[arg-type]
+        return DeviceView(self, self._mapping("device_view", group), signals, timeout)
 
     def contiguous_view(self, *, group: GroupLike = None) -> torch.Tensor:
         """All ranks' tensors as one, of shape [world, *shape]; ``[r]`` is rank r's memory. Local.
