@@ -61,7 +61,7 @@ _HOMES = {
 
 
 # Not to be imported here, where names and types are checked: they are layers above this one.
-_SUBPACKAGES = {"ops"}
+_SUBPACKAGES = {"compile", "ops"}
 
 
 def __getattr__(name: str) -> Any:

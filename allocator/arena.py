@@ -385,6 +385,7 @@ class Arena:
             if allocation is None:
                 allocation = backend.allocate(nbytes, self.device, group)
             mapping = backend.rendezvous(allocation, collective)
+            mapping.serial = collective.serial
         index = self.growths
         segment = Segment(index, allocation, group, mapping, self.blocks)
         self.growths += 1

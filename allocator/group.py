@@ -154,6 +154,11 @@ class Collective:
         self.told = False  # whether the other ranks know of the error that is on its way
 
     @property
+    def serial(self) -> int:
+        """How many rounds the group has had; the same on all ranks."""
+        return self.group._sequence
+
+    @property
     def passes_descriptors(self) -> bool:
         """See :attr:`symmem.backends.base.Collective.passes_descriptors`."""
         return self.group._passes_descriptors

@@ -33,6 +33,7 @@ from symmem.ops.schema import OpLike, Parameter, find_group, find_op, is_group, 
 __all__ = [
     "FROM_SCHEMA",
     "fingerprint",
+    "listeners",
     "lookup",
     "register_symm_mem_args",
     "registered",
@@ -53,6 +54,8 @@ _entries: dict[str, Registration] = {}
 _version = 0
 _seen_upstream: dict[str, tuple[str, ...]] = {}
 _has_built_in = False
+listeners: list[Callable[[str], None]] = []
+"""Are told the name of each operator for which something was registered or removed here."""
 
 
 @overload
@@ -216,7 +219,7 @@ def enter(made: Registration, *, replace: bool) -> None:
             )
         _entries[made.op] = made
         upstream.put(made.op, made.args)
-        _changed()
+        _changed(made.op)
     if torch._C._dispatch_has_kernel_for_dispatch_key(made.op, "CompositeImplicitAutograd"):
         log.warning(
             "%s is a composition of other ops, which torch takes apart before checked() or a compiler sees it; "
@@ -320,7 +323,7 @@ def withdraw(made: Registration) -> None:
 def _forget(name: str) -> None:
     _entries.pop(name, None)
     upstream.remove(name)
-    _changed()
+    _changed(name)
 
 
 def fingerprint() -> str:
@@ -343,10 +346,13 @@ def version() -> int:
         return _version
 
 
-def _changed() -> None:
+def _changed(name: str | None = None) -> None:
     global _version, _seen_upstream
     _version += 1
     _seen_upstream = upstream.all_args()
+    if name is not None:
+        for listener in tuple(listeners):
+            listener(name)
 
 
 def _enter_built_in() -> None:
