@@ -23,8 +23,11 @@ of float16, bfloat16 and float8 are made in float32; results are bitwise the sam
 the CPU an operator is done when it returns, on CUDA it is work on the current stream.
 
 A rank whose arguments are refused raises InvalidArgumentError, and on the CPU the others raise MismatchError, which
-names it; ranks that do not call alike all raise MismatchError there. One that does not come within the setting
-``signal_timeout``, or dies, is named by PeerTimeoutError or PeerLostError.
+names it; ranks that do not call alike all raise MismatchError there. On CUDA ranks compare nothing, for that takes
+longer than the operation, unless the setting ``collective_check`` is ``each``: then, on any device, ranks that do not
+call alike all raise MismatchError before anything is done, and where one refuses its arguments the others raise its
+error. One that does not come within the setting ``signal_timeout``, or dies, is named by PeerTimeoutError or
+PeerLostError.
 """
 
 from __future__ import annotations
@@ -183,7 +186,7 @@ def _refused(group: Group, device: torch.device, operation: str, error: SymmemEr
     if engine is None:
         group.fail(operation, error)  # they are about to make the engine
     elif hasattr(engine, "refuse"):
-        engine.refuse()
+        engine.refuse(operation, error)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from symmem.errors import GroupError, UnsupportedError
 from symmem.group import Group, GroupLike, default_group, known_groups, resolve_group
+from symmem.ops.checked_engine import CheckedEngine
 
 if TYPE_CHECKING:
     from symmem.ops.engine import Engine
@@ -110,7 +111,10 @@ def engine_for(group: Group, device: torch.device) -> Engine:
     """
     engine: Engine | None = group.engines.get(device)
     if engine is None:
-        engine = group.engines[device] = _make(group, device)
+        engine = _make(group, device)
+        if group.settings.collective_check == "each":
+            engine = CheckedEngine(engine, group)
+        group.engines[device] = engine
     return engine
 
 
