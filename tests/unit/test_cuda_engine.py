@@ -31,6 +31,7 @@ from symmem.ops.checked_engine import CheckedEngine
 from symmem.ops.cuda_engine import CudaEngine, Piece, call_type, pieces
 from symmem.ops.cuda_kernels import KERNELS, OPERATORS, SOURCE, STEPS, TYPES, Layout
 from symmem.ops.engines import engine_for
+from symmem.tools.tune import call_of, each_row
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -641,3 +642,28 @@ def test_ranks_compare_their_tables_before_they_map_memory(
     for error in run_ranks(2, lambda rank: engines[rank].all_reduce(x, x, "sum")):
         assert isinstance(error, MismatchError)
         assert "ranks differ in table of algorithms" in str(error)
+
+
+@pytest.mark.parametrize("operation", sorted(CONFIGURED))
+def test_tuning_runs_each_row_and_nothing_else(
+    operation: str, ranks: Ranks, driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a timer that counts instead."""
+    n = 64
+    rooms = [memory(WORLD * n * 4) for _ in range(WORLD)]
+    in_symmetric_memory(ranks, rooms, monkeypatch)
+    kernels = CONFIGURED[operation]
+    rows = [Row(WORLD, None, kernel, 64, blocks, kernel == "direct") for kernel in kernels for blocks in (1, 2)]
+    others = [torch.empty(WORLD, n) for _ in range(WORLD)]
+    tables = [engine.table for engine in ranks.engines]
+    found: list[list[float]] = [[]] * WORLD
+
+    def work(engine: CudaEngine, rank: int) -> None:
+        call = call_of(engine, operation, rooms[rank].view(torch.float32).view(WORLD, n), others[rank])
+        found[rank] = each_row(engine, operation, rows, call, lambda call: (call(), 7.0)[1])
+
+    assert ranks.run(work) == [None] * WORLD
+    assert found == [[7.0] * len(rows)] * WORLD
+    wanted = [(list(KERNELS["move" if operation == "move" else "reduce"]).index(row.kernel), 1, 64) for row in rows]
+    assert sorted(driver.launched) == sorted(wanted * WORLD)
+    assert [engine.table for engine in ranks.engines] == tables
