@@ -1,8 +1,8 @@
 """What is registered from the start: ops of torch, ``torch.ops.symm_mem``, and one-sided ones of symmem itself.
 
 Of torch's ops: the arguments that their kernels rendezvous, and no others; read off the kernels of PyTorch 2.11 to
-2.13. Upstream's own lowerings differ for ``multimem_all_gather_out``, whose kernel stores to all ranks' ``out`` and reads
-its ``input`` as any memory.
+2.13. Upstream's own lowerings differ for ``multimem_all_gather_out``, whose kernel stores to all ranks' ``out`` and
+reads its ``input`` as any memory.
 """
 
 from __future__ import annotations
