@@ -55,16 +55,18 @@ def with_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> N
 
 def without_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> None:
     """Let an operator that writes to its arguments raise if one of them requires a gradient; args as above."""
+    several = sum(isinstance(argument.type, torch.TensorType) for argument in op._schema.arguments) > 1
 
-    def run(keyset: torch._C.DispatchKeySet, *args: Any, **options: Any) -> Any:
-        if torch._C._any_requires_grad(*args, **options) and torch.is_grad_enabled():
+    def run(keyset: torch._C.DispatchKeySet, x: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        requires = torch._C._any_requires_grad(x, *rest, **options) if several else x.requires_grad
+        if requires and torch.is_grad_enabled():
             raise UnsupportedError(
                 f"{op._name} writes to its arguments, and has no gradient",
                 hint="use the functional form; or call it under torch.no_grad()",
             )
         if is_usual_keyset(keyset):
-            return kernel(*args, **options)
-        return _beneath(op, keyset, *args, **options)
+            return kernel(x, *rest, **options)
+        return _beneath(op, keyset, x, *rest, **options)
 
     library.impl(op._opname, run, "Autograd", with_keyset=True)
 
