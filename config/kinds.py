@@ -15,6 +15,7 @@ __all__ = [
     "BACKENDS",
     "BACKEND_ORDER",
     "CHECK",
+    "COLLECTIVE_CHECK",
     "DURATION",
     "FACTOR",
     "MAX_SECONDS",
@@ -22,6 +23,7 @@ __all__ = [
     "SIZE",
     "SYMMETRIC_ARGUMENTS",
     "installed_backends",
+    "one",
 ]
 
 T = TypeVar("T")
@@ -54,8 +56,8 @@ def installed_backends() -> tuple[str, ...]:
     return tuple(sorted({entry.name for entry in entry_points(group=_ENTRY_POINTS)} - set(BACKENDS)))
 
 
-def _one(parse: Callable[[object], T], values: str) -> Callable[[Sequence[object]], T]:
-    """A parser of exactly one item."""
+def one(parse: Callable[[object], T], values: str) -> Callable[[Sequence[object]], T]:
+    """A parser of exactly one item: ``parse`` of it; ``values`` says what may be written."""
 
     def parse_items(items: Sequence[object]) -> T:
         if len(items) == 1:
@@ -154,7 +156,7 @@ def _choice(*choices: str) -> Kind[str]:
         raise InvalidValue(f"unknown value {shown(value)}", advise(word, choices))
 
     values = " or ".join(choices)
-    return Kind(_one(parse, values), str, values)
+    return Kind(one(parse, values), str, values)
 
 
 def _check_backend(name: object, item: int) -> str:
@@ -184,18 +186,18 @@ def _parse_backends(items: Sequence[object]) -> tuple[str, ...]:
     return names
 
 
-SIZE: Kind[int] = Kind(_one(_parse_size, _SIZE_VALUES), _format_size, _SIZE_VALUES, "bytes")
+SIZE: Kind[int] = Kind(one(_parse_size, _SIZE_VALUES), _format_size, _SIZE_VALUES, "bytes")
 """A number of bytes, 1 to 2**63 - 1; in text with a unit B, KiB, MiB, GiB or TiB."""
 
 DURATION: Kind[float] = Kind(
-    _one(_parse_duration, _DURATION_VALUES),
+    one(_parse_duration, _DURATION_VALUES),
     lambda seconds: f"{_format_number(seconds)}s",
     _DURATION_VALUES,
     "seconds",
 )
 """A time in seconds, more than 0 and at most 24 days; in text with a unit ms, s, m or h."""
 
-FACTOR: Kind[float] = Kind(_one(_parse_factor, _FACTOR_VALUES), _format_number, _FACTOR_VALUES, "factor")
+FACTOR: Kind[float] = Kind(one(_parse_factor, _FACTOR_VALUES), _format_number, _FACTOR_VALUES, "factor")
 """A factor by which something grows."""
 
 MULTICAST = _choice("auto", "off")
@@ -203,6 +205,9 @@ MULTICAST = _choice("auto", "off")
 
 CHECK = _choice("meeting", "each")
 """When something is compared among ranks."""
+
+COLLECTIVE_CHECK = _choice("off", "each")
+"""Whether ranks compare the arguments of collective operations."""
 
 SYMMETRIC_ARGUMENTS = _choice("error", "copy", "off")
 """What becomes of an argument that should be symmetric memory and is not."""

@@ -14,8 +14,19 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from symmem.config.algorithms import ALGORITHMS, BUILT_IN
 from symmem.config.cluster import Cluster, parse_cluster, read_file
-from symmem.config.kinds import AUTO, BACKEND_ORDER, CHECK, DURATION, FACTOR, MULTICAST, SIZE, SYMMETRIC_ARGUMENTS
+from symmem.config.kinds import (
+    AUTO,
+    BACKEND_ORDER,
+    CHECK,
+    COLLECTIVE_CHECK,
+    DURATION,
+    FACTOR,
+    MULTICAST,
+    SIZE,
+    SYMMETRIC_ARGUMENTS,
+)
 from symmem.config.machine import gpu_model, multicast_blocker
 from symmem.config.options import Option, find_option, parse_options, place_of
 from symmem.config.values import Found, Kind, advise, read
@@ -59,6 +70,8 @@ class Settings:
         arena_limit: Bytes on each rank.
         allocation_check: ``"meeting"`` or ``"each"``.
         symmetric_arguments: ``"error"``, ``"copy"`` or ``"off"``.
+        collective_check: ``"off"`` or ``"each"``.
+        algorithms: ``"built-in"``, or the absolute path of a table of algorithms.
         origins: For each setting, the text that says where its value came from.
     """
 
@@ -85,6 +98,14 @@ class Settings:
         SYMMETRIC_ARGUMENTS,
         "error",
         "What happens where an op that is checked gets plain memory for an argument that is registered as symmetric.",
+    )
+    collective_check: str = _declare(
+        COLLECTIVE_CHECK,
+        "off",
+        "Whether ranks compare operation, shape and dtype before each collective operation; for finding mistakes.",
+    )
+    algorithms: str = _declare(
+        ALGORITHMS, BUILT_IN, "Which kernels run collective operations on CUDA; `symmem tune` writes such a table."
     )
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 

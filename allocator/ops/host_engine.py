@@ -29,7 +29,7 @@ from symmem.backends import get_backend
 from symmem.backends.base import tensor_at
 from symmem.backends.libc import PAGE, round_up
 from symmem.backends.signals import SharedSignals
-from symmem.errors import ForkedError, GroupError, MismatchError, RendezvousError
+from symmem.errors import ForkedError, GroupError, MismatchError, RendezvousError, SymmemError
 from symmem.group import Group, differing
 from symmem.ops.engine import REDUCTIONS
 
@@ -171,10 +171,10 @@ class HostEngine:
             for piece, at in _pieces(source.nbytes, REGION):
                 self._broadcast(key, piece, given[at], taken[at], root)
 
-    def refuse(self) -> None:
+    def refuse(self, operation: str, error: SymmemError) -> None:
         """Let the others' operation that goes with this rank's fail, since this rank raises instead of doing its own.
 
-        They raise MismatchError, which names this rank. Does not wait for them.
+        They raise MismatchError, which names this rank, not its error. Does not wait for them.
         """
         with self._turn:
             self._begin()
