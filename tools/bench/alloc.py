@@ -21,6 +21,7 @@ from symmem.errors import UnsupportedError
 from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.gpu import PEERS, check_gpus, fresh
 from symmem.tools.bench.timing import slowest
+from symmem.tools.doctor import examine
 from symmem.tools.ranks import RankPool
 
 __all__ = ["measure", "run"]
@@ -117,7 +118,8 @@ def measure(backend: str, peers: Sequence[str], world: int, pairs: int) -> Itera
 
 
 def run(backend: str, peers: Sequence[str] | None, ranks: Sequence[int], pairs: int) -> Iterator[Figure]:
-    """All figures of a backend at these world sizes; beside all peers there can be, unless some are named.
+    """All figures of a backend at these world sizes; beside all of torch's transports that work here, unless some are
+    named.
 
     Raises:
         UnsupportedError: Peers are named, but the backend's memory is the CPU's; or see :func:`.gpu.check_gpus`.
@@ -128,7 +130,9 @@ def run(backend: str, peers: Sequence[str] | None, ranks: Sequence[int], pairs: 
             f"`bench alloc`: PyTorch's transports are for CUDA, and {backend!r} is for the CPU",
             hint="leave out --peers, or name a --backend for CUDA",
         )
+    if peers is None:
+        peers = [peer for peer in PEERS if cuda and examine(f"pytorch_{peer}").available]
     for world in ranks:
         if cuda:
             check_gpus("alloc", world)
-        yield from measure(backend, tuple(PEERS) if cuda and peers is None else peers or (), world, pairs)
+        yield from measure(backend, peers, world, pairs)

@@ -42,7 +42,7 @@ Samples = dict[tuple[str, str], list[float]]
 _ROUNDS = 9
 _IN_GRAPH = 20  # calls
 _RUN = 0.01  # seconds that a run of eager calls should take
-_LEAST_ROW = 16  # bytes
+_VECTOR = 16  # bytes
 
 
 def sample(operator: str, found: Sequence[Contender], clock: Clock, rounds: int = _ROUNDS) -> Samples:
@@ -55,13 +55,14 @@ def sample(operator: str, found: Sequence[Contender], clock: Clock, rounds: int 
     eager = dict(zip(names, in_turns(calls, rounds), strict=True))
     if not clock.graphs:
         return {("", name): [times.device for times in eager[name]] for name in names}
-    samples = {("_eager", name): [times.device for times in eager[name]] for name in names}
-    samples |= {("_host", name): [times.host for times in eager[name]] for name in names}
     replays = [partial(_replayed, clock, clock.capture(each.call, _IN_GRAPH)) for each in found]
-    for name, seconds in zip(names, in_turns(replays, rounds + 1), strict=True):
-        samples["_graph", name] = seconds[1:]  # the first replay uploads the graph
+    graphs = dict(zip(names, in_turns(replays, rounds + 1), strict=True))
     clock.all_here()  # before the graphs and their memory go
-    return samples
+    return {
+        **{("_graph", name): graphs[name][1:] for name in names},  # the first replay uploads the graph
+        **{("_eager", name): [times.device for times in eager[name]] for name in names},
+        **{("_host", name): [times.host for times in eager[name]] for name in names},
+    }
 
 
 def _count(each: Contender, clock: Clock) -> int:
@@ -125,7 +126,7 @@ def run(backend: str, ranks: Sequence[int] | None, sizes: Sequence[int], operato
     """All figures of a backend; unless ``ranks`` says otherwise, at one rank a GPU, on the CPU with 2 and with 4.
 
     Raises:
-        InvalidArgumentError: A size is too small to have 16 bytes for each rank.
+        InvalidArgumentError: A size is no multiple of 16 bytes, or has less than that for each rank.
         UnsupportedError: See :func:`.gpu.check_gpus`.
         WrongResultError: A contender's result is wrong.
     """
@@ -134,6 +135,7 @@ def run(backend: str, ranks: Sequence[int] | None, sizes: Sequence[int], operato
         if cuda:
             check_gpus("collectives", world)
         for nbytes in sizes:
-            if nbytes < _LEAST_ROW * world:
-                raise InvalidArgumentError(f"{nbytes} bytes are too few: {world} ranks need {_LEAST_ROW * world}")
+            if nbytes < _VECTOR * world or nbytes % _VECTOR:
+                least = f"a multiple of {_VECTOR} from {_VECTOR * world}"
+                raise InvalidArgumentError(f"{nbytes} bytes among {world} ranks: expected {least}")
         yield from measure(backend, world, sizes, operators)

@@ -77,4 +77,6 @@ def measurements(figures: Iterable[Figure]) -> list[Measurement]:
 def pair_of(figure: str) -> tuple[str, int, int] | None:
     """What was measured, the rank and its peer, of the name of a figure; None if it is not of a pair of ranks."""
     name, *ranks = figure.split("/")
-    return (name, int(ranks[0]), int(ranks[1])) if len(ranks) == 2 and "".join(ranks).isdecimal() else None
+    if len(ranks) != 2 or not all(map(str.isdecimal, ranks)):
+        return None
+    return name, int(ranks[0]), int(ranks[1])

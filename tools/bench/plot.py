@@ -16,6 +16,7 @@ __all__ = ["check", "draw"]
 
 _WIDTH, _HEIGHT = 5.0, 4.4  # inches of a panel
 _COLUMNS = 3
+_LABELS = 10  # at most, on an axis
 _FAR = 5  # times: beyond, an axis is logarithmic
 _PEER_COLOURS = [PALETTE[number] for number in (1, 2, 5, 6, 4, 8)]
 _UNIT = {"us": "time of one call (\u00b5s)", "GB/s": "bandwidth (GB/s)", "count": "count", "bytes": "bytes"}
@@ -131,11 +132,20 @@ def _draw_curves(place: Any, panel: Curves, colours: dict[str, str]) -> None:
         bottom.set_ylim(0, max(1.2, 1.1 * max(ratio for _, ratio in panel.ratios)))
     at = sorted({x for points in panel.lines.values() for x, _ in points})
     bottom.set_xscale("log", base=2)
-    bottom.set_xticks(at[:: math.ceil(len(at) / 8)])
+    bottom.set_xticks(_apart(at))
     _plain_ticks(
         bottom.xaxis, lambda value, _: nbytes(value).replace(" ", "\n") if panel.axis == "bytes" else f"{value:g}"
     )
     bottom.set_xlabel("size" if panel.axis == "bytes" else "ranks")
+
+
+def _apart(at: Sequence[int]) -> list[int]:
+    """Those of ascending numbers that have room for a label on a logarithmic axis."""
+    shown = [at[0]]
+    for number in at[1:]:
+        if (number / shown[-1]) ** _LABELS >= at[-1] / at[0]:
+            shown.append(number)
+    return shown
 
 
 def _plain_ticks(axis: Any, text: Callable[[float, object], str]) -> None:
