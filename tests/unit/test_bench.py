@@ -312,6 +312,18 @@ def test_what_was_measured_before_a_failure_is_printed(capsys: Output, monkeypat
     assert capsys.readouterr().out == f"{BARRIER.json()}\n"
 
 
+def test_figures_of_a_file_are_shown(tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, drawn = tmp_path / "old.json", []
+    file.write_text(f"{BARRIER.json()}\n")
+    monkeypatch.setattr(plot, "check", drawn.append)
+    monkeypatch.setattr(plot, "draw", lambda *what: drawn.append(what))
+    assert cli.main(["bench", "show", str(file)]) == 0
+    assert capsys.readouterr().out == table([BARRIER]) + "\n"
+    assert drawn == []
+    assert cli.main(["bench", "show", str(file), "--plot", "a.png"]) == 0
+    assert drawn == [Path("a.png"), ([BARRIER], "old", Path("a.png"))]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -7,6 +7,7 @@ figures; it is imported when it is chosen, since most need torch. A new one is a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import shutil
 import sys
@@ -125,14 +126,22 @@ def add_parser(subparsers: _SubParsers) -> None:
         command = commands.add_parser(name, help=suite.help)
         names = [command.add_argument(option.flag, **option.words).dest for option in suite.options]
         command.add_argument("--json", action="store_true", help="print one JSON object a figure and line")
-        command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures, with matplotlib")
+        _add_plot(command)
         command.set_defaults(run=_runner(name, names))
+    show = commands.add_parser("show", help="figures of a file, as a table and as a picture")
+    show.add_argument("file", type=Path, metavar="FILE.json", help="what a suite printed by --json")
+    _add_plot(show)
+    show.set_defaults(run=_show)
     compare = commands.add_parser("compare", help="what became slower, from one file of figures to another")
     for which in ("old", "new"):
         compare.add_argument(which, type=Path, metavar=f"{which.upper()}.json", help="what a suite printed by --json")
     fail = "exit with 1 if a figure became more than so many times worse (1.1 is what is told without this)"
     compare.add_argument("--fail-over", type=_limit, metavar="X", help=fail)
     compare.set_defaults(run=_compare)
+
+
+def _add_plot(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures, with matplotlib")
 
 
 def _limit(text: str) -> float:
@@ -147,23 +156,42 @@ def _limit(text: str) -> float:
 
 def _runner(name: str, options: Iterable[str]) -> Callable[[argparse.Namespace], int]:
     def run(args: argparse.Namespace) -> int:
-        if args.plot:
-            from symmem.tools.bench import plot
-
-            plot.check(args.plot)
-        module = importlib.import_module(f"symmem.tools.bench.{name}")
-        figures = []
-        for figure in progress(name, module.run(**{option: getattr(args, option) for option in options}), sys.stderr):
-            figures.append(figure)
-            if args.json:
-                print(figure.json(), flush=True)  # at once: what was measured stays if a later one fails
-        if not args.json:
-            print(table(figures))
-        if args.plot:
-            plot.draw(figures, f"symmem bench {name}", args.plot)
+        with _picture(args.plot, f"symmem bench {name}") as figures:
+            module = importlib.import_module(f"symmem.tools.bench.{name}")
+            found = module.run(**{option: getattr(args, option) for option in options})
+            for figure in progress(name, found, sys.stderr):
+                figures.append(figure)
+                if args.json:
+                    print(figure.json(), flush=True)  # at once: what was measured stays if a later one fails
+            if not args.json:
+                print(table(figures))
         return 0
 
     return run
+
+
+def _show(args: argparse.Namespace) -> int:
+    from symmem.tools.bench import compare
+
+    with _picture(args.plot, args.file.stem) as figures:
+        figures += compare.read(args.file)
+        print(table(figures))
+    return 0
+
+
+@contextlib.contextmanager
+def _picture(file: Path | None, title: str) -> Iterator[list[Figure]]:
+    """What is put into the list is drawn, if there is a file to draw it to; whether it can be shows before."""
+    figures: list[Figure] = []
+    if file is None:
+        yield figures
+        return
+    from symmem.tools.bench import plot
+
+    plot.check(file)
+    yield figures
+    if figures:
+        plot.draw(figures, title, file)
 
 
 def progress(name: str, figures: Iterable[Figure], stream: TextIO) -> Iterator[Figure]:
