@@ -314,7 +314,7 @@ def test_compiled_programs_of_several_ranks(pools: Any) -> None:
 
 
 def test_the_benchmark_measures_all_operators() -> None:
-    figures = collectives.measure(2, (1024,))
+    figures = list(collectives.measure("host", 2, (1024,)))
     assert [each.figure for each in figures] == list(collectives.OPERATORS)
     assert all(each.value > 0 and each.peer == "gloo" and each.peer_value for each in figures)
 
