@@ -17,6 +17,7 @@ __all__ = [
     "CHECK",
     "DURATION",
     "FACTOR",
+    "INSPECTION",
     "MAX_SECONDS",
     "MULTICAST",
     "SIZE",
@@ -203,6 +204,9 @@ MULTICAST = _choice("auto", "off")
 
 CHECK = _choice("meeting", "each")
 """When something is compared among ranks."""
+
+INSPECTION = _choice("on", "off")
+"""Whether a process tells what its ranks do."""
 
 SYMMETRIC_ARGUMENTS = _choice("error", "copy", "off")
 """What becomes of an argument that should be symmetric memory and is not."""

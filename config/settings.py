@@ -15,7 +15,17 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from symmem.config.cluster import Cluster, parse_cluster, read_file
-from symmem.config.kinds import AUTO, BACKEND_ORDER, CHECK, DURATION, FACTOR, MULTICAST, SIZE, SYMMETRIC_ARGUMENTS
+from symmem.config.kinds import (
+    AUTO,
+    BACKEND_ORDER,
+    CHECK,
+    DURATION,
+    FACTOR,
+    INSPECTION,
+    MULTICAST,
+    SIZE,
+    SYMMETRIC_ARGUMENTS,
+)
 from symmem.config.machine import gpu_model, multicast_blocker
 from symmem.config.options import Option, find_option, parse_options, place_of
 from symmem.config.values import Found, Kind, advise, read
@@ -59,6 +69,7 @@ class Settings:
         arena_limit: Bytes on each rank.
         allocation_check: ``"meeting"`` or ``"each"``.
         symmetric_arguments: ``"error"``, ``"copy"`` or ``"off"``.
+        inspection: ``"on"`` or ``"off"``: then nobody can ask what this rank of the group does.
         origins: For each setting, the text that says where its value came from.
     """
 
@@ -85,6 +96,9 @@ class Settings:
         SYMMETRIC_ARGUMENTS,
         "error",
         "What happens where an op that is checked gets plain memory for an argument that is registered as symmetric.",
+    )
+    inspection: str = _declare(
+        INSPECTION, "on", "Whether `symmem top`, `inspect` and `dump` of the same user can see what each rank does."
     )
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 

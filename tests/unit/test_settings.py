@@ -138,6 +138,7 @@ def test_every_setting_can_be_given_in_every_way(name: str, cluster: ClusterFile
         "arena_limit": ("3GiB", 3 * 2**30),
         "allocation_check": ("each", "each"),
         "symmetric_arguments": ("copy", "copy"),
+        "inspection": ("off", "off"),
     }[name]
     assert value != setting.default
     for settings in (
