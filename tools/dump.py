@@ -91,10 +91,10 @@ def _report(job: str, found: Picture) -> Iterator[str]:
 
 def _line(wait: Wait) -> str:
     whom = ", ".join(map(str, wait.peers[:8])) + ", ..." * (len(wait.peers) > 8)
-    step = wait.step + (f" (round {wait.round})" if wait.round is not None else "")
+    step = repr(wait.step) + (f", round {wait.round}," if wait.round is not None else "")
     left = f"fails in {lasting(wait.seconds_left)}" if wait.seconds_left > 0 else "its time is up"
     group = f"of group {wait.group!r}, as rank {wait.rank} of it"
-    return f"  {wait.process} waits for {whom}: in {step!r} {group}, since {lasting(wait.seconds)}; {left}"
+    return f"  {wait.process} waits for {whom}: in {step} {group}, since {lasting(wait.seconds)}; {left}"
 
 
 def _state(node: Process | Absent) -> str:
