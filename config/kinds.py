@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -18,8 +19,10 @@ __all__ = [
     "COLLECTIVE_CHECK",
     "DURATION",
     "FACTOR",
+    "INSPECTION",
     "MAX_SECONDS",
     "MULTICAST",
+    "REPORT",
     "SIZE",
     "SYMMETRIC_ARGUMENTS",
     "installed_backends",
@@ -88,6 +91,7 @@ def _split(
 
 _SIZE_VALUES = "a size in bytes, such as 67108864, 64MiB or 2GiB"
 _DURATION_VALUES = "a time in seconds, such as 90, 90s, 500ms, 5m or 1h"
+_REPORT_VALUES = "off, or the path of a file"
 _FACTOR_VALUES = f"a factor from 1 to {_MAX_FACTOR}"
 
 
@@ -208,6 +212,26 @@ CHECK = _choice("meeting", "each")
 
 COLLECTIVE_CHECK = _choice("off", "each")
 """Whether ranks compare the arguments of collective operations."""
+
+INSPECTION = _choice("on", "off")
+"""Whether a process tells what its ranks do."""
+
+
+def _parse_report(value: object) -> str:
+    """``off``, or the absolute path of a file that can be made."""
+    if not isinstance(value, str) or not value:
+        raise InvalidValue(f"expected {_REPORT_VALUES}, got {shown(value)}", "write the path of a file, or off")
+    if value == "off":
+        return value
+    path = os.path.abspath(os.path.expanduser(value))
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path)):
+        why = "is a folder" if os.path.isdir(path) else "lies in a folder that does not exist"
+        raise InvalidValue(f"{shown(value)} {why}", "name a file in a folder that exists")
+    return path
+
+
+REPORT: Kind[str] = Kind(one(_parse_report, _REPORT_VALUES), str, _REPORT_VALUES)
+"""Where to write what the compiler did: an absolute path, or ``off``."""
 
 SYMMETRIC_ARGUMENTS = _choice("error", "copy", "off")
 """What becomes of an argument that should be symmetric memory and is not."""

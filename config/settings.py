@@ -23,7 +23,9 @@ from symmem.config.kinds import (
     COLLECTIVE_CHECK,
     DURATION,
     FACTOR,
+    INSPECTION,
     MULTICAST,
+    REPORT,
     SIZE,
     SYMMETRIC_ARGUMENTS,
 )
@@ -72,6 +74,8 @@ class Settings:
         symmetric_arguments: ``"error"``, ``"copy"`` or ``"off"``.
         collective_check: ``"off"`` or ``"each"``.
         algorithms: ``"built-in"``, or the absolute path of a table of algorithms.
+        compile_report: ``"off"``, or the absolute path of a file.
+        inspection: ``"on"`` or ``"off"``: then nobody can ask what this rank of the group does.
         origins: For each setting, the text that says where its value came from.
     """
 
@@ -106,6 +110,12 @@ class Settings:
     )
     algorithms: str = _declare(
         ALGORITHMS, BUILT_IN, "Which kernels run collective operations on CUDA; `symmem tune` writes such a table."
+    )
+    compile_report: str = _declare(
+        REPORT, "off", "Where each rank appends what torch.compile did with registered arguments, as JSON lines."
+    )
+    inspection: str = _declare(
+        INSPECTION, "on", "Whether `symmem top`, `inspect` and `dump` of the same user can see what each rank does."
     )
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 

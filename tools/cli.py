@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from symmem.errors import SymmemError
-from symmem.tools import config_command, ops_command, tune_command
+from symmem.tools import config_command, live_command, ops_command, tune_command
 from symmem.tools.bench import command as bench_command
 from symmem.tools.numbers import positive
 from symmem.tools.outcomes import RanksFailedError
@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config_command.add_parser(commands)
     ops_command.add_parser(commands)
     tune_command.add_parser(commands)
+    live_command.add_parsers(commands)
 
     args = parser.parse_args(argv)
     try:

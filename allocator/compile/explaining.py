@@ -1,20 +1,17 @@
-"""Asking what the compiler did: for one function, and for all that a program compiles."""
+"""Asking what the compiler did with registered arguments."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from symmem.compile import control, hook
-from symmem.compile.report import GraphReport, Report
+from symmem.compile.report import Report
 
-__all__ = ["explain", "reporting", "write_reports"]
+__all__ = ["explain", "reporting"]
 
 
 @contextmanager
@@ -45,20 +42,3 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         compiled = torch.compile(fn, backend=lambda gm, inputs: control.backend(gm, inputs))
         compiled(*args, **kwargs)
     return report
-
-
-def write_reports(path: str) -> None:
-    """Append each report from here on to a file, as a line of JSON; its name gets ``.rankN`` behind if there are ranks.
-
-    What ``SYMMEM_ENABLE=compile_report(path)`` does.
-    """
-    hook.listeners.append(lambda report: _append(path, report))
-
-
-def _append(path: str, report: GraphReport) -> None:
-    rank = os.environ.get("RANK")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        rank = str(torch.distributed.get_rank())
-    target = Path(path if rank is None else f"{path}.rank{rank}")
-    with target.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(report.to_json()) + "\n")

@@ -21,6 +21,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch._inductor import ir
 from torch._inductor import lowering as inductor_lowering
 from torch._inductor.codecache import FxGraphHashDetails
@@ -40,6 +42,7 @@ from torch._ops import OpOverload
 from symmem.compile import layout, lowering, runtime, twins
 from symmem.compile.layout import SymmetricLayout
 from symmem.compile.report import GraphReport, names_in, reports_of
+from symmem.config.settings import load_settings
 from symmem.errors import UnsupportedError
 from symmem.ops import registry
 from symmem.ops.built_in import NAMESPACE
@@ -256,11 +259,22 @@ def _post_compile(original: Any) -> Any:
         if names:
             self.current_callable = runtime.bound(self.current_callable, [runtime.Graph(name) for name in names])
             for report in reports_of(self.source_code):
+                _write(report)
                 for listener in tuple(listeners):
                     listener(report)
         return result
 
     return post_compile
+
+
+def _write(report: GraphReport) -> None:
+    """Append a report to the file of the setting ``compile_report``, with ``.rankN`` behind if there are ranks."""
+    path = load_settings().compile_report
+    if path == "off":
+        return
+    rank = f".rank{dist.get_rank()}" if dist.is_available() and dist.is_initialized() else ""
+    with Path(path + rank).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(report.to_json()) + "\n")
 
 
 _WRAPPED: tuple[tuple[Any, str, tuple[str, ...], Callable[[Any], Any]], ...] = (

@@ -17,7 +17,9 @@ are bitwise the same on all ranks, and from run to run.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
+import operator
 import os
 import struct
 import threading
@@ -98,8 +100,9 @@ class HostEngine:
         # cannot follow. A cycle by way of the mapping's group would never end.
         self._memory = allocation, mapping
         pointers = mapping.pointers
-        self._signals = SharedSignals(group, pointers, mapping)
         self._lines = [[_line(pointer + lines + turn * _LINE_STRIDE) for pointer in pointers] for turn in range(2)]
+        own = [each[group.rank] for each in self._lines]
+        self._signals = SharedSignals(group, pointers, mapping, functools.partial(_present, own))
         self._begins = [begin, begin + REGION]  # of the regions
         self._pointers = pointers
         self._side_by_side, self._stride = mapping.contiguous()
@@ -387,6 +390,11 @@ def _told(operation: int, reduction: int, dtype: int, root: int, elements: int, 
     options = f"({_REDUCTIONS[reduction]})" if reduction else f"(root {root})" if root else ""
     where = f", piece {piece}" if piece else ""
     return f"{_OPERATIONS[operation]}{options} of {elements} {_DTYPES[dtype]}{where}"
+
+
+def _present(lines: Sequence[memoryview]) -> str:
+    """What a rank is at, by its own lines: the later one of the two."""
+    return _told(*max((_LINE.unpack(line) for line in lines), key=operator.itemgetter(-1)))
 
 
 def _line(address: int) -> memoryview:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import re
+import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -618,6 +620,19 @@ def case_explain() -> None:
     assert report.to_json()["graphs"][0]["decisions"][1]["outcome"] == COPIED
     again = symmem.compile.explain(f, values(4, 4))
     assert [each.outcome for graph in again.graphs for each in graph.decisions] == [PLACED, COPIED]
+
+
+def case_report_file() -> None:
+    """SYMMEM_ENABLE=compile_report(path): each rank writes what was compiled, a line a graph."""
+    name = group()
+    torch._dynamo.reset()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYMMEM_ENABLE", f"compile_report({folder}/report)")
+        compiled(lambda x: ct.total(x + 3, name))(values(2, 2))
+        (file,) = Path(folder).iterdir()
+        assert file.name == f"report.rank{dist.get_rank()}"
+        (line,) = file.read_text().splitlines()
+        assert json.loads(line)["decisions"][0]["outcome"] == PLACED
 
 
 # Bad input, and the end of things.

@@ -143,6 +143,8 @@ def test_every_setting_can_be_given_in_every_way(name: str, cluster: ClusterFile
         "symmetric_arguments": ("copy", "copy"),
         "collective_check": ("each", "each"),
         "algorithms": (str(table), str(table)),
+        "compile_report": (str(table.parent / "report"), str(table.parent / "report")),
+        "inspection": ("off", "off"),
     }[name]
     assert value != setting.default
     for settings in (
