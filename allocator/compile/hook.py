@@ -37,7 +37,7 @@ from torch._inductor.codegen.wrapper import AllocateLine, PythonWrapperCodegen
 from torch._inductor.graph import GraphLowering
 from torch._inductor.output_code import CompiledFxGraph
 from torch._library.utils import get_layout_constraint_tag, is_builtin
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 
 from symmem.compile import layout, lowering, runtime, twins
 from symmem.compile.layout import SymmetricLayout
@@ -247,8 +247,23 @@ def _hash_details(original: Any) -> Any:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         self.symmem = cache_key() if is_on() else None
+        if is_on():
+            seen.update(
+                _operators(args[0] if args else kwargs["gm"])
+            )  # of what comes out of a cache, nothing is lowered
 
     return init
+
+
+def _operators(gm: torch.nn.Module) -> Iterator[str]:
+    """Names of the operators that a graph calls."""
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            if isinstance(node.target, OpOverload):
+                yield node.target._name
+            elif isinstance(node.target, OpOverloadPacket):
+                names: Any = node.target.overloads
+                yield from (getattr(node.target, each)._name for each in names())
 
 
 def _post_compile(original: Any) -> Any:
