@@ -65,8 +65,8 @@ _HOMES = {
 }
 
 
-# Not to be imported here, where names and types are checked: a layer above this one, and one that needs Triton.
-_SUBPACKAGES = {"ops", "triton"}
+# Not to be imported here, where names and types are checked: layers above this one, and one that needs Triton.
+_SUBPACKAGES = {"compile", "ops", "triton"}
 
 
 def __getattr__(name: str) -> Any:

@@ -51,7 +51,7 @@ from symmem.errors import (
 from symmem.group import Collective, Group
 from symmem.live import record
 from symmem.meeting import Meeting, compare
-from symmem.record import Entry, Record, Site, nbytes_of
+from symmem.record import NOWHERE, PACKAGE, TOOLS, Entry, Record, Site, nbytes_of
 from symmem.segment import GRANULE, SPARE, Carve, Segment, finish
 
 if TYPE_CHECKING:
@@ -70,8 +70,6 @@ _MOST_STEPS = 64  # of growth; beyond, 1024 ** steps is more than a float can be
 _SHOWN = 4096  # blocks of one event that are remembered
 _HISTORY = 16384  # allocations and other events that are remembered: to name the first that differs, and for pictures
 
-_PACKAGE, _TOOLS = f"{__package__}.", f"{__package__}.tools."
-_NOWHERE = (compile("", "<no caller>", "exec"), 0)
 
 _arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
 
@@ -149,12 +147,12 @@ class Arena:
                 ``arena_limit``. On all ranks.
             UnsupportedError: It must grow amid the capture of a CUDA graph.
         """
-        # The warm path, whose budget is 5 us: hence plain tuples, and no helpers.
-        while frame is not None and (module := frame.f_globals.get("__name__", "")).startswith(_PACKAGE):
-            if module.startswith(_TOOLS):
+        # The warm path, whose budget is 5 us: hence plain tuples, and no helpers; it begins as symmem.record.caller.
+        while frame is not None and (module := frame.f_globals.get("__name__", "")).startswith(PACKAGE):
+            if module.startswith(TOOLS):
                 break
             frame = frame.f_back
-        site = (frame.f_code, frame.f_lasti) if frame is not None else _NOWHERE
+        site = (frame.f_code, frame.f_lasti) if frame is not None else NOWHERE
         size = layout.nbytes + GRANULE - 1 & -GRANULE or GRANULE
         with self.lock:
             if self.dropped:
@@ -385,6 +383,7 @@ class Arena:
             if allocation is None:
                 allocation = backend.allocate(nbytes, self.device, group)
             mapping = backend.rendezvous(allocation, collective)
+            mapping.serial = collective.serial
         index = self.growths
         segment = Segment(index, allocation, group, mapping, self.blocks)
         self.growths += 1

@@ -20,6 +20,7 @@ __all__ = [
     "DivergenceError",
     "ForkedError",
     "GroupError",
+    "InspectionError",
     "InvalidArgumentError",
     "MismatchError",
     "MulticastUnavailableError",
@@ -142,6 +143,10 @@ class ClosedError(SymmemError, RuntimeError):
 
 class ForkedError(SymmemError, RuntimeError):
     """Use in a process that was forked after the object was made; the parent's group has no such rank."""
+
+
+class InspectionError(SymmemError, RuntimeError):
+    """A process cannot be inspected: its socket is not private, or nobody answers as expected."""
 
 
 class RendezvousError(SymmemError, RuntimeError):

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 import torch.distributed as dist
 
+from symmem import inspection
 from symmem.backends import descriptors as scm
 from symmem.backends.descriptors import Contribution, Received
 from symmem.backends.libc import duplicate, is_limit, limit_error
@@ -154,6 +155,11 @@ class Collective:
         self.told = False  # whether the other ranks know of the error that is on its way
 
     @property
+    def serial(self) -> int:
+        """How many rounds the group has had; the same on all ranks."""
+        return self.group._sequence
+
+    @property
     def passes_descriptors(self) -> bool:
         """See :attr:`symmem.backends.base.Collective.passes_descriptors`."""
         return self.group._passes_descriptors
@@ -179,6 +185,7 @@ class Group:
         arenas: Those of this group, by backend and device, in the order in which they were made.
         places: What requests to allocate have led to; see :mod:`symmem.tensor`.
         mapped: Segments of other groups' arenas whose tensors this group has rendezvoused.
+        process: The id of the one it was made in; a forked child is no rank.
         engines: What runs this group's collective operations, by device; see :mod:`symmem.ops.engines`.
     """
 
@@ -212,11 +219,15 @@ class Group:
         self.engines: dict[torch.device, Any] = {}
         self._sequence = 0
         self._lock = threading.RLock()  # of the rounds: held for a whole collective
-        self._under_way: str | None = None  # the operation of the thread that holds it
+        self._under_way: tuple[str, float, int] | None = None  # of the thread that holds it: operation, since when
+        self._waiting: tuple[str, int, float, float] | None = None  # round: step, number, since when, deadline
+        self._identity: str | None = None  # the same on all ranks once they have met, and no other group's
         self._unsaid: deque[tuple[str, BaseException]] = deque()  # what `fail` left to the holder of the lock
-        self._pid = os.getpid()
+        self.process = os.getpid()
         self._closed = False
         _groups.add(self)
+        if self.settings.inspection == "on":
+            inspection.begin()
 
     @classmethod
     def from_store(cls, rank: int, size: int, store: Store, name: str = "default") -> Group:
@@ -268,7 +279,7 @@ class Group:
             with self._lock:
                 self._check_usable(operation)  # it may have been closed while this thread waited
                 self._check_not_under_way(operation)
-                self._under_way = operation
+                self._under_way = operation, time.monotonic(), threading.get_ident()
                 try:
                     yield from self._collective(operation, timeout)
                 finally:
@@ -307,7 +318,7 @@ class Group:
         Does not wait for a collective of another thread: that thread tells the error once it is done. Nothing is
         done if the error came out of a collective of this group: then all ranks have it.
         """
-        if self._closed or os.getpid() != self._pid or getattr(error, "known_to", None) == self.name:
+        if self._closed or os.getpid() != self.process or getattr(error, "known_to", None) == self.name:
             return
         self._unsaid.append((operation, error))
         self._catch_up()
@@ -376,7 +387,11 @@ class Group:
         message = self._message(collective, f"{collective.operation}: {step}", [contribution])
         if self.size == 1:
             return Received([Contribution(contribution.payload, duplicate(contribution.descriptors))])
-        verdict = (self._lead if self.rank == 0 else self._follow)(message, collective)
+        self._waiting = message.step, message.sequence, time.monotonic(), message.deadline
+        try:
+            verdict = (self._lead if self.rank == 0 else self._follow)(message, collective)
+        finally:
+            self._waiting = None
         if verdict.error:
             verdict.close()
             raise _Agreed(from_wire(verdict.error))
@@ -509,7 +524,7 @@ class Group:
                 self._watch(self._exchange_own_process(collective))
                 # So that either all ranks have sockets from here on, or none has.
                 self._round(collective, "joined", Contribution(b""))
-            self._places = places
+            self._places, self._identity = places, cards[0]["welcome"]["address"]
             if self.rank == 0 and self._socket_wire is not None:
                 self._store_wire.forget(self._sequence)
 
@@ -583,10 +598,43 @@ class Group:
             )
         raise RendezvousError(f"file descriptors cannot pass between all ranks: {text}", hint=hint, peers=peers)
 
+    def status(self) -> dict[str, Any]:
+        """What this rank of the group is at, as plain data. Local; waits for nobody, whatever other threads hold.
+
+        Returns:
+            ``name``, ``identity`` (the same on all ranks once they have met), ``rank``, ``size``, ``closed``, ``wire``
+            (how the ranks meet: ``store`` or ``sockets``), ``rounds`` (how many this rank has begun), ``lost`` (ranks
+            whose process has ended), ``operation`` (the collective operation under way: ``name``, ``seconds``,
+            ``thread``; or None), ``round`` (where in it this rank waits: ``step``, ``number``, ``seconds``,
+            ``seconds_left``, ``waits_for``; or None). ``waits_for`` is what this rank knows of it: the followers wait
+            for rank 0, which gathers; and rank 0 knows whom it lacks, but over the store: then it is None.
+        """
+        now, under_way, waiting, wire = time.monotonic(), self._under_way, self._waiting, self._socket_wire
+        operation = round_ = None
+        if under_way is not None:
+            operation = {"name": under_way[0], "seconds": now - under_way[1], "thread": under_way[2]}
+        if waiting is not None:
+            step, number, began, deadline = waiting
+            known = [0] if self.rank else list(wire.awaited) if wire else None
+            round_ = {"step": step, "number": number, "seconds": now - began, "seconds_left": deadline - now}
+            round_["waits_for"] = known
+        return {
+            "name": self.name,
+            "identity": self._identity,
+            "rank": self.rank,
+            "size": self.size,
+            "closed": self._closed,
+            "wire": "sockets" if wire else "store",
+            "rounds": self._sequence,
+            "lost": list(self.lost()),
+            "operation": operation,
+            "round": round_,
+        }
+
     # Life.
 
     def _check_usable(self, operation: str) -> None:
-        if os.getpid() != self._pid:
+        if os.getpid() != self.process:
             raise ForkedError(
                 f"the group {self.name!r} was made before this process was forked",
                 hint="make a group in the child, or start workers with the 'spawn' method",
@@ -599,7 +647,7 @@ class Group:
     def _check_not_under_way(self, operation: str) -> None:
         if self._under_way is not None:
             raise GroupError(
-                f"{operation!r} was begun amid {self._under_way!r} of the same group, on the same thread",
+                f"{operation!r} was begun amid {self._under_way[0]!r} of the same group, on the same thread",
                 hint="make no collective call from a finalizer, a signal handler or another callback",
                 rank=self.rank,
                 group=self.name,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from symmem.backends.base import Allocation, Mapping, Signals
     from symmem.group import Group
     from symmem.layout import Layout
+    from symmem.record import Site
 
 __all__ = ["Block", "Piece", "block_at", "pieces", "record"]
 
@@ -31,6 +32,8 @@ class Block:
         layout: What was asked for; its offset counts from the beginning of the block, as all layouts do.
         offset: Bytes from the beginning of the allocation.
         nbytes: Bytes of the block; by default, of the whole allocation.
+        site: Where in the program it was allocated; of a part of an arena, the arena knows, and so for ``name``.
+        name: What the program calls it.
 
     Attributes:
         mappings: Every rank's memory, by the group that rendezvoused, the first one first.
@@ -47,13 +50,24 @@ class Block:
         "compared",
         "layout",
         "mappings",
+        "name",
         "nbytes",
         "offset",
         "process",
+        "site",
     )
 
-    def __init__(self, allocation: Allocation, layout: Layout, offset: int = 0, nbytes: int | None = None) -> None:
+    def __init__(
+        self,
+        allocation: Allocation,
+        layout: Layout,
+        offset: int = 0,
+        nbytes: int | None = None,
+        site: Site | None = None,
+        name: str | None = None,
+    ) -> None:
         self.allocation, self.layout, self.offset = allocation, layout, offset
+        self.site, self.name = site, name
         self.nbytes = allocation.nbytes if nbytes is None else nbytes
         # Both are replaced, never changed: blocks of an arena begin with the same ones.
         self.mappings: dict[Group, Mapping] = {}

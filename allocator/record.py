@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FrameType
 from typing import NamedTuple, TypeAlias
 
 from symmem.layout import Layout
 
-__all__ = ["Entry", "Record", "Site", "nbytes_of"]
+__all__ = ["NOWHERE", "PACKAGE", "TOOLS", "Entry", "Record", "Site", "caller", "nbytes_of"]
+
+PACKAGE, TOOLS = f"{__package__}.", f"{__package__}.tools."
+NOWHERE = (compile("", "<no caller>", "exec"), 0)
 
 
 class Site(NamedTuple):
@@ -29,6 +32,15 @@ class Site(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.code.co_filename}:{self.line} in {self.code.co_name}"
+
+
+def caller(frame: FrameType | None) -> Site:
+    """The first frame from ``frame`` outwards that is not of symmem, but for its tools."""
+    while frame is not None and (module := frame.f_globals.get("__name__", "")).startswith(PACKAGE):
+        if module.startswith(TOOLS):
+            break
+        frame = frame.f_back
+    return Site(frame.f_code, frame.f_lasti) if frame is not None else Site(*NOWHERE)
 
 
 class Record(NamedTuple):

@@ -67,6 +67,7 @@ def rendezvous(block: Block, layout: Layout, group: Group, timeout: float | None
             # A rank that failed after all had agreed is alone without a mapping: then all map anew.
             if mapping is None or not all(each["mapped"] for each in cards):
                 mapping = allocation.backend.rendezvous(allocation, collective)
+                mapping.serial = collective.serial
             pads = _pads(block, group, collective, [each["dropped"] for each in cards])
         meeting.settle()
     block.enter(group, mapping, pads)

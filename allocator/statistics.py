@@ -22,7 +22,7 @@ from symmem.version import VERSION
 if TYPE_CHECKING:
     from symmem.layout import Layout
 
-__all__ = ["memory_snapshot", "memory_stats"]
+__all__ = ["figures", "layout_of", "memory_snapshot", "memory_stats", "outside_of_arenas", "quiet"]
 
 _PATIENCE = 0.1  # seconds
 
@@ -41,7 +41,7 @@ def memory_stats(group: GroupLike = None) -> dict[str, int | float]:
         ``allocations``, ``reclaims`` (blocks that came free), ``collections`` (meetings at which they did) and
         ``growths``.
     """
-    return _stats(list(resolve_group(group).arenas.values()))
+    return figures(list(resolve_group(group).arenas.values()))
 
 
 def memory_snapshot() -> dict[str, Any]:
@@ -60,25 +60,26 @@ def memory_snapshot() -> dict[str, Any]:
         "pid": os.getpid(),
         "arenas": [_arena(arena) for group in known_groups() for arena in list(group.arenas.values())],
         "graphs": {str(number): blocks for number, blocks in capture.kept().items()},
-        "tensors": [_tensor(piece) for piece in pieces() if isinstance(piece, Block)],
+        "tensors": outside_of_arenas(),
     }
 
 
 @contextlib.contextmanager
-def _quiet(arena: Arena) -> Iterator[bool]:
+def quiet(arena: Arena) -> Iterator[bool]:
     """Keep the arena from changing; False if it is in the middle of a meeting, which may take long."""
-    quiet = arena.lock.acquire(timeout=_PATIENCE)
+    held = arena.lock.acquire(timeout=_PATIENCE)
     try:
-        yield quiet
+        yield held
     finally:
-        if quiet:
+        if held:
             arena.lock.release()
 
 
-def _stats(arenas: Sequence[Arena]) -> dict[str, int | float]:
+def figures(arenas: Sequence[Arena]) -> dict[str, int | float]:
+    """What :func:`memory_stats` says, of these."""
     for arena in arenas:
-        with _quiet(arena) as quiet:
-            if quiet:
+        with quiet(arena) as held:
+            if held:
                 arena.look()
     segments = [segment for arena in arenas for segment in arena.segments]
     stats: dict[str, int | float] = {
@@ -103,8 +104,8 @@ def _stats(arenas: Sequence[Arena]) -> dict[str, int | float]:
 
 
 def _arena(arena: Arena) -> dict[str, Any]:
-    with _quiet(arena) as quiet:
-        stats = _stats([arena])
+    with quiet(arena) as held:
+        stats = figures([arena])
         agreed = set(arena.agreed)
         gone = {*arena.quarantine, *arena.agreed}
         live: Counter[str] = Counter()
@@ -125,11 +126,11 @@ def _arena(arena: Arena) -> dict[str, Any]:
                 {
                     "index": segment.index,
                     "nbytes": segment.nbytes,
-                    "blocks": list(_blocks(arena, segment, agreed)) if quiet else [],
+                    "blocks": list(_blocks(arena, segment, agreed)) if held else [],
                 }
                 for segment in arena.segments
             ],
-            "meeting": not quiet,
+            "meeting": not held,
             "sites": [
                 {"site": site, "live_bytes": nbytes, "live_blocks": blocks[site]} for site, nbytes in live.most_common()
             ],
@@ -152,7 +153,7 @@ def _blocks(arena: Arena, segment: Segment, agreed: set[int]) -> Iterator[dict[s
                 "offset": offset,
                 "nbytes": nbytes,
                 "state": "quarantined" if slot in arena.quarantine else "live",
-                **_layout(record.layout),
+                **layout_of(record.layout),
                 "site": str(record.site),
                 "name": record.name,
                 "groups": [group.name for group in block.mappings] if block else [],
@@ -191,15 +192,24 @@ def _events(arena: Arena) -> list[dict[str, Any]]:
     return sorted(allocations + others + changes, key=lambda event: event["time"])
 
 
+def outside_of_arenas() -> list[dict[str, Any]]:
+    """The tensors of this process that have memory of their own."""
+    blocks = (piece for piece in pieces() if isinstance(piece, Block))
+    return [_tensor(block) for block in blocks if block.process == os.getpid()]
+
+
 def _tensor(block: Block) -> dict[str, Any]:
     return {
+        "name": block.name,
+        "site": str(block.site) if block.site else None,
         "backend": block.allocation.backend.name,
         "device": str(block.allocation.device),
         "nbytes": block.nbytes,
-        **_layout(block.layout),
+        **layout_of(block.layout),
         "groups": [group.name for group in block.mappings],
     }
 
 
-def _layout(layout: Layout) -> dict[str, Any]:
+def layout_of(layout: Layout) -> dict[str, Any]:
+    """Shape and dtype as plain data."""
     return {"shape": list(layout.sizes), "dtype": str(layout.dtype).removeprefix("torch.")}

@@ -29,6 +29,7 @@ from symmem.errors import (
 from symmem.group import Group, GroupLike, check_timeout, default_group, resolve_group
 from symmem.layout import Layout, integer
 from symmem.live import Block, block_at, record
+from symmem.record import caller
 from symmem.rendezvous import rendezvous
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ class SymmetricTensor:
                 if place.device.type == "cuda" and capture.is_capturing(place.device):
                     capture.keep(block)
             else:
-                block = Block(place.backend.allocate(layout.nbytes, place.device, known), layout)
+                allocation = place.backend.allocate(layout.nbytes, place.device, known)
+                block = Block(allocation, layout, site=caller(sys._getframe(1)), name=name)
                 record(block)
         except Exception as error:
             # What came out of a collective (an arena that grows; some backends allocate together), all ranks know.

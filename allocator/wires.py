@@ -312,6 +312,7 @@ class SocketWire:
         self._closing.atexit = False
         self._inbox: dict[int, deque[Message]] = {peer: deque() for peer in peers}
         self._gone: set[int] = set()
+        self.awaited: tuple[int, ...] = ()  # at the leader: whose message of this round has not come
         self._heard: Message | None = None  # the last verdict, without its contributions
         self._poll = select.poll()
         self._at: dict[int, int] = {}
@@ -341,7 +342,7 @@ class SocketWire:
             looked = False
             while True:
                 deadline = min([deadline, *self._take(sequence, messages)])
-                missing = tuple(peer for peer in self._peers if peer not in messages)
+                self.awaited = missing = tuple(peer for peer in self._peers if peer not in messages)
                 if any(message.error for message in messages.values()) or (looked and not missing):
                     return messages
                 if gone := tuple(peer for peer in missing if peer in self._gone):

@@ -204,7 +204,12 @@ class Mapping:
         group: The group that met.
         device: Where tensors over the memory lie.
         pointers: Each rank's first byte in this rank's address space; 0 where it is not load/store reachable.
+
+    Attributes:
+        serial: Which of the group's rendezvous made it; the same on all ranks.
     """
+
+    serial = 0
 
     def __init__(self, backend: Backend, group: Group, device: torch.device, pointers: Sequence[int]) -> None:
         self.backend = backend

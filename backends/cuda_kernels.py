@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from symmem.backends.base import SIGNAL_CHANNELS
 
-__all__ = ["BAD_CHANNEL", "OPERATIONS", "SOURCE", "pad_words"]
+__all__ = ["BAD_CHANNEL", "OPERATIONS", "SOURCE", "memory_access", "pad_words"]
 
 OPERATIONS = ("barrier", "put_signal", "wait_signal")
 """Names of the kernels; the first is Operation 1 in the status that a kernel leaves."""
@@ -38,6 +38,36 @@ BAD_CHANNEL = 4
 def pad_words(world: int) -> int:
     """Words of a pad in a group of ``world`` ranks."""
     return SIGNAL_CHANNELS * (2 * world + 1)
+
+
+def memory_access(bits: int) -> str:
+    """Source of what kernels load and store other ranks' words of 32 or 64 bits with, at system scope, and a fence."""
+    register = {32: "r", 64: "l"}[bits]
+    return (
+        (
+            r"""
+__device__ __forceinline__ uBITS load_relaxed(const uBITS *word) {
+  uBITS value;
+  asm volatile("ld.relaxed.sys.global.uBITS %0, [%1];" : "=REGISTER"(value) : "l"(word) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uBITS load_acquire(const uBITS *word) {
+  uBITS value;
+  asm volatile("ld.acquire.sys.global.uBITS %0, [%1];" : "=REGISTER"(value) : "l"(word) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_relaxed(uBITS *word, uBITS value) {
+  asm volatile("st.relaxed.sys.global.uBITS [%0], %1;" : : "l"(word), "REGISTER"(value) : "memory");
+}
+
+__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.sys;" : : : "memory"); }
+"""
+        )
+        .replace("uBITS", f"u{bits}")
+        .replace("REGISTER", register)
+    )
 
 
 SOURCE = (
@@ -65,24 +95,9 @@ __device__ __forceinline__ u32 swap_release(u32 *word, u32 expected, u32 value) 
   return old;
 }
 
-__device__ __forceinline__ u32 load_acquire(const u32 *word) {
-  u32 value;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ u32 load(const u32 *word) {
-  u32 value;
-  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.sys;" : : : "memory"); }
-
-__device__ __forceinline__ void store(u32 *word, u32 value) {
-  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" : : "l"(word), "r"(value) : "memory");
-}
-
+"""
+    + memory_access(32)
+    + r"""
 // Called now and then, with 0 at first, when the clock starts; returns the deadline.
 __device__ __noinline__ u64 give_up_when_late(const Call &call, u32 operation, u32 peer, u64 deadline) {
   u64 now;
@@ -109,7 +124,7 @@ __device__ __forceinline__ void take(const Call &call, u32 operation, u32 peer) 
   u64 deadline = 0;
   for (u32 spins = 1; load_acquire(flag) == 0; ++spins)
     if (spins % SPINS == 0) deadline = give_up_when_late(call, operation, peer, deadline);
-  store(flag, 0);  // the word is the receiver's as long as it is 1: nobody else writes it
+  store_relaxed(flag, 0);  // the word is the receiver's as long as it is 1: nobody else writes it
 }
 
 __device__ __forceinline__ u32 *arrived(const Call &call, u32 at, u32 source) {
@@ -119,17 +134,17 @@ __device__ __forceinline__ u32 *arrived(const Call &call, u32 at, u32 source) {
 // A thread for each rank. The fence does not wait for the turn to be loaded, nor the load for the fence.
 extern "C" __global__ void barrier(const __grid_constant__ Call call) {
   u32 *turns = call.pads[call.rank] + 2 * CHANNELS * WORLD + call.channel;
-  const u32 turn = load(turns) + 1;
+  const u32 turn = load_relaxed(turns) + 1;
   const u32 peer = threadIdx.x;
   if (peer < WORLD && peer != call.rank) {
     fence();
-    store(arrived(call, peer, call.rank), turn);
+    store_relaxed(arrived(call, peer, call.rank), turn);
     u64 deadline = 0;
     for (u32 spins = 1; int(load_acquire(arrived(call, call.rank, peer)) - turn) < 0; ++spins)
       if (spins % SPINS == 0) deadline = give_up_when_late(call, BARRIER, peer, deadline);
   }
   __syncthreads();  // all have loaded the turn before it changes
-  if (peer == 0) store(turns, turn);
+  if (peer == 0) store_relaxed(turns, turn);
 }
 
 extern "C" __global__ void put_signal(const __grid_constant__ Call call) { put(call, PUT, call.peer); }

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from symmem.config.machine import peer_of
 from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError, ResourceLimitError
 
 __all__ = ["Contribution", "Listener", "Received", "Welcome", "connect", "receive", "send"]
@@ -184,12 +185,6 @@ def _close_sockets(sockets: Iterable[socket.socket]) -> None:
         sock.close()
 
 
-def _peer(sock: socket.socket) -> tuple[int, int]:
-    """The process and user at the other end (SO_PEERCRED)."""
-    pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid, uid
-
-
 @dataclass(frozen=True)
 class Welcome:
     """Where a leader listens and what proves membership; it travels over the group's store, nowhere else."""
@@ -237,7 +232,7 @@ class Listener:
                 sock = self._socket.accept()[0]
                 rank = self._identify(sock)
                 if rank is None or rank in members:
-                    log.warning("refused a connection of process %d: it is not a rank of this group", _peer(sock)[0])
+                    log.warning("refused a connection of process %d: it is not a rank of this group", peer_of(sock)[0])
                     sock.close()
                 else:
                     members[rank] = sock
@@ -256,7 +251,7 @@ class Listener:
 
     def _identify(self, sock: socket.socket) -> int | None:
         """The rank at the other end, once it is shown to be one; tells it so."""
-        if _peer(sock)[1] != os.getuid():
+        if peer_of(sock)[1] != os.getuid():
             return None
         sock.setblocking(False)
         try:
@@ -285,7 +280,7 @@ def connect(welcome: Welcome, rank: int, deadline: float) -> socket.socket:
     try:
         sock.settimeout(_remaining(deadline))
         sock.connect("\0" + welcome.address)
-        uid = _peer(sock)[1]
+        uid = peer_of(sock)[1]
         if uid != os.getuid():
             raise RendezvousError(
                 f"the socket of rank 0 belongs to user {uid}, this process runs as user {os.getuid()}",

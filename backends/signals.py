@@ -18,12 +18,14 @@ clearing, so that a rank may run into the next barrier while others still read t
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
 
 from symmem.backends.base import SIGNAL_CHANNELS, Group
 from symmem.backends.libc import fence, futex_wait, futex_wake
+from symmem.backends.waits import Wait, forget, note
 from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError
 
 __all__ = ["SharedSignals"]
@@ -40,11 +42,14 @@ class SharedSignals:
         group: For its rank, size, name, and which ranks are lost.
         pads: Address of each rank's pad.
         owner: Kept alive, since it keeps the pads mapped.
+        purpose: Says what a wait is part of, if that is more than a signal.
     """
 
-    def __init__(self, group: Group, pads: Sequence[int], owner: object) -> None:
+    def __init__(
+        self, group: Group, pads: Sequence[int], owner: object, purpose: Callable[[], str] | None = None
+    ) -> None:
         self._group = group
-        self._owner = owner
+        self._owner, self._purpose = owner, purpose
         self._rank, size = group.rank, group.size
         words = SIGNAL_CHANNELS * (size + 2)
         self._pads = tuple(pads)
@@ -153,14 +158,30 @@ class SharedSignals:
             if ready(words[at]):
                 return
             os.sched_yield()  # the awaited rank may have to run on this very processor
-        while not ready(word := words[at]):
-            if channel is not None:
-                self._check_abandoned(peer, channel)
-            lost = self._group.lost()
-            remaining = deadline - time.monotonic()
-            if (peer in lost or remaining <= 0) and not ready(words[at]):
-                raise self._error(peer, step, lost)
-            futex_wait(self._pads[pad] + 4 * at, word, min(_NAP, max(remaining, 0.0)))
+        wait: Wait | None = None
+        try:
+            while not ready(word := words[at]):
+                if channel is not None:
+                    self._check_abandoned(peer, channel)
+                lost = self._group.lost()
+                remaining = deadline - time.monotonic()
+                if (peer in lost or remaining <= 0) and not ready(words[at]):
+                    raise self._error(peer, step, lost)
+                futex_wait(self._pads[pad] + 4 * at, word, min(_NAP, max(remaining, 0.0)))
+                if wait is None:  # not before, so that what is quick costs nothing
+                    missing = functools.partial(self._missing, peer, channel)
+                    wait = note(self._group, self._purpose() if self._purpose else step, missing, deadline)
+        finally:
+            if wait is not None:
+                forget(wait)
+
+    def _missing(self, peer: int, channel: int | None) -> tuple[int, ...]:
+        """Whom a wait for ``peer`` is for: if it is in a barrier, for all that have not come to it."""
+        if channel is None:
+            return (peer,)
+        at = self._arrived + channel
+        target = self._words[self._rank][at]
+        return tuple(sorted(peer for peer in self._peers if (self._words[peer][at] - target) & 0x80000000))
 
     def _error(self, peer: int, step: str, lost: tuple[int, ...]) -> PeerLostError | PeerTimeoutError:
         error: PeerLostError | PeerTimeoutError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -15,13 +16,17 @@ __all__ = [
     "BACKENDS",
     "BACKEND_ORDER",
     "CHECK",
+    "COLLECTIVE_CHECK",
     "DURATION",
     "FACTOR",
+    "INSPECTION",
     "MAX_SECONDS",
     "MULTICAST",
+    "REPORT",
     "SIZE",
     "SYMMETRIC_ARGUMENTS",
     "installed_backends",
+    "one",
 ]
 
 T = TypeVar("T")
@@ -54,8 +59,8 @@ def installed_backends() -> tuple[str, ...]:
     return tuple(sorted({entry.name for entry in entry_points(group=_ENTRY_POINTS)} - set(BACKENDS)))
 
 
-def _one(parse: Callable[[object], T], values: str) -> Callable[[Sequence[object]], T]:
-    """A parser of exactly one item."""
+def one(parse: Callable[[object], T], values: str) -> Callable[[Sequence[object]], T]:
+    """A parser of exactly one item: ``parse`` of it; ``values`` says what may be written."""
 
     def parse_items(items: Sequence[object]) -> T:
         if len(items) == 1:
@@ -86,6 +91,7 @@ def _split(
 
 _SIZE_VALUES = "a size in bytes, such as 67108864, 64MiB or 2GiB"
 _DURATION_VALUES = "a time in seconds, such as 90, 90s, 500ms, 5m or 1h"
+_REPORT_VALUES = "off, or the path of a file"
 _FACTOR_VALUES = f"a factor from 1 to {_MAX_FACTOR}"
 
 
@@ -154,7 +160,7 @@ def _choice(*choices: str) -> Kind[str]:
         raise InvalidValue(f"unknown value {shown(value)}", advise(word, choices))
 
     values = " or ".join(choices)
-    return Kind(_one(parse, values), str, values)
+    return Kind(one(parse, values), str, values)
 
 
 def _check_backend(name: object, item: int) -> str:
@@ -184,18 +190,18 @@ def _parse_backends(items: Sequence[object]) -> tuple[str, ...]:
     return names
 
 
-SIZE: Kind[int] = Kind(_one(_parse_size, _SIZE_VALUES), _format_size, _SIZE_VALUES, "bytes")
+SIZE: Kind[int] = Kind(one(_parse_size, _SIZE_VALUES), _format_size, _SIZE_VALUES, "bytes")
 """A number of bytes, 1 to 2**63 - 1; in text with a unit B, KiB, MiB, GiB or TiB."""
 
 DURATION: Kind[float] = Kind(
-    _one(_parse_duration, _DURATION_VALUES),
+    one(_parse_duration, _DURATION_VALUES),
     lambda seconds: f"{_format_number(seconds)}s",
     _DURATION_VALUES,
     "seconds",
 )
 """A time in seconds, more than 0 and at most 24 days; in text with a unit ms, s, m or h."""
 
-FACTOR: Kind[float] = Kind(_one(_parse_factor, _FACTOR_VALUES), _format_number, _FACTOR_VALUES, "factor")
+FACTOR: Kind[float] = Kind(one(_parse_factor, _FACTOR_VALUES), _format_number, _FACTOR_VALUES, "factor")
 """A factor by which something grows."""
 
 MULTICAST = _choice("auto", "off")
@@ -203,6 +209,29 @@ MULTICAST = _choice("auto", "off")
 
 CHECK = _choice("meeting", "each")
 """When something is compared among ranks."""
+
+COLLECTIVE_CHECK = _choice("off", "each")
+"""Whether ranks compare the arguments of collective operations."""
+
+INSPECTION = _choice("on", "off")
+"""Whether a process tells what its ranks do."""
+
+
+def _parse_report(value: object) -> str:
+    """``off``, or the absolute path of a file that can be made."""
+    if not isinstance(value, str) or not value:
+        raise InvalidValue(f"expected {_REPORT_VALUES}, got {shown(value)}", "write the path of a file, or off")
+    if value == "off":
+        return value
+    path = os.path.abspath(os.path.expanduser(value))
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path)):
+        why = "is a folder" if os.path.isdir(path) else "lies in a folder that does not exist"
+        raise InvalidValue(f"{shown(value)} {why}", "name a file in a folder that exists")
+    return path
+
+
+REPORT: Kind[str] = Kind(one(_parse_report, _REPORT_VALUES), str, _REPORT_VALUES)
+"""Where to write what the compiler did: an absolute path, or ``off``."""
 
 SYMMETRIC_ARGUMENTS = _choice("error", "copy", "off")
 """What becomes of an argument that should be symmetric memory and is not."""

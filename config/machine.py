@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["gpu_model", "multicast_blocker"]
+__all__ = ["gpu_model", "multicast_blocker", "peer_of"]
 
 
 def multicast_blocker(environ: Mapping[str, str] | None = None) -> str | None:
@@ -36,3 +38,9 @@ def gpu_model(root: str = "/proc/driver/nvidia/gpus") -> str | None:
             if label.strip() == "Model" and model.strip():
                 return model.strip()
     return None
+
+
+def peer_of(sock: socket.socket) -> tuple[int, int]:
+    """The process and user at the other end of a unix socket (SO_PEERCRED)."""
+    pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid

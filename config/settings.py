@@ -14,8 +14,21 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from symmem.config.algorithms import ALGORITHMS, BUILT_IN
 from symmem.config.cluster import Cluster, parse_cluster, read_file
-from symmem.config.kinds import AUTO, BACKEND_ORDER, CHECK, DURATION, FACTOR, MULTICAST, SIZE, SYMMETRIC_ARGUMENTS
+from symmem.config.kinds import (
+    AUTO,
+    BACKEND_ORDER,
+    CHECK,
+    COLLECTIVE_CHECK,
+    DURATION,
+    FACTOR,
+    INSPECTION,
+    MULTICAST,
+    REPORT,
+    SIZE,
+    SYMMETRIC_ARGUMENTS,
+)
 from symmem.config.machine import gpu_model, multicast_blocker
 from symmem.config.options import Option, find_option, parse_options, place_of
 from symmem.config.values import Found, Kind, advise, read
@@ -59,6 +72,10 @@ class Settings:
         arena_limit: Bytes on each rank.
         allocation_check: ``"meeting"`` or ``"each"``.
         symmetric_arguments: ``"error"``, ``"copy"`` or ``"off"``.
+        collective_check: ``"off"`` or ``"each"``.
+        algorithms: ``"built-in"``, or the absolute path of a table of algorithms.
+        compile_report: ``"off"``, or the absolute path of a file.
+        inspection: ``"on"`` or ``"off"``: then nobody can ask what this rank of the group does.
         origins: For each setting, the text that says where its value came from.
     """
 
@@ -85,6 +102,20 @@ class Settings:
         SYMMETRIC_ARGUMENTS,
         "error",
         "What happens where an op that is checked gets plain memory for an argument that is registered as symmetric.",
+    )
+    collective_check: str = _declare(
+        COLLECTIVE_CHECK,
+        "off",
+        "Whether ranks compare operation, shape and dtype before each collective operation; for finding mistakes.",
+    )
+    algorithms: str = _declare(
+        ALGORITHMS, BUILT_IN, "Which kernels run collective operations on CUDA; `symmem tune` writes such a table."
+    )
+    compile_report: str = _declare(
+        REPORT, "off", "Where each rank appends what torch.compile did with registered arguments, as JSON lines."
+    )
+    inspection: str = _declare(
+        INSPECTION, "on", "Whether `symmem top`, `inspect` and `dump` of the same user can see what each rank does."
     )
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 

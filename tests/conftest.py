@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from symmem import inspection
 from symmem.config import BACKENDS
 from symmem.tools.ranks import RankPool
 
@@ -41,6 +44,21 @@ class Pools:
     def close(self) -> None:
         for pool in self._pools.values():
             pool.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_sockets() -> Iterator[None]:
+    """What tests start is inspected by tests alone. The socket of this process stays as long as it does."""
+    with tempfile.TemporaryDirectory(prefix="symmem-tests-") as folder:
+        before = os.environ.get("XDG_RUNTIME_DIR")
+        os.environ["XDG_RUNTIME_DIR"] = folder
+        inspection.begin()
+        yield
+        inspection.end()
+        if before is None:
+            del os.environ["XDG_RUNTIME_DIR"]
+        else:
+            os.environ["XDG_RUNTIME_DIR"] = before
 
 
 @pytest.fixture(scope="session")

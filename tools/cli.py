@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from symmem.errors import SymmemError
-from symmem.tools import config_command, ops_command
+from symmem.tools import config_command, live_command, ops_command, tune_command
+from symmem.tools.bench import command as bench_command
+from symmem.tools.numbers import positive
 from symmem.tools.outcomes import RanksFailedError
 from symmem.version import VERSION
 
 __all__ = ["main"]
-
-_PEERS = ("cuda", "nvshmem", "nccl")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,51 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.set_defaults(run=_doctor)
 
     demo = commands.add_parser("demo", help="let several processes share memory, and check what they see")
-    demo.add_argument("--ranks", type=_positive, default=4, metavar="N", help="number of processes (default 4)")
+    demo.add_argument("--ranks", type=positive, default=4, metavar="N", help="number of processes (default 4)")
     demo.add_argument("--backend", metavar="NAME", help="backend (default: the configuration's)")
     demo.add_argument("--json", action="store_true", help="print JSON")
     demo.set_defaults(run=_demo)
 
-    bench = commands.add_parser("bench", help="measure, beside a peer in the same run")
-    suites = bench.add_subparsers(title="suites", metavar="SUITE", required=True)
-    host = suites.add_parser("host", help="host shared memory beside gloo and a local copy")
-    host.add_argument("--ranks", type=_positive, nargs="+", default=[2, 4], metavar="N", help="world sizes (2 4)")
-    host.add_argument("--json", action="store_true", help="print one JSON object a figure and line")
-    host.set_defaults(run=_bench_host)
-
-    alloc = suites.add_parser("alloc", help="allocation in a warm arena, reclaiming, and what a long run leaves")
-    alloc.add_argument("--backend", default="host", metavar="NAME", help="ours (host)")
-    alloc.add_argument("--peers", nargs="*", choices=_PEERS, default=(), metavar="NAME", help="cuda nvshmem nccl")
-    alloc.add_argument("--ranks", type=_positive, nargs="+", default=[2, 4], metavar="N", help="world sizes (2 4)")
-    alloc.add_argument("--pairs", type=_positive, default=1_000_000, metavar="N", help="of the long run (1000000)")
-    alloc.add_argument("--json", action="store_true", help="print one JSON object a figure and line")
-    alloc.set_defaults(run=_bench_alloc)
-
-    gpu = suites.add_parser("gpu", help="one backend beside torch's transports, on all GPUs of this machine")
-    gpu.add_argument("--backend", default="native", metavar="NAME", help="ours (native)")
-    gpu.add_argument("--peers", nargs="+", choices=_PEERS, default=_PEERS, metavar="NAME", help="cuda nvshmem nccl")
-    gpu.add_argument("--ranks", type=_positive, metavar="N", help="number of ranks (default: all GPUs)")
-    gpu.add_argument("--json", action="store_true", help="print one JSON object a figure and line")
-    gpu.set_defaults(run=_bench_gpu)
-
-    collectives = suites.add_parser("collectives", help="the collective operators on the CPU beside gloo's")
-    worlds = "world sizes (2 4)"
-    collectives.add_argument("--ranks", type=_positive, nargs="+", default=[2, 4], metavar="N", help=worlds)
-    collectives.add_argument("--json", action="store_true", help="print one JSON object a figure and line")
-    collectives.set_defaults(run=_bench_collectives)
-
-    scale = suites.add_parser("scale", help="what the groups of a large job ask of its store, counted")
-    scale.add_argument("--ranks", type=_positive, default=10_000, metavar="N", help="of the job (10000)")
-    scale.add_argument("--group-size", type=_positive, default=72, metavar="M", help="ranks of a group (72)")
-    scale.add_argument("--report", type=Path, metavar="PATH", help="write a report in Markdown there")
-    scale.add_argument("--json", action="store_true", help="print one JSON object a figure and line")
-    scale.set_defaults(run=_bench_scale)
+    bench_command.add_parser(commands)
 
     validate = commands.add_parser("validate", help="run conformance suite, examples and figures, and write a report")
     names = "comma-separated, or all"
     validate.add_argument("--backends", type=_some_names, default=["all"], metavar="NAMES", help=names)
     validate.add_argument("--require", type=_names, default=[], metavar="NAMES", help="whose skips are failures")
-    validate.add_argument("--ranks", type=_positive, metavar="N", help="number of ranks (default: GPUs, else 4)")
+    validate.add_argument("--ranks", type=positive, metavar="N", help="number of ranks (default: GPUs, else 4)")
     validate.add_argument("--report", type=Path, metavar="DIR", help="write validation-N.md and .json there")
     validate.add_argument("--no-figures", action="store_true", help="only the conformance suite and the examples")
     folder = "where the example programs are (examples)"
@@ -104,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config_command.add_parser(commands)
     ops_command.add_parser(commands)
+    tune_command.add_parser(commands)
+    live_command.add_parsers(commands)
 
     args = parser.parse_args(argv)
     try:
@@ -119,12 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
         return 128 + signal.SIGPIPE
-
-
-def _positive(text: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
 
 
 def _names(text: str) -> list[str]:
@@ -147,38 +110,6 @@ def _demo(args: argparse.Namespace) -> int:
     from symmem.tools import demo
 
     return demo.run(args.ranks, args.backend, as_json=args.json)
-
-
-def _bench_host(args: argparse.Namespace) -> int:
-    from symmem.tools.bench import host
-
-    return host.run(args.ranks, as_json=args.json)
-
-
-def _bench_alloc(args: argparse.Namespace) -> int:
-    from symmem.tools.bench import alloc
-
-    return alloc.run(args.backend, args.peers, args.ranks, pairs=args.pairs, as_json=args.json)
-
-
-def _bench_gpu(args: argparse.Namespace) -> int:
-    import torch
-
-    from symmem.tools.bench import gpu
-
-    return gpu.run(args.backend, args.peers, args.ranks or torch.cuda.device_count(), as_json=args.json)
-
-
-def _bench_collectives(args: argparse.Namespace) -> int:
-    from symmem.tools.bench import collectives
-
-    return collectives.run(args.ranks, as_json=args.json)
-
-
-def _bench_scale(args: argparse.Namespace) -> int:
-    from symmem.tools.bench import scale
-
-    return scale.run(args.ranks, args.group_size, args.report, as_json=args.json)
 
 
 def _validate(args: argparse.Namespace) -> int:

@@ -2,53 +2,22 @@
 
 Chosen by measuring on 2 and 4 H200s with NVLink (NV18), no multicast; for more ranks, from the traffic that a kernel
 makes. A kernel over landing zones (see :mod:`symmem.ops.cuda_kernels`) costs one way over the links, or two, beside the
-traffic; one that meets, two or more ways and fences, but nothing is stored twice.
+traffic; one that meets, two or more ways and fences, but nothing is stored twice. The setting ``algorithms`` names a
+file with other rows, as `symmem tune` measures them.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = [
-    "ALL_REDUCE",
-    "BLOCKS",
-    "MOVE",
-    "REDUCE_SCATTER",
-    "Choice",
-    "Row",
-    "choose",
-    "choose_move",
-    "choose_reduce_scatter",
-    "grid",
-    "symmetric_beyond",
-]
+from symmem.config.algorithms import BUILT_IN, MOST_BLOCKS, Row, read_algorithms
 
-BLOCKS = 256
+__all__ = ["BLOCKS", "OPERATIONS", "Choice", "Row", "Table", "built_in", "grid", "table_for"]
+
+BLOCKS = MOST_BLOCKS
 """Most blocks of any kernel."""
-
-_UNIT = 16
-
-
-class Row(NamedTuple):
-    """One line of a table.
-
-    Attributes:
-        world: Most ranks that it is for.
-        nbytes: Most bytes that it is for; None for any number.
-        kernel: Name of the kernel.
-        threads: In a block.
-        blocks: At most.
-        symmetric: Whether it is only for tensors that lie in symmetric memory, all of them.
-        nap: Nanoseconds between two looks of a thread at a landing zone.
-    """
-
-    world: int
-    nbytes: int | None
-    kernel: str
-    threads: int
-    blocks: int
-    symmetric: bool = False
-    nap: int = 0
 
 
 class Choice(NamedTuple):
@@ -62,7 +31,7 @@ class Choice(NamedTuple):
 
 _Ki, _Mi, _MANY = 1 << 10, 1 << 20, 1 << 30
 
-ALL_REDUCE = (
+_ALL_REDUCE = (
     Row(2, 256 * _Ki, "one_shot", 128, 128),
     Row(2, 512 * _Ki, "one_shot", 256, 128),
     Row(2, 2 * _Mi, "one_shot", 512, 128),
@@ -84,15 +53,15 @@ ALL_REDUCE = (
     Row(_MANY, None, "direct", 512, 64, symmetric=True),
     Row(_MANY, None, "two_shot", 512, 128),
 )
-"""For all-reduce, by bytes of the tensor. The first row that fits counts."""
+"""For all-reduce, by bytes of the tensor."""
 
-REDUCE_SCATTER = (
+_REDUCE_SCATTER = (
     Row(_MANY, 256 * _Ki, "reduce_scatter", 128, 128),
     Row(_MANY, None, "reduce_scatter", 512, 128),
 )
 """For reduce-scatter, by bytes of the result."""
 
-MOVE = (
+_MOVE = (
     Row(2, 512 * _Ki, "exchange", 256, 128),
     Row(4, 256 * _Ki, "exchange", 256, 128),
     Row(8, 128 * _Ki, "exchange", 256, 128),
@@ -102,41 +71,85 @@ MOVE = (
 """For what only moves bytes, by bytes of what one rank gives to another."""
 
 
-def choose(nbytes: int, world: int, symmetric: bool = False) -> Choice:
-    """What runs an all-reduce.
+OPERATIONS = {"all_reduce": _ALL_REDUCE, "reduce_scatter": _REDUCE_SCATTER, "move": _MOVE}
+"""What a table is about, and the rows for all numbers of ranks."""
+
+
+class Table(NamedTuple):
+    """What runs the operations of groups of one size. Of the rows, the first that fits counts."""
+
+    all_reduce: tuple[Row, ...]
+    reduce_scatter: tuple[Row, ...]
+    move: tuple[Row, ...]
+
+    def choose(self, nbytes: int, symmetric: bool = False) -> Choice:
+        """What runs an all-reduce.
+
+        Args:
+            nbytes: Bytes of the tensor.
+            symmetric: Whether source and result lie in symmetric memory, at addresses that are multiples of 16.
+        """
+        return _first(self.all_reduce, nbytes, symmetric)
+
+    def choose_reduce_scatter(self, nbytes: int) -> Choice:
+        """What runs a reduce-scatter with a result of so many bytes."""
+        return _first(self.reduce_scatter, nbytes)
+
+    def choose_move(self, nbytes: int) -> Choice:
+        """What moves ``nbytes`` from each rank to each other one."""
+        return _first(self.move, nbytes)
+
+    def symmetric_beyond(self) -> int | None:
+        """The most bytes of an all-reduce for which it does not matter where its tensors lie; None if it never does."""
+        most = 0
+        for row in self.all_reduce:
+            if row.symmetric:
+                return most
+            if row.nbytes is not None:
+                most = row.nbytes
+        return None
+
+    def fingerprint(self) -> str:
+        """The same for tables that choose alike, and for no others."""
+        return hashlib.sha256(repr([[row[1:] for row in rows] for rows in self]).encode()).hexdigest()[:16]
+
+
+def built_in(world: int) -> Table:
+    """The table of this module for groups of so many ranks."""
+    return Table(*(_rows_for(world, rows) for rows in OPERATIONS.values()))
+
+
+def _rows_for(world: int, rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Those of the rows that can count for so many ranks."""
+    found: list[Row] = []
+    for row in rows:
+        if world <= row.world and not (found and row.nbytes is not None and row.nbytes <= (found[-1].nbytes or 0)):
+            found.append(row)
+            if row.nbytes is None and not row.symmetric:
+                break
+    return tuple(found)
+
+
+def table_for(world: int, file: str = BUILT_IN) -> Table:
+    """The table of this module with, in their place, the rows that a file has for so many ranks.
 
     Args:
-        nbytes: Bytes of the tensor.
-        world: Ranks.
-        symmetric: Whether source and result lie in symmetric memory, at addresses that are multiples of 16.
+        world: Ranks of the group.
+        file: The setting ``algorithms``.
+
+    Raises:
+        ConfigError: See :func:`symmem.config.algorithms.read_algorithms`.
     """
-    return _first(ALL_REDUCE, nbytes, world, symmetric)
+    known = built_in(world)
+    if file == BUILT_IN:
+        return known
+    tuned = read_algorithms(file)
+    return known._replace(**{name: tuned[name, world] for name in OPERATIONS if (name, world) in tuned})
 
 
-def choose_reduce_scatter(nbytes: int, world: int) -> Choice:
-    """What runs a reduce-scatter with a result of so many bytes."""
-    return _first(REDUCE_SCATTER, nbytes, world, False)
-
-
-def choose_move(nbytes: int, world: int) -> Choice:
-    """What moves ``nbytes`` from each rank to each other one."""
-    return _first(MOVE, nbytes, world, False)
-
-
-def symmetric_beyond(world: int) -> int:
-    """The most bytes of an all-reduce for which it does not matter where its tensors lie."""
-    most = 0
-    for row in ALL_REDUCE:
-        if world <= row.world:
-            if row.symmetric or row.nbytes is None:
-                break
-            most = row.nbytes
-    return most
-
-
-def _first(rows: tuple[Row, ...], nbytes: int, world: int, symmetric: bool) -> Choice:
+def _first(rows: Sequence[Row], nbytes: int, symmetric: bool = False) -> Choice:
     for row in rows:
-        if world <= row.world and (row.nbytes is None or nbytes <= row.nbytes) and (symmetric or not row.symmetric):
+        if (row.nbytes is None or nbytes <= row.nbytes) and (symmetric or not row.symmetric):
             return Choice(row.kernel, row.threads, row.blocks, row.nap)
     raise AssertionError("a table ends with a row for everything")
 

@@ -1,16 +1,18 @@
-"""What torch's own ops need, ``torch.ops.symm_mem``: the arguments that their kernels rendezvous, and no others.
+"""What is registered from the start: ops of torch, ``torch.ops.symm_mem``, and one-sided ones of symmem itself.
 
-Read off the kernels of PyTorch 2.11 to 2.13. Upstream's own lowerings differ for ``multimem_all_gather_out``, whose
-kernel stores to all ranks' ``out`` and reads its ``input`` as any memory.
+Of torch's ops: the arguments that their kernels rendezvous, and no others; read off the kernels of PyTorch 2.11 to
+2.13. Upstream's own lowerings differ for ``multimem_all_gather_out``, whose kernel stores to all ranks' ``out`` and
+reads its ``input`` as any memory.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["NAMESPACE", "NEED", "NEED_NONE", "Need"]
+__all__ = ["NAMESPACE", "NEED", "NEED_NONE", "OWN", "OWN_NAMESPACE", "Need"]
 
 NAMESPACE = "symm_mem"
+OWN_NAMESPACE = "symmem"
 
 
 class Need(NamedTuple):
@@ -65,6 +67,16 @@ NEED: dict[str, Need] = {
     "nvshmem_wait_for_signal": Need(("sigpad",), one_sided=True),
 }
 """By the name of the op. A torch that lacks one of them is fine."""
+
+OWN: dict[str, Need] = {
+    "put": Need(("x",), one_sided=True),
+    "get": Need(("x",), one_sided=True),
+    "get_out": Need(("x",), one_sided=True),
+    "put_signal": Need(("x",), one_sided=True),
+    "wait_signal": Need(("x",), one_sided=True),
+    "barrier": Need(("x",), exit_barrier=True),
+}
+"""Of symmem's own ops; those that are not here take any memory: see :mod:`symmem.ops.collectives`."""
 
 NEED_NONE: dict[str, str] = {
     "_async_input_mm": "waits for flags in any memory of this device",

@@ -146,10 +146,10 @@ def _is_in_place(tensor: torch.Tensor) -> bool:
     block = block_at(address)
     if block is not None:
         return not block.closed and block.allocation.device == tensor.device
-    return _is_torchs(tensor)
+    return is_torchs(tensor)
 
 
-def _is_torchs(tensor: torch.Tensor) -> bool:
+def is_torchs(tensor: torch.Tensor) -> bool:
     """Whether a tensor lies in symmetric memory that torch has allocated, and symmem knows nothing of."""
     try:
         from torch._C._distributed_c10d import _SymmetricMemory

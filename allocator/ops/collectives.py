@@ -1,4 +1,4 @@
-"""Collective operators, ``torch.ops.symmem.*``: definitions, kernels, fake kernels and gradients.
+"""Collective operators, ``torch.ops.symmem.*``: definitions, kernels and fake kernels.
 
 Each comes in three forms. The functional one returns a new tensor; the others return nothing, so that compilers need
 not guess what aliases what::
@@ -23,41 +23,50 @@ of float16, bfloat16 and float8 are made in float32; results are bitwise the sam
 the CPU an operator is done when it returns, on CUDA it is work on the current stream.
 
 A rank whose arguments are refused raises InvalidArgumentError, and on the CPU the others raise MismatchError, which
-names it; ranks that do not call alike all raise MismatchError there. One that does not come within the setting
-``signal_timeout``, or dies, is named by PeerTimeoutError or PeerLostError.
+names it; ranks that do not call alike all raise MismatchError there. On CUDA ranks compare nothing, for that takes
+longer than the operation, unless the setting ``collective_check`` is ``each``: then, on any device, ranks that do not
+call alike all raise MismatchError before anything is done, and where one refuses its arguments the others raise its
+error. One that does not come within the setting ``signal_timeout``, or dies, is named by PeerTimeoutError or
+PeerLostError.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
-from symmem.errors import InvalidArgumentError, RankError, SymmemError, UnsupportedError
+from symmem.errors import InvalidArgumentError, RankError, SymmemError
 from symmem.group import Group
 from symmem.ops.engine import REDUCTIONS, Engine
 from symmem.ops.engines import engine_for, group_named
+from symmem.ops.gradients import with_gradient, without_gradient
 
-__all__ = ["LIBRARY"]
+__all__ = ["KINDS", "LIBRARY", "Kind", "functional", "in_place", "into"]
 
 LIBRARY: Any = torch.library.Library("symmem", "FRAGMENT")  # type: ignore[no-untyped-call]  # so are its methods
 """Defines the operators; they are there as long as it is."""
 
-_REDUCED = {
+_FLOATS = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
-    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.complex64, torch.complex128),
+)
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+_REDUCED = {
+    *itertools.product(_FLOATS, REDUCTIONS),
+    *itertools.product(_INTEGERS, ("sum", "min", "max")),
+    *itertools.product((torch.complex64, torch.complex128), ("sum", "avg")),
 }
+"""Dtypes, and the reductions that there are of them."""
 
 Shape = Sequence[int]  # or symbolic integers
 
 
 @dataclass(frozen=True)
-class _Kind:
+class Kind:
     """One collective operation.
 
     Attributes:
@@ -92,11 +101,22 @@ class _Kind:
 
     def check_out(self, x: torch.Tensor, out: torch.Tensor, world: int) -> None:
         """Raise unless ``out`` is of the right kind for ``x``."""
-        wanted = (list(self.shape(x.shape, world)), x.dtype, x.device)
-        given = (list(out.shape), out.dtype, out.device)
-        if wanted != given:
+        shape = tuple(self.shape(x.shape, world))
+        if out.shape != shape or out.dtype != x.dtype or out.device != x.device:
             text = "shape {}, dtype {}, device {}"
+            wanted, given = (list(shape), x.dtype, x.device), (list(out.shape), out.dtype, out.device)
             raise InvalidArgumentError(f"out must have {text.format(*wanted)}, not {text.format(*given)}")
+
+    @property
+    def like_x(self) -> bool:
+        """Whether the result has the shape of ``x``, so that it can take its place."""
+        return self.shape is _as_x
+
+    def result(self, x: torch.Tensor, world: int) -> torch.Tensor:
+        """A new tensor for the result."""
+        if self.like_x:  # which is quicker than by the shape
+            return torch.empty_like(x, memory_format=torch.contiguous_format)
+        return x.new_empty(self.shape(x.shape, world))
 
     def run(self, engine: Engine, x: torch.Tensor, out: torch.Tensor, options: Sequence[Any]) -> None:
         """Do it, with contiguous tensors."""
@@ -104,10 +124,9 @@ class _Kind:
 
 
 def _check_reduction(dtype: torch.dtype, reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise InvalidArgumentError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
-    exact = not dtype.is_floating_point and not dtype.is_complex
-    if dtype not in _REDUCED or (reduction == "avg" and exact) or (reduction in ("min", "max") and dtype.is_complex):
+    if (dtype, reduction) not in _REDUCED:
+        if reduction not in REDUCTIONS:
+            raise InvalidArgumentError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
         raise InvalidArgumentError(f"there is no {reduction!r} of {dtype}", hint="convert the tensor first")
 
 
@@ -144,16 +163,20 @@ def _as_x(shape: Shape, world: int) -> Shape:
     return shape
 
 
-KINDS = (
-    _Kind("all_reduce", "str reduction", _as_x, _same("all_reduce"), (False, False), same=True),
-    _Kind("all_gather", "", lambda shape, world: [world, *shape], _gather, (False, True)),
-    _Kind("reduce_scatter", "str reduction", lambda shape, world: shape[1:], _scatter, (True, True)),
-    _Kind("all_to_all", "", _as_x, _transpose, (True, True)),
-    _Kind("broadcast", "int root", _as_x, _same("broadcast"), (False, False), same=True),
-)
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("all_reduce", "str reduction", _as_x, _same("all_reduce"), (False, False), same=True),
+        Kind("all_gather", "", lambda shape, world: [world, *shape], _gather, (False, True)),
+        Kind("reduce_scatter", "str reduction", lambda shape, world: shape[1:], _scatter, (True, True)),
+        Kind("all_to_all", "", _as_x, _transpose, (True, True)),
+        Kind("broadcast", "int root", _as_x, _same("broadcast"), (False, False), same=True),
+    )
+}
+"""The operations by name."""
 
 
-# Kernels. The arguments of each are x, the kind's option if it has one, and the group's name.
+# The three forms.
 
 
 def _refused(group: Group, device: torch.device, operation: str, error: SymmemError) -> None:
@@ -163,7 +186,7 @@ def _refused(group: Group, device: torch.device, operation: str, error: SymmemEr
     if engine is None:
         group.fail(operation, error)  # they are about to make the engine
     elif hasattr(engine, "refuse"):
-        engine.refuse()
+        engine.refuse(operation, error)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -183,36 +206,33 @@ def _check_written(tensor: torch.Tensor, name: str) -> None:
         )
 
 
-def _check_apart(kind: _Kind, x: torch.Tensor, out: torch.Tensor) -> None:
+def _check_apart(kind: Kind, x: torch.Tensor, out: torch.Tensor) -> None:
     """Raise if results would be written to memory that is still read. What is copied first cannot be."""
-    if not (_is_plain(x) and _is_plain(out)):
-        return
     begin, other = x.data_ptr(), out.data_ptr()
-    apart = begin + x.nbytes <= other or other + out.nbytes <= begin
-    if not (apart or (kind.same and begin == other)):
+    if begin + x.nbytes <= other or other + out.nbytes <= begin or not (_is_plain(x) and _is_plain(out)):
+        return
+    if not (kind.same and begin == other):
         raise InvalidArgumentError(
             "x and out share memory" + (", and are not the same" if kind.same else ""),
             hint="pass another out" + ("" if kind.same else f", or call symmem::{kind.name}_ to work in place"),
         )
 
 
-def _functional(kind: _Kind, x: torch.Tensor, *rest: Any) -> torch.Tensor:
-    *options, group_name = rest
-    group = group_named(group_name)
+def functional(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any]) -> torch.Tensor:
+    """What an operator that returns its result does; see the table above."""
     try:
         kind.check(x, options, group.size)
     except SymmemError as error:
         _refused(group, x.device, kind.name, error)
         raise
     engine = engine_for(group, x.device)
-    out = x.new_empty(kind.shape(x.shape, group.size))
+    out = kind.result(x, group.size)
     kind.run(engine, _plain(x), out, options)
     return out
 
 
-def _out(kind: _Kind, x: torch.Tensor, *rest: Any, out: torch.Tensor) -> None:
-    *options, group_name = rest
-    group = group_named(group_name)
+def into(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any], out: torch.Tensor) -> None:
+    """What an operator with ``out`` does."""
     try:
         kind.check(x, options, group.size)
         kind.check_out(x, out, group.size)
@@ -229,9 +249,8 @@ def _out(kind: _Kind, x: torch.Tensor, *rest: Any, out: torch.Tensor) -> None:
     _written(out)
 
 
-def _in_place(kind: _Kind, x: torch.Tensor, *rest: Any) -> None:
-    *options, group_name = rest
-    group = group_named(group_name)
+def in_place(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any]) -> None:
+    """What an operator does that puts its result in the place of x."""
     try:
         kind.check(x, options, group.size, in_place=True)
         _check_written(x, "x")
@@ -254,110 +273,46 @@ def _written(tensor: torch.Tensor) -> None:
 # Fake kernels: the same checks, as far as nothing lies in memory.
 
 
-def _fake(kind: _Kind, x: torch.Tensor, *rest: Any) -> torch.Tensor:
-    *options, group_name = rest
-    world = group_named(group_name).size
-    kind.check(x, options, world)
-    return x.new_empty(kind.shape(x.shape, world))
+def _fake_functional(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any]) -> torch.Tensor:
+    kind.check(x, options, group.size)
+    return x.new_empty(kind.shape(x.shape, group.size))
 
 
-def _fake_out(kind: _Kind, x: torch.Tensor, *rest: Any, out: torch.Tensor) -> None:
-    *options, group_name = rest
-    world = group_named(group_name).size
-    kind.check(x, options, world)
-    kind.check_out(x, out, world)
+def _fake_into(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any], out: torch.Tensor) -> None:
+    kind.check(x, options, group.size)
+    kind.check_out(x, out, group.size)
 
 
-def _fake_in_place(kind: _Kind, x: torch.Tensor, *rest: Any) -> None:
-    *options, group_name = rest
-    kind.check(x, options, group_named(group_name).size, in_place=True)
+def _fake_in_place(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any]) -> None:
+    kind.check(x, options, group.size, in_place=True)
 
 
-# Gradients. Each rank's loss counts: the gradient of x is that of the sum of all ranks' losses.
+def _by_name(work: Callable[..., Any], kind: Kind) -> Callable[..., Any]:
+    """A kernel: the arguments are x, the kind's option if it has one, and the group's name."""
+
+    def kernel(x: torch.Tensor, *rest: Any, **out: torch.Tensor) -> Any:
+        return work(kind, group_named(rest[-1]), x, rest[:-1], **out)
+
+    return kernel
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.options = inputs[1:]
-
-
-def _no_gradient(name: str, reduction: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"symmem::{name} has no gradient for {reduction!r}",
-        hint="use 'sum' or 'avg', or detach() what goes in",
-        step=f"backward of {name}",
-    )
-
-
-def _all_reduce_backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-    reduction, group_name = ctx.options
-    if reduction not in ("sum", "avg"):
-        raise _no_gradient("all_reduce", reduction)
-    return torch.ops.symmem.all_reduce(gradient, reduction, group_name), None, None
-
-
-def _all_gather_backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-    return torch.ops.symmem.reduce_scatter(gradient, "sum", ctx.options[0]), None
-
-
-def _reduce_scatter_backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-    reduction, group_name = ctx.options
-    if reduction not in ("sum", "avg"):
-        raise _no_gradient("reduce_scatter", reduction)
-    gathered = torch.ops.symmem.all_gather(gradient, group_name)
-    return gathered / gathered.shape[0] if reduction == "avg" else gathered, None, None
-
-
-def _all_to_all_backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-    return torch.ops.symmem.all_to_all(gradient, ctx.options[0]), None
-
-
-def _broadcast_backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-    root, group_name = ctx.options
-    total = torch.ops.symmem.all_reduce(gradient, "sum", group_name)
-    return total if group_named(group_name).rank == root else torch.zeros_like(total), None, None
-
-
-_BACKWARD = {
-    "all_reduce": _all_reduce_backward,
-    "all_gather": _all_gather_backward,
-    "reduce_scatter": _reduce_scatter_backward,
-    "all_to_all": _all_to_all_backward,
-    "broadcast": _broadcast_backward,
-}
-
-
-def without_gradient(op: OpOverload) -> None:
-    """Let an operator that writes to its arguments raise if one of them requires a gradient."""
-
-    def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **options: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **options):
-            raise UnsupportedError(
-                f"{op._name} writes to its arguments, and has no gradient",
-                hint="use the functional form; or call it under torch.no_grad()",
-            )
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
-
-    LIBRARY.impl(op._opname, kernel, "Autograd", with_keyset=True)
-
-
-def _define(kind: _Kind) -> None:
+def _define(kind: Kind) -> None:
     name, option = kind.name, f"{kind.option}, " if kind.option else ""
     forms: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
-        (name, f"(Tensor x, {option}str group_name) -> Tensor", _functional, _fake),
-        (f"{name}_", f"(Tensor(a!) x, {option}str group_name) -> ()", _in_place, _fake_in_place),
-        (f"{name}_out", f"(Tensor x, {option}str group_name, *, Tensor(a!) out) -> ()", _out, _fake_out),
+        (name, f"(Tensor x, {option}str group_name) -> Tensor", functional, _fake_functional),
+        (f"{name}_", f"(Tensor(a!) x, {option}str group_name) -> ()", in_place, _fake_in_place),
+        (f"{name}_out", f"(Tensor x, {option}str group_name, *, Tensor(a!) out) -> ()", into, _fake_into),
     )
-    for form, schema, kernel, fake in forms:
+    for form, schema, work, fake in forms:
+        kernel = _by_name(work, kind)
         LIBRARY.define(form + schema)
-        LIBRARY.impl(form, functools.partial(kernel, kind), "CompositeExplicitAutograd")
+        LIBRARY.impl(form, kernel, "CompositeExplicitAutograd")
         for lazy in ("Conjugate", "Negative"):  # torch's own way with these fails for operators that return nothing
             LIBRARY.impl(form, torch.library.fallthrough_kernel, lazy)
-        torch.library.register_fake(f"symmem::{form}", functools.partial(fake, kind), lib=LIBRARY)
-        if form != name:
-            without_gradient(getattr(torch.ops.symmem, form).default)
-    torch.library.register_autograd(f"symmem::{name}", _BACKWARD[name], setup_context=_remember, lib=LIBRARY)
+        torch.library.register_fake(f"symmem::{form}", _by_name(fake, kind), lib=LIBRARY)
+        connect = with_gradient if form == name else without_gradient
+        connect(LIBRARY, getattr(torch.ops.symmem, form).default, kernel)
 
 
-for _kind in KINDS:
+for _kind in KINDS.values():
     _define(_kind)

@@ -28,15 +28,8 @@ from symmem.backends.driver_errors import driver_error
 from symmem.errors import SymmemError, UnsupportedError
 from symmem.group import Group
 from symmem.live import block_at
-from symmem.ops.algorithms import (
-    BLOCKS,
-    Choice,
-    choose,
-    choose_move,
-    choose_reduce_scatter,
-    grid,
-    symmetric_beyond,
-)
+from symmem.ops.algorithms import BLOCKS, Choice, Table, grid, table_for
+from symmem.ops.alike import compare
 from symmem.ops.cuda_kernels import OPERATORS, STEPS, TYPES, Layout
 from symmem.ops.cuda_programs import program
 from symmem.tensor import SymmetricTensor
@@ -101,6 +94,7 @@ class CudaEngine:
     Raises:
         UnsupportedError: By the first operation: it is amid the capture of a CUDA graph; a rank's memory cannot be
             loaded from and stored to; there are more than 64 ranks; by any: a dtype that cannot be reduced.
+        MismatchError: By the first operation: ranks choose by different tables of algorithms.
     """
 
     def __init__(self, group: Group, device: torch.device) -> None:
@@ -116,23 +110,29 @@ class CudaEngine:
         self._workspace: SymmetricTensor | None = None
         self._areas: tuple[int, ...] = ()
         self._plans: dict[Any, list[_Launch]] = {}
-        self._symmetric_beyond = symmetric_beyond(self._world)
+        self.use(table_for(self._world, group.settings.algorithms))
+
+    def use(self, table: Table) -> None:
+        """Choose by this table from here on; all ranks must, before the same operation. Local."""
+        self.table = table
+        self._beyond = table.symmetric_beyond()  # None: nowhere
+        self._plans.clear()
 
     # The operations.
 
     def all_reduce(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
         """See :meth:`symmem.ops.engine.Engine.all_reduce`."""
         nbytes = source.nbytes
-        if nbytes > self._symmetric_beyond and self._world > 1:
+        if self._beyond is not None and nbytes > self._beyond and self._world > 1:
             memory = self._memory(source, out)
-            choice = choose(nbytes, self._world, memory is not None)
+            choice = self.table.choose(nbytes, memory is not None)
             self.run_all_reduce(source, out, reduction, choice, memory)
             return
         plan = self._plans.get((nbytes, source.dtype, reduction))
         if plan is None:
             if self._is_trivial(source, out, nbytes):
                 return
-            plan = self._plan_all_reduce(nbytes, source.dtype, reduction, choose(nbytes, self._world))
+            plan = self._plan_all_reduce(nbytes, source.dtype, reduction, self.table.choose(nbytes))
             self._remember((nbytes, source.dtype, reduction), plan)
         self._run(plan, source.data_ptr(), out.data_ptr())
 
@@ -213,7 +213,7 @@ class CudaEngine:
     def _plan_reduce_scatter(self, nbytes: int, dtype: torch.dtype, reduction: str) -> list[_Launch]:
         functions = self._reducing("reduce_scatter", dtype, reduction)
         plan = []
-        choice = choose_reduce_scatter(nbytes, self._world)
+        choice = self.table.choose_reduce_scatter(nbytes)
         for start, size in pieces(nbytes, self.layout.slot):
             sizes = {"bytes": (self._world - 1) * nbytes + size, "slice": size, "stride": nbytes}
             function = functions[choice.kernel]
@@ -240,7 +240,7 @@ class CudaEngine:
         self._run(plan, source.data_ptr(), out.data_ptr())
 
     def _plan_move(self, step: str, nbytes: int, stride: int, out_stride: int, root: int) -> list[_Launch]:
-        choice = choose_move(nbytes, self._world)
+        choice = self.table.choose_move(nbytes)
         self._ready(step)
         functions = program(self._state, "move", self.layout.macros()).functions
         split = choice.kernel == "exchange"  # which takes twice the room
@@ -306,6 +306,8 @@ class CudaEngine:
                 group=self._group.name,
                 step=step,
             )
+        hint = "let the setting `algorithms` be the same on all ranks, or name files with the same rows"
+        compare(self._group, step, {"table of algorithms": self.table.fingerprint()}, hint)
         layout = self.layout
         workspace = SymmetricTensor.allocate(
             (layout.nbytes,), torch.uint8, self.device, group=self._group, arena=False, name="collective operations"

@@ -50,6 +50,8 @@ from typing import NamedTuple
 
 import torch
 
+from symmem.backends.cuda_kernels import memory_access
+
 __all__ = ["KERNELS", "OPERATORS", "SOURCE", "STEPS", "TYPES", "Layout"]
 
 STEPS = {16: "all_reduce", 17: "all_gather", 18: "reduce_scatter", 19: "all_to_all", 20: "broadcast"}
@@ -129,7 +131,8 @@ class Layout(NamedTuple):
         return {name: str(number) for name, number in numbers.items()}
 
 
-SOURCE = r"""
+SOURCE = (
+    r"""
 // Defined on the compiler's command line: WORLD, the layout, and for reductions REDUCES, TYPE_x and OPERATOR_x.
 typedef unsigned char u8;
 typedef unsigned int u32;
@@ -170,25 +173,9 @@ typedef u64 Ranks;
 __device__ __forceinline__ constexpr Ranks bit(u32 rank) { return Ranks(1) << rank; }
 
 // Memory.
-
-__device__ __forceinline__ u64 load_relaxed(const u64 *word) {
-  u64 value;
-  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ u64 load_acquire(const u64 *word) {
-  u64 value;
-  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ void store_relaxed(u64 *word, u64 value) {
-  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" : : "l"(word), "l"(value) : "memory");
-}
-
-__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.sys;" : : : "memory"); }
-
+"""
+    + memory_access(64)
+    + r"""
 // A unit of a landing zone, each word of it whole.
 __device__ __forceinline__ Unit peek(const u8 *at) {
   Unit unit;
@@ -738,4 +725,5 @@ extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ C
 }
 #endif
 """
+)
 """For NVRTC: sm_80 or newer (sm_89 for float8), at most 64 ranks, no header needed."""

@@ -16,7 +16,7 @@ from symmem.ops.schema import Parameter
 __all__ = ["BUILT_IN", "UPSTREAM", "Registration"]
 
 BUILT_IN = "symmem"
-"""The source of what symmem registers itself: torch.ops.symm_mem."""
+"""The source of what symmem registers itself: of torch.ops.symm_mem, and its own."""
 
 UPSTREAM = "torch.library"
 """The source of what was registered through ``torch.library.Library.register_symm_mem_args``."""
@@ -34,7 +34,7 @@ class Registration:
         exit_barrier: Whether peers have done with these arguments once the op is done on its stream, so that their
             memory can be written to again at once.
         one_sided: Whether ranks call it alone, for a peer's memory; a copy of its argument would be no use to anybody.
-        source: Who registered it: ``"module:line"``, ``"symmem"`` for torch's own ops, or ``"torch.library"``.
+        source: Who registered it: ``"module:line"``, ``"symmem"`` for what is built in, or ``"torch.library"``.
         unclear_group: Arguments of which nobody has said whether they carry the group; then :meth:`group_of` raises.
         schema: The op's ``torch.FunctionSchema``.
         parameters: The op's arguments by name.

@@ -10,15 +10,34 @@ import torch
 import torch.distributed as dist
 
 from symmem.errors import GroupError, UnsupportedError
-from symmem.group import Group, GroupLike, known_groups, resolve_group
+from symmem.group import Group, GroupLike, default_group, known_groups, resolve_group
+from symmem.ops.checked_engine import CheckedEngine
 
 if TYPE_CHECKING:
     from symmem.ops.engine import Engine
 
-__all__ = ["engine_for", "group_named", "name_of"]
+__all__ = ["engine_for", "group_named", "group_of", "name_of"]
 
-_of_process_groups: weakref.WeakValueDictionary[str, Group] = weakref.WeakValueDictionary()
-_of_stores: weakref.WeakValueDictionary[str, Group] = weakref.WeakValueDictionary()
+_of_process_groups: dict[str, weakref.ref[Group]] = {}
+_of_stores: dict[str, weakref.ref[Group]] = {}
+
+
+def group_of(group: GroupLike = None) -> Group:
+    """:func:`symmem.resolve_group`, but quick, and a text may also name a group made from a store. Local.
+
+    Raises:
+        GroupError: There is no such group, or there are several of that name; or it was closed.
+    """
+    if group is None:
+        return default_group() or resolve_group(None)
+    if isinstance(group, str):
+        return group_named(group)
+    if isinstance(group, Group):
+        if group.closed:
+            raise GroupError(f"the group {group.name!r} is closed", rank=group.rank)
+        return group
+    name = _names().get(group) if isinstance(group, dist.ProcessGroup) else None
+    return resolve_group(group) if name is None else group_named(name)
 
 
 def name_of(group: GroupLike = None) -> str:
@@ -38,7 +57,7 @@ def name_of(group: GroupLike = None) -> str:
                 f"a process group is named {resolved.name!r} like this group, which was made from a store",
                 hint="give the group another name: operators tell groups by their names",
             )
-        _of_stores[resolved.name] = resolved
+        _remember(_of_stores, resolved)
     return resolved.name
 
 
@@ -48,32 +67,39 @@ def group_named(name: str) -> Group:
     Raises:
         GroupError: There is no such group, or there are several.
     """
-    known = _of_process_groups.get(name)
-    if known is not None and not known.closed and known.process_group in _process_groups():
+    reference = _of_process_groups.get(name)
+    known = None if reference is None else reference()
+    if known is not None and not known.closed and known.process_group in dist.distributed_c10d._world.pg_map:
         return known
-    known = _of_stores.get(name)
+    reference = _of_stores.get(name)
+    known = None if reference is None else reference()
     if known is not None and not known.closed:
         return known
     if not _is_process_group(name):
         made = [each for each in known_groups() if each.name == name and not each.closed]
         if len(made) == 1:
-            _of_stores[name] = made[0]
-            return made[0]
+            return _remember(_of_stores, made[0])
         if made:
             raise GroupError(
                 f"{len(made)} groups made from stores are named {name!r}",
                 hint="give them different names, or pass the group itself to symmem.ops",
             )
-    found = _of_process_groups[name] = resolve_group(name)
-    return found
+    return _remember(_of_process_groups, resolve_group(name))
 
 
-def _process_groups() -> Mapping[dist.ProcessGroup, object]:
-    return dist.distributed_c10d._world.pg_map
+def _remember(known: dict[str, weakref.ref[Group]], group: Group) -> Group:
+    for name in [name for name, reference in known.items() if reference() is None]:
+        del known[name]
+    known[group.name] = weakref.ref(group)
+    return group
+
+
+def _names() -> Mapping[dist.ProcessGroup, str]:
+    return dist.distributed_c10d._world.pg_names
 
 
 def _is_process_group(name: str) -> bool:
-    return dist.is_available() and name in dist.distributed_c10d._world.pg_names.values()
+    return dist.is_available() and name in _names().values()
 
 
 def engine_for(group: Group, device: torch.device) -> Engine:
@@ -85,7 +111,10 @@ def engine_for(group: Group, device: torch.device) -> Engine:
     """
     engine: Engine | None = group.engines.get(device)
     if engine is None:
-        engine = group.engines[device] = _make(group, device)
+        engine = _make(group, device)
+        if group.settings.collective_check == "each":
+            engine = CheckedEngine(engine, group)
+        group.engines[device] = engine
     return engine
 
 

@@ -1,17 +1,22 @@
 """The collective operators as functions that take any group: ``symmem.ops.all_reduce(x, group)``.
 
-They call ``torch.ops.symmem.*``; see :mod:`symmem.ops.collectives` and :mod:`symmem.ops.one_sided` for shapes, dtypes
-and errors. In code that is compiled, name the group by a text, or leave it out.
+They are ``torch.ops.symmem.*``, less the way through the dispatcher in the usual eager call (see
+:mod:`symmem.ops.dispatch`). Shapes, dtypes and errors: :mod:`symmem.ops.collectives`, :mod:`symmem.ops.one_sided`. In
+code that is compiled, name the group by a text, or leave it out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
-import symmem.ops.collectives
-import symmem.ops.one_sided  # noqa: F401  # both define the operators
+import symmem.ops.one_sided  # noqa: F401  # defines operators
 from symmem.group import GroupLike
-from symmem.ops.engines import name_of
+from symmem.ops.collectives import KINDS, functional, in_place, into
+from symmem.ops.dispatch import is_usual
+from symmem.ops.engines import group_of, name_of
 
 __all__ = [
     "all_gather",
@@ -26,10 +31,42 @@ __all__ = [
     "wait_signal",
 ]
 
+_OPERATORS = {
+    name: tuple(getattr(torch.ops.symmem, f"{name}{form}").default for form in ("", "_", "_out")) for name in KINDS
+}
+"""The three forms of each."""
+
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _name(group: GroupLike) -> str:
     return group if isinstance(group, str) else name_of(group)
+
+
+def _call(
+    operation: str, x: torch.Tensor, group: GroupLike, out: torch.Tensor | None, options: Sequence[Any] = ()
+) -> torch.Tensor:
+    """The form that fits: by its kernel if nothing else takes part in the call, else as the operator."""
+    kind = KINDS[operation]
+    made: torch.Tensor
+    if is_usual(x, out):
+        resolved = group_of(group)
+        if out is None:
+            return functional(kind, resolved, x, options)
+        if out is x and kind.like_x:
+            in_place(kind, resolved, x, options)
+        else:
+            into(kind, resolved, x, options, out)
+        return out
+    rest = (*options, _name(group))
+    form, form_in_place, form_into = _OPERATORS[operation]
+    if out is None:
+        made = form(x, *rest)
+        return made
+    if out is x and kind.like_x:
+        form_in_place(x, *rest)
+    else:
+        form_into(x, *rest, out=out)
+    return out
 
 
 def all_reduce(
@@ -49,15 +86,7 @@ def all_reduce(
     Raises:
         InvalidArgumentError, MismatchError, PeerTimeoutError, PeerLostError: See :mod:`symmem.ops.collectives`.
     """
-    name = _name(group)
-    if out is None:
-        made: torch.Tensor = torch.ops.symmem.all_reduce(x, reduction, name)
-        return made
-    if out is x:
-        torch.ops.symmem.all_reduce_(x, reduction, name)
-    else:
-        torch.ops.symmem.all_reduce_out(x, reduction, name, out=out)
-    return out
+    return _call("all_reduce", x, group, out, (reduction,))
 
 
 def all_gather(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -74,12 +103,7 @@ def all_gather(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | Non
     Raises:
         InvalidArgumentError, MismatchError, PeerTimeoutError, PeerLostError: See :mod:`symmem.ops.collectives`.
     """
-    name = _name(group)
-    if out is None:
-        made: torch.Tensor = torch.ops.symmem.all_gather(x, name)
-        return made
-    torch.ops.symmem.all_gather_out(x, name, out=out)
-    return out
+    return _call("all_gather", x, group, out)
 
 
 def reduce_scatter(
@@ -99,12 +123,7 @@ def reduce_scatter(
     Raises:
         InvalidArgumentError, MismatchError, PeerTimeoutError, PeerLostError: See :mod:`symmem.ops.collectives`.
     """
-    name = _name(group)
-    if out is None:
-        made: torch.Tensor = torch.ops.symmem.reduce_scatter(x, reduction, name)
-        return made
-    torch.ops.symmem.reduce_scatter_out(x, reduction, name, out=out)
-    return out
+    return _call("reduce_scatter", x, group, out, (reduction,))
 
 
 def all_to_all(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -121,15 +140,7 @@ def all_to_all(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | Non
     Raises:
         InvalidArgumentError, MismatchError, PeerTimeoutError, PeerLostError: See :mod:`symmem.ops.collectives`.
     """
-    name = _name(group)
-    if out is None:
-        made: torch.Tensor = torch.ops.symmem.all_to_all(x, name)
-        return made
-    if out is x:
-        torch.ops.symmem.all_to_all_(x, name)
-    else:
-        torch.ops.symmem.all_to_all_out(x, name, out=out)
-    return out
+    return _call("all_to_all", x, group, out)
 
 
 def broadcast(x: torch.Tensor, group: GroupLike = None, root: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -148,15 +159,7 @@ def broadcast(x: torch.Tensor, group: GroupLike = None, root: int = 0, out: torc
         RankError: ``root`` is not a rank of the group.
         InvalidArgumentError, MismatchError, PeerTimeoutError, PeerLostError: See :mod:`symmem.ops.collectives`.
     """
-    name = _name(group)
-    if out is None:
-        made: torch.Tensor = torch.ops.symmem.broadcast(x, root, name)
-        return made
-    if out is x:
-        torch.ops.symmem.broadcast_(x, root, name)
-    else:
-        torch.ops.symmem.broadcast_out(x, root, name, out=out)
-    return out
+    return _call("broadcast", x, group, out, (root,))
 
 
 def barrier(x: torch.Tensor | None = None, group: GroupLike = None, channel: int = 0) -> None:
@@ -171,11 +174,11 @@ def barrier(x: torch.Tensor | None = None, group: GroupLike = None, channel: int
     Raises:
         PeerTimeoutError, PeerLostError: Names the rank that did not come, or died.
     """
-    name = _name(group)
     if x is None:
-        torch.ops.symmem.all_reduce_(torch.zeros(1), "sum", name)
+        nothing = torch.zeros(1)
+        all_reduce(nothing, group, out=nothing)
     else:
-        torch.ops.symmem.barrier(x, channel, name)
+        torch.ops.symmem.barrier(x, channel, _name(group))
 
 
 def put(x: torch.Tensor, source: torch.Tensor, peer: int, group: GroupLike = None) -> None:

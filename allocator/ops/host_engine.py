@@ -17,7 +17,9 @@ are bitwise the same on all ranks, and from run to run.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
+import operator
 import os
 import struct
 import threading
@@ -29,7 +31,7 @@ from symmem.backends import get_backend
 from symmem.backends.base import tensor_at
 from symmem.backends.libc import PAGE, round_up
 from symmem.backends.signals import SharedSignals
-from symmem.errors import ForkedError, GroupError, MismatchError, RendezvousError
+from symmem.errors import ForkedError, GroupError, MismatchError, RendezvousError, SymmemError
 from symmem.group import Group, differing
 from symmem.ops.engine import REDUCTIONS
 
@@ -98,8 +100,9 @@ class HostEngine:
         # cannot follow. A cycle by way of the mapping's group would never end.
         self._memory = allocation, mapping
         pointers = mapping.pointers
-        self._signals = SharedSignals(group, pointers, mapping)
         self._lines = [[_line(pointer + lines + turn * _LINE_STRIDE) for pointer in pointers] for turn in range(2)]
+        own = [each[group.rank] for each in self._lines]
+        self._signals = SharedSignals(group, pointers, mapping, functools.partial(_present, own))
         self._begins = [begin, begin + REGION]  # of the regions
         self._pointers = pointers
         self._side_by_side, self._stride = mapping.contiguous()
@@ -171,10 +174,10 @@ class HostEngine:
             for piece, at in _pieces(source.nbytes, REGION):
                 self._broadcast(key, piece, given[at], taken[at], root)
 
-    def refuse(self) -> None:
+    def refuse(self, operation: str, error: SymmemError) -> None:
         """Let the others' operation that goes with this rank's fail, since this rank raises instead of doing its own.
 
-        They raise MismatchError, which names this rank. Does not wait for them.
+        They raise MismatchError, which names this rank, not its error. Does not wait for them.
         """
         with self._turn:
             self._begin()
@@ -387,6 +390,11 @@ def _told(operation: int, reduction: int, dtype: int, root: int, elements: int, 
     options = f"({_REDUCTIONS[reduction]})" if reduction else f"(root {root})" if root else ""
     where = f", piece {piece}" if piece else ""
     return f"{_OPERATIONS[operation]}{options} of {elements} {_DTYPES[dtype]}{where}"
+
+
+def _present(lines: Sequence[memoryview]) -> str:
+    """What a rank is at, by its own lines: the later one of the two."""
+    return _told(*max((_LINE.unpack(line) for line in lines), key=operator.itemgetter(-1)))
 
 
 def _line(address: int) -> memoryview:

@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 
-from symmem.ops.collectives import LIBRARY, without_gradient
+from symmem.ops.collectives import LIBRARY
 from symmem.ops.engines import group_named
+from symmem.ops.gradients import without_gradient
 from symmem.tensor import SymmetricTensor
 
 __all__ = ["OPERATORS"]
@@ -83,7 +84,7 @@ def _define(name: str) -> None:
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     fake = _fake_get if name == "get" else _fake_nothing
     torch.library.register_fake(f"symmem::{name}", fake, lib=LIBRARY)
-    without_gradient(getattr(torch.ops.symmem, name).default)
+    without_gradient(LIBRARY, getattr(torch.ops.symmem, name).default, kernel)
 
 
 for _name in OPERATORS:

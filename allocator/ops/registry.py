@@ -1,9 +1,10 @@
 """The registry: which arguments of which operators must lie in symmetric memory.
 
-Three sources are one view: what is registered here, PyTorch's own registry (see :mod:`symmem.ops.upstream`), and
-torch.ops.symm_mem (see :mod:`symmem.ops.built_in`), which is entered when it is first asked for. What is registered
-here is told to PyTorch's registry as well; torch.ops.symm_mem is not, since upstream has lowerings of its own for it.
-Where both know an op, the later one counts; for torch.ops.symm_mem this registry does.
+Three sources are one view: what is registered here, PyTorch's own registry (see :mod:`symmem.ops.upstream`), and what
+is built in (see :mod:`symmem.ops.built_in`), of torch.ops.symm_mem and torch.ops.symmem, which is entered when it is
+first asked for. What is registered here is told to PyTorch's registry as well; what is built in is not, since upstream
+has lowerings of its own for torch.ops.symm_mem. Where both know an op, the later one counts; of what is built in, this
+registry does.
 
 A registration is of one op with the schema that it has now: it ends when the op is taken away or gets another schema.
 """
@@ -26,13 +27,14 @@ from torch._ops import OpOverload
 from symmem.errors import InvalidArgumentError
 from symmem.moving import caller
 from symmem.ops import upstream
-from symmem.ops.built_in import NAMESPACE, NEED
+from symmem.ops.built_in import NAMESPACE, NEED, OWN, OWN_NAMESPACE
 from symmem.ops.described import BUILT_IN, UPSTREAM, Registration
 from symmem.ops.schema import OpLike, Parameter, find_group, find_op, is_group, known_op, parameters
 
 __all__ = [
     "FROM_SCHEMA",
     "fingerprint",
+    "listeners",
     "lookup",
     "register_symm_mem_args",
     "registered",
@@ -53,6 +55,8 @@ _entries: dict[str, Registration] = {}
 _version = 0
 _seen_upstream: dict[str, tuple[str, ...]] = {}
 _has_built_in = False
+listeners: list[Callable[[str], None]] = []
+"""Are told the name of each operator for which something was registered or removed here."""
 
 
 @overload
@@ -99,7 +103,8 @@ def register_symm_mem_args(
     Library see :class:`symmem.ops.Library`.
 
     With torch 2.13 and later, upstream's registry learns of it too. Where nobody else places the arguments,
-    ``torch.compile`` then does, for ops with an argument ``group_name``: in memory of torch's own, and on CUDA only.
+    ``torch.compile`` then does, for ops with an argument ``group_name``: in memory of torch's own, and on CUDA only. Of
+    tensors on the CPU it then fails to compile such an op ("Comm buffer requires a valid CUDA device").
 
     Args:
         op: ``"lib::op"``, ``"lib::op.overload"``, a member of ``torch.ops``, or a ``torch.library.custom_op``. Without
@@ -216,7 +221,7 @@ def enter(made: Registration, *, replace: bool) -> None:
             )
         _entries[made.op] = made
         upstream.put(made.op, made.args)
-        _changed()
+        _changed(made.op)
     if torch._C._dispatch_has_kernel_for_dispatch_key(made.op, "CompositeImplicitAutograd"):
         log.warning(
             "%s is a composition of other ops, which torch takes apart before checked() or a compiler sees it; "
@@ -227,7 +232,7 @@ def enter(made: Registration, *, replace: bool) -> None:
 
 def _known(op: OpOverload) -> tuple[Registration | None, tuple[str, ...] | None]:
     """What is entered here for an op, and what upstream knows that it has not learnt from here."""
-    if op.namespace == NAMESPACE:
+    if op.namespace in (NAMESPACE, OWN_NAMESPACE):
         _enter_built_in()
     ours, theirs = _entries.get(op._name), upstream.args_of(op._name)
     if ours is None:
@@ -320,7 +325,7 @@ def withdraw(made: Registration) -> None:
 def _forget(name: str) -> None:
     _entries.pop(name, None)
     upstream.remove(name)
-    _changed()
+    _changed(name)
 
 
 def fingerprint() -> str:
@@ -343,14 +348,17 @@ def version() -> int:
         return _version
 
 
-def _changed() -> None:
+def _changed(name: str | None = None) -> None:
     global _version, _seen_upstream
     _version += 1
     _seen_upstream = upstream.all_args()
+    if name is not None:
+        for listener in tuple(listeners):
+            listener(name)
 
 
 def _enter_built_in() -> None:
-    """Enter torch.ops.symm_mem, the first time."""
+    """Enter what is built in, the first time."""
     global _has_built_in
     if _has_built_in:
         return
@@ -359,8 +367,11 @@ def _enter_built_in() -> None:
             return
         if dist.is_available():
             importlib.import_module("torch.distributed._symmetric_memory")  # defines some of them
-        for name, need in NEED.items():
-            op = known_op(f"{NAMESPACE}::{name}")
+        importlib.import_module("symmem.ops.one_sided")  # as well
+        qualified = {f"{NAMESPACE}::{name}": need for name, need in NEED.items()}
+        qualified |= {f"{OWN_NAMESPACE}::{name}": need for name, need in OWN.items()}
+        for name, need in qualified.items():
+            op = known_op(name)
             if op is None:
                 continue
             try:

@@ -46,7 +46,11 @@ def all_args() -> dict[str, tuple[str, ...]]:
 
 
 def put(name: str, args: Sequence[str]) -> None:
-    """Let upstream know of an op, in the place of what it knew."""
+    """Let upstream know of an op, in the place of what it knew.
+
+    Inductor reads it when it lowers an op that nobody else lowers, and places arguments whatever device they are on: of
+    the CPU's that raises (torch 2.13). It cannot be told of one device only, nor later: it asks by the op's name.
+    """
     registry = _registry()
     if registry is not None:
         remove(name)  # else upstream logs a warning about what it overwrites

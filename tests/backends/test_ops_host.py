@@ -314,7 +314,7 @@ def test_compiled_programs_of_several_ranks(pools: Any) -> None:
 
 
 def test_the_benchmark_measures_all_operators() -> None:
-    figures = collectives.measure(2, (1024,))
+    figures = list(collectives.measure("host", 2, (1024,)))
     assert [each.figure for each in figures] == list(collectives.OPERATORS)
     assert all(each.value > 0 and each.peer == "gloo" and each.peer_value for each in figures)
 
@@ -393,6 +393,30 @@ def test_arguments_that_one_rank_refuses_are_an_error_on_all(pools: Any, first: 
         assert {kind for kind, _peers, _text in column} == {"InvalidArgumentError" if first else "MismatchError"}
         assert all("rank 1" in text for _kind, _peers, text in column)
     assert time.monotonic() - begin < 10
+
+
+def checked() -> list[Told]:
+    """Rank 1 does otherwise, or refuses, in the checked mode."""
+    rank, size = world()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYMMEM_ENABLE", "collective_check(each)")
+        group = symmem.Group.from_store(rank, size, rank_store(), "checked")
+    x, differs = torch.ones(4), rank == 1
+    assert ops.all_reduce(x, group)[0] == size
+    found = [
+        told(lambda: ops.all_reduce(torch.ones((2, 2) if differs else 4), group)),  # as many elements
+        told(lambda: ops.all_reduce(x, group, out=torch.ones(5) if differs else None)),
+    ]
+    assert ops.all_reduce(x, group)[0] == size
+    return found
+
+
+def test_in_the_checked_mode_shapes_count_and_refusals_arrive_as_they_are(pools: Any) -> None:
+    for shapes, refusal in pools.get(3).run(checked):
+        assert shapes[:2] == ("MismatchError", (1,))
+        assert "ranks differ in shape of x: [4] on ranks 0, 2, [2, 2] on rank 1" in shapes[2]
+        assert refusal[0] == "InvalidArgumentError"
+        assert "rank 1" in refusal[2]
 
 
 def interrupted() -> list[Told]:

@@ -21,43 +21,41 @@ import pytest
 import torch
 
 from symmem.backends import cuda_signals
-from symmem.errors import MismatchError, PeerTimeoutError, UnsupportedError
+from symmem.config.algorithms import KERNELS as CONFIGURED
+from symmem.errors import InvalidArgumentError, MismatchError, PeerTimeoutError, UnsupportedError
+from symmem.group import Group
 from symmem.ops import cuda_engine, kernel_cache
-from symmem.ops.algorithms import (
-    ALL_REDUCE,
-    BLOCKS,
-    MOVE,
-    REDUCE_SCATTER,
-    Choice,
-    choose,
-    choose_move,
-    choose_reduce_scatter,
-    grid,
-    symmetric_beyond,
-)
+from symmem.ops import functions as ops
+from symmem.ops.algorithms import BLOCKS, OPERATIONS, Choice, Row, Table, built_in, grid
+from symmem.ops.checked_engine import CheckedEngine
 from symmem.ops.cuda_engine import CudaEngine, Piece, call_type, pieces
 from symmem.ops.cuda_kernels import KERNELS, OPERATORS, SOURCE, STEPS, TYPES, Layout
+from symmem.ops.engines import engine_for
+from symmem.tools.tune import call_of, each_row
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from emulated_gpu import COMPILER, compile_kernels
+from thread_ranks import make_groups, run_ranks, succeed
 
 # Tables.
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8, 16, 64])
 def test_every_size_has_a_kernel(world: int) -> None:
+    table = built_in(world)
     for nbytes in (1, 16, 2 << 10, 64 << 10, 1 << 20, 8 << 20, 1 << 33):
         for symmetric in (False, True):
-            choice = choose(nbytes, world, symmetric)
+            choice = table.choose(nbytes, symmetric)
             assert choice.kernel in KERNELS["reduce"]
             assert symmetric or choice.kernel != "direct"
-        assert choose_move(nbytes, world).kernel in KERNELS["move"]
-        assert choose_reduce_scatter(nbytes, world).kernel == "reduce_scatter"
+        assert table.choose_move(nbytes).kernel in KERNELS["move"]
+        assert table.choose_reduce_scatter(nbytes).kernel == "reduce_scatter"
 
 
 def test_the_tables_are_in_order() -> None:
-    for table in (ALL_REDUCE, REDUCE_SCATTER, MOVE):
+    for name, table in OPERATIONS.items():
+        assert {row.kernel for row in table} <= set(CONFIGURED[name])
         for before, after in itertools.pairwise(table):
             assert before.world <= after.world
             if before.world == after.world and before.nbytes and after.nbytes:
@@ -69,16 +67,19 @@ def test_the_tables_are_in_order() -> None:
 
 
 def test_small_is_one_way_and_large_is_two() -> None:
-    assert choose(2 << 10, 8).kernel == "one_shot"
-    assert choose(1 << 20, 8).kernel == "two_shot"
-    assert choose(64 << 20, 8, True).kernel == "direct"
+    assert built_in(8).choose(2 << 10).kernel == "one_shot"
+    assert built_in(8).choose(1 << 20).kernel == "two_shot"
+    assert built_in(8).choose(64 << 20, True).kernel == "direct"
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8, 64])
 def test_where_it_begins_to_matter_where_tensors_lie(world: int) -> None:
-    most = symmetric_beyond(world)
-    assert choose(most, world, True) == choose(most, world, False)
-    assert choose(most + 1, world, True).kernel == "direct"
+    table = built_in(world)
+    most = table.symmetric_beyond()
+    assert most is not None
+    assert table.choose(most, True) == table.choose(most, False)
+    assert table.choose(most + 1, True).kernel == "direct"
+    assert table._replace(all_reduce=table.move).symmetric_beyond() is None
 
 
 @pytest.mark.parametrize(("units", "blocks"), [(0, 1), (1, 1), (128, 1), (129, 2), (10**9, 64)])
@@ -236,7 +237,7 @@ class EmulatedDriver:
 
 class StubGroup:
     name = "g"
-    settings = SimpleNamespace(signal_timeout=20.0)
+    settings = SimpleNamespace(signal_timeout=20.0, algorithms="built-in")
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -354,11 +355,21 @@ def test_numbers_that_look_like_nothing(ranks: Ranks) -> None:
             assert torch.equal(tensor.view(torch.int32), tensors[0].view(torch.int32))
 
 
-def test_a_rank_may_run_ahead(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+class Alternating(Table):
+    """Takes turns by the number of bytes."""
+
+    def choose(self, nbytes: int, symmetric: bool = False) -> Choice:
+        return Choice("two_shot" if nbytes % 8 else "one_shot", 8, 2)
+
+    def choose_move(self, nbytes: int) -> Choice:
+        return Choice("pull" if nbytes % 8 else "exchange", 8, 2)
+
+
+def test_a_rank_may_run_ahead(ranks: Ranks) -> None:
     rng = random.Random(4)
     sizes = [rng.choice((1, 5, 64, 500, 2000)) for _ in range(40)]
-    monkeypatch.setattr(cuda_engine, "choose", lambda n, *_: Choice("two_shot" if n % 8 else "one_shot", 8, 2))
-    monkeypatch.setattr(cuda_engine, "choose_move", lambda n, *_: Choice("pull" if n % 8 else "exchange", 8, 2))
+    for engine in ranks.engines:
+        engine.use(Alternating(*built_in(WORLD)))
 
     def work(engine: CudaEngine, rank: int) -> None:
         for turn, n in enumerate(sizes):
@@ -379,8 +390,9 @@ def test_a_rank_may_run_ahead(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("kernel", ["exchange", "pull"])
-def test_bytes_move_unchanged(kernel: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_engine, "choose_move", lambda *_: Choice(kernel, 8, 3))
+def test_bytes_move_unchanged(kernel: str, ranks: Ranks) -> None:
+    for engine in ranks.engines:
+        engine.use(engine.table._replace(move=(Row(WORLD, None, kernel, 8, 3),)))
     rng = random.Random(5)
     for n in (1, 3, 7, 8, 9, 16, 33, 500, 2047, 2048, 7003):
         given = [torch.randint(0, 256, (WORLD, n), dtype=torch.uint8) for _ in range(WORLD)]
@@ -467,7 +479,7 @@ def test_other_offsets_are_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_missing_rank_is_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, libraries: dict[str, Any]) -> None:
-    monkeypatch.setattr(StubGroup, "settings", SimpleNamespace(signal_timeout=0.3))
+    monkeypatch.setattr(StubGroup, "settings", SimpleNamespace(signal_timeout=0.3, algorithms="built-in"))
     tensors = [torch.ones(10) for _ in range(WORLD)]
     errors = ranks.run(lambda e, rank: e.all_gather(tensors[rank], torch.empty(WORLD, 10)) if rank != 2 else None)
     assert [type(error) for error in errors] == [RuntimeError, RuntimeError, type(None)]
@@ -553,3 +565,105 @@ def test_a_launch_that_fails_is_named(alone: CudaEngine, driver: EmulatedDriver)
 
 def test_steps_do_not_clash_with_the_signals() -> None:
     assert min(STEPS) > len(cuda_signals.OPERATIONS)
+
+
+# The checked mode.
+
+
+@pytest.fixture
+def checked(ranks: Ranks) -> list[Group]:
+    """Groups whose engines for tensors on the CPU are the emulated ones, checked."""
+    groups = make_groups(WORLD, name="checked")
+    for group, engine in zip(groups, ranks.engines, strict=True):
+        group.engines[torch.device("cpu")] = CheckedEngine(engine, group)
+    return groups
+
+
+@pytest.mark.parametrize(
+    ("call", "differs"),
+    [
+        (lambda g, odd: ops.all_reduce(torch.ones(4 + odd), g), "shape of x: [4] on ranks 0, 2, [5] on rank 1"),
+        (lambda g, odd: ops.all_reduce(torch.ones(6).view(2 + odd, -1), g), "shape of x"),
+        (lambda g, odd: ops.all_reduce(torch.ones(4), g, ("sum", "max")[odd]), "reduction: sum on ranks 0, 2, max on"),
+        (
+            lambda g, odd: ops.all_gather(torch.ones(4, dtype=(torch.float32, torch.int32)[odd]), g),
+            "dtype: torch.float",
+        ),
+        (lambda g, odd: ops.broadcast(torch.ones(4), g, root=int(odd)), "root: 0 on ranks 0, 2, 1 on rank 1"),
+        (
+            lambda g, odd: (ops.all_to_all if odd else ops.reduce_scatter)(torch.ones(3, 2), g),
+            "operation: reduce_scatter on ranks 0, 2, all_to_all on rank 1",
+        ),
+    ],
+)
+def test_ranks_that_do_not_call_alike_are_named_before_a_launch(
+    call: Callable[[Group, bool], object], differs: str, checked: list[Group], driver: EmulatedDriver
+) -> None:
+    for error in run_ranks(WORLD, lambda rank: call(checked[rank], rank == 1)):
+        assert isinstance(error, MismatchError)
+        assert f"ranks differ in {differs}" in str(error)
+        assert error.peers == (1,)
+    assert driver.launched == []
+    for rank, result in enumerate(run_ranks(WORLD, lambda rank: ops.all_reduce(torch.ones(4) * rank, checked[rank]))):
+        assert result.tolist() == [3] * 4, rank  # they go on
+
+
+def test_a_refusal_reaches_the_others_at_once(checked: list[Group], driver: EmulatedDriver) -> None:
+    def call(rank: int) -> object:
+        x = torch.ones(4)
+        return ops.all_reduce(x, checked[rank], out=torch.ones(5) if rank == 2 else None)
+
+    for error in run_ranks(WORLD, call):
+        assert isinstance(error, InvalidArgumentError)
+        assert error.rank == 2
+        assert "out must have shape [4]" in str(error)
+    assert driver.launched == []
+    assert all(
+        result.tolist() == [3] for result in succeed(WORLD, lambda rank: ops.all_reduce(torch.ones(1), checked[rank]))
+    )
+
+
+@pytest.mark.parametrize("check", ["each", "off"])
+def test_the_setting_decides(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYMMEM_ENABLE", f"collective_check({check})")
+    (group,) = make_groups(1, name="setting")
+    assert isinstance(engine_for(group, torch.device("cpu")), CheckedEngine) == (check == "each")
+    assert ops.all_reduce(torch.ones(2), group).tolist() == [1, 1]
+
+
+def test_ranks_compare_their_tables_before_they_map_memory(
+    driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("symmem.capture.is_capturing", lambda device: False)
+    groups = make_groups(2, name="tables")
+    engines = [CudaEngine(group, torch.device("cuda", 0)) for group in groups]
+    engines[1].use(engines[1].table._replace(move=(Row(2, None, "pull", 64, 1),)))
+    x = torch.ones(4)
+    for error in run_ranks(2, lambda rank: engines[rank].all_reduce(x, x, "sum")):
+        assert isinstance(error, MismatchError)
+        assert "ranks differ in table of algorithms" in str(error)
+
+
+@pytest.mark.parametrize("operation", sorted(CONFIGURED))
+def test_tuning_runs_each_row_and_nothing_else(
+    operation: str, ranks: Ranks, driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a timer that counts instead."""
+    n = 64
+    rooms = [memory(WORLD * n * 4) for _ in range(WORLD)]
+    in_symmetric_memory(ranks, rooms, monkeypatch)
+    kernels = CONFIGURED[operation]
+    rows = [Row(WORLD, None, kernel, 64, blocks, kernel == "direct") for kernel in kernels for blocks in (1, 2)]
+    others = [torch.empty(WORLD, n) for _ in range(WORLD)]
+    tables = [engine.table for engine in ranks.engines]
+    found: list[list[float]] = [[]] * WORLD
+
+    def work(engine: CudaEngine, rank: int) -> None:
+        call = call_of(engine, operation, rooms[rank].view(torch.float32).view(WORLD, n), others[rank])
+        found[rank] = each_row(engine, operation, rows, call, lambda call: (call(), 7.0)[1])
+
+    assert ranks.run(work) == [None] * WORLD
+    assert found == [[7.0] * len(rows)] * WORLD
+    wanted = [(list(KERNELS["move" if operation == "move" else "reduce"]).index(row.kernel), 1, 64) for row in rows]
+    assert sorted(driver.launched) == sorted(wanted * WORLD)
+    assert [engine.table for engine in ranks.engines] == tables

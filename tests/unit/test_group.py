@@ -338,14 +338,14 @@ def test_without_pidfds_groups_work_and_say_what_they_lack(
 def test_a_follower_refused_by_uid_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """G5: the leader refuses a connection of another user; nobody waits for the timeout."""
     groups = make_groups(3)
-    original = scm._peer
+    original = scm.peer_of
 
     def other_user(sock: socket.socket) -> tuple[int, int]:
         pid, uid = original(sock)
         return pid, uid + (threading.current_thread().name == "0")
 
     with monkeypatch.context() as patch:
-        patch.setattr(scm, "_peer", other_user)
+        patch.setattr(scm, "peer_of", other_user)
         begin = time.monotonic()
         results = run_ranks(3, lambda rank: meet(groups[rank], timeout=15))
     assert time.monotonic() - begin < 5
@@ -358,14 +358,14 @@ def test_a_follower_refused_by_uid_is_named_at_once(monkeypatch: pytest.MonkeyPa
 def test_a_leader_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """G5: a follower tells nothing to a socket of another user."""
     groups = make_groups(2)
-    original = scm._peer
+    original = scm.peer_of
 
     def other_user(sock: socket.socket) -> tuple[int, int]:
         pid, uid = original(sock)
         return pid, uid + (threading.current_thread().name == "1")
 
     with monkeypatch.context() as patch:
-        patch.setattr(scm, "_peer", other_user)
+        patch.setattr(scm, "peer_of", other_user)
         results = run_ranks(2, lambda rank: meet(groups[rank], timeout=15))
     assert kinds(results) == {RendezvousError}
     assert all(f"belongs to user {os.getuid() + 1}" in str(error) and error.rank == 1 for error in results)

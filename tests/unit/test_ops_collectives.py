@@ -4,6 +4,7 @@ what they refuse. Of one rank, or of fake tensors in a larger group.
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import symmem
 from symmem.errors import (
@@ -22,7 +24,7 @@ from symmem.errors import (
     RankError,
     UnsupportedError,
 )
-from symmem.ops import engines
+from symmem.ops import engines, gradients
 from symmem.ops import functions as ops
 
 # What Inductor imports, warns.
@@ -284,7 +286,8 @@ def test_groups_of_one_name_are_told_apart_or_refused() -> None:
     first, second = (symmem.Group.from_store(0, 1, dist.HashStore(), "twin") for _ in range(2))
     with pytest.raises(GroupError, match="2 groups made from stores are named 'twin'"):
         torch.ops.symmem.all_reduce(torch.ones(1), "sum", "twin")
-    ops.all_reduce(torch.ones(1), second)
+    assert ops.all_reduce(torch.ones(1), second).tolist() == [1]
+    assert engines.name_of(second) == "twin"
     assert engines.group_named("twin") is second
     second.close()
     assert engines.group_named("twin") is first
@@ -300,7 +303,141 @@ def test_a_name_follows_its_process_group() -> None:
             assert seen[-1] is symmem.resolve_group()
             double = symmem.Group.from_store(0, 1, dist.HashStore(), seen[-1].name)
             with pytest.raises(GroupError, match="a process group is named"):
-                ops.all_reduce(torch.ones(2), double)
+                ops.all_reduce(torch.ones(2, requires_grad=True), double)  # whose backward pass goes by the name
+            assert ops.all_reduce(torch.ones(2), dist.group.WORLD).tolist() == [1, 1]
         finally:
             dist.destroy_process_group()
     assert seen[0] is not seen[1]
+
+
+def test_a_closed_group_is_refused(group: symmem.Group) -> None:
+    group.close()
+    with pytest.raises(GroupError, match="is closed"):
+        ops.all_reduce(torch.ones(2), group)
+
+
+def test_groups_that_are_gone_are_forgotten() -> None:
+    for turn in range(3):
+        engines.name_of(symmem.Group.from_store(0, 1, dist.HashStore(), f"gone {turn}"))
+    gc.collect()
+    engines.name_of(symmem.Group.from_store(0, 1, dist.HashStore(), "here"))
+    assert not [name for name in engines._of_stores if name.startswith("gone")]
+
+
+# The short way of the usual eager call, and what must go through the dispatcher.
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class FunctionRecorder(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Wrapped(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        seen.append(str(func))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+seen: list[str] = []
+
+
+@pytest.fixture
+def direct(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which operations went past the dispatcher."""
+    found: list[str] = []
+
+    def counting(work: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda kind, *args: (found.append(kind.name), work(kind, *args))[1]
+
+    for name in ("functional", "in_place", "into"):
+        monkeypatch.setattr(ops, name, counting(getattr(ops, name)))
+    return found
+
+
+def test_the_usual_call_is_short(direct: list[str], group: symmem.Group) -> None:
+    x = torch.ones(3)
+    ops.all_reduce(x, group)
+    ops.all_reduce(x, group, out=x)
+    ops.broadcast(x, group, out=torch.empty(3))
+    with torch.no_grad():
+        ops.all_gather(torch.nn.Parameter(torch.ones(3)), group)
+    with torch.inference_mode():
+        ops.all_reduce(torch.ones(3), group)
+    assert direct == ["all_reduce", "all_reduce", "broadcast", "all_gather", "all_reduce"]
+
+
+@pytest.mark.parametrize(
+    "around",
+    [Recorder, FunctionRecorder, lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])],
+)
+def test_what_looks_at_operators_sees_them(around: Any, direct: list[str], group: symmem.Group) -> None:
+    seen.clear()
+    x = torch.ones(3)
+    with around() as active:
+        ops.all_reduce(x, group)
+        ops.all_reduce(x, group, out=x)
+        ops.all_gather(x, group, out=torch.empty(1, 3))
+    if hasattr(active, "key_averages"):
+        seen.extend(each.key.replace("::", ".") for each in active.key_averages())
+    for form in ("all_reduce", "all_reduce_", "all_gather_out"):
+        assert any(each.removesuffix(".default") == f"symmem.{form}" for each in seen), seen
+    assert direct == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda: torch.ones(3, requires_grad=True),
+        lambda: torch.ones(3).as_subclass(Wrapped),
+        lambda: torch.ones(3, device="meta"),
+        lambda: torch._efficientzerotensor(3),
+        lambda: torch.ones(3, dtype=torch.cfloat).conj(),
+        lambda: torch._to_functional_tensor(torch.ones(3)),
+    ],
+)
+def test_unusual_tensors_go_through_the_dispatcher(
+    given: Callable[[], torch.Tensor], direct: list[str], group: symmem.Group
+) -> None:
+    assert ops.all_reduce(given(), group).shape == (3,)
+    with torch.no_grad():
+        ops.all_gather(torch.ones(3), group, out=torch.empty(1, 3, requires_grad=True))
+    assert direct == ["all_gather"]
+    with pytest.raises(UnsupportedError, match="has no gradient"):
+        ops.all_gather(torch.ones(3), group, out=torch.empty(1, 3, requires_grad=True))
+
+
+def test_tracers_and_transforms_see_the_operator(direct: list[str], group: symmem.Group) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(lambda x: ops.all_reduce(x, group))(torch.ones(3))
+    assert "symmem.all_reduce.default" in str(graph.code)
+    traced = torch.jit.trace(lambda x: ops.all_reduce(x, group) + 1, (torch.ones(3),), check_trace=False)
+    assert "symmem::all_reduce" in str(traced.graph)
+    assert torch.func.vmap(lambda x: ops.all_reduce(x, group))(torch.ones(2, 3)).shape == (2, 3)  # one by one
+    assert direct == []
+
+
+def test_operators_themselves_are_one_kernel_in_python(group: symmem.Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing requires a gradient; and two where something may come in between."""
+    again: list[str] = []
+    beneath = gradients._beneath
+    monkeypatch.setattr(
+        gradients, "_beneath", lambda op, *args, **options: (again.append(str(op)), beneath(op, *args, **options))[1]
+    )
+    x, name = torch.ones(3), group.name
+    torch.ops.symmem.all_reduce(x, "sum", name)
+    torch.ops.symmem.all_reduce_(x, "sum", name)
+    torch.ops.symmem.all_reduce_out(x, "sum", name, out=torch.empty(3))
+    assert again == []
+    with Recorder():
+        torch.ops.symmem.all_reduce(x, "sum", name)
+    torch.ops.symmem.all_reduce(x.requires_grad_(), "sum", name)
+    assert len(again) == 2

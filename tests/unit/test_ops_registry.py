@@ -25,6 +25,7 @@ import symmem
 from symmem import ops
 from symmem.errors import ConfigError, GroupError, InvalidArgumentError, NotSymmetricError
 from symmem.ops import built_in, upstream
+from symmem.ops.collectives import KINDS
 from symmem.tools import cli
 from symmem.tools.ranks import RankPool
 
@@ -482,13 +483,43 @@ def test_each_op_of_torch_is_registered_or_needs_nothing() -> None:
     assert set(known) - set(built_in.NEED) - set(built_in.NEED_NONE) == set(), "new ops: read their kernels"
     assert not set(built_in.NEED) & set(built_in.NEED_NONE)
     found = {each.op: each for each in ops.registered() if each.source == "symmem"}
-    assert set(found) == {f"symm_mem::{name}" for name in set(known) & set(built_in.NEED)}
+    assert {name for name in found if name.startswith("symm_mem::")} == {
+        f"symm_mem::{name}" for name in set(known) & set(built_in.NEED)
+    }
     for name, need in built_in.NEED.items():
         if name in known:
             made = found[f"symm_mem::{name}"]
             names = [argument.name for argument in known[name].arguments]
             assert made.args == need.args
             assert made.group_arg == ("group_name" if "group_name" in names else None)
+
+
+def test_symmems_own_ops_are_registered_or_take_any_memory() -> None:
+    ops.registered()  # defines them
+    schemas = {each.name: each for each in torch._C._jit_get_all_schemas() if each.name.startswith("symmem::")}
+    forms = {f"symmem::{name}{form}" for name in KINDS for form in ("", "_", "_out")}
+    assert set(schemas) == forms | {f"symmem::{name}" for name in built_in.OWN}
+    for name, need in built_in.OWN.items():
+        made = ops.registration(f"symmem::{name}")
+        assert made is not None
+        assert (made.args, made.group_arg, made.source) == (("x",), "group_name", "symmem")
+        assert (made.one_sided, made.exit_barrier) == (name != "barrier", name == "barrier")
+        assert need.args == made.args
+        assert upstream.args_of(made.op) is None
+    assert ops.registration("symmem::all_reduce") is None
+
+
+@pytest.mark.parametrize("mode", ["error", "copy"])
+def test_symmems_own_ops_are_checked_like_others(mode: str) -> None:
+    x = torch.ones(3)
+    calls: list[Callable[[], object]] = [
+        lambda: torch.ops.symmem.put(x, torch.ones(3), 0, "any"),
+        lambda: torch.ops.symmem.get_out(x, 0, "any", out=torch.ones(3)),
+        lambda: torch.ops.symmem.wait_signal(x, 0, 0, "any"),
+    ]
+    for call in calls:
+        with ops.checked(mode), pytest.raises(NotSymmetricError, match=r"symmem::\w+: the argument 'x' must be"):
+            call()
 
 
 def test_gathering_needs_only_its_output() -> None:
@@ -508,7 +539,7 @@ def test_ops_that_a_torch_lacks_are_left_out() -> None:
 def test_ops_that_a_torch_has_otherwise_are_left_out() -> None:
     code = (
         "from symmem.ops import built_in, registered; built_in.NEED['tile_reduce'] = built_in.Need(('x',)); "
-        "assert len(registered()) == len(built_in.NEED) - 1"
+        "assert len(registered()) == len(built_in.NEED) + len(built_in.OWN) - 1"
     )
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], stderr=subprocess.PIPE, text=True, check=True, timeout=60

@@ -126,8 +126,11 @@ def test_nvfuser_wins_over_the_cluster_file(cluster: ClusterFile) -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_every_setting_can_be_given_in_every_way(name: str, cluster: ClusterFile) -> None:
+def test_every_setting_can_be_given_in_every_way(name: str, cluster: ClusterFile, tmp_path: Path) -> None:
     setting = SETTINGS[name]
+    table = tmp_path / "table.yaml"
+    row = "{operation: reduce_scatter, world: 2, kernel: reduce_scatter, threads: 64, blocks: 1}"
+    table.write_text(f"version: 1\nrows: [{row}]")
     example, value = {
         "backend": ("host", ("host",)),
         "multicast": ("off", "off"),
@@ -138,6 +141,10 @@ def test_every_setting_can_be_given_in_every_way(name: str, cluster: ClusterFile
         "arena_limit": ("3GiB", 3 * 2**30),
         "allocation_check": ("each", "each"),
         "symmetric_arguments": ("copy", "copy"),
+        "collective_check": ("each", "each"),
+        "algorithms": (str(table), str(table)),
+        "compile_report": (str(table.parent / "report"), str(table.parent / "report")),
+        "inspection": ("off", "off"),
     }[name]
     assert value != setting.default
     for settings in (

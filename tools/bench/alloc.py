@@ -17,16 +17,19 @@ import torch
 
 import symmem
 from symmem.backends import get_backend
-from symmem.tools.bench.figures import Figure, show, slowest
-from symmem.tools.bench.gpu import PEERS, fresh
+from symmem.errors import UnsupportedError
+from symmem.tools.bench.figures import Figure
+from symmem.tools.bench.gpu import PEERS, check_gpus, fresh
+from symmem.tools.bench.timing import slowest
+from symmem.tools.doctor import examine
 from symmem.tools.ranks import RankPool
 
 __all__ = ["measure", "run"]
 
 _SIZES = (4 << 10, 2 << 20)
 _ALLOCATIONS = 2000
-_BLOCKS = 10_000
-_PAIRS = 1_000_000
+_BLOCKS, _BLOCK = 10_000, 256  # how many, and bytes of each
+_LONG_RUN = 16 << 10  # bytes of each
 
 
 def _warm(backend: str, nbytes: int) -> float:
@@ -51,7 +54,7 @@ def _reclaim(backend: str, rounds: int = 5) -> tuple[float, float, int]:
     for step in (1, 2):
         samples = []
         for _ in range(rounds + 1):
-            tensors = [symmem.allocate((256,), torch.uint8, backend=backend) for _ in range(_BLOCKS * step)]
+            tensors = [symmem.allocate((_BLOCK,), torch.uint8, backend=backend) for _ in range(_BLOCKS * step)]
             symmem.collect()
             kept = tensors[1::2] if step == 2 else []
             del tensors
@@ -77,7 +80,7 @@ def _usage() -> tuple[int, int, int]:
 
 def _long_run(backend: str, pairs: int) -> tuple[int, int, int]:
     """What a process has more of after so many allocations, each dropped at once: bytes, descriptors, address space."""
-    allocate = partial(symmem.allocate, (1 << 14,), torch.uint8, backend=backend)
+    allocate = partial(symmem.allocate, (_LONG_RUN,), torch.uint8, backend=backend)
     for _ in range(pairs // 10):
         allocate()
     before = _usage()
@@ -105,20 +108,31 @@ def measure(backend: str, peers: Sequence[str], world: int, pairs: int) -> Itera
             for peer, times in others.items():
                 yield Figure("alloc_warm", backend, world, nbytes, ours, "us", f"torch_{peer}", times[nbytes])
         contiguous, alternating, exchanges = slowest(pool.run(_reclaim, backend, timeout=300))
-        yield Figure("reclaim", backend, world, _BLOCKS, contiguous * 1e6, "us")
-        yield Figure("reclaim_alternating", backend, world, _BLOCKS, alternating * 1e6, "us")
-        yield Figure("reclaim_rounds", backend, world, _BLOCKS, exchanges, "count")
+        yield Figure("reclaim", backend, world, _BLOCKS * _BLOCK, contiguous * 1e6, "us")
+        yield Figure("reclaim_alternating", backend, world, _BLOCKS * _BLOCK, alternating * 1e6, "us")
+        yield Figure("reclaim_rounds", backend, world, _BLOCKS * _BLOCK, exchanges, "count")
         resident, descriptors, space = slowest(pool.run(_long_run, backend, pairs, timeout=300))
-        yield Figure("long_run_resident", backend, world, pairs, resident, "bytes")
-        yield Figure("long_run_descriptors", backend, world, pairs, descriptors, "count")
-        yield Figure("long_run_address_space", backend, world, pairs, space, "bytes")
+        yield Figure("long_run_resident", backend, world, pairs * _LONG_RUN, resident, "bytes")
+        yield Figure("long_run_descriptors", backend, world, pairs * _LONG_RUN, descriptors, "count")
+        yield Figure("long_run_address_space", backend, world, pairs * _LONG_RUN, space, "bytes")
 
 
-def run(
-    backend: str, peers: Sequence[str], worlds: Sequence[int], *, pairs: int = _PAIRS, as_json: bool = False
-) -> int:
-    """Measure and print."""
-    if get_backend(backend).device_type == "cpu":
-        peers = ()
-    show([figure for world in worlds for figure in measure(backend, peers, world, pairs)], as_json=as_json)
-    return 0
+def run(backend: str, peers: Sequence[str] | None, ranks: Sequence[int], pairs: int) -> Iterator[Figure]:
+    """All figures of a backend at these world sizes; beside all of torch's transports that work here, unless some are
+    named.
+
+    Raises:
+        UnsupportedError: Peers are named, but the backend's memory is the CPU's; or see :func:`.gpu.check_gpus`.
+    """
+    cuda = get_backend(backend).device_type == "cuda"
+    if peers and not cuda:
+        raise UnsupportedError(
+            f"`bench alloc`: PyTorch's transports are for CUDA, and {backend!r} is for the CPU",
+            hint="leave out --peers, or name a --backend for CUDA",
+        )
+    if peers is None:
+        peers = [peer for peer in PEERS if cuda and examine(f"pytorch_{peer}").available]
+    for world in ranks:
+        if cuda:
+            check_gpus("alloc", world)
+        yield from measure(backend, peers, world, pairs)

@@ -1,74 +1,141 @@
-"""``symmem bench collectives``: the collective operators on the CPU beside gloo's, in the same processes, in turns."""
+"""``symmem bench collectives``: the collective operators beside gloo's, or NCCL's and PyTorch's, in the same processes.
+
+On the CPU a figure is named like the operator. On CUDA each has three:
+
+* ``all_reduce_graph``: one of many calls in a CUDA graph, by the clock of the stream.
+* ``all_reduce_eager``: one of many calls from Python, by the clock of the stream.
+* ``all_reduce_host``: how long Python takes for one of those, until it is on the stream.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
-import symmem
-from symmem.ops import collectives  # noqa: F401  # defines the operators
-from symmem.tools.bench.figures import Figure, alternate, show
+from symmem.backends import get_backend
+from symmem.config import BACKEND_OPTION, SETTINGS
+from symmem.config.options import parse_options
+from symmem.errors import InvalidArgumentError
+from symmem.tools.bench.contenders import OPERATORS, Contender, check, contenders
+from symmem.tools.bench.figures import Figure
+from symmem.tools.bench.gpu import check_gpus
+from symmem.tools.bench.timing import Clock, Times, clock_of, in_turns, repeated, slowest
 from symmem.tools.ranks import RankPool
 
-__all__ = ["OPERATORS", "SIZES", "measure", "run"]
+__all__ = ["OPERATORS", "SIZES", "Samples", "measure", "run", "sample"]
 
-OPERATORS = ("all_reduce", "all_gather", "reduce_scatter")
-SIZES = tuple(1 << power for power in (10, 14, 16, 18, 20, 22, 24))
-"""Bytes: of the tensor for all_reduce, else of the one that has a row for each rank."""
+SIZES = {
+    "cpu": tuple(1 << power for power in (10, 14, 16, 18, 20, 22, 24)),
+    "cuda": tuple(1 << power for power in (11, 13, 15, 16, 17, 19, 21, 23, 25, 27)),
+}
+"""Bytes, by type of device: of the tensor, or of the one that has a row for each rank."""
 
+Samples = dict[tuple[str, str], list[float]]
+"""Seconds of one call in each round, by figure's ending and name of the contender."""
 
-def _pair(name: str, nbytes: int, world: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    """One call of ours and one of gloo's, on float32: zeros, so that sums stay finite."""
-    group = symmem.resolve_group().name
-    rows = torch.zeros((world, max(nbytes // 4 // world, 1)))
-    row = torch.zeros_like(rows[0])
-    if name == "all_reduce":
-        x, other = torch.zeros(nbytes // 4), torch.zeros(nbytes // 4)
-        return lambda: torch.ops.symmem.all_reduce_(x, "sum", group), lambda: dist.all_reduce(other)
-    if name == "all_gather":
-        return (
-            lambda: torch.ops.symmem.all_gather_out(row, group, out=rows),
-            lambda: dist.all_gather_into_tensor(rows.view(-1), row),
-        )
-    return (
-        lambda: torch.ops.symmem.reduce_scatter_out(rows, "sum", group, out=row),
-        lambda: dist.reduce_scatter_tensor(row, rows.view(-1)),
-    )
+_ROUNDS = 9
+_IN_GRAPH = 20  # calls
+_RUN = 0.01  # seconds that a run of eager calls should take
+_VECTOR = 16  # bytes
 
 
-def _times(name: str, nbytes: int) -> tuple[float, float]:
-    """Median seconds of a call, ours and gloo's, each the mean of a run of them."""
-    ours, peer = _pair(name, nbytes, dist.get_world_size())
-    counts = (max(3, min(200, (8 << 20) // nbytes)), max(2, min(20, (4 << 20) // nbytes)))
+def sample(operator: str, found: Sequence[Contender], clock: Clock, rounds: int = _ROUNDS) -> Samples:
+    """On each rank: check what the contenders do, and time them in turns. Collective over all ranks."""
+    for each in found:
+        check(operator, each)
+    counts = [_count(each, clock) for each in found]
+    calls = [partial(_eager, clock, each.call, count) for each, count in zip(found, counts, strict=True)]
+    names = [each.name for each in found]
+    eager = dict(zip(names, in_turns(calls, rounds), strict=True))
+    if not clock.graphs:
+        return {("", name): [times.device for times in eager[name]] for name in names}
+    replays = [partial(_replayed, clock, clock.capture(each.call, _IN_GRAPH)) for each in found]
+    graphs = dict(zip(names, in_turns(replays, rounds + 1), strict=True))
+    clock.all_here()  # before the graphs and their memory go
+    return {
+        **{("_graph", name): graphs[name][1:] for name in names},  # the first replay uploads the graph
+        **{("_eager", name): [times.device for times in eager[name]] for name in names},
+        **{("_host", name): [times.host for times in eager[name]] for name in names},
+    }
 
-    def repeated(call: Callable[[], object], count: int) -> Callable[[], object]:
-        def run() -> None:
-            for _ in range(count):
-                call()
 
-        return run
-
-    runs = [repeated(call, count) for call, count in zip((ours, peer), counts, strict=True)]
-    for warm_up in runs:
-        warm_up()
-    mine, theirs = alternate(runs[0], runs[1], rounds=9)
-    return mine / counts[0], theirs / counts[1]
+def _count(each: Contender, clock: Clock) -> int:
+    """How many calls make a run, the same on all ranks; warms up."""
+    warm_up = 3
+    each.call()
+    clock.all_here()
+    seconds = torch.tensor(clock.seconds(repeated(each.call, warm_up)).device / warm_up, dtype=torch.float64)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return max(3, min(200, int(_RUN / float(seconds))))
 
 
-def measure(world: int, sizes: Sequence[int] = SIZES) -> list[Figure]:
-    """All figures at one world size, in microseconds; of all ranks, the slowest counts."""
-    figures = []
-    with RankPool(world) as pool:
-        for name in OPERATORS:
+def _eager(clock: Clock, call: Callable[[], object], count: int) -> Times:
+    clock.all_here()
+    took = clock.seconds(repeated(call, count))
+    return Times(took.device / count, took.host / count)
+
+
+def _replayed(clock: Clock, replay: Callable[[], object]) -> float:
+    clock.together()
+    return clock.seconds(replay).device / _IN_GRAPH
+
+
+def _on_rank(operator: str, nbytes: int, backend: str, largest: int) -> Samples:
+    return sample(operator, contenders(operator, nbytes, backend, largest), clock_of(get_backend(backend).device_type))
+
+
+def merged(results: Sequence[Samples]) -> dict[str, dict[str, float]]:
+    """Median seconds by figure's ending and contender, of all ranks' samples; in each round the slowest rank counts."""
+    medians: dict[str, dict[str, float]] = defaultdict(dict)
+    for ending, name in results[0]:
+        medians[ending][name] = statistics.median(slowest([result[ending, name] for result in results]))
+    return medians
+
+
+def with_backend(backend: str) -> str:
+    """``SYMMEM_ENABLE`` as it is, but with this backend: the operators take memory of what is configured."""
+    known = {setting.option for setting in SETTINGS.values()}
+    options = parse_options(os.environ.get("SYMMEM_ENABLE", ""), "SYMMEM_ENABLE", known)
+    kept = [f"{o.name}({','.join(a.text for a in o.args)})" for o in options if o.name != BACKEND_OPTION]
+    return ", ".join([*kept, f"{BACKEND_OPTION}({backend})"])
+
+
+def measure(
+    backend: str, world: int, sizes: Sequence[int] = (), operators: Sequence[str] = OPERATORS
+) -> Iterator[Figure]:
+    """All figures of a backend at one world size, in microseconds; of all sizes unless some are given."""
+    sizes = sizes or SIZES[get_backend(backend).device_type]
+    with RankPool(world, env={"SYMMEM_ENABLE": with_backend(backend)}, timeout=240) as pool:
+        for operator in operators:
             for nbytes in sizes:
-                ours, peer = max(pool.run(_times, name, nbytes))
-                figures.append(Figure(name, "host", world, nbytes, ours * 1e6, "us", "gloo", peer * 1e6))
-    return figures
+                medians = merged(pool.run(_on_rank, operator, nbytes, backend, max(sizes)))
+                for ending, times in medians.items():
+                    ours, *peers = times.items()
+                    for peer, seconds in peers:
+                        figure = f"{operator}{ending}"
+                        yield Figure(figure, backend, world, nbytes, ours[1] * 1e6, "us", peer, seconds * 1e6)
 
 
-def run(worlds: Sequence[int], *, as_json: bool) -> int:
-    """Measure and print."""
-    show([figure for world in worlds for figure in measure(world)], as_json=as_json)
-    return 0
+def run(backend: str, ranks: Sequence[int] | None, sizes: Sequence[int], operators: Sequence[str]) -> Iterator[Figure]:
+    """All figures of a backend; unless ``ranks`` says otherwise, at one rank a GPU, on the CPU with 2 and with 4.
+
+    Raises:
+        InvalidArgumentError: A size is no multiple of 16 bytes, or has less than that for each rank.
+        UnsupportedError: See :func:`.gpu.check_gpus`.
+        WrongResultError: A contender's result is wrong.
+    """
+    cuda = get_backend(backend).device_type == "cuda"
+    for world in ranks or ((torch.cuda.device_count(),) if cuda else (2, 4)):
+        if cuda:
+            check_gpus("collectives", world)
+        for nbytes in sizes:
+            if nbytes < _VECTOR * world or nbytes % _VECTOR:
+                least = f"a multiple of {_VECTOR} from {_VECTOR * world}"
+                raise InvalidArgumentError(f"{nbytes} bytes among {world} ranks: expected {least}")
+        yield from measure(backend, world, sizes, operators)

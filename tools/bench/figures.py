@@ -1,16 +1,17 @@
-"""One shape for every figure of every benchmark, and how they are shown."""
+"""One shape for every figure of every benchmark."""
 
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from time import perf_counter
+from itertools import groupby
+from typing import NamedTuple
 
-from symmem.tools.table import render
+__all__ = ["UNITS", "Figure", "Measurement", "measurements", "pair_of"]
 
-__all__ = ["Figure", "alternate", "show", "slowest"]
+UNITS = {"us": False, "GB/s": True, "count": False, "bytes": False}
+"""Each unit, and whether more of it is better."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,13 @@ class Figure:
     """One measurement beside a peer's from the same run.
 
     Attributes:
-        figure: What was measured: ``barrier``, ``p2p_pull``, ...
+        figure: What was measured: ``barrier``, ``all_reduce_graph``, ...; of a pair of ranks with them at its end:
+            ``p2p_pull_alone/0/3`` is what rank 0 did with rank 3's memory.
         backend: Of symmem.
         world: Number of ranks.
         bytes: Size of the operation; 0 where it has none.
         value: Ours, in ``unit``.
-        unit: ``us``, ``GB/s``, ``count`` or ``bytes``.
+        unit: One of :data:`UNITS`.
         peer: What it is compared with: ``gloo``, ``nccl``, ``local``, ...; empty if there is nothing to compare.
         peer_value: The peer's, in ``unit``.
     """
@@ -47,40 +49,34 @@ class Figure:
         return json.dumps(asdict(self) | {"ratio": self.ratio})
 
 
-def alternate(ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Median seconds of two calls, taken in turn and each as often first, so that drift treats both alike."""
-    samples: tuple[list[float], list[float]] = ([], [])
-    pair = list(zip(samples, (ours, peer), strict=True))
-    for _ in range(rounds):
-        for taken, call in pair:
-            begin = perf_counter()
-            call()
-            taken.append(perf_counter() - begin)
-        pair.reverse()
-    return statistics.median(samples[0]), statistics.median(samples[1])
+class Measurement(NamedTuple):
+    """One of ours with all peers of the same run: the lines that differ only in the peer."""
+
+    lines: tuple[Figure, ...]
+
+    @property
+    def first(self) -> Figure:
+        """Any of the lines."""
+        return self.lines[0]
+
+    @property
+    def best(self) -> Figure | None:
+        """The line of the best peer; None if there is no peer."""
+        found = [line for line in self.lines if line.peer_value is not None]
+        if not found:
+            return None
+        return (max if UNITS[self.first.unit] else min)(found, key=lambda line: line.peer_value or 0.0)
 
 
-def slowest(results: Sequence[Sequence[float]]) -> list[float]:
-    """Of what each rank has measured, the largest of each figure."""
-    return [max(column) for column in zip(*results, strict=True)]
+def measurements(figures: Iterable[Figure]) -> list[Measurement]:
+    """Put together what was measured once and compared with several peers, line after line."""
+    grouped = groupby(figures, lambda f: (f.figure, f.backend, f.world, f.bytes, f.unit, f.value))
+    return [Measurement(tuple(lines)) for _, lines in grouped]
 
 
-def show(figures: Sequence[Figure], *, as_json: bool) -> None:
-    """Print figures as JSON lines or as a table."""
-    if as_json:
-        for figure in figures:
-            print(figure.json())
-        return
-    rows = [
-        (
-            f.figure,
-            f.backend,
-            f.world,
-            f.bytes,
-            f"{f.value:.2f} {f.unit}",
-            "-" if f.peer_value is None else f"{f.peer} {f.peer_value:.2f} {f.unit}",
-            "-" if f.ratio is None else f"{f.ratio:.3f}",
-        )
-        for f in figures
-    ]
-    print(render(("figure", "backend", "world", "bytes", "ours", "peer", "ratio"), rows))
+def pair_of(figure: str) -> tuple[str, int, int] | None:
+    """What was measured, the rank and its peer, of the name of a figure; None if it is not of a pair of ranks."""
+    name, *ranks = figure.split("/")
+    if len(ranks) != 2 or not all(map(str.isdecimal, ranks)):
+        return None
+    return name, int(ranks[0]), int(ranks[1])

@@ -13,10 +13,11 @@ import torch.distributed as dist
 
 import symmem
 from symmem.errors import UnsupportedError
-from symmem.tools.bench.figures import Figure, show, slowest
+from symmem.tools.bench.figures import Figure
+from symmem.tools.bench.timing import CudaClock, in_turns, repeated, slowest
 from symmem.tools.ranks import RankPool
 
-__all__ = ["PEERS", "fresh", "measure", "run"]
+__all__ = ["PEERS", "Torch", "check_gpus", "fresh", "measure", "run"]
 
 PEERS = {"cuda": "CUDA", "nvshmem": "NVSHMEM", "nccl": "NCCL"}
 """Names of torch's transports: in figures, and as torch spells them."""
@@ -25,7 +26,7 @@ _FRESH = (4 << 10, 2 << 20, 64 << 20, 1 << 30)
 _COPIES = (64 << 20, 1 << 30)
 
 
-class _Torch:
+class Torch:
     """torch's symmetric memory with one transport."""
 
     def __init__(self, transport: str) -> None:
@@ -40,6 +41,7 @@ class _Torch:
             dist.all_reduce(torch.zeros(1, device=self._device))
 
     def allocate(self, nbytes: int) -> torch.Tensor:
+        """Fresh memory, in bytes."""
         from torch._C._distributed_c10d import _SymmetricMemory
 
         # `symm_mem.empty` takes from a pool, and what was rendezvoused stays so: that is no fresh allocation.
@@ -47,17 +49,8 @@ class _Torch:
         return memory
 
     def rendezvous(self, memory: torch.Tensor) -> Any:
+        """The handle of memory that all ranks have allocated. Collective over all ranks."""
         return self._module.rendezvous(memory, dist.group.WORLD)
-
-
-def _event() -> Any:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def _all_here() -> None:
-    torch.cuda.synchronize()
-    dist.barrier()
-    torch.cuda.synchronize()
 
 
 def _timed(call: Callable[[], object]) -> tuple[float, Any]:
@@ -72,24 +65,24 @@ def fresh(transport: str | None, backend: str, nbytes: int, rounds: int) -> list
     allocate: Callable[[], Any] = partial(symmem.allocate, nbytes, torch.uint8, backend=backend, arena=False)
     rendezvous: Callable[[Any], Any] = symmem.SymmetricTensor.rendezvous
     if transport:
-        theirs = _Torch(transport)
+        theirs = Torch(transport)
         allocate, rendezvous = partial(theirs.allocate, nbytes), theirs.rendezvous
-    samples = []
+    clock, samples = CudaClock(), []
     for turn in range(rounds + 1):
-        _all_here()
+        clock.all_here()
         alloc, memory = _timed(allocate)
-        _all_here()
+        clock.all_here()
         meet, handle = _timed(partial(rendezvous, memory))
         if turn:  # the first sets up libraries and connections
             samples.append((alloc, meet))
-        _all_here()
+        clock.all_here()
         del memory, handle
     return [statistics.median(column) for column in zip(*samples, strict=True)]
 
 
 def _copies(transport: str, backend: str, rounds: int = 5) -> list[float]:
     """Median seconds of a pull and a push, all ranks at once with their neighbour: ours, then torch's; by size."""
-    theirs = _Torch(transport)
+    theirs = Torch(transport)
     peer = (dist.get_rank() + 1) % dist.get_world_size()
     largest = max(_COPIES)
     # One allocation for all sizes: torch's transports may take new memory at an old address for the old one.
@@ -98,59 +91,44 @@ def _copies(transport: str, backend: str, rounds: int = 5) -> list[float]:
     handle = theirs.rendezvous(memory)
     remotes = st.remote_tensor(peer), handle.get_buffer(peer, (largest,), torch.uint8)
     scratch = torch.empty(largest, dtype=torch.uint8, device="cuda")
-    medians = []
+    clock, medians = CudaClock(), []
     for nbytes in _COPIES:
         calls = [partial(scratch[:nbytes].copy_, remote[:nbytes]) for remote in remotes]
         calls += [partial(remote[:nbytes].copy_, scratch[:nbytes]) for remote in remotes]
         repeats = max(1, (2 << 30) // nbytes)
-        samples: list[list[float]] = [[] for _ in calls]
-        for turn in range(rounds + 1):
-            for taken, call in zip(samples, calls, strict=True):
-                seconds = _streamed(call, repeats)
-                if turn:
-                    taken.append(seconds)
-        pull, peer_pull, push, peer_push = (statistics.median(taken) for taken in samples)
+        samples = in_turns([partial(_streamed, clock, call, repeats) for call in calls], rounds + 1)
+        pull, peer_pull, push, peer_push = (statistics.median(taken[1:]) for taken in samples)
         medians += [pull, push, peer_pull, peer_push]
-    _all_here()
+    clock.all_here()
     return medians
 
 
-def _streamed(call: Callable[[], object], repeats: int) -> float:
+def _streamed(clock: CudaClock, call: Callable[[], object], repeats: int) -> float:
     """Seconds of one call, by the clock of the stream; all ranks begin together."""
-    _all_here()
-    begin, end = _event(), _event()
-    begin.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3 / repeats
+    clock.all_here()
+    return clock.seconds(repeated(call, repeats)).device / repeats
 
 
 def _barrier(transport: str, backend: str, count: int = 100, rounds: int = 15) -> list[float]:
     """Median seconds of a barrier within a CUDA graph, and of one eager call: ours, then torch's."""
-    theirs = _Torch(transport)
+    theirs = Torch(transport)
     st = symmem.allocate(1024, torch.uint8, backend=backend, arena=False).rendezvous()
     handle = theirs.rendezvous(theirs.allocate(1024))
-    result = []
+    clock, result = CudaClock(), []
     for call in (st.barrier, handle.barrier):
         call()
-        _all_here()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(count):
-                call()
+        replay = clock.capture(call, count)
         graphs, eager = [], []
         for turn in range(rounds + 1):
-            replayed = _streamed(graph.replay, 1) / count
-            _all_here()
-            seconds, _ = _timed(lambda call=call: [call() for _ in range(count)])  # type: ignore[misc]
+            replayed = _streamed(clock, replay, 1) / count
+            clock.all_here()
+            seconds, _ = _timed(repeated(call, count))
             if turn:
                 graphs.append(replayed)
                 eager.append(seconds / count)
         result.append((statistics.median(graphs), statistics.median(eager)))
-        _all_here()
-        del graph
+        clock.all_here()
+        del replay
     return [*result[0], *result[1]]
 
 
@@ -187,14 +165,24 @@ def measure(backend: str, peer: str, world: int) -> Iterator[Figure]:
         yield figure("alloc_and_rendezvous", nbytes, alloc + meet, peer_alloc + peer_meet)
 
 
-def run(backend: str, peers: Sequence[str], world: int, *, as_json: bool) -> int:
-    """Measure and print.
+def check_gpus(suite: str, world: int) -> None:
+    """Raise unless there is what a suite for GPUs needs.
 
     Raises:
         UnsupportedError: This machine has less than two GPUs, or less ranks than that were asked for.
     """
     gpus = torch.cuda.device_count()
     if min(gpus, world) < 2:
-        raise UnsupportedError(f"`bench gpu` needs two GPUs and two ranks at least, not {gpus} and {world}")
-    show([figure for peer in peers for figure in measure(backend, peer, world)], as_json=as_json)
-    return 0
+        raise UnsupportedError(f"`bench {suite}` needs two GPUs and two ranks at least, not {gpus} and {world}")
+
+
+def run(backend: str, peers: Sequence[str], ranks: int | None) -> Iterator[Figure]:
+    """All figures of a backend beside each of these peers; on all GPUs unless ``ranks`` says otherwise.
+
+    Raises:
+        UnsupportedError: See :func:`check_gpus`.
+    """
+    world = ranks or torch.cuda.device_count()
+    check_gpus("gpu", world)
+    for peer in peers:
+        yield from measure(backend, peer, world)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from time import perf_counter
 
@@ -12,10 +12,11 @@ import torch.distributed as dist
 
 import symmem
 from symmem.group import resolve_group
-from symmem.tools.bench.figures import Figure, alternate, show
+from symmem.tools.bench.figures import Figure
+from symmem.tools.bench.timing import alternate
 from symmem.tools.ranks import RankPool
 
-__all__ = ["run"]
+__all__ = ["measure", "run"]
 
 _COPY = 16 << 20
 _FRESH = 64 << 20
@@ -105,7 +106,7 @@ def measure(world: int) -> list[Figure]:
     return figures
 
 
-def run(worlds: Sequence[int], *, as_json: bool) -> int:
-    """Measure and print."""
-    show([figure for world in worlds for figure in measure(world)], as_json=as_json)
-    return 0
+def run(ranks: Sequence[int]) -> Iterator[Figure]:
+    """All figures at these world sizes."""
+    for world in ranks:
+        yield from measure(world)

@@ -22,7 +22,7 @@ from symmem.layout import Layout
 from symmem.live import Block
 from symmem.rendezvous import rendezvous
 from symmem.tools.bench.counting import Ledger, RankStore, Request
-from symmem.tools.bench.figures import Figure, show
+from symmem.tools.bench.figures import Figure
 
 __all__ = ["HANDLE", "SITUATIONS", "Cost", "Curve", "Job", "curve", "job", "line", "run", "simulate"]
 
@@ -275,20 +275,17 @@ def _job_figures(job: Job, alone: Cost) -> list[Figure]:
     return figures
 
 
-def run(ranks: int, group_size: int, report: Path | None, *, as_json: bool) -> int:
-    """Count, print, and write the report if a path is given."""
+def run(ranks: int, group_size: int, report: Path | None) -> Iterator[Figure]:
+    """All figures of a job; writes the report if a path is given."""
     group_size = min(ranks, group_size)
     sizes = [*(size for size in _SIZES if size < group_size), group_size]
     curves = [curve(sizes, situation) for situation in SITUATIONS]
     whole = job(ranks, group_size, SITUATIONS[-1])
-    figures = []
     for each in curves:
-        figures += _curve_figures(each.situation, each.first)
-        figures += _curve_figures(f"{each.situation}_again", each.again)[: len(sizes)]  # the requests
-    figures += _job_figures(whole, curves[-1].first[-1])
-    show(figures, as_json=as_json)
+        yield from _curve_figures(each.situation, each.first)
+        yield from _curve_figures(f"{each.situation}_again", each.again)[: len(sizes)]  # the requests
+    yield from _job_figures(whole, curves[-1].first[-1])
     if report is not None:
         from symmem.tools.bench.scale_report import write
 
         write(report, curves, whole)
-    return 0

@@ -1,0 +1,359 @@
+"""What becomes of an operator with registered arguments when Inductor lowers it.
+
+For each tensor among them, the first that holds:
+
+1. Inductor allocates the buffer that it lies in: the buffer gets symmetric memory. No copy.
+2. It comes from elsewhere: a graph input, a constant, an operator that makes its own result. Compiled code then looks
+   where it lies, and copies what is not symmetric memory into a persistent buffer (``Graph.place``).
+
+Operators with a variant that writes to ``out=`` are called by it, so that Inductor plans what they return as well.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._inductor import config as inductor
+from torch._inductor import ir
+from torch._inductor.lowering import clone, fallback_handler
+from torch._inductor.virtualized import V
+from torch._ops import OpOverload
+
+from symmem.compile import layout, runtime  # noqa: F401  # the latter defines operators
+from symmem.compile.layout import State, SymmetricLayout, can_place, nbytes_of, root_of
+from symmem.compile.outs import OutCall, out_variant
+from symmem.compile.report import ALREADY, COPIED, PLACED, Decision
+from symmem.compile.twins import original_of
+from symmem.ops.built_in import NAMESPACE
+from symmem.ops.described import Registration
+from symmem.ops.engines import name_of
+from symmem.ops.registry import lookup
+
+__all__ = ["feeds", "handler", "output", "producer"]
+
+OPS = torch.ops.symmem
+
+ANEW = 1 << 20
+"""Bytes from which on a buffer that a graph returns is allocated at each call. Smaller ones take less time to copy."""
+
+
+def handler(
+    known: Registration, target: OpOverload, op: OpOverload, usual: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    """The lowering of an operator with registered arguments.
+
+    Args:
+        known: What is registered for it.
+        target: What the graph calls: the operator, or its twin, which returns nothing.
+        op: The operator.
+        usual: A lowering of its own that it has; None if Inductor calls it as it is.
+    """
+
+    def lowered(*args: Any, **kwargs: Any) -> Any:
+        call = _Call(known, op, args, kwargs)
+        placed, kwargs = call.place()
+        if usual is not None:
+            result = usual(*placed, **kwargs)
+        elif (out := out_variant(op)) is not None and not V.graph.cpp_wrapper:
+            result = OutCall.make(op, out, placed, kwargs)
+        else:
+            fallback: Any = fallback_handler
+            result = fallback(target, add_to_fallback_set=False)(*placed, **kwargs)
+            if target is not op:
+                kernel: Any = V.graph.operations[-1]
+                kernel.python_kernel_name = f"torch.ops.{op}"
+        call.finish()
+        return result
+
+    return lowered
+
+
+class _Call:
+    """One call of an operator with registered arguments."""
+
+    def __init__(self, known: Registration, op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._known, self._op = known, op
+        self._args, self._kwargs = list(args), dict(kwargs)
+        self._group = name_of(known.group_of(args, kwargs))
+        self._backend = _backend(op)
+        self._state: State = layout.state() or layout.start(uuid.uuid4().hex[:12])
+        self._placed: list[ir.TensorBox] = []
+        self._back: list[tuple[ir.TensorBox, ir.TensorBox]] = []
+
+    def place(self) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments of the call, those that are registered in symmetric memory."""
+        for name in self._known.args:
+            value = self._each(name, self._known.value_of(name, self._args, self._kwargs), name)
+            position = self._known.parameters[name].position
+            if name in self._kwargs:
+                self._kwargs[name] = value
+            elif position < len(self._args):
+                self._args[position] = value
+        return self._args, self._kwargs
+
+    def _each(self, name: str, value: Any, place: str) -> Any:
+        if isinstance(value, list | tuple):
+            return [self._each(name, each, f"{place}[{index}]") for index, each in enumerate(value)]
+        if not isinstance(value, ir.TensorBox):
+            return value
+        placed = self._one(value, place)
+        if placed is not value and self._known.parameters[name].mutated:
+            self._back.append((value, placed))
+        self._placed.append(placed)
+        return placed
+
+    def _one(self, x: Any, place: str) -> Any:
+        """One tensor, in symmetric memory."""
+        if nbytes_of(x.get_size(), x.get_dtype()) == 0:
+            return x
+        x = _realized(x)
+        buffer = root_of(x)
+        spec = buffer.get_output_spec() if isinstance(buffer, ir.Buffer) else None
+        if isinstance(spec, SymmetricLayout):
+            if spec.backend == self._backend and spec.join(self._group):
+                self._note(x, buffer, place, PLACED, "its buffer lies in symmetric memory already")
+                return x
+        elif self._can_be_placed(buffer):
+            buffer.layout = SymmetricLayout(spec, self._group, self._backend)
+            self._note(x, buffer, place, PLACED, f"{_producer(buffer)} writes straight to it")
+            return x
+        return self._looked_after(x, buffer, place)
+
+    def _can_be_placed(self, buffer: Any) -> bool:
+        """Whether Inductor can allocate a buffer in symmetric memory; :func:`_reason` says why not."""
+        usual = not (V.graph.cpp_wrapper or inductor.memory_planning or self._known.one_sided)
+        return usual and can_place(buffer)
+
+    def _looked_after(self, x: Any, buffer: Any, place: str) -> Any:
+        """What is decided at run time: see :meth:`symmem.compile.runtime.Graph.place`."""
+        name = buffer.get_name() if isinstance(buffer, ir.Buffer) else x.get_name()
+        key = (name, tuple(x.get_size()), tuple(x.get_stride()), x.get_layout().offset, x.get_dtype(), self._group)
+        memo = self._state.memo.get(key)
+        if memo is not None and memo[1] == _mutations(name):
+            self._note(x, memo[0], place, memo[2], "the same as for another operator of this graph")
+            return memo[0]
+        way = "strict" if self._known.one_sided else "own" if _is_produced(buffer) else "agree"
+        state, index, keep = self._state, self._state.next_index(), layout.keeps(x.get_device())
+        described = f"{self._known.op}: the argument {place!r}"
+        kernel, placed = _kernel(
+            OPS._place.default, x, state.name, index, self._group, self._backend, way, keep, described
+        )
+        _call_as(kernel, "place", state.name, lambda args: f"{index}, {args[0]}, {', '.join(args[3:])}")
+        outcome, why, advice = _reason(buffer, x, self._known.one_sided)
+        self._note(x, placed, place, outcome, why, advice)
+        state.memo[key] = placed, _mutations(name), outcome
+        return placed
+
+    def _note(self, x: ir.TensorBox, buffer: Any, place: str, outcome: str, why: str, advice: str = "") -> None:
+        nbytes = nbytes_of(x.get_size(), x.get_dtype())
+        if outcome == PLACED:
+            nbytes = nbytes_of([buffer.get_layout().storage_size()], x.get_dtype())
+        self._state.decisions.append(
+            Decision(
+                op=self._known.op,
+                argument=place,
+                outcome=outcome,
+                buffer=buffer.get_name(),
+                group=self._group,
+                shape=tuple(map(str, x.get_size())),
+                dtype=str(x.get_dtype()).removeprefix("torch."),
+                nbytes=nbytes,
+                why=why,
+                advice=advice,
+                where=_where(),
+                barrier=self._needs_barrier(),
+            )
+        )
+
+    def _needs_barrier(self) -> bool:
+        return not (self._known.exit_barrier or self._known.one_sided)
+
+    def finish(self) -> None:
+        """What comes after the operator: a barrier if it has none at its end, and writing back."""
+        if self._needs_barrier() and self._placed:
+            kernel, _nothing = _kernel(OPS._finish.default, list(self._placed), self._group)
+            _call_as(kernel, "finish", None, ", ".join)
+        for original, placed in self._back:
+            kernel, _nothing = _kernel(OPS._write_back.default, original, placed)
+            _call_as(kernel, "write_back", None, ", ".join)
+
+
+def _backend(op: OpOverload) -> str | None:
+    """The backend whose memory an operator needs; None for any that the configuration chooses."""
+    if op.namespace != NAMESPACE:
+        return None
+    from torch.distributed import _symmetric_memory as torch_symmetric
+
+    return f"pytorch_{str(torch_symmetric.get_backend(torch.device('cuda'))).lower()}"
+
+
+def _realized(x: Any) -> Any:
+    """A tensor that has an address: views that no strides can express are copied, and so is what overlaps itself."""
+    x.realize()
+    found: Any = ir.ExternKernel.realize_input(x)
+    if not isinstance(found, ir.TensorBox):
+        found = ir.TensorBox(found)
+    if not _is_dense(found):
+        found = clone(found, memory_format=torch.contiguous_format)
+        found.realize()
+        found.freeze_layout()
+    if ir.is_storage_and_layout(found):
+        ir.as_storage_and_layout(found, freeze=True)
+    return found
+
+
+def _is_dense(x: ir.TensorBox) -> bool:
+    """Whether no two elements share memory, as far as that is known: expanded dimensions have stride 0."""
+    sizes, strides = x.get_size(), x.get_stride()
+    return not any(stride == 0 and size != 1 for size, stride in zip(sizes, strides, strict=True))
+
+
+def _is_produced(buffer: Any) -> bool:
+    """Whether a value comes from an operator of this graph, and not from outside of it."""
+    return not isinstance(buffer, ir.InputBuffer | ir.TorchBindObject)
+
+
+def _producer(buffer: Any) -> str:
+    kernel = getattr(buffer, "python_kernel_name", None)
+    origin = getattr(buffer, "origin_node", None)
+    return str(kernel or (origin is not None and origin.target) or type(buffer).__name__)
+
+
+def _reason(buffer: Any, x: ir.TensorBox, one_sided: bool) -> tuple[str, str, str]:
+    """Outcome, reason, and what would avoid a copy, of an argument that Inductor cannot place."""
+    if one_sided:
+        return ALREADY, "ranks call the operator alone: it must be symmetric memory, and no copy is made", ""
+    allocate = "allocate it with symmem.allocate, or make it within symmem.use_symmetric_memory, on all ranks"
+    if isinstance(buffer, ir.ConstantBuffer):
+        return COPIED, "a constant of the graph", "pass it as an argument, in symmetric memory"
+    if isinstance(buffer, ir.InputBuffer):
+        return ALREADY, "an input of the graph, or a parameter: used where it lies if it is symmetric memory", allocate
+    if isinstance(spec := buffer.get_output_spec(), SymmetricLayout):
+        return (
+            COPIED,
+            f"its buffer lies in the memory of another group, {spec.groups[0]!r}",
+            "use one group for both",
+        )
+    if V.graph.cpp_wrapper:
+        return COPIED, "the code that is generated is C++ (cpp_wrapper), which cannot place buffers", "switch it off"
+    if inductor.memory_planning:
+        return COPIED, "memory_planning puts buffers into pools of its own", "switch it off"
+    name = _producer(buffer)
+    if isinstance(buffer, ir.MultiTemplateBuffer):
+        return COPIED, f"{name} is chosen among several kernels when all is scheduled", "compile without max_autotune"
+    return (
+        COPIED,
+        f"the operator that makes it ({name}) allocates its own result",
+        "give that operator a variant with out=, of the same arguments",
+    )
+
+
+def _where() -> str:
+    """The line of the program that called the operator that is being lowered."""
+    trace = (V.graph.current_node.meta.get("stack_trace") or "") if V.graph.current_node is not None else ""
+    lines = [line.strip() for line in trace.strip().splitlines()]
+    places = [index for index, line in enumerate(lines) if line.startswith("File ")]
+    return ": ".join(lines[places[-1] : places[-1] + 2]) if places else ""
+
+
+def _mutations(name: str) -> bool:
+    """Whether a buffer was written to, so far."""
+    return name in V.graph.mutated_buffers
+
+
+def _kernel(op: OpOverload, *args: Any) -> tuple[Any, Any]:
+    """Call one of our operators in the graph; the node that calls it, and what it returns."""
+    made = ir.FallbackKernel.create(op, *args)
+    if made is None:
+        return V.graph.operations[-1], None
+    # Until torch 2.14 the node is one, and its only output another.
+    return made.inputs[0] if isinstance(made, ir.MultiOutput) else made, ir.TensorBox.create(made)
+
+
+def _call_as(kernel: Any, function: str, name: str | None, arguments: Callable[[list[str]], str]) -> None:
+    """Let generated Python call a function of the runtime itself, which takes a part of the time of an operator."""
+    if V.graph.cpp_wrapper:
+        return
+
+    def codegen(wrapper: Any) -> None:
+        if name is None:
+            layout.root_wrapper().add_import_once("import symmem.compile.runtime")
+            target = f"symmem.compile.runtime.{function}"
+        else:
+            target = f"{layout.emit_header(name)}().{function}"
+        args = arguments([*kernel.codegen_args(), *kernel.codegen_kwargs()])
+        returns = f"{kernel.get_name()} = " if function == "place" else ""
+        wrapper.writeline(f"{returns}{target}({args})")
+
+    kernel.codegen = codegen
+
+
+# The results of a graph.
+
+
+def output(values: Sequence[Any]) -> list[Any]:
+    """What a graph returns, copied where it lies in a persistent buffer, which the next call overwrites."""
+    return [_escaped(each) if isinstance(each, ir.TensorBox | ir.BaseView) else each for each in values]
+
+
+def _escaped(value: Any) -> Any:
+    buffer = root_of(value)
+    if not _is_persistent(buffer):
+        return value
+    spec = buffer.get_output_spec()
+    if isinstance(spec, SymmetricLayout) and _is_allocated_anew(buffer, spec):
+        spec.escape(buffer.get_name())
+        # As a view: Inductor copies what it takes for one of its own persistent buffers.
+        made = ir.FixedLayout(value.get_device(), value.get_dtype(), value.get_size(), value.get_stride())
+        made.offset = value.get_layout().offset
+        return ir.TensorBox(ir.ReinterpretView(data=ir.StorageBox(buffer), layout=made))
+    return ir.ExternKernel.require_exact_strides(ir.ExternKernel.copy_input(value), value.get_stride())
+
+
+def _is_allocated_anew(buffer: Any, spec: SymmetricLayout) -> bool:
+    """Whether to allocate a buffer that is returned at each call, instead of copying it: that takes time of its own."""
+    nbytes = nbytes_of([spec.storage_size()], buffer.get_dtype())
+    return spec.backend is None and nbytes is not None and nbytes >= ANEW and not layout.keeps(buffer.get_device())
+
+
+def _is_persistent(buffer: Any) -> bool:
+    """Whether a buffer is one of the persistent ones, or an operator's view of one."""
+    if not isinstance(buffer, ir.Buffer):
+        return False
+    if isinstance(buffer.get_output_spec(), SymmetricLayout):
+        return True
+    aliased = buffer.get_inputs_that_alias_output()
+    return any(_is_persistent(root_of(V.graph.get_buffer(name))) for name in aliased if name in V.graph.name_to_buffer)
+
+
+# Producers.
+
+
+def feeds(node: torch.fx.Node) -> bool:
+    """Whether what a node makes, or a view of it, goes to an operator with registered arguments."""
+    seen, todo = set(), [node]
+    while todo:
+        for user in todo.pop().users:
+            if user in seen or not isinstance(user.target, OpOverload):
+                continue
+            seen.add(user)
+            if lookup(original_of(user.target)) is not None:
+                return True
+            if user.target.is_view:
+                todo.append(user)
+    return False
+
+
+def producer(op: OpOverload) -> Callable[..., Any] | None:
+    """The lowering of an operator whose result is to lie in symmetric memory, if it has a variant with ``out=``."""
+    out = out_variant(op)
+    if out is None or V.graph.cpp_wrapper:
+        return None
+
+    def lowered(*args: Any, **kwargs: Any) -> Any:
+        return OutCall.make(op, out, args, kwargs)
+
+    return lowered

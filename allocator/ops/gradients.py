@@ -1,0 +1,117 @@
+"""What autograd does with the operators: gradients, refusals, and a short way past it where there is nothing to do.
+
+An operator has one kernel for all Autograd keys. Where nothing requires a gradient, and nothing else comes in between
+(see :mod:`symmem.ops.dispatch`), that calls what does the work itself: so the usual eager call is one kernel in Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from symmem.errors import UnsupportedError
+from symmem.ops.dispatch import is_usual_keyset
+from symmem.ops.engines import group_named
+
+__all__ = ["GRADIENTS", "with_gradient", "without_gradient"]
+
+
+def _beneath(op: OpOverload, keyset: torch._C.DispatchKeySet, *args: Any, **options: Any) -> Any:
+    """Go on with the dispatch."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: OpOverload, keyset: torch._C.DispatchKeySet, x: torch.Tensor, *rest: Any) -> Any:
+        ctx.op, ctx.rest = op, rest
+        return _beneath(op, keyset, x, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return None, None, GRADIENTS[ctx.op._opname](gradient, *ctx.rest), *(None for _ in ctx.rest)
+
+
+def with_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> None:
+    """Give a functional operator, whose first argument is a tensor, and the only one, its gradient.
+
+    Args:
+        library: The ``torch.library.Library`` that defines it.
+        op: The operator.
+        kernel: What does the work, with the arguments of the operator.
+    """
+
+    def run(keyset: torch._C.DispatchKeySet, x: torch.Tensor, *rest: Any) -> Any:
+        if x.requires_grad and torch.is_grad_enabled():
+            return _WithGradient.apply(op, keyset, x, *rest)  # type: ignore[no-untyped-call]
+        return kernel(x, *rest) if is_usual_keyset(keyset) else _beneath(op, keyset, x, *rest)
+
+    library.impl(op._opname, run, "Autograd", with_keyset=True)
+
+
+def without_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> None:
+    """Let an operator that writes to its arguments raise if one of them requires a gradient; args as above."""
+    several = sum(isinstance(argument.type, torch.TensorType) for argument in op._schema.arguments) > 1
+
+    def run(keyset: torch._C.DispatchKeySet, x: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        requires = torch._C._any_requires_grad(x, *rest, **options) if several else x.requires_grad
+        if requires and torch.is_grad_enabled():
+            raise UnsupportedError(
+                f"{op._name} writes to its arguments, and has no gradient",
+                hint="use the functional form; or call it under torch.no_grad()",
+            )
+        if is_usual_keyset(keyset):
+            return kernel(x, *rest, **options)
+        return _beneath(op, keyset, x, *rest, **options)
+
+    library.impl(op._opname, run, "Autograd", with_keyset=True)
+
+
+# Each rank's loss counts: the gradient of x is that of the sum of all ranks' losses.
+
+
+def _check_linear(name: str, reduction: str) -> None:
+    if reduction not in ("sum", "avg"):
+        raise UnsupportedError(
+            f"symmem::{name} has no gradient for {reduction!r}",
+            hint="use 'sum' or 'avg', or detach() what goes in",
+            step=f"backward of {name}",
+        )
+
+
+def _all_reduce(gradient: torch.Tensor, reduction: str, group_name: str) -> Any:
+    _check_linear("all_reduce", reduction)
+    return torch.ops.symmem.all_reduce(gradient, reduction, group_name)
+
+
+def _all_gather(gradient: torch.Tensor, group_name: str) -> Any:
+    return torch.ops.symmem.reduce_scatter(gradient, "sum", group_name)
+
+
+def _reduce_scatter(gradient: torch.Tensor, reduction: str, group_name: str) -> Any:
+    _check_linear("reduce_scatter", reduction)
+    gathered = torch.ops.symmem.all_gather(gradient, group_name)
+    return gathered / gathered.shape[0] if reduction == "avg" else gathered
+
+
+def _all_to_all(gradient: torch.Tensor, group_name: str) -> Any:
+    return torch.ops.symmem.all_to_all(gradient, group_name)
+
+
+def _broadcast(gradient: torch.Tensor, root: int, group_name: str) -> Any:
+    total = torch.ops.symmem.all_reduce(gradient, "sum", group_name)
+    return total if group_named(group_name).rank == root else torch.zeros_like(total)
+
+
+GRADIENTS: dict[str, Callable[..., Any]] = {
+    "all_reduce": _all_reduce,
+    "all_gather": _all_gather,
+    "reduce_scatter": _reduce_scatter,
+    "all_to_all": _all_to_all,
+    "broadcast": _broadcast,
+}
+"""By the name of the operator: the gradient of x, of the result's and the other arguments."""

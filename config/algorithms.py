@@ -1,0 +1,195 @@
+"""Tables of algorithms: a YAML file that says which kernel runs a collective operation on CUDA, by ranks and bytes.
+
+::
+
+    version: 1
+    rows:
+      - {operation: all_reduce, world: 2, nbytes: 256KiB, kernel: one_shot, threads: 128, blocks: 128}
+      - {operation: all_reduce, world: 2, kernel: direct, threads: 256, blocks: 128, symmetric: yes}
+      - {operation: all_reduce, world: 2, kernel: two_shot, threads: 512, blocks: 128}
+
+The rows of one operation and number of ranks take the place of all that symmem has for them; of the others nothing
+changes. The first that fits counts, so they come in the order of their bytes, and the last is for any number of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+import yaml
+
+from symmem.config.kinds import SIZE, one
+from symmem.config.values import InvalidValue, Kind, advise, shown
+from symmem.config.yaml_nodes import NodeReader, Pairs, read_text
+from symmem.errors import ConfigError
+
+__all__ = ["ALGORITHMS", "BUILT_IN", "KERNELS", "MOST_BLOCKS", "Row", "Rows", "parse_algorithms", "read_algorithms"]
+
+T = TypeVar("T")
+
+BUILT_IN = "built-in"
+"""The value that means: the table that symmem brings."""
+
+KERNELS: Mapping[str, tuple[str, ...]] = {
+    "all_reduce": ("one_shot", "two_shot", "direct"),
+    "reduce_scatter": ("reduce_scatter",),
+    "move": ("exchange", "pull"),
+}
+"""Operations, and the kernels that each can run by; ``move`` is all that only moves bytes."""
+
+MOST_BLOCKS = 256
+"""Of any kernel."""
+
+_SYMMETRIC_ONLY = ("direct",)
+_THREADS = (64, 512)  # at least one for each rank; at most what the kernels are compiled for
+_WORLD = (2, 64)
+_NAP = (0, 1_000_000)
+_YES = ("yes", "true")
+_VERSION = "1"
+_PLAN = "let `symmem tune` write one, and see docs/configuration.md"
+_KEYS = ("operation", "world", "nbytes", "kernel", "threads", "blocks", "symmetric", "nap")
+_NEEDED = ("operation", "world", "kernel", "threads", "blocks")
+
+
+class Row(NamedTuple):
+    """One line of a table.
+
+    Attributes:
+        world: Ranks that it is for; in the table that symmem brings, the most.
+        nbytes: Most bytes that it is for; None for any number.
+        kernel: Name of the kernel.
+        threads: In a block.
+        blocks: At most.
+        symmetric: Whether it is only for tensors that lie in symmetric memory, all of them.
+        nap: Nanoseconds between two looks of a thread at a landing zone.
+    """
+
+    world: int
+    nbytes: int | None
+    kernel: str
+    threads: int
+    blocks: int
+    symmetric: bool = False
+    nap: int = 0
+
+
+Rows = Mapping[tuple[str, int], tuple[Row, ...]]
+"""The rows of a file, by operation and number of ranks."""
+
+
+def read_algorithms(file: str) -> Rows:
+    """Read a table.
+
+    Raises:
+        ConfigError: It cannot be read, or is not a valid table; names file, line, column and key.
+    """
+    return parse_algorithms(read_text(file, "table of algorithms", "name a readable YAML file", _PLAN), file)
+
+
+@lru_cache(maxsize=4)
+def parse_algorithms(text: str, file: str) -> Rows:
+    """Parse and check the text of a table.
+
+    Raises:
+        ConfigError: As :func:`read_algorithms`.
+    """
+    reader = _Reader(file, "table of algorithms", _PLAN)
+    return reader.rows(reader.compose(text))
+
+
+class _Reader(NodeReader):
+    def rows(self, root: yaml.Node) -> Rows:
+        top = self.mapping(root, "", ("version", "rows"))
+        self.check_version(root, top, _VERSION)
+        tables: dict[tuple[str, int], list[Row]] = {}
+        last: dict[tuple[str, int], tuple[str, yaml.Node]] = {}
+        for path, node in self.entries(top, "rows", "operation: NAME"):
+            operation, row = self._row(path, node)
+            rows = tables.setdefault((operation, row.world), [])
+            if rows:
+                self._check_order(path, node, rows[-1], row)
+            rows.append(row)
+            last[operation, row.world] = path, node
+        if not tables:
+            self.fail(root, "rows", "there are none", _PLAN)
+        for (operation, world), rows in tables.items():
+            if rows[-1].nbytes is not None or rows[-1].symmetric:
+                path, node = last[operation, world]
+                beyond = "" if rows[-1].nbytes is None else f" of more than {SIZE.format(rows[-1].nbytes)}"
+                what = f"a gap behind it: no row is for any {operation} of {world} ranks{beyond}"
+                self.fail(node, path, what, "end with a row that has neither 'nbytes' nor 'symmetric'")
+        return {key: tuple(rows) for key, rows in tables.items()}
+
+    def _check_order(self, path: str, node: yaml.Node, before: Row, row: Row) -> None:
+        """Raise unless there is something left for a row by the one before."""
+        grows = before.nbytes is not None and (row.nbytes is None or row.nbytes > before.nbytes)
+        if not grows and not (before.symmetric and not row.symmetric and row.nbytes == before.nbytes):
+            what = "it never counts: the row before is for as many bytes or more"
+            self.fail(node, path, what, "order the rows by their bytes; of the same bytes, symmetric first")
+
+    def _row(self, path: str, node: yaml.Node) -> tuple[str, Row]:
+        pairs = self.mapping(node, path, _KEYS)
+        for key in _NEEDED:
+            if key not in pairs:
+                self.fail(node, path, f"the key {key!r} is missing", f"each row has {', '.join(_NEEDED)}")
+        operation = self._word(pairs, path, "operation", tuple(KERNELS))
+        kernel = self._word(pairs, path, "kernel", KERNELS[operation])
+        symmetric = "symmetric" in pairs and self._word(pairs, path, "symmetric", (*_YES, "no", "false")) in _YES
+        if kernel in _SYMMETRIC_ONLY and not symmetric:
+            what = f"the kernel {kernel!r} works on symmetric memory only"
+            self.fail(node, path, what, "write symmetric: yes, and a row for other memory behind it")
+        nap = self._number(pairs, path, "nap", _NAP) if "nap" in pairs else 0
+        nbytes: int | None = self._parsed(pairs, path, "nbytes", SIZE.parse) if "nbytes" in pairs else None
+        threads = self._number(pairs, path, "threads", _THREADS, multiple=32)
+        blocks = self._number(pairs, path, "blocks", (1, MOST_BLOCKS))
+        world = self._number(pairs, path, "world", _WORLD)
+        return operation, Row(world, nbytes, kernel, threads, blocks, symmetric, nap)
+
+    def _word(self, pairs: Pairs, path: str, key: str, choices: tuple[str, ...]) -> str:
+        def parse(items: Any) -> str:
+            if items[0] not in choices:
+                raise InvalidValue(f"unknown {key} {shown(items[0])}", advise(items[0], choices))
+            return str(items[0])
+
+        return self._parsed(pairs, path, key, parse)
+
+    def _number(self, pairs: Pairs, path: str, key: str, limits: tuple[int, int], multiple: int = 1) -> int:
+        def parse(items: Any) -> int:
+            text, (least, most) = items[0], limits
+            valid = text.isascii() and text.isdecimal() and len(text) < 10
+            if not (valid and least <= int(text) <= most and int(text) % multiple == 0):
+                kind = f"a multiple of {multiple}" if multiple > 1 else "a whole number"
+                raise InvalidValue(f"expected {kind} from {least} to {most}; got {shown(text)}", "write such a number")
+            return int(text)
+
+        return self._parsed(pairs, path, key, parse)
+
+    def _parsed(self, pairs: Pairs, path: str, key: str, parse: Callable[[Any], T]) -> T:
+        node, where = pairs[key][1], f"{path}.{key}"
+        try:
+            return parse([self.text(node, where)])
+        except InvalidValue as bad:
+            self.fail(node, where, bad.what, bad.hint)
+
+
+_VALUES = f"{BUILT_IN}, or the path of a table of algorithms"
+
+
+def _parse(value: object) -> str:
+    if not isinstance(value, str | os.PathLike) or not str(value).strip():
+        raise InvalidValue(f"expected {_VALUES}; got {shown(value)}", f"write {_VALUES}")
+    if value == BUILT_IN:
+        return BUILT_IN
+    file = os.path.abspath(value)
+    try:
+        read_algorithms(file)
+    except ConfigError as error:
+        raise InvalidValue(error.what, error.hint or _PLAN) from None
+    return file
+
+
+ALGORITHMS: Kind[str] = Kind(one(_parse, _VALUES), str, _VALUES)
+"""A table of algorithms: the absolute path of a valid one, or :data:`BUILT_IN`."""

@@ -1,0 +1,153 @@
+"""Strict reading of YAML files: nodes, which know their line and column, rather than the values PyYAML would make.
+
+Errors are :class:`ConfigError` and name file, line, column and key. Scalars are the text that stands in the file.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from typing import NoReturn
+
+import yaml
+
+from symmem.config.values import advise, shown
+from symmem.errors import ConfigError
+
+__all__ = ["NodeReader", "Pairs", "read_text"]
+
+Pairs = Mapping[str, tuple[yaml.Node, yaml.Node]]
+"""Key and value nodes of a mapping, by key."""
+
+_MAX_FILE = 2**20
+_TAG = "tag:yaml.org,2002:"
+# Tags that plain YAML text gets by itself; any other was written by hand, and asks for what we do not do.
+_TAGS = {_TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge", "map", "seq")}
+
+
+def read_text(file: str, kind: str, hint: str, plan: str) -> str:
+    """Read the text of a configuration file.
+
+    Args:
+        file: Its path.
+        kind: What it is, for errors: "cluster file".
+        hint: What to do if it cannot be read.
+        plan: What to do if it is no such file.
+
+    Raises:
+        ConfigError: It is missing, unreadable, not a regular file, larger than 1 MiB, or not UTF-8.
+    """
+    try:
+        # Without waiting for a writer, should it be a FIFO.
+        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise OSError("it is not a regular file")
+            data = stream.read(_MAX_FILE + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read the {kind} {file!r}: {reason}", hint=hint) from None
+    if len(data) > _MAX_FILE:
+        raise ConfigError(f"{file}: larger than 1 MiB, which no {kind} is", hint=plan)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 text at byte {error.start}", hint="save it as UTF-8") from None
+
+
+class NodeReader:
+    """Reads the nodes of one file. Nothing is followed deeper than a caller asks, so aliases to parents do no harm.
+
+    Args:
+        file: Its name, for errors.
+        kind: What it is: "cluster file".
+        plan: What to do if it is no such file.
+    """
+
+    def __init__(self, file: str, kind: str, plan: str) -> None:
+        self._file = file
+        self._kind = kind
+        self._plan = plan
+
+    def compose(self, text: str) -> yaml.Node:
+        """The root node of a text."""
+        file = self._file
+        try:
+            node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
+            raise ConfigError(f"{place}: not valid YAML: {error.problem or error.context}", hint=self._plan) from None
+        except (yaml.YAMLError, ValueError, OverflowError) as error:
+            # Characters that YAML forbids, and escapes that PyYAML fails to check.
+            reason = getattr(error, "reason", None) or error
+            raise ConfigError(f"{file}: not valid YAML: {reason}", hint=self._plan) from None
+        except RecursionError:
+            raise ConfigError(f"{file}: not a {self._kind}: nested too deeply", hint=self._plan) from None
+        if node is None:
+            raise ConfigError(f"{file}: the file is empty", hint=self._plan)
+        return node
+
+    def mapping(self, node: yaml.Node, path: str, keys: Collection[str]) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+        """Key and value nodes by key, all keys known and none repeated."""
+        self._check_tag(node, path)
+        if not isinstance(node, yaml.MappingNode):
+            self.fail(node, path, f"expected a mapping, got {_name(node)}", f"write keys: {', '.join(keys)}")
+        pairs: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for key_node, value in node.value:
+            key = self.text(key_node, path)
+            if key not in keys:
+                self.fail(key_node, path, f"unknown key {shown(key)}", advise(key, keys))
+            if key in pairs:
+                what = f"key {key!r} is given twice, first in line {pairs[key][0].start_mark.line + 1}"
+                self.fail(key_node, path, what, "keep one of them")
+            pairs[key] = key_node, value
+        return pairs
+
+    def entries(self, top: Pairs, key: str, begin: str) -> Iterator[tuple[str, yaml.Node]]:
+        """Path and node of each entry of a list; nothing if the key is absent."""
+        if key not in top:
+            return
+        node = top[key][1]
+        self._check_tag(node, key)
+        if not isinstance(node, yaml.SequenceNode):
+            hint = f"write a list: each entry begins with '- {begin}', or remove {key!r}"
+            self.fail(node, key, f"expected a list, got {_name(node)}", hint)
+        for index, item in enumerate(node.value):
+            yield f"{key}[{index}]", item
+
+    def text(self, node: yaml.Node, path: str) -> str:
+        """The text of a scalar exactly as it stands in the file."""
+        self._check_tag(node, path)
+        if not isinstance(node, yaml.ScalarNode):
+            self.fail(node, path, f"expected a single value, got {_name(node)}", self._plan)
+        text: str = node.value
+        return text
+
+    def _check_tag(self, node: yaml.Node, path: str) -> None:
+        if node.tag not in _TAGS:
+            self.fail(node, path, f"the tag {shown(node.tag)} is not supported", "remove the tag")
+
+    def check_version(self, top: yaml.Node, pairs: Pairs, version: str) -> None:
+        """Raise unless a file says that it is of this version."""
+        if "version" not in pairs:
+            self.fail(top, "version", "the key is missing", f"write 'version: {version}' at the top")
+        node = pairs["version"][1]
+        found = self.text(node, "version")
+        if found != version:
+            what = f"unknown version {shown(found)}"
+            self.fail(node, "version", what, f"write 'version: {version}', which this symmem reads")
+
+    def place(self, node: yaml.Node) -> str:
+        """How errors and origins name where a node begins."""
+        return f"{self._file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+
+    def fail(self, node: yaml.Node, path: str, what: str, hint: str) -> NoReturn:
+        """Raise an error about a node, which stands at ``path`` in the document."""
+        raise ConfigError(f"{self.place(node)}: {path + ': ' if path else ''}{what}", hint=hint)
+
+
+def _name(node: yaml.Node) -> str:
+    if isinstance(node, yaml.MappingNode):
+        return "a mapping"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a single value"

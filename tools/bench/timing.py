@@ -1,0 +1,153 @@
+"""How a call is timed: on the CPU by the host's clock, on a GPU by the stream's, eager and in a CUDA graph."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Clock", "CudaClock", "HostClock", "Times", "alternate", "clock_of", "in_turns", "repeated", "slowest"]
+
+T = TypeVar("T")
+Call = Callable[[], object]
+
+_HEAD_START = 1_000_000  # cycles, half a millisecond: by then the host has put all on the stream that is to be timed
+
+
+class Times(NamedTuple):
+    """Seconds that something took on the device, and until the host was done with it; the same on the CPU."""
+
+    device: float
+    host: float
+
+
+class Clock(Protocol):
+    """Times what this rank does. On the CPU and on CUDA; tests have one of their own.
+
+    Attributes:
+        graphs: Whether there is :meth:`capture`.
+    """
+
+    graphs: bool
+
+    def all_here(self) -> None:
+        """Wait until all ranks have come here with nothing left to do. Collective over all ranks."""
+
+    def together(self) -> None:
+        """Let what comes next begin at the same time on all ranks' devices. Collective over all ranks."""
+
+    def seconds(self, run: Call) -> Times:
+        """Call ``run`` once and wait until it is done."""
+
+    def capture(self, call: Call, count: int) -> Call:
+        """What replays ``count`` calls. Collective if the call is."""
+
+
+class HostClock:
+    """See :class:`Clock`: for the CPU."""
+
+    graphs = False
+
+    def all_here(self) -> None:
+        """See :class:`Clock`."""
+        dist.barrier()
+
+    together = all_here
+
+    def seconds(self, run: Call) -> Times:
+        """See :class:`Clock`."""
+        begin = perf_counter()
+        run()
+        took = perf_counter() - begin
+        return Times(took, took)
+
+    def capture(self, call: Call, count: int) -> Call:
+        """There are no graphs on the CPU."""
+        raise NotImplementedError
+
+
+class CudaClock:
+    """See :class:`Clock`: for the current GPU and stream. Needs NCCL in the default process group."""
+
+    graphs = True
+
+    def __init__(self) -> None:
+        self._one = torch.zeros(1, device="cuda")
+
+    def all_here(self) -> None:
+        """See :class:`Clock`."""
+        torch.cuda.synchronize()
+        dist.barrier()
+        torch.cuda.synchronize()
+
+    def together(self) -> None:
+        """See :class:`Clock`. Ranks leave an all-reduce on the stream within a microsecond or two of each other."""
+        self.all_here()
+        torch.cuda._sleep(_HEAD_START)  # type: ignore[no-untyped-call]
+        dist.all_reduce(self._one)
+
+    def seconds(self, run: Call) -> Times:
+        """See :class:`Clock`."""
+        begin, end = _event(), _event()
+        begin.record()
+        start = perf_counter()
+        run()
+        host = perf_counter() - start
+        end.record()
+        end.synchronize()
+        return Times(float(begin.elapsed_time(end)) / 1e3, host)
+
+    def capture(self, call: Call, count: int) -> Call:
+        """See :class:`Clock`."""
+        self.all_here()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on meanwhile: NCCL's watchdog looks at events.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            repeated(call, count)()
+        return graph.replay
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def clock_of(device_type: str) -> Clock:
+    """The clock for "cpu" or "cuda"."""
+    return CudaClock() if device_type == "cuda" else HostClock()
+
+
+def repeated(call: Call, count: int) -> Call:
+    """What makes ``count`` calls."""
+
+    def run() -> None:
+        for _ in range(count):
+            call()
+
+    return run
+
+
+def in_turns(calls: Sequence[Callable[[], T]], rounds: int) -> list[list[T]]:
+    """What each call returned, by round. Each is as often first as any other, so that drift treats all alike."""
+    returned: list[list[T]] = [[] for _ in calls]
+    turns = list(zip(returned, calls, strict=True))
+    for _ in range(rounds):
+        for taken, call in turns:
+            taken.append(call())
+        turns.append(turns.pop(0))
+    return returned
+
+
+def alternate(ours: Call, peer: Call, rounds: int) -> tuple[float, float]:
+    """Median seconds of two calls on the CPU, taken in turns."""
+    clock = HostClock()
+    samples = in_turns([lambda: clock.seconds(ours).host, lambda: clock.seconds(peer).host], rounds)
+    return statistics.median(samples[0]), statistics.median(samples[1])
+
+
+def slowest(results: Sequence[Sequence[float]]) -> list[float]:
+    """Of what each rank has measured, the largest of each figure."""
+    return [max(column) for column in zip(*results, strict=True)]
