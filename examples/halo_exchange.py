@@ -39,16 +39,15 @@ extern "C" __global__ void jacobi(const symmem::View *of_grid, float *grid, long
 
 
 def run_cuda(st: symmem.SymmetricTensor, rows: int, cols: int, steps: int) -> None:
-    from cuda.core import Device, LaunchConfig, Program, ProgramOptions, Stream, launch
+    from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
 
     device = Device(torch.cuda.current_device())
     device.set_current()
     options = ProgramOptions(arch=f"sm_{device.arch}", include_path=symmem.include_path())
     kernel = Program(KERNEL, "c++", options).compile("cubin").get_kernel("jacobi")
     view = st.device_view()
-    stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
-    addresses = view.struct_tensor.data_ptr(), st.tensor.data_ptr()
-    launch(stream, LaunchConfig(grid=1, block=512), kernel, *addresses, rows, cols, steps)
+    stream, config = torch.cuda.current_stream(), LaunchConfig(grid=1, block=512)
+    launch(stream, config, kernel, view.struct_tensor.data_ptr(), st.tensor.data_ptr(), rows, cols, steps)
     st.synchronize()  # raises an error by name if a neighbour did not come
 
 
