@@ -235,9 +235,13 @@ if triton.knobs.runtime.interpret:
         os.sched_yield()  # the awaited rank may have to run on this very processor
         return time.monotonic_ns()
 
+    def _number(value):
+        """What a kernel has as a number: of Python, a constant, or a tensor of the interpreter."""
+        return int(value.handle.data.item() if isinstance(value, tl.tensor) else getattr(value, "value", value))
+
     def _fail(signals, operation, channel, peer, rank, world):
         """Say what was wrong, and stop."""
-        channel, peer, rank = (int(value.handle.data.item()) for value in (channel, peer, rank))
+        channel, peer, rank = (_number(value) for value in (channel, peer, rank))
         if operation.value == BAD_CHANNEL.value:
             raise InvalidArgumentError(
                 f"a kernel used signal channel {channel}, of which its device view has {peer}",
