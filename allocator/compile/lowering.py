@@ -141,6 +141,7 @@ class _Call:
         kernel, placed = _kernel(
             OPS._place.default, x, state.name, index, self._group, self._backend, way, keep, described
         )
+        kernel.symmem_apart = way != "own"  # where it lies may change: CUDA graphs are captured without it
         _call_as(kernel, "place", state.name, lambda args: f"{index}, {args[0]}, {', '.join(args[3:])}")
         outcome, why, advice = _reason(buffer, x, self._known.one_sided)
         self._note(x, placed, place, outcome, why, advice)

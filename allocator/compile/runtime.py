@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from symmem import capture
 from symmem.config.settings import load_settings
 from symmem.errors import NotSymmetricError
 from symmem.group import Group
@@ -27,7 +28,7 @@ from symmem.ops.checks import is_torchs
 from symmem.ops.engines import group_named
 from symmem.tensor import SymmetricTensor, find
 
-__all__ = ["CHANGES", "Graph", "Reference", "bound", "finish", "reference", "write_back"]
+__all__ = ["CHANGES", "Graph", "Reference", "bound", "finish", "is_kept", "reference", "write_back"]
 
 log = logging.getLogger("symmem.compile")
 
@@ -99,6 +100,11 @@ def _block_of(tensor: torch.Tensor, group: Group) -> Block | None:
     if block is None or block.closed or block.allocation.device != tensor.device or not block.mapping_for(group):
         return None
     return block
+
+
+def is_kept(value: Any) -> bool:
+    """Whether a value is a tensor on CUDA in symmetric memory."""
+    return isinstance(value, torch.Tensor) and value.is_cuda and block_at(value.data_ptr()) is not None
 
 
 def _identity(block: Block | None, tensor: torch.Tensor, group: Group) -> Any:
@@ -178,7 +184,11 @@ class Graph:
             else:
                 if known is not None and keep:
                     self._kept.append(known.tensor)
-                tensor = _allocate(sizes, strides, dtype, device, groups, backend, f"compiled {index}")
+                tensor = capture.apart(
+                    torch.device(device),
+                    "memory of compiled code cannot be allocated",
+                    lambda: _allocate(sizes, strides, dtype, device, groups, backend, f"compiled {index}"),
+                )
                 capacity = needed
         self._buffers[index] = _Buffer(tuple(sizes), tuple(strides), tensor, capacity, home)
         return tensor

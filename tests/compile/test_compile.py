@@ -689,9 +689,49 @@ def case_memory_goes_with_the_function() -> None:
 
 
 def case_options() -> None:
-    with pytest.raises(Exception, match="a mode or options, not both"):
+    with pytest.raises(InvalidArgumentError, match="a mode or options, not both"):
         control.backend(None, [], mode="default", options={})  # type: ignore
-    assert InvalidArgumentError is not None
+
+
+# CUDA graphs (D5), as far as they can be seen without a GPU.
+
+
+def case_cuda_graphs_know_symmetric_inputs() -> None:
+    """What lies in symmetric memory is static for a CUDA graph; of graphs without it, nothing is touched."""
+    hook.install()
+    calls: list[Any] = []
+
+    def stock(model: Any, static_input_idxs: Any = (), **options: Any) -> Any:
+        calls.append((tuple(static_input_idxs), options))
+        return lambda inputs: [*inputs, "ran"]
+
+    wrapped = hook._cudagraphify(stock)
+    kept, runtime_module = runtime.is_kept, importlib.import_module("symmem.compile.runtime")
+    runtime_module.is_kept = lambda value: value == "symmetric"  # type: ignore[attr-defined]
+    try:
+        assert wrapped(None, (2,), device_index=0)([1]) == [1, "ran"]
+        with hook._captured(True):
+            run = wrapped(None, (2,), device_index=0)
+        assert len(calls) == 1
+        inputs = ["symmetric", "plain", "weight", "symmetric"]
+        assert run(inputs) == run(inputs) == [*inputs, "ran"]
+    finally:
+        runtime_module.is_kept = kept  # type: ignore[attr-defined]
+    assert calls == [((2,), {"device_index": 0}), ((0, 2, 3), {"device_index": 0})]
+
+
+def case_cuda_graphs_are_captured_without_the_look_at_inputs() -> None:
+    """The node that looks where an input lies is left out of the capture; others are torch's to judge."""
+    hook.install()
+    judged = hook._should_partition(lambda self, node: "torch's")
+
+    class Node:
+        node: Any = None
+
+    other, look = Node(), Node()
+    look.node = type("Kernel", (), {"symmem_apart": True})()
+    assert judged(None, other) == "torch's"
+    assert "looked at outside of CUDA graphs" in judged(None, look)
 
 
 def case_unknown_torch() -> None:
