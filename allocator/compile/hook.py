@@ -142,8 +142,9 @@ def _call_function(original: Any) -> Any:
         known = registry.lookup(op)
         if known is not None:
             made: Any = lowering.handler(known, target, op, _own_lowering(target))
-        elif _makes_its_result(op) and (op.namespace == "symmem" or lowering.feeds(self.current_node)):
-            made = lowering.producer(op)
+        elif _makes_its_result(op):
+            group = lowering.fed(self.current_node)
+            made = lowering.producer(op, group) if group is not None or op.namespace == "symmem" else None
         else:
             made = None
         if made is None:

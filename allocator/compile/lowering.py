@@ -32,9 +32,12 @@ from symmem.ops.described import Registration
 from symmem.ops.engines import name_of
 from symmem.ops.registry import lookup
 
-__all__ = ["feeds", "handler", "output", "producer"]
+__all__ = ["fed", "handler", "output", "producer"]
 
 OPS = torch.ops.symmem
+
+WITHIN = 64 << 20
+"""Bytes from which on an operator without ``out=`` runs within ``use_symmetric_memory`` on CUDA: about 60 us a call."""
 
 ANEW = 1 << 20
 """Bytes from which on a buffer that a graph returns is allocated at each call. Smaller ones take less time to copy."""
@@ -243,6 +246,8 @@ def _reason(buffer: Any, x: ir.TensorBox, one_sided: bool) -> tuple[str, str, st
     if inductor.memory_planning:
         return COPIED, "memory_planning puts buffers into pools of its own", "switch it off"
     name = _producer(buffer)
+    if any(getattr(each, "symmem_within", False) for each in (buffer, *getattr(buffer, "inputs", ()))):
+        return ALREADY, f"the operator that makes it ({name}) runs within use_symmetric_memory", ""
     if isinstance(buffer, ir.MultiTemplateBuffer):
         return COPIED, f"{name} is chosen among several kernels when all is scheduled", "compile without max_autotune"
     return (
@@ -333,28 +338,55 @@ def _is_persistent(buffer: Any) -> bool:
 # Producers.
 
 
-def feeds(node: torch.fx.Node) -> bool:
-    """Whether what a node makes, or a view of it, goes to an operator with registered arguments."""
+def fed(node: torch.fx.Node) -> str | None:
+    """The group of the first operator with registered arguments that takes what a node makes, or a view of it."""
     seen, todo = set(), [node]
     while todo:
         for user in todo.pop().users:
             if user in seen or not isinstance(user.target, OpOverload):
                 continue
             seen.add(user)
-            if lookup(original_of(user.target)) is not None:
-                return True
+            known = lookup(original_of(user.target))
+            if known is not None and not known.one_sided:
+                return name_of(known.group_of(user.args, user.kwargs))
             if user.target.is_view:
                 todo.append(user)
-    return False
+    return None
 
 
-def producer(op: OpOverload) -> Callable[..., Any] | None:
-    """The lowering of an operator whose result is to lie in symmetric memory, if it has a variant with ``out=``."""
-    out = out_variant(op)
-    if out is None or V.graph.cpp_wrapper:
+def producer(op: OpOverload, group: str | None) -> Callable[..., Any] | None:
+    """The lowering of an operator that makes its own result, of which Inductor then allocates the memory.
+
+    Args:
+        op: The operator.
+        group: Of the operator with registered arguments that takes the result; None if none does.
+
+    Returns:
+        By its variant with ``out=``, if it has one; else within :func:`symmem.use_symmetric_memory`, where copying the
+        result takes longer than that; else None.
+    """
+    if V.graph.cpp_wrapper:
         return None
+    if (out := out_variant(op)) is not None:
+        return lambda *args, **kwargs: OutCall.make(op, out, args, kwargs)
+    made = V.graph.current_node.meta.get("val")
+    if group is None or inductor.triton.cudagraphs or not isinstance(made, torch.Tensor):
+        return None
+    if (nbytes_of(made.shape, made.dtype) or 0) < WITHIN or (made.device.type != "cuda" and WITHIN):
+        return None  # on the CPU its result would be copied as well
 
     def lowered(*args: Any, **kwargs: Any) -> Any:
-        return OutCall.make(op, out, args, kwargs)
+        known = layout.state() or layout.start(uuid.uuid4().hex[:12])
+        fallback: Any = fallback_handler
+        result = fallback(op, add_to_fallback_set=False)(*args, **kwargs)
+        kernel: Any = V.graph.operations[-1]
+        kernel = kernel.inputs[0] if isinstance(kernel, ir.MultiOutput) else kernel
+
+        def codegen(wrapper: Any) -> None:
+            kernel.python_kernel_name = f"{layout.emit_header(known.name)}().within({group!r}, torch.ops.{op})"
+            type(kernel).codegen(kernel, wrapper)
+
+        kernel.codegen, kernel.symmem_within = codegen, True
+        return result
 
     return lowered

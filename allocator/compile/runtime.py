@@ -21,6 +21,7 @@ import torch
 
 from symmem import capture
 from symmem.config.settings import load_settings
+from symmem.context import use_symmetric_memory
 from symmem.errors import NotSymmetricError
 from symmem.group import Group
 from symmem.live import Block, block_at
@@ -204,6 +205,15 @@ class Graph:
     ) -> torch.Tensor:
         """A tensor that is returned, in memory that goes with it; see :meth:`buffer`. Collective if an arena grows."""
         return _allocate(sizes, strides, dtype, device, groups, backend, "compiled result")
+
+    def within(self, group: str, op: Callable[..., Any]) -> Callable[..., Any]:
+        """An operator whose results lie in the symmetric memory of a group: see :func:`symmem.use_symmetric_memory`."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with use_symmetric_memory(group_named(group)):
+                return op(*args, **kwargs)
+
+        return call
 
     def place(
         self, index: int, x: torch.Tensor, group: str, backend: str | None, way: str, keep: bool, op: str

@@ -248,6 +248,23 @@ def case_fallback_producers() -> None:
     assert "out=" in report.graphs[0].decisions[1].advice
 
 
+def case_producer_within() -> None:
+    """A custom operator with no ``out`` variant runs within use_symmetric_memory, where that is worth its time (E2)."""
+    name, lowering = group(), importlib.import_module("symmem.compile.lowering")
+    known, lowering.WITHIN = lowering.WITHIN, 0  # type: ignore[attr-defined]
+    try:
+        with torch._inductor.config.patch(force_disable_caches=True):
+            report = check(
+                lambda x: ct.total(ct.opaque(x), name),
+                lambda step: (values(4, 4, seed=step),),
+                lambda x: summed(x * 2),
+            )
+    finally:
+        lowering.WITHIN = known  # type: ignore[attr-defined]
+    assert outcomes(report) == [ALREADY]
+    assert "runs within use_symmetric_memory" in report.graphs[0].decisions[0].why
+
+
 # Inputs (D3, D4).
 
 

@@ -979,3 +979,17 @@ def test_the_command_imports_first(tmp_path: Path, capsys: pytest.CaptureFixture
     out, err = capsys.readouterr()
     assert out == ""
     assert "symmem: InvalidArgumentError: cannot import 'nosuchmodule'" in err
+
+
+def test_schema_hint() -> None:
+    """``symm`` before an argument's type registers it (E4); torch sees the schema without it."""
+    lib = ops.Library("symm_hint", "DEF")
+    lib.define("op(symm Tensor x, Tensor y, symm Tensor(a!)[] outs, str group_name) -> ()")
+    known = ops.registration("symm_hint::op")
+    assert known is not None
+    assert (known.args, known.group_arg) == (("x", "outs"), "group_name")
+    assert "symm " not in str(torch.ops.symm_hint.op.default._schema)
+    lib.define("plain(Tensor symm, str group_name) -> ()")
+    assert ops.registration("symm_hint::plain") is None
+    with pytest.raises(InvalidArgumentError, match="symm_hint::bad"):
+        lib.define("bad(symm int x) -> ()")
