@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import os
 import re
 import tempfile
 import weakref
@@ -119,6 +120,14 @@ def group() -> str:
     return symmem.resolve_group().name
 
 
+def device() -> torch.device:
+    return torch.device(os.environ.get("SYMMEM_TEST_DEVICE", "cpu"), *([dist.get_rank()] if on_cuda() else []))
+
+
+def on_cuda() -> bool:
+    return os.environ.get("SYMMEM_TEST_DEVICE") == "cuda"
+
+
 def summed(x: torch.Tensor) -> torch.Tensor:
     """What the operators should give, by gloo."""
     x = x.clone()
@@ -128,7 +137,7 @@ def summed(x: torch.Tensor) -> torch.Tensor:
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(17 * seed + dist.get_rank())
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator).to(device())
 
 
 def compiled(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -191,7 +200,7 @@ def case_pointwise_and_reduction() -> None:
 
 def case_mm_relu() -> None:
     """Torch 2.11 would write relu's result over mm's, which nobody has put into the symmetric buffer."""
-    name, weight = group(), torch.ones(6, 6)
+    name, weight = group(), torch.ones(6, 6, device=device())
     report = check(
         lambda x: ct.total((x @ weight).relu(), name),
         lambda step: (values(6, 6, seed=step),),
@@ -340,8 +349,8 @@ def case_same_input_twice() -> None:
 
 def case_parameters_and_constants() -> None:
     name = group()
-    module = torch.nn.Linear(4, 4, bias=False)
-    constant = torch.arange(4.0)
+    module = torch.nn.Linear(4, 4, bias=False, device=device())
+    constant = torch.arange(4.0, device=device())
 
     def f(x: torch.Tensor) -> torch.Tensor:
         return x @ ct.total(module.weight.detach(), name) + ct.total(constant, name)
@@ -505,7 +514,7 @@ def case_conditional() -> None:
     torch._dynamo.reset()
     run = compiled(f)
     for step in range(4):
-        x, flag = values(4, 4, seed=step), torch.tensor([1.0 if step % 2 else -1.0])
+        x, flag = values(4, 4, seed=step), torch.tensor([1.0 if step % 2 else -1.0], device=device())
         torch.testing.assert_close(run(x, flag), summed(x * (2 if step % 2 else 3)))
 
 
