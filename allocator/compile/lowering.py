@@ -133,12 +133,13 @@ class _Call:
     def _looked_after(self, x: Any, buffer: Any, place: str) -> Any:
         """What is decided at run time: see :meth:`symmem.compile.runtime.Graph.place`."""
         name = buffer.get_name() if isinstance(buffer, ir.Buffer) else x.get_name()
-        key = (name, tuple(x.get_size()), tuple(x.get_stride()), x.get_layout().offset, x.get_dtype(), self._group)
-        memo = self._state.memo.get(key)
-        if memo is not None and memo[1] == _mutations(name):
-            self._note(x, memo[0], place, memo[2], "the same as for another operator of this graph")
-            return memo[0]
         way = "strict" if self._known.one_sided else "own" if _is_produced(buffer) else "agree"
+        seen = tuple(x.get_size()), tuple(x.get_stride()), x.get_layout().offset, x.get_dtype()
+        key = (name, *seen, self._group, self._backend, way)
+        memo = self._state.memo.get(key)
+        if memo is not None and name not in V.graph.mutated_buffers:
+            self._note(x, memo[0], place, memo[1], "the same as for another operator of this graph")
+            return memo[0]
         state, index, keep = self._state, self._state.next_index(), layout.keeps(x.get_device())
         described = f"{self._known.op}: the argument {place!r}"
         kernel, placed = _kernel(
@@ -148,7 +149,7 @@ class _Call:
         _call_as(kernel, "place", state.name, lambda args: f"{index}, {args[0]}, {', '.join(args[3:])}")
         outcome, why, advice = _reason(buffer, x, self._known.one_sided)
         self._note(x, placed, place, outcome, why, advice)
-        state.memo[key] = placed, _mutations(name), outcome
+        state.memo[key] = placed, outcome
         return placed
 
     def _note(self, x: ir.TensorBox, buffer: Any, place: str, outcome: str, why: str, advice: str = "") -> None:
@@ -263,11 +264,6 @@ def _where() -> str:
     lines = [line.strip() for line in trace.strip().splitlines()]
     places = [index for index, line in enumerate(lines) if line.startswith("File ")]
     return ": ".join(lines[places[-1] : places[-1] + 2]) if places else ""
-
-
-def _mutations(name: str) -> bool:
-    """Whether a buffer was written to, so far."""
-    return name in V.graph.mutated_buffers
 
 
 def _kernel(op: OpOverload, *args: Any) -> tuple[Any, Any]:
