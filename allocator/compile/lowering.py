@@ -250,7 +250,8 @@ def _reason(buffer: Any, x: ir.TensorBox, one_sided: bool) -> tuple[str, str, st
     if any(getattr(each, "symmem_within", False) for each in (buffer, *getattr(buffer, "inputs", ()))):
         return ALREADY, f"the operator that makes it ({name}) runs within use_symmetric_memory", ""
     if isinstance(buffer, ir.MultiTemplateBuffer):
-        return COPIED, f"{name} is chosen among several kernels when all is scheduled", "compile without max_autotune"
+        why = f"{name} is chosen among several kernels, some of which allocate their own result"
+        return COPIED, why, "compile without max_autotune"
     return (
         COPIED,
         f"the operator that makes it ({name}) allocates its own result",

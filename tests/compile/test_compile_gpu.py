@@ -46,6 +46,22 @@ def test_case(pool: RankPool, name: str) -> None:
     pool.run(run, name)
 
 
+def templates() -> None:
+    """What Triton templates and cuBLAS are chosen from is written straight to symmetric memory (D2)."""
+    name, weight = cases.group(), torch.ones(64, 64, device="cuda") / 64
+    report = cases.check(
+        lambda x: cases.ct.total(x @ weight, name),
+        lambda step: (cases.values(64, 64, seed=step),),
+        lambda x: cases.summed(x @ weight),
+        options={"max_autotune_gemm": True},
+    )
+    assert cases.outcomes(report) == [cases.PLACED]
+
+
+def test_templates(pool: RankPool) -> None:
+    pool.run(templates, timeout=75)
+
+
 # CUDA graphs (D5).
 
 
