@@ -4,7 +4,7 @@
 
 The op knows peers' pointers by symmem.find and friends; its callers know nothing. Registered, a call with plain memory
 is an error by name instead of a wrong result, or is given a copy; and what runs in use_symmetric_memory() makes its
-tensors where the op needs them, with no copy.
+tensors where the op needs them, with no copy. So does torch.compile.
 """
 
 import sys
@@ -31,7 +31,8 @@ def _(x: torch.Tensor, tp_group: str) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-symmem.register_symm_mem_args("serving::one_shot_all_reduce", ["x"])  # this is all
+# This is all. Its last barrier lets compilers write to x again at once.
+symmem.register_symm_mem_args("serving::one_shot_all_reduce", ["x"], exit_barrier=True)
 
 on_gpu = torch.cuda.is_available()
 dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
@@ -71,6 +72,9 @@ with symmem.use_symmetric_memory(group):
     made = 2 * input_of(rank)  # by an op that knows nothing of symmetric memory
     check("memory made in use_symmetric_memory()", one_shot_all_reduce(made, group))
 del made
+
+compiled = torch.compile(lambda x: one_shot_all_reduce(2 * x, group), backend="symmem")
+check("compiled, which writes 2 * x straight to symmetric memory", compiled(input_of(rank)))
 
 dist.barrier()
 dist.destroy_process_group()
