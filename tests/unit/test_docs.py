@@ -169,6 +169,13 @@ def test_messages_that_are_quoted_are_those_of_the_code(name: str) -> None:
     assert [message for message in found if not is_in_code(message)] == []
 
 
+def test_reasons_that_are_quoted_are_those_of_the_report() -> None:
+    text = (DOCS / "compile.md").read_text()
+    found = re.findall(r"^\| `([^`]+)` \|", text.partition("| the report says |")[2], re.MULTILINE)
+    assert len(found) > 5
+    assert [reason for reason in found if not is_in_code(reason)] == []
+
+
 def test_a_message_that_is_not_in_the_code_is_found() -> None:
     assert is_in_code("ranks ... did not come in time")
     assert not is_in_code("ranks ... did come in time")
