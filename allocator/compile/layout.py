@@ -188,7 +188,9 @@ def can_place(buffer: Any) -> bool:
     """Whether Inductor allocates a buffer, and can do so in symmetric memory."""
     return (
         isinstance(buffer, ir.Buffer)
-        and not isinstance(buffer, ir.InputBuffer | ir.ConstantBuffer | ir.MultiTemplateBuffer)
+        and not isinstance(buffer, ir.InputBuffer)
+        # Of several kernels to choose from, some may allocate their own result.
+        and not (isinstance(buffer, ir.MultiTemplateBuffer) and not buffer.output_plannable)
         and buffer.should_allocate()
         and isinstance(buffer.get_output_spec(), ir.FlexibleLayout | ir.FixedLayout)
         and not buffer.get_inputs_that_alias_output()

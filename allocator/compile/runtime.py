@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from symmem import capture
 from symmem.config.settings import load_settings
+from symmem.context import use_symmetric_memory
 from symmem.errors import NotSymmetricError
 from symmem.group import Group
 from symmem.live import Block, block_at
@@ -27,7 +29,7 @@ from symmem.ops.checks import is_torchs
 from symmem.ops.engines import group_named
 from symmem.tensor import SymmetricTensor, find
 
-__all__ = ["CHANGES", "Graph", "Reference", "bound", "finish", "reference", "write_back"]
+__all__ = ["CHANGES", "Graph", "Reference", "bound", "finish", "is_kept", "reference", "write_back"]
 
 log = logging.getLogger("symmem.compile")
 
@@ -99,6 +101,11 @@ def _block_of(tensor: torch.Tensor, group: Group) -> Block | None:
     if block is None or block.closed or block.allocation.device != tensor.device or not block.mapping_for(group):
         return None
     return block
+
+
+def is_kept(value: Any) -> bool:
+    """Whether a value is a tensor on CUDA in symmetric memory."""
+    return isinstance(value, torch.Tensor) and value.is_cuda and block_at(value.data_ptr()) is not None
 
 
 def _identity(block: Block | None, tensor: torch.Tensor, group: Group) -> Any:
@@ -178,7 +185,11 @@ class Graph:
             else:
                 if known is not None and keep:
                     self._kept.append(known.tensor)
-                tensor = _allocate(sizes, strides, dtype, device, groups, backend, f"compiled {index}")
+                tensor = capture.apart(
+                    torch.device(device),
+                    "memory of compiled code cannot be allocated",
+                    lambda: _allocate(sizes, strides, dtype, device, groups, backend, f"compiled {index}"),
+                )
                 capacity = needed
         self._buffers[index] = _Buffer(tuple(sizes), tuple(strides), tensor, capacity, home)
         return tensor
@@ -194,6 +205,15 @@ class Graph:
     ) -> torch.Tensor:
         """A tensor that is returned, in memory that goes with it; see :meth:`buffer`. Collective if an arena grows."""
         return _allocate(sizes, strides, dtype, device, groups, backend, "compiled result")
+
+    def within(self, group: str, op: Callable[..., Any]) -> Callable[..., Any]:
+        """An operator whose results lie in the symmetric memory of a group: see :func:`symmem.use_symmetric_memory`."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with use_symmetric_memory(group_named(group)):
+                return op(*args, **kwargs)
+
+        return call
 
     def place(
         self, index: int, x: torch.Tensor, group: str, backend: str | None, way: str, keep: bool, op: str
