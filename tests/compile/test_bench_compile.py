@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import symmem
+from symmem.tools.bench import compile
 from symmem.tools.ranks import RankPool, RanksFailedError
 
 
@@ -25,7 +26,7 @@ class Part:
         return getattr(importlib.import_module(f"symmem.tools.bench.{self._name}"), name)
 
 
-bench, counts, costs, graphs = map(Part, ("compile", "compiled_counts", "compiled_costs", "compiled_graphs"))
+contenders, counts, costs, graphs = (Part(f"compiled_{name}") for name in ("contenders", "counts", "costs", "graphs"))
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +56,13 @@ def call(self, args):
 """
 
 
-def test_buffers_are_those_that_code_allocates_and_that_operators_return() -> None:
-    assert counts.buffers(CODE) == 4
-    assert counts.buffers(CODE.replace("empty_strided_p2p", "other")) == 3
-
-
 def counted() -> tuple[int, ...]:
     x = torch.ones(4, 4)
     name, handle = graphs.group(), symmem.allocate((4, 4), dtype=torch.float32).rendezvous()
 
     def eager() -> torch.Tensor:
         y = torch.empty_like(x).copy_(x @ x)
-        return symmem.ops.all_reduce(y, name).clone()  # its own copies are not counted
+        return symmem.ops.all_reduce(y, name).clone()  # what it copies within is its own
 
     within = partial(graphs.BENCH.total, handle.tensor.fill_(1), name)
     return (
@@ -74,11 +70,13 @@ def counted() -> tuple[int, ...]:
         counts.copies(within, "cpu"),
         counts.copies(within, "cpu", CODE),
         counts.allocations(lambda: dist.all_reduce(x @ x)),
+        counts.buffers(CODE),
+        counts.buffers(CODE.replace("empty_strided_p2p", "other")),
     )
 
 
-def test_copies_within_a_collective_operation_are_not_counted(pool: RankPool) -> None:
-    assert pool.run(counted) == [(2, 0, 1, 1)] * 2
+def test_what_is_counted(pool: RankPool) -> None:
+    assert pool.run(counted) == [(2, 0, 1, 1, 4, 3)] * 2
 
 
 # Checking.
@@ -86,17 +84,14 @@ def test_copies_within_a_collective_operation_are_not_counted(pool: RankPool) ->
 
 def check_chain(wrong: bool) -> None:
     data = graphs.Chain(3, 32, 2, "cpu", dist.get_rank(), dist.get_world_size())
-    reduce = graphs.eager_chain()
-
-    def function(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
-        return reduce(x, weights[::-1] if wrong else weights)
-
-    data.check("eager", function)
+    weights = data.weights[::-1] if wrong else data.weights
+    functions = {"eager": (graphs.eager_chain(), None)}
+    contenders.line_up(functions, None, lambda name, step: (data.x(step), weights), data.expected)
 
 
 def test_a_chain_is_compared_with_what_it_must_return(pool: RankPool) -> None:
     pool.run(check_chain, False)
-    with pytest.raises(RanksFailedError, match=r"WrongResultError: eager has \d+ of 64 elements wrong"):
+    with pytest.raises(RanksFailedError, match=r"WrongResultError: \[rank \d\] eager has \d+ of 64 elements wrong"):
         pool.run(check_chain, True)
 
 
@@ -109,8 +104,8 @@ def attempt() -> Any:
         return counts.Compiled(torch.ones, "")
 
     logged: list[str] = []
-    bench.log.warning = lambda text, *args: logged.append(text % args)
-    return bench.attempted("inductor", make), logged
+    contenders.log.warning = lambda text, *args: logged.append(text % args)
+    return contenders.attempted("inductor", make), logged
 
 
 def test_a_peer_that_fails_on_one_rank_is_left_out_on_all(pool: RankPool) -> None:
@@ -121,7 +116,7 @@ def test_a_peer_that_fails_on_one_rank_is_left_out_on_all(pool: RankPool) -> Non
 
 
 def test_a_chain_has_two_buffers_and_no_copies() -> None:
-    figures = list(bench.measure("host", 2, 64, ("chain",), 1))
+    figures = list(compile.measure("host", 2, 64, ("chain",), 1))
     assert {each.peer for each in figures} == {"inductor", "eager"}
     assert all(each.bytes == 8 * 64 * 2 and each.value >= 0 for each in figures)
     found = {(each.figure, each.peer): (each.value, each.peer_value) for each in figures if each.unit == "count"}
@@ -137,12 +132,12 @@ def test_an_input_is_copied_unless_it_is_symmetric(pool: RankPool) -> None:
 
 def partial_input() -> dict[str, int]:
     """Without stock Inductor, which needs a C++ compiler here."""
-    known = bench.attempted
-    importlib.import_module("symmem.tools.bench.compile").attempted = lambda name, make: None
+    known = contenders.attempted
+    importlib.import_module("symmem.tools.bench.compiled_contenders").attempted = lambda name, make: None
     try:
-        return {name: each.copies for name, each in bench.graph_input("cpu", 64, None).items()}
+        return {name: each.copies for name, each in contenders.graph_input("cpu", 64, None).items()}
     finally:
-        importlib.import_module("symmem.tools.bench.compile").attempted = known
+        importlib.import_module("symmem.tools.bench.compiled_contenders").attempted = known
 
 
 def test_costs_are_of_what_is_placed(pool: RankPool) -> None:

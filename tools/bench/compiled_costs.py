@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
@@ -17,12 +17,13 @@ from torch._inductor.utils import fresh_cache
 
 import symmem
 from symmem.tools.bench import compiled_graphs as graphs
+from symmem.tools.bench.compile import Compiling
 from symmem.tools.bench.compiled_counts import Function, compiled
 from symmem.tools.bench.compiled_graphs import BENCH
 from symmem.tools.bench.contenders import WrongResultError
 from symmem.tools.bench.timing import clock_of, in_turns, repeated
 
-__all__ = ["Compiling", "compiling", "overhead"]
+__all__ = ["compiling", "overhead"]
 
 _ROUNDS = 15
 _CALLS = 500  # of a round
@@ -35,11 +36,11 @@ def overhead(device_type: str) -> dict[tuple[str, int], float]:
     torch._dynamo.reset()
     clock, found = clock_of(device_type), {}
     for count in _ARGUMENTS:
-        plain = [torch.ones(16, device=device_type) for _ in range(count)]
-        handles = [symmem.allocate(16, torch.float32).rendezvous() for _ in range(count)]
+        plain = [torch.ones(4, 4, device=device_type) for _ in range(count)]
+        handles = [symmem.allocate((4, 4), torch.float32).rendezvous() for _ in range(count)]
         symmetric = [handle.tensor.fill_(1) for handle in handles]
         for kind, make, argument in (
-            ("placed", partial(graphs.intermediates, count=count), plain[0]),
+            ("placed", graphs.intermediates, plain),
             ("input", graphs.inputs, plain),
             ("symmetric", graphs.inputs, symmetric),
         ):
@@ -57,18 +58,6 @@ def overhead(device_type: str) -> dict[tuple[str, int], float]:
             pairs = zip(ours_took, theirs_took, strict=True)
             found[kind, count] = statistics.median(a.host - b.host for a, b in pairs) / _CALLS / count
     return found
-
-
-class Compiling(NamedTuple):
-    """What compiling a function takes.
-
-    Attributes:
-        calls: Of Python functions; nearly the same each time, on any machine.
-        seconds: Of this process's CPU, in the quickest round.
-    """
-
-    calls: int
-    seconds: float
 
 
 @torch.no_grad()
