@@ -253,8 +253,10 @@ class Graph:
                 hint=f"allocate it with symmem.allocate({tuple(x.shape)}, {x.dtype}, {str(x.device)!r}).tensor",
                 step=op,
             )
-        copy = self.buffer(index, x.shape, x.stride(), x.dtype, str(x.device), (group,), backend, keep)
-        return copy.copy_(x)
+        sizes, strides, copy = x.shape, x.stride(), self._buffers.get(index)
+        if copy is not None and copy.sizes == sizes and copy.strides == strides and not copy.group.closed:
+            return copy.tensor.copy_(x)
+        return self._make(index, sizes, strides, x.dtype, str(x.device), (group,), backend, keep).copy_(x)
 
 
 def _allocate(
@@ -307,18 +309,20 @@ def reference(name: str) -> Reference:
 
 def bound(function: Callable[..., Any], graphs: Sequence[Graph]) -> Callable[..., Any]:
     """A compiled function that runs with graphs of its own, and keeps them alive."""
-    references = [(reference(graph.name), graph) for graph in graphs]
+    for graph in graphs:
+        function = _bound(function, reference(graph.name), graph)
+    return function
 
+
+def _bound(function: Callable[..., Any], known: Reference, graph: Graph) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(inputs: Any) -> Any:
-        before = [known.running for known, _graph in references]
-        for known, graph in references:
-            known.running = graph
+        before = known.running
+        known.running = graph
         try:
             return function(inputs)
         finally:
-            for (known, _graph), graph in zip(references, before, strict=True):
-                known.running = graph
+            known.running = before
 
     return call
 
