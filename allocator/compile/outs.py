@@ -13,6 +13,8 @@ from torch._inductor.virtualized import V
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
+from symmem.compile.layout import root_wrapper
+
 __all__ = ["OutCall", "out_variant"]
 
 
@@ -56,6 +58,7 @@ def _does_the_same(schema: Any, other: Any) -> bool:
 class OutCall(ir.ExternKernelOut):
     """A call of an operator with ``out=``; all arguments go by name, since their order may differ."""
 
+    _op: OpOverload
     _values: Any
 
     @classmethod
@@ -84,7 +87,7 @@ class OutCall(ir.ExternKernelOut):
             convert_shape_to_inductor(example.stride()),
         )
         node = cls(layout=made, inputs=list(inputs), python_kernel_name=str(out), op_overload=out)
-        tensors = iter(node.inputs)
+        node._op, tensors = op, iter(node.inputs)
         flat, spec = pytree.tree_flatten(given)
         node._values = [next(tensors) if isinstance(each, ir.IRNode) else each for each in flat], spec
         return ir.TensorBox.create(node)
@@ -97,7 +100,12 @@ class OutCall(ir.ExternKernelOut):
         given = pytree.tree_unflatten(shown, spec)
         show: Any = V.graph.wrapper_code.val_to_arg_str
         args = [f"{name}={show(value)}" for name, value in given.items()]
-        wrapper.writeline(f"torch.ops.{self.op_overload}({', '.join(args)}, out={self.codegen_reference()})")
+        target = f"torch.ops.{self.op_overload}"
+        if self._op.namespace == "symmem":  # by a function of ours, which goes past the dispatcher
+            root_wrapper().add_import_once("import symmem.ops.functions")
+            target = f"symmem.ops.functions.{self._op._opname}"
+            args = [each.replace("group_name=", "group=", 1) for each in args]
+        wrapper.writeline(f"{target}({', '.join(args)}, out={self.codegen_reference()})")
 
 
 class _Shown:

@@ -6,7 +6,6 @@ Run on a machine with two GPUs or more; elsewhere the reason is told.
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -62,7 +61,7 @@ def templates() -> None:
     """What Triton templates and cuBLAS are chosen from is written straight to symmetric memory (D2)."""
     name, weight = cases.group(), torch.ones(64, 64, device="cuda") / 64
     report = cases.check(
-        lambda x: cases.ct.total(x @ weight, name),
+        lambda x: torch.ops.ct.total(x @ weight, name),
         lambda step: (cases.values(64, 64, seed=step),),
         lambda x: cases.summed(x @ weight),
         options={"max_autotune_gemm": True},
@@ -102,7 +101,7 @@ def graphs_chain() -> None:
 
     def f(x: torch.Tensor) -> torch.Tensor:
         for _ in range(4):
-            x = cases.ct.total(x @ weight, name)
+            x = torch.ops.ct.total(x @ weight, name)
         return x * 2
 
     def expected(x: torch.Tensor) -> torch.Tensor:
@@ -122,7 +121,7 @@ def graphs_inputs() -> None:
         return cases.values(32, 32, seed=step), mine.copy_(cases.values(32, 32, seed=step + 100))
 
     replayed(
-        lambda x, y: cases.ct.total(x, name) + cases.ct.total(y, name),
+        lambda x, y: torch.ops.ct.total(x, name) + torch.ops.ct.total(y, name),
         make,
         lambda x, y: cases.summed(x) + cases.summed(y),
     )
@@ -133,7 +132,7 @@ def graphs_in_place() -> None:
 
     def f(x: torch.Tensor) -> torch.Tensor:
         y = x + 1
-        cases.ct.add_peer_(y, name)
+        torch.ops.ct.add_peer_(y, name)
         return y * 2
 
     replayed(f, lambda step: (cases.values(16, seed=step),), lambda x: cases.summed(x + 1) * 2)
@@ -183,5 +182,9 @@ def test_torch_operators(pool: RankPool, mode: str | None) -> None:
     pool.run(torch_operators, mode)
 
 
+def device_type() -> str:
+    return str(cases.values(1).device.type)
+
+
 def test_the_ranks_had_gpus(pool: RankPool) -> None:
-    assert pool.run(os.environ.get, "SYMMEM_TEST_DEVICE") == ["cuda", "cuda"]
+    assert pool.run(device_type) == ["cuda", "cuda"]
