@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from symmem.compile.report import MARK, Decision
 from symmem.ops.engines import group_named
 
 __all__ = [
+    "Memo",
     "State",
     "SymmetricLayout",
     "allocation",
@@ -86,6 +87,20 @@ def is_part(part: str, whole: str) -> bool:
     return set(inner) <= set(outer)
 
 
+class Memo(NamedTuple):
+    """An argument that was placed.
+
+    Attributes:
+        placed: What it became.
+        outcome: As it was reported.
+        since: How many buffers the graph had by then.
+    """
+
+    placed: ir.TensorBox
+    outcome: str
+    since: int
+
+
 @dataclass
 class State:
     """What is known of a graph that is being compiled, its subgraphs included.
@@ -93,14 +108,14 @@ class State:
     Attributes:
         name: Of its persistent memory; see :class:`symmem.compile.runtime.Graph`.
         decisions: What became of each registered argument.
-        memo: Arguments that were placed already: by buffer, view and group, and what they became.
+        memo: Arguments that were placed already, by graph, buffer, view and group.
         count: Buffers and arguments so far.
         told: Whether the generated code has the decisions.
     """
 
     name: str
     decisions: list[Decision] = field(default_factory=list)
-    memo: dict[Any, Any] = field(default_factory=dict)
+    memo: dict[Any, Memo] = field(default_factory=dict)
     count: int = 0
     told: bool = False
 

@@ -23,7 +23,7 @@ from torch._inductor.virtualized import V
 from torch._ops import OpOverload
 
 from symmem.compile import layout, runtime  # noqa: F401  # the latter defines operators
-from symmem.compile.layout import State, SymmetricLayout, can_place, nbytes_of, root_of
+from symmem.compile.layout import Memo, State, SymmetricLayout, can_place, nbytes_of, root_of
 from symmem.compile.outs import OutCall, out_variant
 from symmem.compile.report import ALREADY, COPIED, PLACED, Decision
 from symmem.compile.twins import original_of
@@ -130,11 +130,12 @@ class _Call:
     def _looked_after(self, x: Any, buffer: Any, place: str) -> Any:
         """What is decided at run time: see :meth:`symmem.compile.runtime.Graph.place`."""
         name = buffer.get_name() if isinstance(buffer, ir.Buffer) else x.get_name()
-        key = (name, tuple(x.get_size()), tuple(x.get_stride()), x.get_layout().offset, x.get_dtype(), self._group)
+        view = (tuple(x.get_size()), tuple(x.get_stride()), x.get_layout().offset, x.get_dtype())
+        key = (V.graph, name, *view, self._group)
         memo = self._state.memo.get(key)
-        if memo is not None and memo[1] == _mutations(name):
-            self._note(x, memo[0], place, memo[2], "the same as for another operator of this graph")
-            return memo[0]
+        if memo is not None and not _is_written_since(memo.since, name):
+            self._note(x, memo.placed, place, memo.outcome, "the same as for another operator of this graph")
+            return memo.placed
         way = "strict" if self._known.one_sided else "own" if _is_produced(buffer) else "agree"
         state, index, keep = self._state, self._state.next_index(), layout.keeps(x.get_device())
         described = f"{self._known.op}: the argument {place!r}"
@@ -144,7 +145,7 @@ class _Call:
         _call_as(kernel, "place", state.name, lambda args: f"{index}, {args[0]}, {', '.join(args[3:])}")
         outcome, why, advice = _reason(buffer, x, self._known.one_sided)
         self._note(x, placed, place, outcome, why, advice)
-        state.memo[key] = placed, _mutations(name), outcome
+        state.memo[key] = Memo(placed, outcome, since=len(V.graph.buffers))
         return placed
 
     def _note(self, x: ir.TensorBox, buffer: Any, place: str, outcome: str, why: str, advice: str = "") -> None:
@@ -206,9 +207,19 @@ def _realized(x: Any) -> Any:
 
 
 def _is_dense(x: ir.TensorBox) -> bool:
-    """Whether no two elements share memory, as far as that is known: expanded dimensions have stride 0."""
-    sizes, strides = x.get_size(), x.get_stride()
-    return not any(stride == 0 and size != 1 for size, stride in zip(sizes, strides, strict=True))
+    """Whether no two elements share memory: each dimension steps over all that the smaller steps reach.
+
+    Of shapes that are not known yet, what they are in the call that is compiled for.
+    """
+    hint = V.graph.sizevars.optimization_hint
+    reached = 0
+    for stride, size in sorted(
+        (hint(stride), hint(size)) for stride, size in zip(x.get_stride(), x.get_size(), strict=True)
+    ):
+        if size > 1 and stride <= reached:
+            return False
+        reached += (size - 1) * stride
+    return True
 
 
 def _is_produced(buffer: Any) -> bool:
@@ -259,9 +270,9 @@ def _where() -> str:
     return ": ".join(lines[places[-1] : places[-1] + 2]) if places else ""
 
 
-def _mutations(name: str) -> bool:
-    """Whether a buffer was written to, so far."""
-    return name in V.graph.mutated_buffers
+def _is_written_since(since: int, name: str) -> bool:
+    """Whether an operator that was lowered after so many buffers writes to a buffer."""
+    return any(name in each.get_mutation_names() for each in V.graph.buffers[since:])
 
 
 def _kernel(op: OpOverload, *args: Any) -> tuple[Any, Any]:
