@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import symmem
 from symmem.compile.report import COPIED, PLACED
-from symmem.errors import BackendUnavailableError, PeerLostError, ResourceLimitError
+from symmem.errors import BackendUnavailableError, PeerLostError, ResourceLimitError, UnsupportedError
 from symmem.tools.ranks import RankPool
 
 sys.path.append(str(Path(__file__).parent))  # the ranks load this file by its path
@@ -43,6 +43,11 @@ def echo_late(x: torch.Tensor, group: str) -> torch.Tensor:
     if known.rank == 1:
         time.sleep(0.15)
     return handle.remote_tensor((known.rank + 1) % known.size, group=known).clone()
+
+
+def echo_slowly(x: torch.Tensor, group: str) -> torch.Tensor:
+    time.sleep(0.05)
+    return echo(x, group)
 
 
 def both(x: torch.Tensor, y: torch.Tensor, group: str) -> torch.Tensor:
@@ -72,6 +77,7 @@ def bump(x: torch.Tensor) -> None:
 same = lambda x, *rest: torch.empty_like(x)  # noqa: E731
 define("echo(Tensor x, str group_name) -> Tensor", echo, same, ["x"])
 define("echo_late(Tensor x, str group_name) -> Tensor", echo_late, same, ["x"])
+define("echo_slowly(Tensor x, str group_name) -> Tensor", echo_slowly, same, ["x"])
 define("both(Tensor x, Tensor y, str group_name) -> Tensor", both, same, ["x", "y"])
 define("add_of_peer_(Tensor(a!) x, Tensor y, str group_name) -> ()", add_of_peer, lambda x, y, g: None, ["x", "y"])
 define(
@@ -257,6 +263,26 @@ def case_registered_then_written_in_place() -> None:
         torch.testing.assert_close(x, two)
 
 
+def case_inputs_that_share_memory() -> None:
+    """Writing to one input changes the other, plain or symmetric."""
+    name = group()
+
+    def f(x: torch.Tensor, y: torch.Tensor) -> Any:
+        ct.add_peer_(x, name)
+        return ct.echo(y, name), ct.echo(x, name)
+
+    torch._dynamo.reset()
+    run = compiled(f)
+    symmetric = symmem.allocate((6, 4), dtype=torch.float32).tensor
+    for step in range(4):
+        whole = values(6, 4, seed=step)
+        wanted = whole.clone()
+        wanted[:4] = summed(wanted[:4])
+        given = symmetric.copy_(whole) if step % 2 else whole
+        torch.testing.assert_close(run(given[:4], given[2:]), (peer(wanted[2:]), peer(wanted[:4])))
+        torch.testing.assert_close(given, wanted)
+
+
 def case_results_that_alias() -> None:
     """Inputs, views of them, and what an operator has written, as results."""
     name = group()
@@ -358,6 +384,16 @@ def case_many_shapes() -> None:
             torch._dynamo.mark_dynamic(x, 0)
             torch.testing.assert_close(run(x), (peer(x @ x.t()), peer(x), peer(x[1:])))
     assert len(report.graphs) == 1
+
+
+def case_shapes_from_data() -> None:
+    name = group()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        run = compiled(lambda x: (ct.echo(x.nonzero(), name), ct.echo(ct.opaque(x.nonzero()), name)), fullgraph=True)
+        for size in (3, 4, 2, 7):
+            wanted = torch.ones(size, 2).nonzero()
+            torch.testing.assert_close(run(torch.ones(size, 2)), (wanted, 2 * wanted))
 
 
 # Modes of torch.
@@ -509,15 +545,15 @@ def case_many_functions() -> None:
     """Functions that are made and dropped leave nothing behind."""
     name = group()
 
-    def make(shape: int) -> Callable[..., Any]:
+    def make() -> Callable[..., Any]:
         space: dict[str, Any] = {"ct": ct, "name": name}
-        exec("def f(x): return ct.echo(x @ x, name), ct.echo(x, name)", space)
+        exec(compile("def f(x): return ct.echo(x @ x, name), ct.echo(x, name)", __file__, "exec"), space)
         return compiled(space["f"], dynamic=False)
 
     def use(count: int) -> Any:
         for step in range(count):
             x = values(2, 2, seed=step)
-            run = make(step)
+            run = make()
             torch.testing.assert_close(run(x), (peer(x @ x), peer(x)))
         del run
         torch._dynamo.reset()
@@ -553,6 +589,47 @@ def case_threads() -> None:
         each.join()
     if wrong:
         raise wrong[0]
+
+
+def case_threads_of_one_function() -> None:
+    """Threads that call one compiled function take turns: its buffers are those of one call."""
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()].group_name
+    torch._dynamo.reset()
+    run = compiled(lambda x: ct.echo_slowly(x @ x, alone))
+    run(torch.eye(3))
+    results: dict[int, torch.Tensor] = {}
+    threads = [
+        threading.Thread(target=lambda at: results.__setitem__(at, run(torch.eye(3) * at)), args=(at,))
+        for at in range(3)
+    ]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    for at in range(3):
+        torch.testing.assert_close(results[at], torch.eye(3) * at * at)
+
+
+def case_within_itself() -> None:
+    """An operator that calls the compiled function that calls it would lose its arguments."""
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()].group_name
+    torch._dynamo.reset()
+    again: list[Any] = []
+
+    def within(x: torch.Tensor, g: str) -> torch.Tensor:
+        return again.pop()(x.clone()) if again else x.clone()
+
+    lib = torch.library.Library("ct", "FRAGMENT")
+    lib.define("within(Tensor x, str group_name) -> Tensor")
+    lib.impl("within", within, "CompositeExplicitAutograd")
+    torch.library.register_fake("ct::within", same, lib=lib)
+    with symmem.compile.specify_symmetric_memory("ct::within", "x"):
+        run = compiled(lambda x: ct.within(x @ x, alone))
+        for _ in range(2):
+            torch.testing.assert_close(run(torch.eye(3) * 2), torch.eye(3) * 4)
+            again.extend([run, run])  # within an operator, dispatch keys differ, so that it is compiled once more
+            with pytest.raises(UnsupportedError, match="within its own call"):
+                run(torch.eye(3) * 2)
 
 
 CASES = [name for name in list(globals()) if name.startswith("case_")]
