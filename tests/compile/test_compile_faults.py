@@ -26,7 +26,7 @@ from symmem.errors import BackendUnavailableError, PeerLostError, ResourceLimitE
 from symmem.tools.ranks import RankPool
 
 sys.path.append(str(Path(__file__).parent))  # the ranks load this file by its path
-from placing import check, compiled, ct, define, explaining, group, handle_of, outcomes, summed, values
+from placing import check, compiled, ct, define, explaining, group, handle_of, outcomes, runtime, summed, values
 
 
 def echo(x: torch.Tensor, group: str) -> torch.Tensor:
@@ -611,25 +611,16 @@ def case_threads_of_one_function() -> None:
 
 
 def case_within_itself() -> None:
-    """An operator that calls the compiled function that calls it would lose its arguments."""
-    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()].group_name
-    torch._dynamo.reset()
-    again: list[Any] = []
+    """An operator that calls what calls it would lose its arguments, or wait for its own turn for ever."""
+    calls: list[Any] = []
 
-    def within(x: torch.Tensor, g: str) -> torch.Tensor:
-        return again.pop()(x.clone()) if again else x.clone()
+    def function(inputs: Any) -> Any:
+        return calls[0](inputs) if inputs else "done"
 
-    lib = torch.library.Library("ct", "FRAGMENT")
-    lib.define("within(Tensor x, str group_name) -> Tensor")
-    lib.impl("within", within, "CompositeExplicitAutograd")
-    torch.library.register_fake("ct::within", same, lib=lib)
-    with symmem.compile.specify_symmetric_memory("ct::within", "x"):
-        run = compiled(lambda x: ct.within(x @ x, alone))
-        for _ in range(2):
-            torch.testing.assert_close(run(torch.eye(3) * 2), torch.eye(3) * 4)
-            again.extend([run, run])  # within an operator, dispatch keys differ, so that it is compiled once more
-            with pytest.raises(UnsupportedError, match="within its own call"):
-                run(torch.eye(3) * 2)
+    calls.append(runtime.bound(function, [runtime.Graph("within_itself")]))
+    with pytest.raises(UnsupportedError, match="within its own call"):
+        calls[0]([1])
+    assert calls[0]([]) == "done"
 
 
 CASES = [name for name in list(globals()) if name.startswith("case_")]
