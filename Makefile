@@ -6,7 +6,7 @@ ARGS ?=
 export PYTHON TORCH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-matrix lint bench clean
+.PHONY: help setup demo test test-matrix lint bench docs clean
 
 help:  ## show this
 	@echo "make TARGET [ARGS='options'] [PYTHON=$(PYTHON)] [TORCH=$(TORCH)]"
@@ -37,6 +37,10 @@ lint:  ## ruff and mypy
 bench:  ## symmem bench: ARGS='host --json'
 	@bash scripts/setup.sh
 	.venv/bin/symmem bench $(or $(ARGS),host)
+
+docs:  ## the API reference, build/docs/index.html; the guides are in docs/
+	@bash scripts/setup.sh docs
+	.venv/bin/python scripts/api_reference.py build/docs
 
 clean:  ## remove .venv and everything else that is made
 	rm -rf .venv/bin/python .venv .venv-matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from symmem.backends.base import Capability
     from symmem.collection import collect
     from symmem.context import use_symmetric_memory
+    from symmem.device_view import DeviceView, include_path
     from symmem.errors import SymmemError
     from symmem.group import Group, resolve_group
     from symmem.statistics import memory_snapshot, memory_stats
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Capability",
+    "DeviceView",
     "Group",
     "SymmemError",
     "SymmetricTensor",
@@ -37,6 +39,7 @@ __all__ = [
     "allocate",
     "collect",
     "find",
+    "include_path",
     "memory_snapshot",
     "memory_stats",
     "register_symm_mem_args",
@@ -46,12 +49,14 @@ __all__ = [
 
 _HOMES = {
     "Capability": "symmem.backends.base",
+    "DeviceView": "symmem.device_view",
     "Group": "symmem.group",
     "SymmemError": "symmem.errors",
     "SymmetricTensor": "symmem.tensor",
     "allocate": "symmem.tensor",
     "collect": "symmem.collection",
     "find": "symmem.tensor",
+    "include_path": "symmem.device_view",
     "memory_snapshot": "symmem.statistics",
     "memory_stats": "symmem.statistics",
     "register_symm_mem_args": "symmem.ops.registry",
@@ -60,8 +65,8 @@ _HOMES = {
 }
 
 
-# Not to be imported here, where names and types are checked: they are layers above this one.
-_SUBPACKAGES = {"compile", "ops"}
+# Not to be imported here, where names and types are checked: layers above this one, and one that needs Triton.
+_SUBPACKAGES = {"compile", "ops", "triton"}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,9 @@ import ctypes
 import functools
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -23,7 +25,9 @@ from symmem.errors import UnsupportedError
 if TYPE_CHECKING:
     from symmem.live import Block
 
-__all__ = ["forget_ended", "is_capturing", "keep", "kept", "refuse"]
+__all__ = ["apart", "forget_ended", "is_capturing", "keep", "kept", "refuse"]
+
+T = TypeVar("T")
 
 _SEM_T = 32  # bytes of a sem_t on 64-bit Linux
 
@@ -45,6 +49,31 @@ def refuse(device: torch.device, what: str) -> None:
             hint="run the captured code once before (warm up), so that its tensors have rendezvoused and the arena is "
             "large enough; or set a larger arena_size",
         )
+
+
+def apart(device: torch.device, what: str, function: Callable[[], T]) -> T:
+    """Run what makes lasting memory, outside of the pool that this thread's allocations may go to now.
+
+    While a CUDA graph is warmed up or captured, torch gives all memory of the thread from the graph's pool, and takes
+    what stays there for the graph's. So on CUDA it runs on a thread of its own, and has finished, on its stream, when
+    this returns.
+
+    Raises:
+        UnsupportedError: A capture is under way; ``what`` is named.
+    """
+    if device.type != "cuda":
+        return function()
+    refuse(device, what)
+    mode, results = torch.is_inference_mode_enabled(), []
+
+    def run() -> None:
+        with torch.inference_mode(mode), torch.cuda.device(device):
+            results.append(function())
+            torch.cuda.current_stream().synchronize()
+
+    with ThreadPoolExecutor(1, "symmem-apart") as thread:
+        thread.submit(run).result()
+    return results[0]
 
 
 class _Kept:

@@ -15,6 +15,7 @@ from symmem.arena import Arena, arena_for, carves
 from symmem.backends import select_backend
 from symmem.backends.base import SIGNAL_CHANNELS, Backend, Capability, storage_at, tensor_at
 from symmem.config import load_settings
+from symmem.device_view import DeviceView
 from symmem.errors import (
     ClosedError,
     ForkedError,
@@ -339,10 +340,33 @@ class SymmetricTensor:
 
     def pointers_of(self, group: GroupLike) -> torch.Tensor:
         """:attr:`remote_pointers` for a given group."""
-        mapping = self._mapping("remote_pointers", group)
-        offset = self._block.offset + self._layout.offset
-        pointers = [pointer + offset if pointer else 0 for pointer in mapping.pointers]
+        pointers = self._addresses(self._mapping("remote_pointers", group))
         return torch.tensor(pointers, dtype=torch.int64, device=self.device)
+
+    def _addresses(self, mapping: Mapping) -> list[int]:
+        """Address of every rank's first element; 0 where it is not reachable."""
+        offset = self._block.offset + self._layout.offset
+        return [pointer + offset if pointer else 0 for pointer in mapping.pointers]
+
+    def device_view(
+        self, signals: SymmetricTensor | None = None, timeout: float | None = None, *, group: GroupLike = None
+    ) -> DeviceView:
+        """What kernels of the user's own need to reach peers: for :mod:`symmem.triton` and for symmem.cuh. Local.
+
+        Not to be made amid the capture of a CUDA graph, which may well capture kernels that use it.
+
+        Args:
+            signals: Memory for the kernels' barriers and signals, if the 64 channels of this tensor's signal pads,
+                which :meth:`put_signal` and :meth:`wait_signal` use too, are not enough or not wanted: int32
+                [channels, world], rendezvoused by the group, and filled with zeros on all ranks before it is used.
+            timeout: Seconds that a wait in a kernel may take; default the setting ``signal_timeout``.
+            group: See the class.
+
+        Raises:
+            UnsupportedError: Some rank's memory is not load/store reachable from here.
+            InvalidArgumentError: ``signals`` have another shape or dtype.
+        """
+        return DeviceView(self, self._mapping("device_view", group), signals, timeout)
 
     def contiguous_view(self, *, group: GroupLike = None) -> torch.Tensor:
         """All ranks' tensors as one, of shape [world, *shape]; ``[r]`` is rank r's memory. Local.

@@ -26,10 +26,13 @@ from __future__ import annotations
 
 from symmem.backends.base import SIGNAL_CHANNELS
 
-__all__ = ["OPERATIONS", "SOURCE", "memory_access", "pad_words"]
+__all__ = ["BAD_CHANNEL", "OPERATIONS", "SOURCE", "memory_access", "pad_words"]
 
 OPERATIONS = ("barrier", "put_signal", "wait_signal")
 """Names of the kernels; the first is Operation 1 in the status that a kernel leaves."""
+
+BAD_CHANNEL = 4
+"""In the status: a kernel of the user's own named a channel that is not there, of as many as the peer's place says."""
 
 
 def pad_words(world: int) -> int:

@@ -17,10 +17,17 @@ from typing import Any
 import torch
 
 from symmem.backends.base import SIGNAL_CHANNELS, Group
-from symmem.backends.cuda_kernels import OPERATIONS, SOURCE, pad_words
+from symmem.backends.cuda_kernels import BAD_CHANNEL, OPERATIONS, SOURCE, pad_words
 from symmem.backends.driver import Driver, load_driver
 from symmem.backends.driver_errors import driver_error
-from symmem.errors import MismatchError, PeerLostError, PeerTimeoutError, UnsupportedError
+from symmem.errors import (
+    InvalidArgumentError,
+    MismatchError,
+    PeerLostError,
+    PeerTimeoutError,
+    SymmemError,
+    UnsupportedError,
+)
 
 __all__ = ["CudaSignals", "Device", "device_of", "name_steps"]
 
@@ -107,13 +114,22 @@ class Device:
             functions = {name: self.driver.function(int(code.get_kernel(name).handle)) for name in OPERATIONS}
         return functions | {"code": code}
 
-    def failure(self) -> PeerTimeoutError | PeerLostError | MismatchError | None:
+    def failure(self) -> SymmemError | None:
         """What a kernel wrote before it trapped, on any of this GPU's signals."""
         operation, channel, peer, number = self.status
         if not operation:
             return None
         name, rank, known = self._groups[number]
         group = known()
+        if operation == BAD_CHANNEL:
+            return InvalidArgumentError(
+                f"a kernel used signal channel {channel}, of which its device view has {peer}",
+                hint="give device_view() signals with more channels; restart: this process cannot use "
+                f"cuda:{self.ordinal} any more",
+                rank=rank,
+                group=name,
+                step="signal in a kernel",
+            )
         if operation in _steps and channel:
             return MismatchError(
                 f"rank {peer} takes part with other memory: at another offset, or of another size; this process's "

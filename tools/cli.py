@@ -48,13 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     bench_command.add_parser(commands)
 
-    validate = commands.add_parser("validate", help="run the conformance suite and the figures, and write a report")
+    validate = commands.add_parser("validate", help="run conformance suite, examples and figures, and write a report")
     names = "comma-separated, or all"
     validate.add_argument("--backends", type=_some_names, default=["all"], metavar="NAMES", help=names)
     validate.add_argument("--require", type=_names, default=[], metavar="NAMES", help="whose skips are failures")
     validate.add_argument("--ranks", type=positive, metavar="N", help="number of ranks (default: GPUs, else 4)")
     validate.add_argument("--report", type=Path, metavar="DIR", help="write validation-N.md and .json there")
-    validate.add_argument("--no-figures", action="store_true", help="only the conformance suite")
+    validate.add_argument("--no-figures", action="store_true", help="only the conformance suite and the examples")
+    folder = "where the example programs are (examples)"
+    validate.add_argument("--examples", type=Path, default="examples", metavar="DIR", help=folder)
     validate.set_defaults(run=_validate)
 
     memory_map = commands.add_parser("memory-map", help="draw the arenas of snapshots, as a page to open in a browser")
@@ -63,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = "write the page there (memory-map.html)"
     memory_map.add_argument("-o", "--output", type=Path, default="memory-map.html", metavar="PATH", help=where)
     memory_map.set_defaults(run=_memory_map)
+
+    include_path = commands.add_parser("include-path", help="print the folder of symmem.cuh, for nvcc -I")
+    include_path.set_defaults(run=_include_path)
 
     config_command.add_parser(commands)
     ops_command.add_parser(commands)
@@ -119,13 +124,20 @@ def _validate(args: argparse.Namespace) -> int:
     for name in {*backends, *required}:
         get_backend(name)
     world = args.ranks or torch.cuda.device_count() or 4
-    return validate.run(backends, required, world, args.report, figures=not args.no_figures)
+    return validate.run(backends, required, world, args.report, args.examples, figures=not args.no_figures)
 
 
 def _memory_map(args: argparse.Namespace) -> int:
     from symmem.tools import memory_map
 
     return memory_map.run(args.snapshots, args.output)
+
+
+def _include_path(args: argparse.Namespace) -> int:
+    from symmem.device_view import include_path
+
+    print(include_path())
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``symmem validate``: the conformance suite and the figures of this machine, as a report."""
+"""``symmem validate``: the conformance suite, the examples and the figures of this machine, as a report."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from symmem.backends import get_backend
 from symmem.tools.bench.figures import Figure
 from symmem.tools.conformance import CASES, Case, run_case
 from symmem.tools.conformance.together import SETS, run_together
 from symmem.tools.doctor import examine
+from symmem.tools.examples import EXAMPLES, run_example, why_not
 from symmem.tools.ranks import RankPool, RanksFailedError
 from symmem.version import VERSION
 
-__all__ = ["Result", "conformance", "run"]
+__all__ = ["Result", "conformance", "examples", "run"]
 
 # A rank that fails a case must not let the others wait for long.
 _ENV = {"SYMMEM_ENABLE": "rendezvous_timeout(60s),signal_timeout(20s)"}
@@ -112,6 +115,22 @@ def _figures(backends: Sequence[str], world: int) -> Iterator[Figure]:
                 yield from gpu.measure("native", peer, world)
 
 
+def examples(folder: Path, world: int) -> Iterator[Result]:
+    """Run the example programs in a folder."""
+    for name in EXAMPLES:
+        begin = time.monotonic()
+        outcome, why = "skipped", why_not(name, cuda=torch.cuda.is_available())
+        if not (folder / name).is_file():
+            why = f"there is no {folder / name}: examples are in the sources, not installed; see --examples"
+        if not why:
+            try:
+                run_example(folder / name, world, _ENV, timeout=120)
+                outcome = "passed"
+            except RanksFailedError as error:
+                outcome, why = "failed", str(error)
+        yield Result("examples", world, name, outcome, why, time.monotonic() - begin)
+
+
 def _machine() -> dict[str, Any]:
     packages = {}
     for name in ("torch", "cuda-bindings", "cuda-core", "nvshmem4py-cu13", "nvidia-nccl-cu13", "nvidia-nvshmem-cu13"):
@@ -189,15 +208,31 @@ def _write(report: Path | None, world: int, results: Sequence[Result], figures: 
     (report / f"validation-{world}.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
-def run(backends: Sequence[str], required: Sequence[str], world: int, report: Path | None, *, figures: bool) -> int:
+def run(
+    backends: Sequence[str],
+    required: Sequence[str],
+    world: int,
+    report: Path | None,
+    programs: Path,
+    *,
+    figures: bool,
+) -> int:
     """Validate, print a line a case, and write ``validation-N.md`` and ``.json``.
 
+    Args:
+        backends: Names.
+        required: Whose skips are failures.
+        world: Number of ranks.
+        report: The folder to write to.
+        programs: The folder of the examples.
+        figures: Whether to measure.
+
     Returns:
-        The exit code: 1 if a case failed, or a required backend was skipped or had a case skipped.
+        The exit code: 1 if a case or an example failed, or a required backend was skipped or had a case skipped.
     """
     results: list[Result] = []
     suites = [conformance(backend, world) for backend in backends]
-    for result in itertools.chain(*suites, coexistence(backends, world)):
+    for result in itertools.chain(*suites, coexistence(backends, world), examples(programs, world)):
         results.append(result)
         print(f"{result.outcome:8}{result.seconds:7.2f} s  {result.backend}: {result.case} {result.why}", flush=True)
     measured: list[Figure] = []

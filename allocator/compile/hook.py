@@ -1,4 +1,4 @@
-"""Where symmem comes into torch.compile: seven functions of Inductor are wrapped while the hook is on.
+"""Where symmem comes into torch.compile: nine functions of Inductor are wrapped while the hook is on.
 
 ================================================== ================================================================
 wrapped                                            for
@@ -8,6 +8,7 @@ GraphLowering.output                               what a graph returns
 AllocateLine._codegen_comm_buffer                  the code that allocates a buffer
 PythonWrapperCodegen.can_reuse                     no reuse in place, into or out of symmetric memory
 FallbackKernel._maybe_realize_symm_mem_args        torch 2.13 and later: its own placement, which ours replaces
+Scheduler.should_partition, compile_fx.cudagraphify CUDA graphs: what is captured, and what stays where it is
 FxGraphHashDetails.__init__                        the key of compiled code in torch's caches
 CompiledFxGraph.post_compile                       the lifetime of a graph's memory, and reports
 ================================================== ================================================================
@@ -24,18 +25,19 @@ import inspect
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._inductor import ir
+from torch._inductor import compile_fx, ir
 from torch._inductor import lowering as inductor_lowering
 from torch._inductor.codecache import FxGraphHashDetails
 from torch._inductor.codegen.wrapper import AllocateLine, PythonWrapperCodegen
 from torch._inductor.graph import GraphLowering
 from torch._inductor.output_code import CompiledFxGraph
+from torch._inductor.scheduler import Scheduler
 from torch._library.utils import get_layout_constraint_tag, is_builtin
 from torch._ops import OpOverload, OpOverloadPacket
 
@@ -140,8 +142,9 @@ def _call_function(original: Any) -> Any:
         known = registry.lookup(op)
         if known is not None:
             made: Any = lowering.handler(known, target, op, _own_lowering(target))
-        elif _makes_its_result(op) and (op.namespace == "symmem" or lowering.feeds(self.current_node)):
-            made = lowering.producer(op)
+        elif _makes_its_result(op):
+            group = lowering.fed(self.current_node)
+            made = lowering.producer(op, group) if group is not None or op.namespace == "symmem" else None
         else:
             made = None
         if made is None:
@@ -269,8 +272,9 @@ def _operators(gm: torch.nn.Module) -> Iterator[str]:
 def _post_compile(original: Any) -> Any:
     @functools.wraps(original)
     def post_compile(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
         names = names_in(self.source_code or "")
+        with _captured(bool(names)):
+            result = original(self, *args, **kwargs)
         if names:
             self.current_callable = runtime.bound(self.current_callable, [runtime.Graph(name) for name in names])
             for report in reports_of(self.source_code):
@@ -280,6 +284,47 @@ def _post_compile(original: Any) -> Any:
         return result
 
     return post_compile
+
+
+@contextlib.contextmanager
+def _captured(symmetric: bool) -> Iterator[None]:
+    """Whether the graph that CUDA graphs are made for now has symmetric memory."""
+    before, _state.captured = getattr(_state, "captured", False), symmetric
+    try:
+        yield
+    finally:
+        _state.captured = before
+
+
+def _cudagraphify(original: Any) -> Any:
+    @functools.wraps(original)
+    def cudagraphify(model: Any, static_input_idxs: Sequence[int] = (), **options: Any) -> Any:
+        if not getattr(_state, "captured", False):
+            return original(model, static_input_idxs, **options)
+        made: Any = None
+
+        def run(inputs: Any) -> Any:
+            nonlocal made
+            if made is None:
+                # What lies in symmetric memory stays there: torch need not copy it into the graph's own memory, where
+                # peers would not find it. Should its address change, torch captures anew.
+                symmetric = [index for index, each in enumerate(inputs) if runtime.is_kept(each)]
+                made = original(model, sorted({*static_input_idxs, *symmetric}), **options)
+            return made(inputs)
+
+        return run
+
+    return cudagraphify
+
+
+def _should_partition(original: Any) -> Any:
+    @functools.wraps(original)
+    def should_partition(self: Any, node: Any) -> Any:
+        if getattr(node.node, "symmem_apart", False):
+            return "where an argument lies is looked at outside of CUDA graphs"
+        return original(self, node)
+
+    return should_partition
 
 
 def _write(report: GraphReport) -> None:
@@ -297,10 +342,14 @@ _WRAPPED: tuple[tuple[Any, str, tuple[str, ...], Callable[[Any], Any]], ...] = (
     (GraphLowering, "output", ("self", "target", "args", "kwargs"), _output),
     (AllocateLine, "_codegen_comm_buffer", ("self", "code"), _codegen_comm_buffer),
     (PythonWrapperCodegen, "can_reuse", ("self", "input_buffer", "output_buffer"), _can_reuse),
+    (Scheduler, "should_partition", ("self", "node"), _should_partition),
     (FxGraphHashDetails, "__init__", ("self", "gm", "example_inputs", "fx_kwargs", "inputs_to_check"), _hash_details),
     (CompiledFxGraph, "post_compile", ("self", "example_inputs", "constants", "graph_kwargs"), _post_compile),
 )
-_OPTIONAL = ((ir.FallbackKernel, "_maybe_realize_symm_mem_args", _realize),)
+_OPTIONAL = (
+    (ir.FallbackKernel, "_maybe_realize_symm_mem_args", _realize),
+    (compile_fx, "cudagraphify", _cudagraphify),
+)
 
 
 def install() -> None:

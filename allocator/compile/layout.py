@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,6 @@ from symmem.compile.report import MARK, Decision
 from symmem.ops.engines import group_named
 
 __all__ = [
-    "Memo",
     "State",
     "SymmetricLayout",
     "allocation",
@@ -87,20 +86,6 @@ def is_part(part: str, whole: str) -> bool:
     return set(inner) <= set(outer)
 
 
-class Memo(NamedTuple):
-    """An argument that was placed.
-
-    Attributes:
-        placed: What it became.
-        outcome: As it was reported.
-        since: How many buffers the graph had by then.
-    """
-
-    placed: ir.TensorBox
-    outcome: str
-    since: int
-
-
 @dataclass
 class State:
     """What is known of a graph that is being compiled, its subgraphs included.
@@ -115,7 +100,7 @@ class State:
 
     name: str
     decisions: list[Decision] = field(default_factory=list)
-    memo: dict[Any, Memo] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
     count: int = 0
     told: bool = False
 
@@ -203,7 +188,9 @@ def can_place(buffer: Any) -> bool:
     """Whether Inductor allocates a buffer, and can do so in symmetric memory."""
     return (
         isinstance(buffer, ir.Buffer)
-        and not isinstance(buffer, ir.InputBuffer | ir.ConstantBuffer | ir.MultiTemplateBuffer)
+        and not isinstance(buffer, ir.InputBuffer)
+        # Of several kernels to choose from, some may allocate their own result.
+        and not (isinstance(buffer, ir.MultiTemplateBuffer) and not buffer.output_plannable)
         and buffer.should_allocate()
         and isinstance(buffer.get_output_spec(), ir.FlexibleLayout | ir.FixedLayout)
         and not buffer.get_inputs_that_alias_output()

@@ -23,7 +23,7 @@ from torch._inductor.virtualized import V
 from torch._ops import OpOverload
 
 from symmem.compile import layout, runtime  # noqa: F401  # the latter defines operators
-from symmem.compile.layout import Memo, State, SymmetricLayout, can_place, nbytes_of, root_of
+from symmem.compile.layout import State, SymmetricLayout, can_place, nbytes_of, root_of
 from symmem.compile.outs import OutCall, out_variant
 from symmem.compile.report import ALREADY, COPIED, PLACED, Decision
 from symmem.compile.twins import original_of
@@ -32,9 +32,12 @@ from symmem.ops.described import Registration
 from symmem.ops.engines import name_of
 from symmem.ops.registry import lookup
 
-__all__ = ["feeds", "handler", "output", "producer"]
+__all__ = ["fed", "handler", "output", "producer"]
 
 OPS = torch.ops.symmem
+
+WITHIN = 64 << 20
+"""Bytes from which on an operator without ``out=`` runs within ``use_symmetric_memory`` on CUDA: about 60 us a call."""
 
 ANEW = 1 << 20
 """Bytes from which on a buffer that a graph returns is allocated at each call. Smaller ones take less time to copy."""
@@ -130,22 +133,23 @@ class _Call:
     def _looked_after(self, x: Any, buffer: Any, place: str) -> Any:
         """What is decided at run time: see :meth:`symmem.compile.runtime.Graph.place`."""
         name = buffer.get_name() if isinstance(buffer, ir.Buffer) else x.get_name()
-        view = (tuple(x.get_size()), tuple(x.get_stride()), x.get_layout().offset, x.get_dtype())
-        key = (V.graph, name, *view, self._group)
-        memo = self._state.memo.get(key)
-        if memo is not None and not _is_written_since(memo.since, name):
-            self._note(x, memo.placed, place, memo.outcome, "the same as for another operator of this graph")
-            return memo.placed
         way = "strict" if self._known.one_sided else "own" if _is_produced(buffer) else "agree"
+        seen = tuple(x.get_size()), tuple(x.get_stride()), x.get_layout().offset, x.get_dtype()
+        key = (name, *seen, self._group, self._backend, way)
+        memo = self._state.memo.get(key)
+        if memo is not None and name not in V.graph.mutated_buffers:
+            self._note(x, memo[0], place, memo[1], "the same as for another operator of this graph")
+            return memo[0]
         state, index, keep = self._state, self._state.next_index(), layout.keeps(x.get_device())
         described = f"{self._known.op}: the argument {place!r}"
         kernel, placed = _kernel(
             OPS._place.default, x, state.name, index, self._group, self._backend, way, keep, described
         )
+        kernel.symmem_apart = way != "own"  # where it lies may change: CUDA graphs are captured without it
         _call_as(kernel, "place", state.name, lambda args: f"{index}, {args[0]}, {', '.join(args[3:])}")
         outcome, why, advice = _reason(buffer, x, self._known.one_sided)
         self._note(x, placed, place, outcome, why, advice)
-        state.memo[key] = Memo(placed, outcome, since=len(V.graph.buffers))
+        state.memo[key] = placed, outcome
         return placed
 
     def _note(self, x: ir.TensorBox, buffer: Any, place: str, outcome: str, why: str, advice: str = "") -> None:
@@ -253,8 +257,11 @@ def _reason(buffer: Any, x: ir.TensorBox, one_sided: bool) -> tuple[str, str, st
     if inductor.memory_planning:
         return COPIED, "memory_planning puts buffers into pools of its own", "switch it off"
     name = _producer(buffer)
+    if any(getattr(each, "symmem_within", False) for each in (buffer, *getattr(buffer, "inputs", ()))):
+        return ALREADY, f"the operator that makes it ({name}) runs within use_symmetric_memory", ""
     if isinstance(buffer, ir.MultiTemplateBuffer):
-        return COPIED, f"{name} is chosen among several kernels when all is scheduled", "compile without max_autotune"
+        why = f"{name} is chosen among several kernels, some of which allocate their own result"
+        return COPIED, why, "compile without max_autotune"
     return (
         COPIED,
         f"the operator that makes it ({name}) allocates its own result",
@@ -268,11 +275,6 @@ def _where() -> str:
     lines = [line.strip() for line in trace.strip().splitlines()]
     places = [index for index, line in enumerate(lines) if line.startswith("File ")]
     return ": ".join(lines[places[-1] : places[-1] + 2]) if places else ""
-
-
-def _is_written_since(since: int, name: str) -> bool:
-    """Whether an operator that was lowered after so many buffers writes to a buffer."""
-    return any(name in each.get_mutation_names() for each in V.graph.buffers[since:])
 
 
 def _kernel(op: OpOverload, *args: Any) -> tuple[Any, Any]:
@@ -343,28 +345,55 @@ def _is_persistent(buffer: Any) -> bool:
 # Producers.
 
 
-def feeds(node: torch.fx.Node) -> bool:
-    """Whether what a node makes, or a view of it, goes to an operator with registered arguments."""
+def fed(node: torch.fx.Node) -> str | None:
+    """The group of the first operator with registered arguments that takes what a node makes, or a view of it."""
     seen, todo = set(), [node]
     while todo:
         for user in todo.pop().users:
             if user in seen or not isinstance(user.target, OpOverload):
                 continue
             seen.add(user)
-            if lookup(original_of(user.target)) is not None:
-                return True
+            known = lookup(original_of(user.target))
+            if known is not None and not known.one_sided:
+                return name_of(known.group_of(user.args, user.kwargs))
             if user.target.is_view:
                 todo.append(user)
-    return False
+    return None
 
 
-def producer(op: OpOverload) -> Callable[..., Any] | None:
-    """The lowering of an operator whose result is to lie in symmetric memory, if it has a variant with ``out=``."""
-    out = out_variant(op)
-    if out is None or V.graph.cpp_wrapper:
+def producer(op: OpOverload, group: str | None) -> Callable[..., Any] | None:
+    """The lowering of an operator that makes its own result, of which Inductor then allocates the memory.
+
+    Args:
+        op: The operator.
+        group: Of the operator with registered arguments that takes the result; None if none does.
+
+    Returns:
+        By its variant with ``out=``, if it has one; else within :func:`symmem.use_symmetric_memory`, where copying the
+        result takes longer than that; else None.
+    """
+    if V.graph.cpp_wrapper:
         return None
+    if (out := out_variant(op)) is not None:
+        return lambda *args, **kwargs: OutCall.make(op, out, args, kwargs)
+    made = V.graph.current_node.meta.get("val")
+    if group is None or inductor.triton.cudagraphs or not isinstance(made, torch.Tensor):
+        return None
+    if (nbytes_of(made.shape, made.dtype) or 0) < WITHIN or (made.device.type != "cuda" and WITHIN):
+        return None  # on the CPU its result would be copied as well
 
     def lowered(*args: Any, **kwargs: Any) -> Any:
-        return OutCall.make(op, out, args, kwargs)
+        known = layout.state() or layout.start(uuid.uuid4().hex[:12])
+        fallback: Any = fallback_handler
+        result = fallback(op, add_to_fallback_set=False)(*args, **kwargs)
+        kernel: Any = V.graph.operations[-1]
+        kernel = kernel.inputs[0] if isinstance(kernel, ir.MultiOutput) else kernel
+
+        def codegen(wrapper: Any) -> None:
+            kernel.python_kernel_name = f"{layout.emit_header(known.name)}().within({group!r}, torch.ops.{op})"
+            type(kernel).codegen(kernel, wrapper)
+
+        kernel.codegen, kernel.symmem_within = codegen, True
+        return result
 
     return lowered

@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from symmem import capture
 from symmem.config.settings import load_settings
+from symmem.context import use_symmetric_memory
 from symmem.errors import NotSymmetricError, UnsupportedError
 from symmem.group import Group
 from symmem.live import Block, block_at
@@ -28,7 +30,7 @@ from symmem.ops.checks import is_torchs
 from symmem.ops.engines import group_named
 from symmem.tensor import SymmetricTensor, find
 
-__all__ = ["CHANGES", "Graph", "Reference", "bound", "finish", "reference", "write_back"]
+__all__ = ["CHANGES", "Graph", "Reference", "bound", "finish", "is_kept", "reference", "write_back"]
 
 log = logging.getLogger("symmem.compile")
 
@@ -100,6 +102,11 @@ def _block_of(tensor: torch.Tensor, group: Group) -> Block | None:
     if block is None or block.closed or block.allocation.device != tensor.device or not block.mapping_for(group):
         return None
     return block
+
+
+def is_kept(value: Any) -> bool:
+    """Whether a value is a tensor on CUDA in symmetric memory."""
+    return isinstance(value, torch.Tensor) and value.is_cuda and block_at(value.data_ptr()) is not None
 
 
 def _identity(block: Block | None, tensor: torch.Tensor, group: Group) -> Any:
@@ -179,7 +186,11 @@ class Graph:
             else:
                 if known is not None and keep:
                     self._kept.append(known.tensor)
-                tensor = _allocate(sizes, strides, dtype, device, groups, backend, f"compiled {index}")
+                tensor = capture.apart(
+                    torch.device(device),
+                    "memory of compiled code cannot be allocated",
+                    lambda: _allocate(sizes, strides, dtype, device, groups, backend, f"compiled {index}"),
+                )
                 capacity = needed
         self._buffers[index] = _Buffer(tuple(sizes), tuple(strides), tensor, capacity, home)
         return tensor
@@ -195,6 +206,15 @@ class Graph:
     ) -> torch.Tensor:
         """A tensor that is returned, in memory that goes with it; see :meth:`buffer`. Collective if an arena grows."""
         return _allocate(sizes, strides, dtype, device, groups, backend, "compiled result")
+
+    def within(self, group: str, op: Callable[..., Any]) -> Callable[..., Any]:
+        """An operator whose results lie in the symmetric memory of a group: see :func:`symmem.use_symmetric_memory`."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with use_symmetric_memory(group_named(group)):
+                return op(*args, **kwargs)
+
+        return call
 
     def place(
         self, index: int, x: torch.Tensor, group: str, backend: str | None, way: str, keep: bool, op: str
@@ -234,8 +254,10 @@ class Graph:
                 hint=f"allocate it with symmem.allocate({tuple(x.shape)}, {x.dtype}, {str(x.device)!r}).tensor",
                 step=op,
             )
-        copy = self.buffer(index, x.shape, x.stride(), x.dtype, str(x.device), (group,), backend, keep)
-        return copy.copy_(x)
+        sizes, strides, copy = x.shape, x.stride(), self._buffers.get(index)
+        if copy is not None and copy.sizes == sizes and copy.strides == strides and not copy.group.closed:
+            return copy.tensor.copy_(x)
+        return self._make(index, sizes, strides, x.dtype, str(x.device), (group,), backend, keep).copy_(x)
 
 
 def _allocate(
@@ -292,7 +314,12 @@ def bound(function: Callable[..., Any], graphs: Sequence[Graph]) -> Callable[...
     Raises:
         UnsupportedError: It is called by an operator that it calls itself.
     """
-    references = [(reference(graph.name), graph) for graph in graphs]
+    for graph in graphs:
+        function = _bound(function, reference(graph.name), graph)
+    return function
+
+
+def _bound(function: Callable[..., Any], known: Reference, graph: Graph) -> Callable[..., Any]:
     turn, owner = threading.Lock(), 0
 
     @functools.wraps(function)
@@ -305,16 +332,12 @@ def bound(function: Callable[..., Any], graphs: Sequence[Graph]) -> Callable[...
                 hint="let the operator that calls it call another function, compiled by itself",
             )
         with turn:
-            owner = threading.get_ident()
-            before = [known.running for known, _graph in references]
-            for known, graph in references:
-                known.running = graph
+            owner, before = threading.get_ident(), known.running
+            known.running = graph
             try:
                 return function(inputs)
             finally:
-                for (known, _graph), graph in zip(references, before, strict=True):
-                    known.running = graph
-                owner = 0
+                owner, known.running = 0, before
 
     return call
 

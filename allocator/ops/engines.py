@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from symmem import capture
 from symmem.errors import GroupError, UnsupportedError
 from symmem.group import Group, GroupLike, default_group, known_groups, resolve_group
 from symmem.ops.checked_engine import CheckedEngine
@@ -126,8 +127,7 @@ def _make(group: Group, device: torch.device) -> Engine:
     if device.type == "cuda":
         from symmem.ops.cuda_engine import CudaEngine
 
-        made: Engine = CudaEngine(group, device)
-        return made
+        return capture.apart(device, "an engine cannot be made", lambda: CudaEngine(group, device))
     raise UnsupportedError(
         f"there are no collective operations on the device {str(device)!r}", hint="use tensors on the CPU or on CUDA"
     )

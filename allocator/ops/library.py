@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,8 @@ from symmem.ops.schema import OpLike, find_op
 
 __all__ = ["Library"]
 
+_HINT = re.compile(r"\bsymm\s+(\S+)\s+(\w+)")
+
 
 class Library(torch.library.Library):
     """A ``torch.library.Library`` whose :meth:`register_symm_mem_args` checks what it is told. Works with torch 2.11.
@@ -21,8 +24,29 @@ class Library(torch.library.Library):
         lib.define("op(Tensor x, str tp) -> Tensor")
         lib.register_symm_mem_args("op", ["x"], group_arg="tp")
 
+    or, for an op with one argument that carries the group, in the schema itself::
+
+        lib.define("op(symm Tensor x, str group_name) -> Tensor")
+
     What was registered ends with the library, as its ops do.
     """
+
+    def define(self, schema: str, *args: Any, **kwargs: Any) -> Any:
+        """``torch.library.Library.define``; arguments with ``symm`` before their type are registered.
+
+        Args:
+            schema: Of the op: ``"op(symm Tensor x, symm Tensor(a!)[] outs, str group_name) -> ()"``.
+            args: As there.
+            kwargs: As there.
+
+        Raises:
+            InvalidArgumentError: As :func:`symmem.register_symm_mem_args`.
+        """
+        name = super().define(_HINT.sub(r"\1 \2", schema), *args, **kwargs)  # type: ignore[no-untyped-call]
+        hinted = [match.group(2) for match in _HINT.finditer(schema)]
+        if hinted:
+            self.register_symm_mem_args(schema.partition("(")[0].strip(), hinted)
+        return name
 
     def register_symm_mem_args(
         self,

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import symmem
 from symmem.backends import available_names, get_backend
-from symmem.errors import BackendUnavailableError, ConfigError
+from symmem.errors import BackendUnavailableError, ConfigError, UnsupportedError
 from symmem.tools.conformance import CASES, run_case
 from symmem.tools.doctor import examine
 from symmem.tools.ranks import RankPool
@@ -55,6 +56,20 @@ def pool(package: Path) -> Iterator[RankPool]:
 def test_it_passes_the_conformance_suite(name: str, pool: RankPool) -> None:
     """A10: what it lists as capabilities works, the rest is refused by name; nothing is skipped, nothing leaks."""
     assert pool.run(run_case, name, "toy") == [None] * WORLD
+
+
+def view_it() -> None:
+    """It has peers' memory, and no signals: kernels need words of the user's own."""
+    st, own = (symmem.allocate((4, WORLD), torch.int32, backend="toy").rendezvous() for _ in range(2))
+    with pytest.raises(UnsupportedError, match="signals` of your own"):
+        st.device_view()
+    view = st.device_view(own)
+    assert view.channels == 4
+    assert view.pointers.tolist() == st.remote_pointers.tolist()
+
+
+def test_kernels_may_use_it(pool: RankPool) -> None:
+    pool.run(view_it)
 
 
 def use_it() -> str:

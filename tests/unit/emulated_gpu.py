@@ -1,4 +1,4 @@
-"""GPUs made of CPU threads: the kernels of the collective operations, compiled by the C++ compiler of this machine.
+"""GPUs made of CPU threads: CUDA kernels, compiled by the C++ compiler of this machine.
 
 Each CUDA thread is a thread, ``__syncthreads`` a barrier of a block's threads, peers' memory is this process's. Inline
 assembly is replaced, so this shows what kernels do to which memory in which order, not how a GPU's memory behaves.
@@ -10,7 +10,7 @@ import ctypes
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from symmem.ops.cuda_kernels import KERNELS, SOURCE
@@ -34,7 +34,7 @@ _BEFORE = r"""
 #define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(threads)
-struct Index { unsigned x; };
+struct Index { unsigned x, y, z; };
 thread_local Index threadIdx, blockIdx, blockDim, gridDim;
 // Those that have trapped do not come any more.
 struct Block {
@@ -101,7 +101,7 @@ extern "C" int launch(int which, const Call *given, unsigned blocks, unsigned co
     Block *block = &all_blocks.emplace_back(count);
     for (unsigned t = 0; t < count; ++t)
       threads.emplace_back([&, b, t, block] {
-        threadIdx.x = t; blockIdx.x = b; blockDim.x = count; gridDim.x = blocks;
+        threadIdx.x = t; blockIdx.x = b; blockDim = {count, 1, 1}; gridDim = {blocks, 1, 1};
         all_of_block = block;
         if (setjmp(out_of_kernel) == 0) {
           kernels[which](call);
@@ -117,8 +117,8 @@ extern "C" int launch(int which, const Call *given, unsigned blocks, unsigned co
 """
 
 
-def _replace_bodies(source: str) -> str:
-    for name, body in _REPLACED.items():
+def _replace_bodies(source: str, replaced: Mapping[str, str]) -> str:
+    for name, body in replaced.items():
         pattern = rf"(\n__device__ __(?:forceinline|noinline)__ [\w ]+[ *]{name}\([^)]*\) \{{).*?(?<=[;\n ])\}}\n"
         match = re.search(pattern, source, re.DOTALL)
         assert match is not None, f"there is no {name} in the source"
@@ -127,15 +127,28 @@ def _replace_bodies(source: str) -> str:
 
 
 def compile_kernels(kind: str, macros: Mapping[str, str], folder: Path) -> ctypes.CDLL:
-    """The kernels of a module as a library whose ``launch(number, call, blocks, threads)`` runs one; 0 unless it traps.
+    """The kernels of a module of the collective operations; see :func:`emulate`."""
+    return emulate(SOURCE, _REPLACED, KERNELS[kind], macros, folder / f"{kind}{macros['WORLD']}.so")
+
+
+def emulate(
+    cuda: str, replaced: Mapping[str, str], kernels: Sequence[str], macros: Mapping[str, str], library: Path
+) -> ctypes.CDLL:
+    """Kernels as a library whose ``launch(number, call, blocks, threads)`` runs one; 0 unless it traps.
 
     After a trap no kernel runs any more, until ``restart()``.
+
+    Args:
+        cuda: The source; its kernels take a ``Call``.
+        replaced: The bodies of the functions that are replaced.
+        kernels: Their names.
+        macros: What is defined on the command line.
+        library: The file to make.
     """
     assert COMPILER is not None
-    kernels = "".join(f"{name}, " for name in KERNELS[kind])
-    text = _BEFORE + _replace_bodies(SOURCE) + _AFTER.replace("@KERNELS@", kernels)
-    source, library = folder / f"{kind}.cpp", folder / f"{kind}{macros['WORLD']}.so"
-    source.write_text(text)
+    names = "".join(f"{name}, " for name in kernels)
+    source = library.with_suffix(".cpp")
+    source.write_text(_BEFORE + _replace_bodies(cuda, replaced) + _AFTER.replace("@KERNELS@", names))
     flags = [f"-D{name}={value}" for name, value in macros.items()]
     command = [COMPILER, "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC", "-pthread", *flags]
     subprocess.run([*command, "-o", str(library), str(source)], check=True, timeout=100)

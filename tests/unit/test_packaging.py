@@ -86,6 +86,10 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> No
     assert {name.split("/")[0] for name in files} == {"symmem"}
 
 
+def test_wheel_has_the_header(wheel: zipfile.ZipFile) -> None:
+    assert wheel.read("symmem/include/symmem.cuh") == (ROOT / "allocator/include/symmem.cuh").read_bytes()
+
+
 def test_wheel_has_the_command(wheel: zipfile.ZipFile) -> None:
     (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
     entry_points = configparser.ConfigParser()

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
 from symmem.backends import get_backend
 from symmem.config import BACKEND_OPTION, SETTINGS
@@ -25,7 +24,7 @@ from symmem.errors import InvalidArgumentError
 from symmem.tools.bench.contenders import OPERATORS, Contender, check, contenders
 from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.gpu import check_gpus
-from symmem.tools.bench.timing import Clock, Times, clock_of, in_turns, repeated, slowest
+from symmem.tools.bench.timing import Clock, clock_of, enough, in_turns, mean, slowest
 from symmem.tools.ranks import RankPool
 
 __all__ = ["OPERATORS", "SIZES", "Samples", "measure", "run", "sample"]
@@ -41,7 +40,6 @@ Samples = dict[tuple[str, str], list[float]]
 
 _ROUNDS = 9
 _IN_GRAPH = 20  # calls
-_RUN = 0.01  # seconds that a run of eager calls should take
 _VECTOR = 16  # bytes
 
 
@@ -49,8 +47,8 @@ def sample(operator: str, found: Sequence[Contender], clock: Clock, rounds: int 
     """On each rank: check what the contenders do, and time them in turns. Collective over all ranks."""
     for each in found:
         check(operator, each)
-    counts = [_count(each, clock) for each in found]
-    calls = [partial(_eager, clock, each.call, count) for each, count in zip(found, counts, strict=True)]
+    counts = [enough(each.call, clock) for each in found]
+    calls = [partial(mean, clock, each.call, count) for each, count in zip(found, counts, strict=True)]
     names = [each.name for each in found]
     eager = dict(zip(names, in_turns(calls, rounds), strict=True))
     if not clock.graphs:
@@ -63,22 +61,6 @@ def sample(operator: str, found: Sequence[Contender], clock: Clock, rounds: int 
         **{("_eager", name): [times.device for times in eager[name]] for name in names},
         **{("_host", name): [times.host for times in eager[name]] for name in names},
     }
-
-
-def _count(each: Contender, clock: Clock) -> int:
-    """How many calls make a run, the same on all ranks; warms up."""
-    warm_up = 3
-    each.call()
-    clock.all_here()
-    seconds = torch.tensor(clock.seconds(repeated(each.call, warm_up)).device / warm_up, dtype=torch.float64)
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    return max(3, min(200, int(_RUN / float(seconds))))
-
-
-def _eager(clock: Clock, call: Callable[[], object], count: int) -> Times:
-    clock.all_here()
-    took = clock.seconds(repeated(call, count))
-    return Times(took.device / count, took.host / count)
 
 
 def _replayed(clock: Clock, replay: Callable[[], object]) -> float:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["SUITES", "Suite", "add_parser", "progress"]
 
 _PEERS = ("cuda", "nvshmem", "nccl")
+_PARTS = ("overhead", "compile", "chain", "input")
 _OPERATORS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 
 
@@ -104,6 +105,18 @@ SUITES = {
                 metavar="NAME",
                 help=" ".join(_OPERATORS),
             ),
+        ),
+    ),
+    "compile": Suite(
+        "what symmem.compile makes of a function, beside stock Inductor and eager code",
+        (
+            _backend("host"),
+            _option(
+                "--ranks", type=positive, nargs="+", metavar="N", help="world sizes (one rank a GPU; on the CPU 2)"
+            ),
+            _option("--hidden", type=positive, metavar="N", help="columns of a layer (4096; on the CPU 1024)"),
+            _option("--parts", nargs="+", choices=_PARTS, default=_PARTS, metavar="NAME", help=" ".join(_PARTS)),
+            _option("--rounds", type=positive, default=5, metavar="N", help="how often each is compiled (5)"),
         ),
     ),
     "scale": Suite(

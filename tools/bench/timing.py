@@ -10,11 +10,24 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-__all__ = ["Clock", "CudaClock", "HostClock", "Times", "alternate", "clock_of", "in_turns", "repeated", "slowest"]
+__all__ = [
+    "Clock",
+    "CudaClock",
+    "HostClock",
+    "Times",
+    "alternate",
+    "clock_of",
+    "enough",
+    "in_turns",
+    "mean",
+    "repeated",
+    "slowest",
+]
 
 T = TypeVar("T")
 Call = Callable[[], object]
 
+_RUN = 0.01  # seconds that a run of many calls should take
 _HEAD_START = 1_000_000  # cycles, half a millisecond: by then the host has put all on the stream that is to be timed
 
 
@@ -128,6 +141,23 @@ def repeated(call: Call, count: int) -> Call:
             call()
 
     return run
+
+
+def enough(call: Call, clock: Clock) -> int:
+    """How many calls make a run, the same on all ranks; warms up. Collective over all ranks."""
+    warm_up = 3
+    call()
+    clock.all_here()
+    seconds = torch.tensor(clock.seconds(repeated(call, warm_up)).device / warm_up, dtype=torch.float64)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return max(3, min(200, int(_RUN / float(seconds))))
+
+
+def mean(clock: Clock, call: Call, count: int) -> Times:
+    """What one of ``count`` calls takes, which all ranks begin together. Collective over all ranks."""
+    clock.all_here()
+    took = clock.seconds(repeated(call, count))
+    return Times(took.device / count, took.host / count)
 
 
 def in_turns(calls: Sequence[Callable[[], T]], rounds: int) -> list[list[T]]:

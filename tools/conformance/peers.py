@@ -80,6 +80,21 @@ def pointers_are_those_of_the_tensors(ctx: Context) -> None:
     ctx.meet()
 
 
+@case("A5", both=True)
+def kernels_are_told_where_memory_is(ctx: Context) -> None:
+    st, own = ctx.shared((4, 8), torch.float16), ctx.shared((3, ctx.world), torch.int32)
+    if all(st.remote_pointers.tolist()):
+        view = st.device_view(own)
+        assert view.pointers.tolist() == st.remote_pointers.tolist()
+        assert view.signals[: ctx.world].tolist() == own.remote_pointers.tolist()
+        assert (view.rank, view.world_size, view.channels) == (ctx.rank, ctx.world, 3)
+        assert bytes(view.struct_tensor.tolist()) == bytes(view)
+    else:
+        with expect(UnsupportedError, "load/store reachable"):
+            st.device_view(own)
+    ctx.meet()
+
+
 @case("A7", requires=Capability.CONTIGUOUS_VIEW, both=True)
 def contiguous_view_holds_all_ranks(ctx: Context) -> None:
     for sizes, dtype in (((3, 5), torch.int64), ((), torch.float32), ((0, 4), torch.float32), (2**19, torch.int32)):

@@ -1,0 +1,785 @@
+"""What ranks run for test_compile.py and test_compile_gpu.py: a function a case. The operators refuse plain memory."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import re
+import tempfile
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import symmem
+from symmem.compile.report import ALREADY, COPIED, PLACED, Report
+from symmem.errors import GroupError, InvalidArgumentError, NotSymmetricError, UnsupportedError
+
+
+class Part:
+    """A module of symmem.compile that is imported when it is used: Inductor takes seconds, and only ranks need it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(f"symmem.compile.{self._name}"), name)
+
+
+hook, runtime, explaining, control = Part("hook"), Part("runtime"), Part("explaining"), Part("control")
+
+LIB = symmem.ops.Library("ct", "DEF")
+POINTERS: list[int] = []  # of the arguments that operators were given
+
+
+def handle_of(x: torch.Tensor) -> symmem.SymmetricTensor:
+    if symmem.find(x) is None:
+        raise AssertionError("plain memory")
+    POINTERS.append(x.data_ptr())
+    return symmem.SymmetricTensor.wrap(x)
+
+
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], args: list[str], **options: Any) -> None:
+    LIB.define(schema)
+    name = schema.partition("(")[0]
+    LIB.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ct::{name}", fake, lib=LIB)
+    if args:
+        LIB.register_symm_mem_args(name, args, **options)
+
+
+def total(x: torch.Tensor, group: str) -> torch.Tensor:
+    """The sum over all ranks. No rank waits for the others at its end: that is for the compiler to see to."""
+    handle = handle_of(x)
+    known = symmem.resolve_group(group)
+    handle.barrier(group=known)
+    return sum((handle.remote_tensor(rank, group=known) for rank in range(known.size)), torch.zeros_like(x))
+
+
+def total_out(group: str, x: torch.Tensor, *, out: torch.Tensor) -> None:
+    out.copy_(total(x, group))
+
+
+def add_peer(x: torch.Tensor, group: str) -> torch.Tensor:
+    handle = handle_of(x)
+    known = symmem.resolve_group(group)
+    handle.barrier(group=known)
+    other = handle.remote_tensor((known.rank + 1) % known.size, group=known).clone()
+    handle.barrier(group=known)
+    return x.add_(other)
+
+
+def add_peer_out(x: torch.Tensor, group: str) -> None:
+    add_peer(x, group)
+
+
+def totals(xs: list[torch.Tensor], y: torch.Tensor | None, group: str) -> list[torch.Tensor]:
+    return [total(x, group) for x in [*xs, *([] if y is None else [y])]]
+
+
+define("total(Tensor x, str group_name) -> Tensor", total, lambda x, g: torch.empty_like(x), ["x"])
+# Its arguments come in another order; it is found by its schema.
+LIB.define("total_out(str group_name, Tensor x, *, Tensor(a!) out) -> ()")
+LIB.impl("total_out", total_out, "CompositeExplicitAutograd")
+define("summed(Tensor x, str tp) -> Tensor", total, lambda x, g: torch.empty_like(x), ["x"], group_arg="tp")
+define("add_peer_(Tensor(a!) x, str tp) -> ()", add_peer_out, lambda x, g: None, ["x"], group_arg="tp")
+define("add_peer_back_(Tensor(a!) x, str tp) -> Tensor(a!)", add_peer, lambda x, g: x, ["x"], group_arg="tp")
+define(
+    "totals(Tensor[] xs, Tensor? y, str group_name) -> Tensor[]",
+    totals,
+    lambda xs, y, g: [torch.empty_like(x) for x in [*xs, *([] if y is None else [y])]],
+    ["xs", "y"],
+)
+define(
+    "mine(Tensor x, str group_name) -> Tensor",
+    lambda x, g: handle_of(x).tensor.clone(),
+    lambda x, g: torch.empty_like(x),
+    ["x"],
+    one_sided=True,
+)
+define("opaque(Tensor x) -> Tensor", lambda x: x * 2, lambda x: torch.empty_like(x), [])
+define("scaled(Tensor x, float by) -> Tensor", lambda x, by: x * by, lambda x, by: torch.empty_like(x), [])
+LIB.define("scaled.out(Tensor x, float by, *, Tensor(a!) out) -> Tensor(a!)")
+LIB.impl("scaled.out", lambda x, by, *, out: torch.mul(x, by, out=out), "CompositeExplicitAutograd")
+
+ct = torch.ops.ct
+
+
+def group() -> str:
+    return symmem.resolve_group().name
+
+
+def device() -> torch.device:
+    return torch.device(os.environ.get("SYMMEM_TEST_DEVICE", "cpu"), *([dist.get_rank()] if on_cuda() else []))
+
+
+def on_cuda() -> bool:
+    return os.environ.get("SYMMEM_TEST_DEVICE") == "cuda"
+
+
+def summed(x: torch.Tensor) -> torch.Tensor:
+    """What the operators should give, by gloo."""
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
+
+
+def values(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(17 * seed + dist.get_rank())
+    return torch.randn(shape, generator=generator).to(device())
+
+
+def compiled(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return torch.compile(f, backend="symmem", **options)
+
+
+def check(
+    f: Callable[..., Any], make: Callable[[int], tuple[Any, ...]], expected: Callable[..., Any], **options: Any
+) -> Report:
+    """Run a compiled function three times on new values; each must give what is expected. Returns the report."""
+    torch._dynamo.reset()
+    POINTERS.clear()
+    with explaining.reporting() as report:
+        run = compiled(f, **options)
+        for step in range(3):
+            args = make(step)
+            wanted = expected(*(each.clone() if isinstance(each, torch.Tensor) else each for each in args))
+            torch.testing.assert_close(run(*args), wanted)
+    return report
+
+
+def outcomes(report: Report) -> list[str]:
+    return [each.outcome for graph in report.graphs for each in graph.decisions]
+
+
+# Producers (D1, D2, E1, E2).
+
+
+def case_chain() -> None:
+    """Eight layers need one symmetric buffer and one other, and no copy (D1)."""
+    name, weights = group(), [values(8, 8, seed=9 + layer) / 3 for layer in range(8)]
+    everyone = [summed(each) for each in weights]
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        for weight in everyone:
+            x = ct.total(x @ weight, name)
+        return x
+
+    def expected(x: torch.Tensor) -> torch.Tensor:
+        for weight in everyone:
+            x = summed(x @ weight)
+        return x
+
+    report = check(f, lambda step: (values(8, 8, seed=step) / 8,), expected)
+    (graph,) = report.graphs
+    assert outcomes(report) == [PLACED] * 8
+    assert (len(graph.buffers), graph.reuses, graph.copies) == (1, 7, 0)
+    assert len(set(POINTERS)) == 1
+
+
+def case_pointwise_and_reduction() -> None:
+    name = group()
+    report = check(
+        lambda x: (ct.total(x.relu() + 1, name), ct.total(x.sum(1), name)),
+        lambda step: (values(5, 7, seed=step),),
+        lambda x: (summed(x.relu() + 1), summed(x.sum(1))),
+    )
+    assert outcomes(report) == [PLACED, PLACED]
+
+
+def case_mm_relu() -> None:
+    """Torch 2.11 would write relu's result over mm's, which nobody has put into the symmetric buffer."""
+    name, weight = group(), torch.ones(6, 6, device=device())
+    report = check(
+        lambda x: ct.total((x @ weight).relu(), name),
+        lambda step: (values(6, 6, seed=step),),
+        lambda x: summed((x @ weight).relu()),
+    )
+    assert outcomes(report) == [PLACED]
+
+
+def case_views_and_concatenation() -> None:
+    name = group()
+
+    def f(x: torch.Tensor) -> Any:
+        y = x * 2
+        joined = torch.cat([x + 1, x - 1])
+        return ct.total(y[1:3], name), ct.total(y.t(), name), ct.total(joined, name), ct.total(joined[2:], name)
+
+    def expected(x: torch.Tensor) -> Any:
+        y, joined = x * 2, torch.cat([x + 1, x - 1])
+        return summed(y[1:3].contiguous()), summed(y.t().contiguous()), summed(joined), summed(joined[2:].contiguous())
+
+    report = check(f, lambda step: (values(4, 4, seed=step),), expected)
+    assert outcomes(report) == [PLACED] * 4
+
+
+def case_expanded_and_flipped() -> None:
+    name = group()
+    report = check(
+        lambda x: (ct.total((x + 1).expand(3, 4), name), ct.total((x + 2).flip(0), name)),
+        lambda step: (values(1, 4, seed=step),),
+        lambda x: (summed((x + 1).expand(3, 4).contiguous()), summed((x + 2).flip(0))),
+    )
+    assert COPIED not in outcomes(report)
+
+
+def case_op_to_op() -> None:
+    name = group()
+    report = check(
+        lambda x: ct.total(ct.total(x + 1, name), name),
+        lambda step: (values(3, 5, seed=step),),
+        lambda x: summed(summed(x + 1)),
+    )
+    assert outcomes(report) == [PLACED, PLACED]
+
+
+def case_fallback_producers() -> None:
+    """A custom operator with an ``out`` variant writes straight to symmetric memory; one without is copied (E2, D4)."""
+    name = group()
+    report = check(
+        lambda x: (ct.total(ct.scaled(x, 3.0), name), ct.total(ct.opaque(x), name)),
+        lambda step: (values(4, 4, seed=step),),
+        lambda x: (summed(x * 3), summed(x * 2)),
+    )
+    assert outcomes(report) == [PLACED, COPIED]
+    assert "out=" in report.graphs[0].decisions[1].advice
+
+
+def case_producer_within() -> None:
+    """A custom operator with no ``out`` variant runs within use_symmetric_memory, where that is worth its time (E2)."""
+    name, lowering = group(), importlib.import_module("symmem.compile.lowering")
+    known, lowering.WITHIN = lowering.WITHIN, 0  # type: ignore[attr-defined]
+    try:
+        with torch._inductor.config.patch(force_disable_caches=True):
+            report = check(
+                lambda x: ct.total(ct.opaque(x), name),
+                lambda step: (values(4, 4, seed=step),),
+                lambda x: summed(x * 2),
+            )
+    finally:
+        lowering.WITHIN = known  # type: ignore[attr-defined]
+    assert outcomes(report) == [ALREADY]
+    assert "runs within use_symmetric_memory" in report.graphs[0].decisions[0].why
+
+
+# Inputs (D3, D4).
+
+
+def case_inputs() -> None:
+    name = group()
+    report = check(lambda x: ct.total(x, name), lambda step: (values(4, 6, seed=step),), summed)
+    assert outcomes(report) == [ALREADY]
+    assert len(set(POINTERS)) == 1  # one persistent buffer
+
+
+def case_symmetric_input() -> None:
+    name = group()
+    mine = symmem.allocate((4, 6), dtype=torch.float32).tensor
+
+    def make(step: int) -> tuple[torch.Tensor]:
+        return (mine.copy_(values(4, 6, seed=step)),)
+
+    report = check(lambda x: ct.total(x, name), make, summed)
+    assert outcomes(report) == [ALREADY]
+    assert set(POINTERS) == {mine.data_ptr()}
+
+
+def case_symmetric_inputs_that_change() -> None:
+    """Used as they are while the ranks agree; an address that keeps changing is copied in the end."""
+    name = group()
+    torch._dynamo.reset()
+    tensors = [symmem.allocate((4, 6), dtype=torch.float32).tensor for _ in range(runtime.CHANGES + 3)]
+    run = compiled(lambda x: ct.total(x, name))
+    POINTERS.clear()
+    for step, tensor in enumerate(tensors):
+        tensor.copy_(values(4, 6, seed=step))
+        torch.testing.assert_close(run(tensor), summed(tensor))
+    used = [pointer == tensor.data_ptr() for pointer, tensor in zip(POINTERS, tensors, strict=True)]
+    assert used == [True] * runtime.CHANGES + [False] * 3
+
+
+def case_one_rank_is_plain() -> None:
+    """Rank 0 passes symmetric memory, the others do not: all copy, and none reads the wrong place (G2)."""
+    name = group()
+    torch._dynamo.reset()
+    mine = symmem.allocate((4, 6), dtype=torch.float32).tensor
+    run = compiled(lambda x: ct.total(x, name))
+    for step in range(3):
+        x = values(4, 6, seed=step)
+        wanted = summed(x)
+        given = mine.copy_(x) if dist.get_rank() == 0 else x
+        torch.testing.assert_close(run(given), wanted)
+
+
+def case_other_tensor_on_one_rank() -> None:
+    """Each rank passes symmetric memory, but not the same piece (G2)."""
+    name = group()
+    torch._dynamo.reset()
+    first, second = (symmem.allocate((4, 6), dtype=torch.float32).tensor for _ in range(2))
+    run = compiled(lambda x: ct.total(x, name))
+    for step in range(3):
+        x = values(4, 6, seed=step)
+        wanted = summed(x)
+        given = (first if dist.get_rank() == 0 else second).copy_(x)
+        torch.testing.assert_close(run(given), wanted)
+
+
+def case_same_input_twice() -> None:
+    name = group()
+    report = check(
+        lambda x: (ct.total(x, name), ct.summed(x, name)),
+        lambda step: (values(4, 6, seed=step),),
+        lambda x: (summed(x), summed(x)),
+    )
+    assert outcomes(report) == [ALREADY, ALREADY]
+    assert len({each.buffer for each in report.graphs[0].decisions}) == 1
+
+
+def case_parameters_and_constants() -> None:
+    name = group()
+    module = torch.nn.Linear(4, 4, bias=False, device=device())
+    constant = torch.arange(4.0, device=device())
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return x @ ct.total(module.weight.detach(), name) + ct.total(constant, name)
+
+    with torch.no_grad():
+        check(
+            f,
+            lambda step: (values(4, 4, seed=step),),
+            lambda x: x @ summed(module.weight.detach()) + summed(constant),
+        )
+
+
+def case_dynamic_shapes() -> None:
+    """One graph for all sizes; the persistent buffer grows."""
+    name = group()
+    torch._dynamo.reset()
+    with explaining.reporting() as report:
+        run = compiled(lambda x: ct.total(x * 2, name) + ct.total(x, name), dynamic=True)
+        for size in (3, 5, 4, 9, 9, 2):
+            x = values(size, 4, seed=size)
+            torch.testing.assert_close(run(x), summed(x * 2) + summed(x))
+    assert len(report.graphs) == 1
+    assert {each.nbytes for each in report.graphs[0].decisions} == {None}
+
+
+def case_empty() -> None:
+    name = group()
+    check(lambda x: x + ct.total(x[:0], name).sum() * 0, lambda step: (values(4, seed=step),), lambda x: x)
+
+
+# Operators that write to their arguments (C1, C2).
+
+
+def case_in_place_on_intermediates() -> None:
+    name = group()
+
+    def f(x: torch.Tensor) -> Any:
+        y, z = x + 1, x + 2
+        ct.add_peer_(y, name)
+        back = ct.add_peer_back_(z, name)
+        return y * 2, z * 2, back + 1
+
+    def expected(x: torch.Tensor) -> Any:
+        y, z = summed(x + 1), summed(x + 2)
+        return y * 2, z * 2, z + 1
+
+    report = check(f, lambda step: (values(4, 4, seed=step),), expected)
+    assert outcomes(report) == [PLACED, PLACED]
+
+
+def case_in_place_on_inputs() -> None:
+    """What the operator writes reaches the caller's tensor, in symmetric memory or not."""
+    name = group()
+    torch._dynamo.reset()
+    mine = symmem.allocate((4, 4), dtype=torch.float32).tensor
+
+    def f(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        ct.add_peer_(x, name)
+        return ct.add_peer_back_(y, name) + 1
+
+    run = compiled(f)
+    for step in range(3):
+        x, y = values(4, 4, seed=step), values(4, 4, seed=step + 50)
+        wanted = summed(x), summed(y)
+        given = mine.copy_(y) if step else y
+        result = run(x, given)
+        torch.testing.assert_close((x, given, result), (*wanted, wanted[1] + 1))
+
+
+# More than one tensor, more than one group (B5).
+
+
+def case_lists() -> None:
+    name = group()
+    report = check(
+        lambda x: tuple(ct.totals([x + 1, x], x * 3, name)) + tuple(ct.totals([x - 1], None, name)),
+        lambda step: (values(4, 4, seed=step),),
+        lambda x: (summed(x + 1), summed(x), summed(x * 3), summed(x - 1)),
+    )
+    assert outcomes(report) == [PLACED, ALREADY, PLACED, PLACED]
+
+
+def case_two_groups() -> None:
+    """A buffer for a group and a part of it lies in memory that both reach."""
+    name = group()
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()].group_name
+
+    def f(x: torch.Tensor) -> Any:
+        y = x + 1
+        return ct.total(y, alone), ct.total(y, name)
+
+    report = check(f, lambda step: (values(4, 4, seed=step),), lambda x: (x + 1, summed(x + 1)))
+    assert outcomes(report) == [PLACED, PLACED]
+
+
+# What the graph returns.
+
+
+def case_escapes() -> None:
+    """What is returned stays as it is when the function is called again, views included; large ones are not copied."""
+    name = group()
+    torch._dynamo.reset()
+
+    def f(x: torch.Tensor) -> Any:
+        small, large = x[:4] + 1, x + 2
+        return ct.total(small, name), small, small[1:], ct.total(large, name), large
+
+    run = compiled(f)
+    kept = []
+    for step in range(3):
+        x = values(1 << 9, 1 << 10, seed=step)
+        kept.append((x, run(x)))
+    for x, results in kept:
+        wanted = summed(x[:4] + 1), x[:4] + 1, x[1:4] + 1, summed(x + 2), x + 2
+        torch.testing.assert_close(results, wanted)
+        assert symmem.find(results[1]) is None
+        assert symmem.find(results[2]) is None
+        assert symmem.find(results[4]) is not None  # 2 MiB
+
+
+def case_training() -> None:
+    """The backward graph has a registered operator as well, and saved tensors stay what they were."""
+    name = group()
+
+    class Total(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return ct.total(x, name)  # type: ignore[no-any-return]
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return ct.total(gradient * 1, name)  # type: ignore[no-any-return]
+
+    weight = summed(values(4, 4, seed=99))
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = (x @ weight).tanh()
+        return (Total.apply(y) * y).sum()
+
+    torch._dynamo.reset()
+    with explaining.reporting() as report:
+        run = compiled(f)
+        for step in range(3):
+            x = values(4, 4, seed=step).requires_grad_()
+            run(x).backward()
+            other = x.detach().clone().requires_grad_()
+            y = (other @ weight).tanh()
+            everyone = summed(y.detach())
+            gradient = everyone + summed(y.detach() * 1)
+            y.backward(gradient)
+            torch.testing.assert_close(x.grad, other.grad)
+    assert len(report.graphs) == 2
+
+
+def case_conditional() -> None:
+    name = group()
+
+    def f(x: torch.Tensor, flag: torch.Tensor) -> torch.Tensor:
+        return torch.cond(flag.sum() > 0, lambda y: ct.total(y * 2, name), lambda y: ct.total(y * 3, name), (x,))  # type: ignore
+
+    torch._dynamo.reset()
+    run = compiled(f)
+    for step in range(4):
+        x, flag = values(4, 4, seed=step), torch.tensor([1.0 if step % 2 else -1.0], device=device())
+        torch.testing.assert_close(run(x, flag), summed(x * (2 if step % 2 else 3)))
+
+
+# Ways to compile.
+
+
+def case_cpp_wrapper() -> None:
+    name = group()
+    report = check(
+        lambda x: ct.total(x + 1, name),
+        lambda step: (values(4, 4, seed=step),),
+        lambda x: summed(x + 1),
+        options={"cpp_wrapper": True},
+    )
+    assert report is not None
+
+
+def case_memory_planning() -> None:
+    name = group()
+    report = check(
+        lambda x: ct.total((x + 1).relu(), name) + ct.total(x * 2, name),
+        lambda step: (values(4, 4, seed=step),),
+        lambda x: summed((x + 1).relu()) + summed(x * 2),
+        options={"memory_planning": True},
+    )
+    assert outcomes(report) == [COPIED, COPIED]
+
+
+def case_inference_mode() -> None:
+    name = group()
+    torch._dynamo.reset()
+    run = compiled(lambda x: ct.total(x, name) + ct.total(x + 1, name))
+    for step in range(4):
+        x = values(4, 4, seed=step)
+        wanted = summed(x) + summed(x + 1)
+        with torch.inference_mode(step % 2 == 0):
+            torch.testing.assert_close(run(x), wanted)
+
+
+def case_own_operators() -> None:
+    """symmem's own take any memory; what they return is planned like any buffer (D1, C3)."""
+    name = group()
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            x = symmem.ops.all_reduce(x * 0.5, name)
+        return x
+
+    def expected(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            x = summed(x * 0.5)
+        return x
+
+    check(f, lambda step: (values(4, 4, seed=step),), expected)
+
+
+def case_nothing_registered() -> None:
+    torch._dynamo.reset()
+    with explaining.reporting() as report:
+        assert torch.equal(compiled(lambda x: x + 1)(torch.ones(3)), torch.full((3,), 2.0))
+    assert report.graphs == []
+    assert "no compiled graph" in str(report)
+
+
+# Switching, and saying what is to be placed (E4).
+
+
+def case_enable() -> None:
+    """What is compiled while the hook is off gets plain memory, which the operators refuse; and the other way round."""
+    name = group()
+    run = torch.compile(lambda x: ct.summed(x + 1, name))
+    torch._dynamo.reset()
+    x = values(4, 4)
+    with pytest.raises(Exception, match=r"plain memory|Comm buffer"):
+        run(x)
+    symmem.compile.enable()
+    try:
+        assert symmem.compile.enabled()
+        torch.testing.assert_close(run(x), summed(x + 1))
+    finally:
+        symmem.compile.disable()
+    with pytest.raises(Exception, match=r"plain memory|Comm buffer"):
+        run(x)
+
+
+def case_registry_changes() -> None:
+    """An operator that is registered after it was compiled is placed from then on; in a block, as long as it lasts."""
+    name = group()
+    lib = torch.library.Library("ct", "FRAGMENT")
+    schema = "late(Tensor x, str group_name) -> Tensor"
+    lib.define(schema)
+
+    def late(x: torch.Tensor, g: str) -> torch.Tensor:
+        return torch.full_like(x, float(symmem.find(x) is not None))
+
+    lib.impl("late", late, "CompositeExplicitAutograd")
+    torch.library.register_fake("ct::late", lambda x, g: torch.empty_like(x), lib=lib)
+    torch._dynamo.reset()
+    run = compiled(lambda x: ct.late(x + 1, name) + 0)
+    x = values(2, 2)
+    assert run(x).eq(0).all()
+    with symmem.compile.specify_symmetric_memory("ct::late", "x"):
+        assert run(x).eq(1).all()
+        with symmem.compile.specify_symmetric_memory("ct::late", "x", exit_barrier=True):
+            assert run(x).eq(1).all()
+        assert not symmem.ops.registration("ct::late").exit_barrier
+        assert run(x).eq(1).all()
+    assert run(x).eq(0).all()
+    symmem.compile.specify_symmetric_memory("ct::late", "x")
+    assert run(x).eq(1).all()
+    symmem.ops.unregister("ct::late")
+
+
+def case_explain() -> None:
+    name = group()
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return ct.total(x + 1, name) + ct.total(ct.opaque(x), name)
+
+    torch._dynamo.reset()
+    report = symmem.compile.explain(f, values(4, 4))
+    text = str(report)
+    assert report.copies == 1
+    assert "2 registered arguments, 1 copied at each call" in text
+    assert re.search(r"ct::total\(x: \[4, 4\] float32, 64 B\): placed: .* writes straight to it", text)
+    assert "to avoid the copy: give that operator a variant with out=" in text
+    assert "test_compile.py" in text
+    assert "a barrier follows" in text
+    assert report.to_json()["graphs"][0]["decisions"][1]["outcome"] == COPIED
+    again = symmem.compile.explain(f, values(4, 4))
+    assert [each.outcome for graph in again.graphs for each in graph.decisions] == [PLACED, COPIED]
+
+
+def case_report_file() -> None:
+    """SYMMEM_ENABLE=compile_report(path): each rank writes what was compiled, a line a graph."""
+    name = group()
+    torch._dynamo.reset()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYMMEM_ENABLE", f"compile_report({folder}/report)")
+        compiled(lambda x: ct.total(x + 3, name))(values(2, 2))
+        (file,) = Path(folder).iterdir()
+        assert file.name == f"report.rank{dist.get_rank()}"
+        (line,) = file.read_text().splitlines()
+        assert json.loads(line)["decisions"][0]["outcome"] == PLACED
+
+
+# Bad input, and the end of things.
+
+
+def case_plain_for_one_sided() -> None:
+    name = group()
+    torch._dynamo.reset()
+    run = compiled(lambda x: ct.mine(x, name))
+    with pytest.raises(NotSymmetricError, match=r"ct::mine: the argument 'x' must be symmetric memory"):
+        run(values(2, 2))
+    mine = symmem.allocate((2, 2), dtype=torch.float32).tensor.fill_(5)
+    assert run(mine).eq(5).all()
+
+
+def case_no_such_group() -> None:
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="ct::total: no group by argument 'group_name'") as caught:
+        compiled(lambda x: ct.total(x + 1, "nobody"))(values(2, 2))
+    assert "GroupError" in repr(caught.value) or isinstance(caught.value, GroupError)
+
+
+def case_group_is_destroyed() -> None:
+    made = dist.new_group(list(range(dist.get_world_size())))
+    name = made.group_name
+    torch._dynamo.reset()
+    run = compiled(lambda x: ct.total(x + 1, name))
+    x = values(2, 2)
+    torch.testing.assert_close(run(x), summed(x + 1))
+    dist.destroy_process_group(made)
+    with pytest.raises(GroupError):
+        run(x)
+
+
+def case_memory_goes_with_the_function() -> None:
+    name = group()
+    torch._dynamo.reset()
+    gc.collect()
+    graphs: list[Any] = []
+    known = runtime.Graph._make
+
+    def make(self: Any, *args: Any) -> Any:
+        graphs.append(weakref.ref(self))
+        return known(self, *args)
+
+    runtime.Graph._make = make
+    run = compiled(lambda x: ct.total(x + 17, name))
+    run(values(2, 2))
+    runtime.Graph._make = known
+    del run
+    torch._dynamo.reset()
+    gc.collect()
+    assert [graph() for graph in graphs] == [None]
+
+
+def case_options() -> None:
+    with pytest.raises(InvalidArgumentError, match="a mode or options, not both"):
+        control.backend(None, [], mode="default", options={})  # type: ignore
+
+
+# CUDA graphs (D5), as far as they can be seen without a GPU.
+
+
+def case_cuda_graphs_know_symmetric_inputs() -> None:
+    """What lies in symmetric memory is static for a CUDA graph; of graphs without it, nothing is touched."""
+    hook.install()
+    calls: list[Any] = []
+
+    def stock(model: Any, static_input_idxs: Any = (), **options: Any) -> Any:
+        calls.append((tuple(static_input_idxs), options))
+        return lambda inputs: [*inputs, "ran"]
+
+    wrapped = hook._cudagraphify(stock)
+    kept, runtime_module = runtime.is_kept, importlib.import_module("symmem.compile.runtime")
+    runtime_module.is_kept = lambda value: value == "symmetric"  # type: ignore[attr-defined]
+    try:
+        assert wrapped(None, (2,), device_index=0)([1]) == [1, "ran"]
+        with hook._captured(True):
+            run = wrapped(None, (2,), device_index=0)
+        assert len(calls) == 1
+        inputs = ["symmetric", "plain", "weight", "symmetric"]
+        assert run(inputs) == run(inputs) == [*inputs, "ran"]
+    finally:
+        runtime_module.is_kept = kept  # type: ignore[attr-defined]
+    assert calls == [((2,), {"device_index": 0}), ((0, 2, 3), {"device_index": 0})]
+
+
+def case_cuda_graphs_are_captured_without_the_look_at_inputs() -> None:
+    """The node that looks where an input lies is left out of the capture; others are torch's to judge."""
+    hook.install()
+    judged = hook._should_partition(lambda self, node: "torch's")
+
+    class Node:
+        node: Any = None
+
+    other, look = Node(), Node()
+    look.node = type("Kernel", (), {"symmem_apart": True})()
+    assert judged(None, other) == "torch's"
+    assert "looked at outside of CUDA graphs" in judged(None, look)
+
+
+def case_unknown_torch() -> None:
+    """A torch that the hook does not know is refused, by name; nothing is changed then."""
+    hook.uninstall()
+
+    def changed(self: Any, target: Any, args: Any) -> None: ...
+
+    lowering = hook.GraphLowering
+    known, lowering.call_function = lowering.call_function, changed
+    try:
+        with pytest.raises(UnsupportedError, match=r"GraphLowering.call_function takes \('self', 'target', 'args'\)"):
+            hook.install()
+        assert not hook._originals
+    finally:
+        lowering.call_function = known
+
+
+def one_changes() -> str:
+    """Both agree on a tensor; then rank 1 comes with another one."""
+    name = group()
+    torch._dynamo.reset()
+    first, second = (symmem.allocate((4, 6), dtype=torch.float32).tensor.fill_(1) for _ in range(2))
+    run = compiled(lambda x: ct.total(x, name))
+    run(first)
+    try:
+        run(second if dist.get_rank() == 1 else first)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"

@@ -1,0 +1,151 @@
+"""``symmem bench compile`` on two ranks: what it counts, what it checks, and its figures (mission F4, D1, D3)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import symmem
+from symmem.tools.bench import compile
+from symmem.tools.ranks import RankPool, RanksFailedError
+
+
+class Part:
+    """A module of the benchmark that is imported when it is used: Inductor takes seconds."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(f"symmem.tools.bench.{self._name}"), name)
+
+
+contenders, counts, costs, graphs = (Part(f"compiled_{name}") for name in ("contenders", "counts", "costs", "graphs"))
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    cache = tmp_path_factory.mktemp("inductor")
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    with RankPool(2, env=env, timeout=100) as made:
+        yield made
+
+
+# Counting.
+
+CODE = """
+empty_strided_cpu = torch._C._dynamo.guards._empty_strided_cpu
+cpp_fused_add_0 = async_compile.cpp_pybinding(['const float*'], r'''
+extern "C" void kernel(const float* in_ptr0)
+''')
+def call(self, args):
+    buf0 = symmem_0f().buffer(1, (8, 64), (64, 1), torch.bfloat16, 'cpu', ('0',), None, False)
+    cpp_fused_add_0(arg0_1, buf0)
+    buf1 = empty_strided_cpu((8, 64), (64, 1), torch.bfloat16)
+    torch.ops.symmem.all_reduce_out.default(x=buf0, reduction='sum', group_name='0', out=buf1)
+    buf2 = empty_strided_p2p((8, 64), (64, 1), torch.bfloat16, torch.device("cuda:0"), group_name="0", alloc_id=7)
+    buf3 = torch.ops.symm_mem.one_shot_all_reduce.default(buf2, 'sum', '0')
+    buf4 = buf2; del buf2  # reuse
+    buf5 = torch.ops._c10d_functional.wait_tensor.default(buf3)
+"""
+
+
+def counted() -> tuple[int, ...]:
+    x = torch.ones(4, 4)
+    name, handle = graphs.group(), symmem.allocate((4, 4), dtype=torch.float32).rendezvous()
+
+    def eager() -> torch.Tensor:
+        y = torch.empty_like(x).copy_(x @ x)
+        return symmem.ops.all_reduce(y, name).clone()  # what it copies within is its own
+
+    within = partial(graphs.BENCH.total, handle.tensor.fill_(1), name)
+    return (
+        counts.copies(eager, "cpu"),
+        counts.copies(within, "cpu"),
+        counts.copies(within, "cpu", CODE),
+        counts.allocations(lambda: dist.all_reduce(x @ x)),
+        counts.buffers(CODE),
+        counts.buffers(CODE.replace("empty_strided_p2p", "other")),
+    )
+
+
+def test_what_is_counted(pool: RankPool) -> None:
+    assert pool.run(counted) == [(2, 0, 1, 1, 4, 3)] * 2
+
+
+# Checking.
+
+
+def check_chain(wrong: bool) -> None:
+    data = graphs.Chain(3, 32, 2, "cpu", dist.get_rank(), dist.get_world_size())
+    weights = data.weights[::-1] if wrong else data.weights
+    functions = {"eager": (graphs.eager_chain(), None)}
+    contenders.line_up(functions, None, lambda name, step: (data.x(step), weights), data.expected)
+
+
+def test_a_chain_is_compared_with_what_it_must_return(pool: RankPool) -> None:
+    pool.run(check_chain, False)
+    with pytest.raises(RanksFailedError, match=r"WrongResultError: \[rank \d\] eager has \d+ of 64 elements wrong"):
+        pool.run(check_chain, True)
+
+
+def attempt() -> Any:
+    """Rank 1's peer cannot do it."""
+
+    def make() -> Any:
+        if dist.get_rank():
+            raise AssertionError("not here\nin detail")
+        return counts.Compiled(torch.ones, "")
+
+    logged: list[str] = []
+    contenders.log.warning = lambda text, *args: logged.append(text % args)
+    return contenders.attempted("inductor", make), logged
+
+
+def test_a_peer_that_fails_on_one_rank_is_left_out_on_all(pool: RankPool) -> None:
+    assert pool.run(attempt) == [(None, ["inductor is left out: AssertionError: not here"])] * 2
+
+
+# Figures.
+
+
+def test_a_chain_has_two_buffers_and_no_copies() -> None:
+    figures = list(compile.measure("host", 2, 64, ("chain",), 1))
+    assert {each.peer for each in figures} == {"inductor", "eager"}
+    assert all(each.bytes == 8 * 64 * 2 and each.value >= 0 for each in figures)
+    found = {(each.figure, each.peer): (each.value, each.peer_value) for each in figures if each.unit == "count"}
+    for which in ("chain", "chain_placed"):
+        assert found[f"{which}_buffers", "eager"] == (2, 8)
+        assert found[f"{which}_copies", "eager"] == (0, 0)
+
+
+def test_an_input_is_copied_unless_it_is_symmetric(pool: RankPool) -> None:
+    for found in pool.run(partial_input):
+        assert found == {"": 1, "_symmetric": 0, "eager": 1}
+
+
+def partial_input() -> dict[str, int]:
+    """Without stock Inductor, which needs a C++ compiler here."""
+    known = contenders.attempted
+    importlib.import_module("symmem.tools.bench.compiled_contenders").attempted = lambda name, make: None
+    try:
+        return {name: each.copies for name, each in contenders.graph_input("cpu", 64, None).items()}
+    finally:
+        importlib.import_module("symmem.tools.bench.compiled_contenders").attempted = known
+
+
+def test_costs_are_of_what_is_placed(pool: RankPool) -> None:
+    for found in pool.run(few_calls):
+        assert list(found) == [(kind, count) for count in (1, 2) for kind in ("placed", "input", "symmetric")]
+
+
+def few_calls() -> dict[tuple[str, int], float]:
+    module: Any = importlib.import_module("symmem.tools.bench.compiled_costs")
+    module._CALLS, module._ARGUMENTS = 2, (1, 2)
+    return costs.overhead("cpu")  # type: ignore[no-any-return]

@@ -1,0 +1,153 @@
+"""Who takes part in ``symmem bench compile``: ours, stock Inductor and eager code; checked, counted and timed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import symmem
+from symmem.tools.bench import compiled_counts as counts
+from symmem.tools.bench import compiled_graphs as graphs
+from symmem.tools.bench.compile import BATCH, LAYERS, Found
+from symmem.tools.bench.compiled_counts import Compiled, Function, compiled
+from symmem.tools.bench.compiled_graphs import Chain
+from symmem.tools.bench.gpu import Torch
+from symmem.tools.bench.timing import Clock, clock_of, enough, in_turns, mean
+
+__all__ = ["attempted", "chain", "graph_input", "line_up", "sample"]
+
+_ROUNDS = 15
+
+log = logging.getLogger("symmem.bench")
+
+
+def attempted(name: str, make: Callable[[], Compiled]) -> Compiled | None:
+    """What a peer makes of it; None, and a warning, if it cannot do it on some rank. Collective over all ranks."""
+    made, failure = None, ""
+    try:
+        made = make()
+    except Exception as error:  # whatever it is: torch's compiler wraps what went wrong, and so it is told
+        failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    failures: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    if any(failures):
+        log.warning("%s is left out: %s", name, next(filter(None, failures)))
+        return None
+    return made
+
+
+def line_up(
+    functions: Mapping[str, tuple[Function, str | None]],
+    mode: str | None,
+    arguments: Callable[[str, int], tuple[Any, ...]],
+    expected: Callable[[int], torch.Tensor],
+) -> dict[str, Compiled]:
+    """Compile all, and check what they return, before anything is timed. Collective over all ranks.
+
+    Args:
+        functions: What is compiled, and by what, by name.
+        mode: Of torch.compile.
+        arguments: Those of a contender in a step.
+        expected: What all return in a step.
+
+    Raises:
+        WrongResultError: One returns something else.
+    """
+    found = {}
+    for name, (function, backend) in functions.items():
+        make = partial(compiled, function, backend, mode, *arguments(name, 0))
+        made = attempted(f"{name}, mode {mode}", make) if backend == "inductor" else make()
+        if made is not None:
+            found[name] = made
+            for step in range(4):  # a CUDA graph is captured by the second call, and replayed by the third
+                graphs.compare(name, made.call(*arguments(name, step)), expected(step))
+    return found
+
+
+def sample(
+    found: Mapping[str, Compiled], arguments: Callable[[str, int], tuple[Any, ...]], device_type: str
+) -> dict[str, Found]:
+    """Count what contenders allocate and copy, and time them in turns. Collective over all ranks."""
+    clock: Clock = clock_of(device_type)
+    calls = {name: partial(made.call, *arguments(name, 0)) for name, made in found.items()}
+    counted = {
+        name: (
+            counts.buffers(found[name].source) if found[name].source else counts.allocations(call),
+            counts.copies(call, device_type, found[name].source),
+        )
+        for name, call in calls.items()
+    }
+    runs = [partial(mean, clock, call, enough(call, clock)) for call in calls.values()]
+    times = dict(zip(calls, in_turns(runs, _ROUNDS), strict=True))
+    clock.all_here()
+    return {name: Found(*counted[name], [each.device for each in times[name]]) for name in calls}
+
+
+@torch.no_grad()
+def chain(device_type: str, hidden: int, mode: str | None) -> dict[str, Found]:
+    """On each rank: the 8 layers."""
+    _prepare(device_type)
+    data = Chain(LAYERS, hidden, BATCH, device_type, dist.get_rank(), dist.get_world_size())
+    total, stock = graphs.total(device_type), graphs.stock()
+    functions: dict[str, tuple[Function, str | None]] = {
+        "": (graphs.layers(graphs.own()), "symmem"),
+        "_placed": (graphs.layers(total), "symmem"),
+        "inductor": (graphs.layers(total if device_type == "cuda" else stock), "inductor"),
+        "eager": (graphs.eager_chain(), None),
+    }
+    if device_type == "cuda":
+        functions["inductor_nccl"] = graphs.layers(stock), "inductor"
+
+    def arguments(name: str, step: int) -> tuple[Any, ...]:
+        return data.x(step), data.weights
+
+    return sample(line_up(functions, mode, arguments, data.expected), arguments, device_type)
+
+
+@torch.no_grad()
+def graph_input(device_type: str, hidden: int, mode: str | None) -> dict[str, Found]:
+    """On each rank: one operator with an argument of the caller, in plain and in symmetric memory."""
+    _prepare(device_type)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    xs = [graphs.numbers(BATCH, hidden, step, rank).to(device_type) for step in range(4)]
+    sums = [
+        torch.stack([graphs.numbers(BATCH, hidden, step, each) for each in range(world)]).sum(0).to(device_type)
+        for step in range(4)
+    ]
+    memory, keep = _symmetric(device_type, xs[0])
+    total = graphs.total(device_type)
+    peer = total if device_type == "cuda" else graphs.stock()
+    functions: dict[str, tuple[Function, str | None]] = {
+        "": (graphs.anew(lambda x: total(x)), "symmem"),
+        "_symmetric": (graphs.anew(lambda x: total(x)), "symmem"),
+        "inductor": (graphs.anew(lambda x: peer(x)), "inductor"),
+        "eager": (lambda x: total(memory.copy_(x)), None),
+    }
+
+    def arguments(name: str, step: int) -> tuple[Any, ...]:
+        return (memory.copy_(xs[step]) if name == "_symmetric" else xs[step],)
+
+    found = sample(line_up(functions, mode, arguments, sums.__getitem__), arguments, device_type)
+    del keep
+    return found
+
+
+def _symmetric(device_type: str, like: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Symmetric memory of the kind that :func:`.compiled_graphs.total` needs, and what keeps it mapped."""
+    if device_type == "cpu":
+        handle = symmem.allocate(tuple(like.shape), like.dtype).rendezvous()
+        return handle.tensor, handle
+    transport = Torch("CUDA")
+    memory = transport.allocate(like.nbytes)
+    return memory.view(like.dtype).view(like.shape), transport.rendezvous(memory)
+
+
+def _prepare(device_type: str) -> None:
+    torch._dynamo.reset()
+    if device_type == "cuda":
+        Torch("CUDA")

@@ -1,0 +1,101 @@
+"""What symmem.compile costs on the host: for each registered argument at each call, and when a function is compiled."""
+
+from __future__ import annotations
+
+import cProfile
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
+from torch._inductor.codecache import FxGraphCache
+from torch._inductor.utils import fresh_cache
+
+import symmem
+from symmem.tools.bench import compiled_graphs as graphs
+from symmem.tools.bench.compile import Compiling
+from symmem.tools.bench.compiled_counts import Function, compiled
+from symmem.tools.bench.compiled_graphs import BENCH
+from symmem.tools.bench.contenders import WrongResultError
+from symmem.tools.bench.timing import clock_of, in_turns, repeated
+
+__all__ = ["compiling", "overhead"]
+
+_ROUNDS = 15
+_CALLS = 500  # of a round
+_ARGUMENTS = (1, 8)
+
+
+@torch.no_grad()
+def overhead(device_type: str) -> dict[tuple[str, int], float]:
+    """On each rank: seconds that a call takes more for each registered argument, by its kind and their number."""
+    torch._dynamo.reset()
+    clock, found = clock_of(device_type), {}
+    for count in _ARGUMENTS:
+        plain = [torch.ones(4, 4, device=device_type) for _ in range(count)]
+        handles = [symmem.allocate((4, 4), torch.float32).rendezvous() for _ in range(count)]
+        symmetric = [handle.tensor.fill_(1) for handle in handles]
+        for kind, make, argument in (
+            ("placed", graphs.intermediates, plain),
+            ("input", graphs.inputs, plain),
+            ("symmetric", graphs.inputs, symmetric),
+        ):
+            ours, theirs = (
+                compiled(make(op), backend, None, argument)
+                for op, backend in ((BENCH.take, "symmem"), (BENCH.take_any, "inductor"))
+            )
+            asked = ours.source.count("().buffer(" if kind == "placed" else "().place(")
+            if asked != count or "symmem_" in theirs.source.replace("symmem_bench", ""):
+                raise WrongResultError(f"{asked} of {count} arguments are placed in the code for {kind!r}")
+            runs = [repeated(partial(made.call, argument), _CALLS) for made in (ours, theirs)]
+            clock.all_here()
+            ours_took, theirs_took = in_turns([partial(clock.seconds, each) for each in runs], _ROUNDS)
+            clock.all_here()
+            pairs = zip(ours_took, theirs_took, strict=True)
+            found[kind, count] = statistics.median(a.host - b.host for a, b in pairs) / _CALLS / count
+    return found
+
+
+@torch.no_grad()
+def compiling(device_type: str, rounds: int) -> dict[str, list[Compiling]]:
+    """On each rank: what it takes to compile a function and to call it once, by ours and by stock Inductor."""
+    weights = [torch.randn(64, 64, device=device_type) / 8 for _ in range(3)]
+    x = torch.randn(8, 64, device=device_type)
+    name = graphs.group()
+    # Of an operator that is registered, torch 2.13 compiles nothing on the CPU.
+    registered, same = (
+        graphs.layers(lambda x: BENCH.same(torch.relu(x), name)),
+        graphs.layers(lambda x: BENCH.same_any(torch.relu(x), name)),
+    )
+    found = {}
+    with fresh_cache():
+        for kind, functions in (("unregistered", (graphs.norms, graphs.norms)), ("registered", (registered, same))):
+            pairs = list(zip(functions, ("symmem", "inductor"), strict=True))
+            for pair in pairs:
+                _cold(*pair, x, weights)  # compiles kernels, and imports
+            calls = [_calls(partial(_cold, *pair, x, weights)) for pair in pairs]
+            samples = in_turns([partial(_cold, *pair, x, weights) for pair in pairs], rounds)
+            found[kind] = [Compiling(*each) for each in zip(calls, map(min, samples), strict=True)]
+    return found
+
+
+def _cold(function: Function, backend: str, *args: Any) -> float:
+    """CPU seconds of this process: not those of a C++ compiler, whose results are kept."""
+    torch._dynamo.reset()
+    FxGraphCache.clear()
+    AOTAutogradCache.clear()
+    gc.collect()
+    made = torch.compile(graphs.anew(function), backend=backend)
+    begin = time.process_time()
+    made(*args)
+    return time.process_time() - begin
+
+
+def _calls(run: Callable[[], object]) -> int:
+    profile = cProfile.Profile()
+    profile.runcall(run)
+    return sum(each.callcount for each in profile.getstats())

@@ -1,0 +1,134 @@
+"""What a compiled or eager function allocates and copies, counted: in generated code, and in a profile of one call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch._inductor.output_code import CompiledFxGraph
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from symmem.compile import hook
+from symmem.errors import UnsupportedError
+
+__all__ = ["Compiled", "Function", "allocations", "buffers", "compiled", "copies", "sources"]
+
+Function = Callable[..., Any]
+
+_ALLOCATED = re.compile(r"^\s*\w+ = (?:empty_strided\w*|symmem_\w+\(\)\.(?:buffer|fresh))\(", re.MULTILINE)
+_RETURNED = re.compile(r"^\s*\w+ = torch\.ops\.(\w+)\.(\w+)\.(\w+)\(", re.MULTILINE)
+_FUSED = re.compile(r"^\s*(?:cpp_fused\w*|\w+\.run)\(", re.MULTILINE)
+_COPY_KERNEL = re.compile(r"Memcpy DtoD|[Cc]opy|^triton_(?!tem|mm)")
+_OPERATOR = re.compile(r"^(?:symmem\w*|symm_mem|_c10d_functional|c10d)::")
+_OURS = ("symmem::_place",)  # an operator in whose name a copy is the compiler's
+
+
+@contextmanager
+def sources() -> Iterator[list[str]]:
+    """Collect the code of what is compiled, or comes out of a cache, within."""
+    hook.install()  # which must find what is changed here as torch has it
+    found: list[str] = []
+    known: Any = CompiledFxGraph.post_compile
+
+    def post_compile(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(self.source_code or "")
+        return known(self, *args, **kwargs)
+
+    CompiledFxGraph.post_compile = post_compile  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        CompiledFxGraph.post_compile = known  # type: ignore[method-assign]
+
+
+class Compiled(NamedTuple):
+    """A function that was compiled, or eager code, and the generated code; empty if there is none."""
+
+    call: Function
+    source: str
+
+
+def compiled(function: Function, backend: str | None, mode: str | None, *args: Any) -> Compiled:
+    """Compile a function for these arguments, by ``"symmem"``, ``"inductor"`` or, with None, not at all."""
+    if backend is None:
+        return Compiled(function, "")
+    made = torch.compile(function, backend=backend, mode=mode)
+    with sources() as found:
+        made(*args)
+    return Compiled(made, "\n".join(found))
+
+
+def buffers(source: str) -> int:
+    """Buffers that generated code allocates, regular and symmetric, and those that operators return to it."""
+    operators = [getattr(getattr(getattr(torch.ops, a), b), c) for a, b, c in _RETURNED.findall(source)]
+    return len(_ALLOCATED.findall(source)) + sum(map(_made_by, operators))
+
+
+def _made_by(op: Any) -> int:
+    """How many tensors an operator returns that are not its arguments."""
+    if op.namespace == "_c10d_functional" and op._opname == "wait_tensor":  # which its schema does not tell
+        return 0
+    returns: Any = op._schema.returns
+    return sum(1 for each in returns if str(each.type) == "Tensor" and each.alias_info is None)
+
+
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # so is what it does on subclassing
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += _made_by(func)
+        return func(*args, **(kwargs or {}))
+
+
+def allocations(call: Callable[[], object]) -> int:
+    """Tensors that the operators of eager code make in one call."""
+    mode: Any = _Allocations
+    with mode() as counting:
+        call()
+    return int(counting.count)
+
+
+def copies(call: Callable[[], object], device_type: str, source: str = "") -> int:
+    """Copies of one warm call of a function that has nothing to compute but products and sums over all ranks.
+
+    On CUDA: what runs on the device and is a copy, or generated, in a CUDA graph or not. On the CPU: calls of the copy
+    operator, but for those within a collective operation, and the generated loops.
+
+    Args:
+        call: The call.
+        device_type: Where.
+        source: The generated code, for the CPU.
+
+    Raises:
+        UnsupportedError: The profiler does not see the device.
+    """
+    cuda = device_type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+    events: Any = profiled.events()
+    if not cuda:
+        called = sum(1 for each in events if each.name == "aten::copy_" and not _within(each))
+        return called + len(_FUSED.findall(source))
+    names = [each.name for each in events if each.device_type.name == "CUDA"]
+    if not names:
+        raise UnsupportedError(
+            "the profiler saw nothing on the device, so copies cannot be counted",
+            hint="let processes use CUPTI: no other profiler at the same time, and see NVIDIA's ERR_NVGPUCTRPERM",
+        )
+    return sum(_COPY_KERNEL.search(name) is not None for name in names)
+
+
+def _within(event: Any) -> bool:
+    """Whether an event is part of a collective operation."""
+    parent = event.cpu_parent
+    while parent is not None:
+        if _OPERATOR.match(parent.name) and parent.name not in _OURS:
+            return True
+        parent = parent.cpu_parent
+    return False
