@@ -19,6 +19,7 @@ import torch
 from torch._inductor import config as inductor
 from torch._inductor import ir
 from torch._inductor.lowering import clone, fallback_handler
+from torch._inductor.utils import convert_shape_to_inductor
 from torch._inductor.virtualized import V
 from torch._ops import OpOverload
 
@@ -379,7 +380,9 @@ def producer(op: OpOverload, group: str | None) -> Callable[..., Any] | None:
     made = V.graph.current_node.meta.get("val")
     if group is None or inductor.triton.cudagraphs or not isinstance(made, torch.Tensor):
         return None
-    if (nbytes_of(made.shape, made.dtype) or 0) < WITHIN or (made.device.type != "cuda" and WITHIN):
+    if (nbytes_of(convert_shape_to_inductor(made.shape), made.dtype) or 0) < WITHIN or (
+        made.device.type != "cuda" and WITHIN
+    ):
         return None  # on the CPU its result would be copied as well
 
     def lowered(*args: Any, **kwargs: Any) -> Any:

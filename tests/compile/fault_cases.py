@@ -99,14 +99,13 @@ DTYPES = (
 
 def case_dtypes() -> None:
     name = group()
-    run = compiled(lambda x: (ct.echo(x, name), ct.echo(ct.echo(x, name), name)))
-    for dtype in DTYPES:
-        torch._dynamo.reset()
-        raw = torch.randint(0, 2, (3, 4 * dtype.itemsize), dtype=torch.uint8) + dist.get_rank()
-        x = raw.view(dtype) if dtype is not torch.bool else raw.eq(1)
-        first, second = run(x)
-        assert first.view(torch.uint8).equal(peer(x).view(torch.uint8)), dtype
-        assert second.view(torch.uint8).equal(x.view(torch.uint8)), dtype
+    torch._dynamo.reset()
+    raw = [torch.randint(0, 2, (3, 4 * each.itemsize), dtype=torch.uint8) + dist.get_rank() for each in DTYPES]
+    tensors = [x.eq(1) if dtype is torch.bool else x.view(dtype) for x, dtype in zip(raw, DTYPES, strict=True)]
+    run = compiled(lambda *xs: [(ct.echo(x, name), ct.echo(ct.echo(x, name), name)) for x in xs])
+    for x, (first, second) in zip(tensors, run(*tensors), strict=True):
+        assert first.view(torch.uint8).equal(peer(x).view(torch.uint8)), x.dtype
+        assert second.view(torch.uint8).equal(x.view(torch.uint8)), x.dtype
 
 
 def layouts() -> dict[str, torch.Tensor]:
@@ -124,12 +123,12 @@ def layouts() -> dict[str, torch.Tensor]:
 
 
 def case_layouts_of_inputs() -> None:
-    name = group()
-    run = compiled(lambda x: ct.echo(x, name))
-    for known, x in layouts().items():
-        torch._dynamo.reset()
-        for _ in range(2):
-            torch.testing.assert_close(run(x), peer(x), msg=known)
+    name, known = group(), layouts()
+    torch._dynamo.reset()
+    run = compiled(lambda *xs: [ct.echo(x, name) for x in xs])
+    for _ in range(2):
+        for each, result in zip(known, run(*known.values()), strict=True):
+            torch.testing.assert_close(result, peer(known[each]), msg=each)
 
 
 def case_layouts_within() -> None:
