@@ -6,11 +6,11 @@ ARGS ?=
 export PYTHON TORCH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench docs clean
+.PHONY: help setup demo test test-matrix lint bench docs clean
 
 help:  ## show this
 	@echo "make TARGET [ARGS='options'] [PYTHON=$(PYTHON)] [TORCH=$(TORCH)]"
-	@sed -n 's/^\([a-z]*\):  ## /  \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):  ## /  \1\t/p' Makefile
 	@echo "Each makes or reuses the virtual environment .venv. The torch of PYTHON is used if it has one, else TORCH."
 
 setup:  ## only make or update .venv, with what the tests and linters need
@@ -23,6 +23,10 @@ demo:  ## four processes share memory, on any machine: ARGS='--ranks 2'
 test:  ## the whole suite: ARGS='-k rendezvous'
 	@bash scripts/setup.sh test
 	.venv/bin/python -m pytest $(ARGS)
+
+test-matrix:  ## what depends on torch, on several versions of it: VERSIONS='2.11.0 2.13.0', VENVS, PIP_ARGS
+	@bash scripts/setup.sh test
+	bash scripts/test-matrix.sh $(ARGS)
 
 lint:  ## ruff and mypy
 	@bash scripts/setup.sh dev
@@ -39,5 +43,5 @@ docs:  ## the API reference, build/docs/index.html; the guides are in docs/
 	.venv/bin/python scripts/api_reference.py build/docs
 
 clean:  ## remove .venv and everything else that is made
-	rm -rf .venv/bin/python .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv/bin/python .venv .venv-matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.git -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -93,7 +93,7 @@ class State:
     Attributes:
         name: Of its persistent memory; see :class:`symmem.compile.runtime.Graph`.
         decisions: What became of each registered argument.
-        memo: Arguments that were placed already: by buffer, view and group, and what they became.
+        memo: Arguments that were placed already, by graph, buffer, view and group.
         count: Buffers and arguments so far.
         told: Whether the generated code has the decisions.
     """

@@ -19,6 +19,7 @@ import torch
 from torch._inductor import config as inductor
 from torch._inductor import ir
 from torch._inductor.lowering import clone, fallback_handler
+from torch._inductor.utils import convert_shape_to_inductor
 from torch._inductor.virtualized import V
 from torch._ops import OpOverload
 
@@ -211,9 +212,19 @@ def _realized(x: Any) -> Any:
 
 
 def _is_dense(x: ir.TensorBox) -> bool:
-    """Whether no two elements share memory, as far as that is known: expanded dimensions have stride 0."""
-    sizes, strides = x.get_size(), x.get_stride()
-    return not any(stride == 0 and size != 1 for size, stride in zip(sizes, strides, strict=True))
+    """Whether no two elements share memory: each dimension steps over all that the smaller steps reach.
+
+    Of shapes that are not known yet, what they are in the call that is compiled for.
+    """
+    hint = V.graph.sizevars.optimization_hint
+    reached = 0
+    for stride, size in sorted(
+        (hint(stride), hint(size)) for stride, size in zip(x.get_stride(), x.get_size(), strict=True)
+    ):
+        if size > 1 and stride <= reached:
+            return False
+        reached += (size - 1) * stride
+    return True
 
 
 def _is_produced(buffer: Any) -> bool:
@@ -369,7 +380,9 @@ def producer(op: OpOverload, group: str | None) -> Callable[..., Any] | None:
     made = V.graph.current_node.meta.get("val")
     if group is None or inductor.triton.cudagraphs or not isinstance(made, torch.Tensor):
         return None
-    if (nbytes_of(made.shape, made.dtype) or 0) < WITHIN or (made.device.type != "cuda" and WITHIN):
+    if (nbytes_of(convert_shape_to_inductor(made.shape), made.dtype) or 0) < WITHIN or (
+        made.device.type != "cuda" and WITHIN
+    ):
         return None  # on the CPU its result would be copied as well
 
     def lowered(*args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Sequence
@@ -176,7 +177,8 @@ def _bytes(nbytes: int | None) -> str:
 
 _GRAPH = re.compile(r"""\breference\('(\w+)'\)|\bsymmem graph: (\w+)""")
 _DECISION = re.compile(rf"^(?:#|//) {re.escape(MARK)}(.*)$", re.MULTILINE)
-_ALLOCATED = re.compile(r"^\s*(\w+) = symmem_\w+\(\)\.(?:buffer|fresh)\(.*?, '[^']*', \('([^']*)',", re.MULTILINE)
+_TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_ALLOCATED = re.compile(rf"^\s*(\w+) = symmem_\w+\(\)\.(?:buffer|fresh)\([^'\"]*{_TEXT}, \(({_TEXT}),", re.MULTILINE)
 _REUSED = re.compile(r"^\s*(\w+) = (?:reinterpret_tensor\()?(\w+)\b[^#\n]*;[^#\n]*# reuse", re.MULTILINE)
 
 
@@ -196,8 +198,8 @@ def reports_of(source: str) -> list[GraphReport]:
 
 def _buffers(source: str, decisions: Sequence[Decision]) -> list[Buffer]:
     sizes = {each.buffer: each.nbytes for each in decisions}
-    users = {name: [name] for name, _group in _ALLOCATED.findall(source)}
-    groups = dict(_ALLOCATED.findall(source))
+    groups = {name: ast.literal_eval(group) for name, group in _ALLOCATED.findall(source)}
+    users = {name: [name] for name in groups}
     home = {name: name for name in users}
     for new, old in _REUSED.findall(source):
         if old in home:

@@ -5,7 +5,8 @@ while shapes do not, and nothing is allocated in a warm call. It lives as long a
 the generated module, which torch never lets go, has a :class:`Reference`.
 
 A graph's buffers hold nothing between two calls. One call must be over, on its stream, before another of the same graph
-begins; so compiled functions that communicate are not to be run by two threads, or on two streams, at once.
+begins: threads take turns, an operator cannot call the function that calls it, and compiled functions that communicate
+are not to be run on two streams at once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from symmem import capture
 from symmem.config.settings import load_settings
 from symmem.context import use_symmetric_memory
-from symmem.errors import NotSymmetricError
+from symmem.errors import NotSymmetricError, UnsupportedError
 from symmem.group import Group
 from symmem.live import Block, block_at
 from symmem.ops.checks import is_torchs
@@ -308,21 +309,35 @@ def reference(name: str) -> Reference:
 
 
 def bound(function: Callable[..., Any], graphs: Sequence[Graph]) -> Callable[..., Any]:
-    """A compiled function that runs with graphs of its own, and keeps them alive."""
+    """A compiled function that runs with graphs of its own, and keeps them alive.
+
+    Raises:
+        UnsupportedError: It is called by an operator that it calls itself.
+    """
     for graph in graphs:
         function = _bound(function, reference(graph.name), graph)
     return function
 
 
 def _bound(function: Callable[..., Any], known: Reference, graph: Graph) -> Callable[..., Any]:
+    turn, owner = threading.Lock(), 0
+
     @functools.wraps(function)
     def call(inputs: Any) -> Any:
-        before = known.running
-        known.running = graph
-        try:
-            return function(inputs)
-        finally:
-            known.running = before
+        nonlocal owner
+        if owner == threading.get_ident():
+            raise UnsupportedError(
+                "a compiled function with registered operators is called within its own call, and would overwrite "
+                "its buffers in symmetric memory",
+                hint="let the operator that calls it call another function, compiled by itself",
+            )
+        with turn:
+            owner, before = threading.get_ident(), known.running
+            known.running = graph
+            try:
+                return function(inputs)
+            finally:
+                owner, known.running = 0, before
 
     return call
 

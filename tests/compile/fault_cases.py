@@ -1,0 +1,659 @@
+"""What ranks run for test_compile_faults.py: a function a case.
+
+Little here needs a compiler of C++, which takes seconds for each kernel: operators and mm stand in for arithmetic.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from compile_cases import check, compiled, ct, define, explaining, group, handle_of, outcomes, runtime, summed, values
+from torch.utils.checkpoint import checkpoint
+
+import symmem
+from symmem.compile.report import COPIED, PLACED
+from symmem.errors import UnsupportedError
+
+
+def echo(x: torch.Tensor, group: str) -> torch.Tensor:
+    """What the next rank has, of any dtype."""
+    handle, known = handle_of(x), symmem.resolve_group(group)
+    handle.barrier(group=known)
+    return handle.remote_tensor((known.rank + 1) % known.size, group=known).clone()
+
+
+def echo_late(x: torch.Tensor, group: str) -> torch.Tensor:
+    """The same; rank 1 looks at its peer's memory when that one has had time to go on, and no barrier follows."""
+    handle, known = handle_of(x), symmem.resolve_group(group)
+    handle.barrier(group=known)
+    if known.rank == 1:
+        time.sleep(0.15)
+    return handle.remote_tensor((known.rank + 1) % known.size, group=known).clone()
+
+
+def echo_slowly(x: torch.Tensor, group: str) -> torch.Tensor:
+    time.sleep(0.05)
+    return echo(x, group)
+
+
+def both(x: torch.Tensor, y: torch.Tensor, group: str) -> torch.Tensor:
+    return echo(x, group) + echo(y, group)
+
+
+def add_of_peer(x: torch.Tensor, y: torch.Tensor, group: str) -> None:
+    other = echo(y, group)
+    handle_of(x).barrier(group=symmem.resolve_group(group))
+    x.add_(other)
+
+
+def pair(x: torch.Tensor, group: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return echo(x, group), x.sum(0)
+
+
+def dies(x: torch.Tensor, group: str) -> torch.Tensor:
+    if symmem.resolve_group(group).rank == 1:
+        os._exit(7)
+    return echo(x, group)
+
+
+def bump(x: torch.Tensor) -> None:
+    x.add_(1)
+
+
+same = lambda x, *rest: torch.empty_like(x)  # noqa: E731
+define("echo(Tensor x, str group_name) -> Tensor", echo, same, ["x"])
+define("echo_late(Tensor x, str group_name) -> Tensor", echo_late, same, ["x"])
+define("echo_slowly(Tensor x, str group_name) -> Tensor", echo_slowly, same, ["x"])
+define("both(Tensor x, Tensor y, str group_name) -> Tensor", both, same, ["x", "y"])
+define("add_of_peer_(Tensor(a!) x, Tensor y, str group_name) -> ()", add_of_peer, lambda x, y, g: None, ["x", "y"])
+define(
+    "pair(Tensor x, str group_name) -> (Tensor, Tensor)", pair, lambda x, g: (same(x), x.new_empty(x.shape[1:])), ["x"]
+)
+define("dies(Tensor x, str group_name) -> Tensor", dies, same, ["x"])
+define("bump_(Tensor(a!) x) -> ()", bump, lambda x: None, [])
+
+
+def peer(x: torch.Tensor) -> torch.Tensor:
+    """What ``echo`` should give, by gloo."""
+    data = x.resolve_conj().resolve_neg().contiguous().clone().view(-1).view(torch.uint8)
+    parts = [torch.empty_like(data) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, data)
+    return parts[(dist.get_rank() + 1) % len(parts)].view(x.dtype).view(x.shape)
+
+
+# What tensors may be.
+
+DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int64, torch.float16, torch.bfloat16, torch.float64, torch.complex64,
+    torch.float8_e4m3fn, torch.float8_e5m2,
+)  # fmt: skip
+
+
+def case_dtypes() -> None:
+    name = group()
+    torch._dynamo.reset()
+    raw = [torch.randint(0, 2, (3, 4 * each.itemsize), dtype=torch.uint8) + dist.get_rank() for each in DTYPES]
+    tensors = [x.eq(1) if dtype is torch.bool else x.view(dtype) for x, dtype in zip(raw, DTYPES, strict=True)]
+    run = compiled(lambda *xs: [(ct.echo(x, name), ct.echo(ct.echo(x, name), name)) for x in xs])
+    for x, (first, second) in zip(tensors, run(*tensors), strict=True):
+        assert first.view(torch.uint8).equal(peer(x).view(torch.uint8)), x.dtype
+        assert second.view(torch.uint8).equal(x.view(torch.uint8)), x.dtype
+
+
+def layouts() -> dict[str, torch.Tensor]:
+    x = values(4, 6, 5, 3)
+    return {
+        "transposed": x[0, 0].t(),
+        "stepped": x[:, ::2, 1],
+        "inner": x[1:3, 2:5, 1:, 1],
+        "channels_last": x.to(memory_format=torch.channels_last),
+        "permuted": x.permute(3, 1, 0, 2),
+        "scalar": x[1, 2, 3, 1],
+        "one": x[:1, :1, :1, :1],
+        "overlapping": x.as_strided((5, 4), (2, 1)),
+    }
+
+
+def case_layouts_of_inputs() -> None:
+    name, known = group(), layouts()
+    torch._dynamo.reset()
+    run = compiled(lambda *xs: [ct.echo(x, name) for x in xs])
+    for _ in range(2):
+        for each, result in zip(known, run(*known.values()), strict=True):
+            torch.testing.assert_close(result, peer(known[each]), msg=each)
+
+
+def case_layouts_within() -> None:
+    """Views are taken in the graph."""
+    name = group()
+    x = values(6, 6)
+
+    def f(x: torch.Tensor) -> Any:
+        y = x @ x
+        views = (
+            y[1:3, 2:], y[::2], y.t()[1:], y[2, 3], y[2:3].expand(4, 6), y.view(3, 2, 6).permute(2, 0, 1),
+            y.as_strided((3, 3), (2, 1), 4), y.diagonal(),
+        )  # fmt: skip
+        return tuple(ct.echo(each, name) for each in views)
+
+    run = compiled(f)
+    y = x @ x
+    wanted = (
+        y[1:3, 2:], y[::2], y.t()[1:], y[2, 3], y[2:3].expand(4, 6), y.view(3, 2, 6).permute(2, 0, 1),
+        y.as_strided((3, 3), (2, 1), 4), y.diagonal(),
+    )  # fmt: skip
+    torch.testing.assert_close(run(x), tuple(map(peer, wanted)))
+
+
+def case_conjugates() -> None:
+    name = group()
+    x = torch.complex(values(3, 2), values(3, 2, seed=1))
+    run = compiled(lambda x: ct.echo(x, name))
+    torch.testing.assert_close(run(x.conj()), peer(x.conj().resolve_conj()))
+    torch._dynamo.reset()
+    run = compiled(lambda x: ct.echo(x.conj(), name))
+    torch.testing.assert_close(run(x), peer(x.conj().resolve_conj()))
+
+
+def case_one_tensor_in_two_arguments() -> None:
+    name = group()
+
+    def f(x: torch.Tensor, y: torch.Tensor) -> Any:
+        z = x @ x
+        return ct.both(x, x, name), ct.both(z, z, name), ct.both(y, y.t(), name), ct.both(z, z.t(), name)
+
+    check(
+        f,
+        lambda step: (values(4, 4, seed=step), values(4, 4, seed=step + 9)),
+        lambda x, y: (
+            2 * peer(x),
+            2 * peer(x @ x),
+            peer(y) + peer(y.t()),
+            peer(x @ x) + peer((x @ x).t()),
+        ),
+    )
+
+
+def case_written_and_read_by_one_operator() -> None:
+    name = group()
+
+    def f(x: torch.Tensor, y: torch.Tensor) -> Any:
+        z = x @ x
+        ct.add_of_peer_(z, z, name)
+        ct.add_of_peer_(y, x, name)
+        return z, z @ z
+
+    torch._dynamo.reset()
+    run = compiled(f)
+    for step in range(3):
+        x, y = values(3, 3, seed=step) / 4, values(3, 3, seed=step + 9)
+        z, wanted = x @ x + peer(x @ x), y + peer(x)
+        torch.testing.assert_close(run(x, y), (z, z @ z))
+        torch.testing.assert_close(y, wanted)
+
+
+# Writing between operators.
+
+
+def case_written_between_operators() -> None:
+    """An input, and an intermediate, that change between one operator and the next, more than once."""
+    name = group()
+
+    def f(x: torch.Tensor) -> Any:
+        results = []
+        y = ct.opaque(x)
+        z = x @ x
+        for _ in range(3):
+            results += [ct.echo(x, name), ct.echo(y, name), ct.echo(z, name), ct.echo(x.t(), name)]
+            ct.bump_(x), ct.bump_(y), ct.bump_(z)
+        return (*results, x @ x)
+
+    for _ in range(2):
+        torch._dynamo.reset()
+        run = compiled(f)
+        for step in range(2):
+            x = values(3, 3, seed=step)
+            start = x.clone()
+            result = run(x)
+            wanted = []
+            for add in range(3):
+                each = (start + add, start * 2 + add, start @ start + add, (start + add).t())
+                wanted += [peer(each) for each in each]
+            torch.testing.assert_close(x, start + 3)
+            torch.testing.assert_close(result, (*wanted, x @ x))
+
+
+def case_registered_then_written_in_place() -> None:
+    name = group()
+
+    def f(x: torch.Tensor, y: torch.Tensor) -> Any:
+        first = ct.echo(x, name)
+        ct.add_peer_(x, name)
+        second = ct.echo(x, name)
+        back = ct.add_peer_back_(x[:2], name)
+        third = ct.echo(x, name)
+        return first, second, third, back
+
+    torch._dynamo.reset()
+    run = compiled(f)
+    symmetric = symmem.allocate((4, 4), dtype=torch.float32).tensor
+    for step in range(4):
+        start = values(4, 4, seed=step)
+        x = symmetric.copy_(start) if step % 2 else start.clone()
+        result = run(x, start)
+        one = summed(start)
+        two = one.clone()
+        two[:2] = summed(one[:2].contiguous())
+        torch.testing.assert_close(result, (peer(start), peer(one), peer(two), two[:2]))
+        torch.testing.assert_close(x, two)
+
+
+def case_inputs_that_share_memory() -> None:
+    """Writing to one input changes the other, plain or symmetric."""
+    name = group()
+
+    def f(x: torch.Tensor, y: torch.Tensor) -> Any:
+        ct.add_peer_(x, name)
+        return ct.echo(y, name), ct.echo(x, name)
+
+    torch._dynamo.reset()
+    run = compiled(f)
+    symmetric = symmem.allocate((6, 4), dtype=torch.float32).tensor
+    for step in range(4):
+        whole = values(6, 4, seed=step)
+        wanted = whole.clone()
+        wanted[:4] = summed(wanted[:4])
+        given = symmetric.copy_(whole) if step % 2 else whole
+        torch.testing.assert_close(run(given[:4], given[2:]), (peer(wanted[2:]), peer(wanted[:4])))
+        torch.testing.assert_close(given, wanted)
+
+
+def case_results_that_alias() -> None:
+    """Inputs, views of them, and what an operator has written, as results."""
+    name = group()
+
+    def f(x: torch.Tensor) -> Any:
+        y = x @ x
+        ct.add_peer_(y, name)
+        return x, x[1:], ct.echo(x, name), y, y[1:], y.t()
+
+    torch._dynamo.reset()
+    run = compiled(f)
+    kept = []
+    for step in range(3):
+        x = values(4, 4, seed=step)
+        result = run(x)
+        assert result[0] is x
+        assert result[1].data_ptr() == x[1:].data_ptr()
+        y = summed(x @ x)
+        kept.append((result, (x, x[1:], peer(x), y, y[1:], y.t())))
+    for result, wanted in kept:
+        torch.testing.assert_close(result, wanted)
+
+
+def case_several_results() -> None:
+    name = group()
+
+    def f(x: torch.Tensor) -> Any:
+        first, second = ct.pair(x @ x, name)
+        again, _ = ct.pair(first, name)
+        return first, second, again
+
+    report = check(f, lambda step: (values(4, 4, seed=step),), lambda x: (peer(x @ x), (x @ x).sum(0), x @ x))
+    assert outcomes(report) == [PLACED, COPIED]
+
+
+# How functions are cut, nested and repeated.
+
+
+def case_graph_breaks_and_nesting() -> None:
+    name = group()
+
+    @torch.compiler.disable
+    def outside(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    inner = compiled(lambda x: ct.echo(x @ x, name))
+
+    def f(x: torch.Tensor, depth: int) -> torch.Tensor:
+        x = ct.echo(x @ x, name)
+        torch._dynamo.graph_break()
+        x = inner(outside(ct.echo(x, name)))
+        return f(x, depth - 1) if depth else x
+
+    def expected(x: torch.Tensor, depth: int) -> torch.Tensor:
+        x = peer(peer(x @ x))
+        x = peer(x @ x)
+        return expected(x, depth - 1) if depth else x
+
+    check(f, lambda step: (values(3, 3, seed=step) / 3, 1), expected)
+
+
+def case_equal_code() -> None:
+    """Two functions of equal code have memory of their own, also when one runs within the other's turn."""
+    name = group()
+
+    def make() -> Callable[..., Any]:
+        def f(x: torch.Tensor) -> Any:
+            return ct.echo(x @ x, name), ct.echo(x, name)
+
+        return compiled(f)
+
+    torch._dynamo.reset()
+    first, second = make(), make()
+    for step in range(3):
+        x, y = values(3, 3, seed=step), values(3, 3, seed=step + 9)
+        a, b = first(x), second(y)
+        torch.testing.assert_close((a, b), ((peer(x @ x), peer(x)), (peer(y @ y), peer(y))))
+
+
+def case_many_shapes() -> None:
+    """Compiled for one shape, then for any: automatic dynamic shapes, and a dimension that is marked."""
+    name = group()
+
+    def f(x: torch.Tensor) -> Any:
+        return ct.echo(x @ x.t(), name), ct.echo(x, name), ct.echo(x[1:], name)
+
+    torch._dynamo.reset()
+    with explaining.reporting() as report:
+        run = compiled(f)
+        for size in (3, 5, 4, 9, 3, 12, 5):
+            x = values(size, 4, seed=size)
+            torch.testing.assert_close(run(x), (peer(x @ x.t()), peer(x), peer(x[1:])))
+    assert len(report.graphs) == 2
+    torch._dynamo.reset()
+    with explaining.reporting() as report:
+        run = compiled(f)
+        for size in (3, 5, 9, 4):
+            x = values(size, 4, seed=size)
+            torch._dynamo.mark_dynamic(x, 0)
+            torch.testing.assert_close(run(x), (peer(x @ x.t()), peer(x), peer(x[1:])))
+    assert len(report.graphs) == 1
+
+
+def case_shapes_from_data() -> None:
+    name = group()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        run = compiled(lambda x: (ct.echo(x.nonzero(), name), ct.echo(ct.opaque(x.nonzero()), name)), fullgraph=True)
+        for size in (3, 4, 2, 7):
+            wanted = torch.ones(size, 2).nonzero()
+            torch.testing.assert_close(run(torch.ones(size, 2)), (wanted, 2 * wanted))
+
+
+# Modes of torch.
+
+
+def case_modes() -> None:
+    name = group()
+    torch._dynamo.reset()
+    run = compiled(lambda x, w: ct.echo(x @ w, name), fullgraph=True)
+    x, w = values(4, 4), values(4, 4, seed=3).requires_grad_()
+    with torch.no_grad():
+        torch.testing.assert_close(run(x, w), peer((x @ w).detach()))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        result = run(x, w)
+        assert result.dtype is torch.bfloat16
+        torch.testing.assert_close(result, peer(x @ w))
+
+
+def case_checkpointing() -> None:
+    name = group()
+
+    class Echo(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return ct.echo(x, name)  # type: ignore[no-any-return]
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return ct.echo(gradient @ gradient.new_ones(4, 4), name)  # type: ignore[no-any-return]
+
+    def block(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = Echo.apply(x @ w)
+        return y @ y
+
+    weight = summed(values(4, 4, seed=8))
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(block, x, weight, use_reentrant=False)  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    run = compiled(f)
+    for step in range(2):
+        x = values(4, 4, seed=step).requires_grad_()
+        run(x).backward(torch.ones(4, 4))
+        other = x.detach().clone().requires_grad_()
+        y = peer((other @ weight).detach()).requires_grad_()
+        (y @ y).backward(torch.ones(4, 4))
+        gradient = peer(y.grad @ torch.ones(4, 4))
+        torch.testing.assert_close(x.grad, gradient @ weight.t())
+
+
+def case_vmap() -> None:
+    """There is no rule for a batch of such an operator: torch says so, or falls back to a loop that is right."""
+    name = group()
+    torch._dynamo.reset()
+    x = values(3, 4, 4)
+    run = compiled(lambda x: torch.vmap(lambda y: ct.echo(y, name))(x))
+    torch.testing.assert_close(run(x), peer(x))
+
+
+def case_freezing() -> None:
+    """Parameters become constants, which are copied."""
+    name = group()
+    module = torch.nn.Linear(4, 4, bias=False)
+
+    def f(x: torch.Tensor) -> Any:
+        return ct.echo(module.weight, name), module(ct.echo(x @ module.weight, name))
+
+    with torch.no_grad():
+        check(
+            f,
+            lambda step: (values(4, 4, seed=step),),
+            lambda x: (peer(module.weight), module(peer(x @ module.weight))),
+            options={"freezing": True},
+        )
+
+
+def case_options_of_inductor() -> None:
+    name = group()
+    for options in (
+        {"allow_buffer_reuse": False},
+        {"triton.cudagraphs": True},
+        {"max_autotune": True},
+        {"inplace_buffers": False},
+        {"reorder_for_peak_memory": False},
+        {"size_asserts": False, "alignment_asserts": False},
+        {"graph_partition": True},
+    ):
+        check(
+            lambda x: ct.echo(ct.echo(x @ x, name) @ x, name) @ ct.echo(x, name),
+            lambda step: (values(4, 4, seed=step),),
+            lambda x: peer(peer(x @ x) @ x) @ peer(x),
+            options=options,
+        )
+
+
+def case_odd_group_names() -> None:
+    """The name of a group goes into generated code, and comes out of reports."""
+    for name in ("it's", 'a "b"', "\\n'\"{x} %s", "'); raise SystemExit  # \N{SNOWMAN}\n"):
+        made = dist.new_group(list(range(dist.get_world_size())))
+        made._set_group_name(name)
+        dist.distributed_c10d._world.pg_names[made] = name
+        torch._C._distributed_c10d._register_process_group(name, made)
+        odd_group_name(name)
+        dist.destroy_process_group(made)
+
+
+def odd_group_name(name: str) -> None:
+    report = check(
+        lambda x: (ct.echo(x @ x, name), ct.echo(x, name)),
+        lambda step: (values(3, 3, seed=step),),
+        lambda x: (peer(x @ x), peer(x)),
+    )
+    (graph,) = report.graphs
+    assert {each.group for each in graph.decisions} == {name}
+    assert [each.group for each in graph.buffers] == [name]
+
+
+# The slow peer, and the next producer (G2).
+
+
+def case_slow_peer() -> None:
+    """Rank 1 reads late, and an operator without barrier at its end: the next producer waits for it."""
+    name = group()
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = ct.echo_late(x @ x, name)
+        return x
+
+    def expected(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = peer(x @ x)
+        return x
+
+    report = check(f, lambda step: (values(2, 2, seed=step),), expected)
+    assert report.graphs[0].reuses == 2
+    check(lambda x: ct.echo_late(x, name), lambda step: (values(2, 2, seed=step),), peer)
+
+
+# Memory.
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def case_many_functions() -> None:
+    """Functions that are made and dropped leave nothing behind."""
+    name = group()
+
+    def make() -> Callable[..., Any]:
+        space: dict[str, Any] = {"ct": ct, "name": name}
+        exec(compile("def f(x): return ct.echo(x @ x, name), ct.echo(x, name)", __file__, "exec"), space)
+        return compiled(space["f"], dynamic=False)
+
+    def use(count: int) -> Any:
+        for step in range(count):
+            x = values(2, 2, seed=step)
+            run = make()
+            torch.testing.assert_close(run(x), (peer(x @ x), peer(x)))
+        del run
+        torch._dynamo.reset()
+        gc.collect()
+        symmem.collect()
+        stats = symmem.memory_stats()
+        return stats["live_blocks"], stats["quarantined_blocks"], descriptors(), threading.active_count()
+
+    before = use(5)
+    assert use(int(os.environ.get("FUNCTIONS", 20))) == before
+
+
+def case_threads() -> None:
+    """Threads that compile at once, each for a group of its own."""
+    world = range(dist.get_world_size())
+    groups = [[dist.new_group([rank]) for rank in world][dist.get_rank()].group_name for _ in range(4)]
+    torch._dynamo.reset()
+    wrong: list[BaseException] = []
+
+    def work(name: str, number: int) -> None:
+        try:
+            for step in range(3):
+                run = compiled(lambda x: ct.echo(x @ x, name) + number)
+                x = values(2 + number, 2 + number, seed=step)
+                torch.testing.assert_close(run(x), x @ x + number)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(name, number)) for number, name in enumerate(groups)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    if wrong:
+        raise wrong[0]
+
+
+def case_threads_of_one_function() -> None:
+    """Threads that call one compiled function take turns: its buffers are those of one call."""
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()].group_name
+    torch._dynamo.reset()
+    run = compiled(lambda x: ct.echo_slowly(x @ x, alone))
+    run(torch.eye(3))
+    results: dict[int, torch.Tensor] = {}
+    threads = [
+        threading.Thread(target=lambda at: results.__setitem__(at, run(torch.eye(3) * at)), args=(at,))
+        for at in range(3)
+    ]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    for at in range(3):
+        torch.testing.assert_close(results[at], torch.eye(3) * at * at)
+
+
+def case_within_itself() -> None:
+    """An operator that calls what calls it would lose its arguments, or wait for its own turn for ever."""
+    calls: list[Any] = []
+
+    def function(inputs: Any) -> Any:
+        return calls[0](inputs) if inputs else "done"
+
+    calls.append(runtime.bound(function, [runtime.Graph("within_itself")]))
+    with pytest.raises(UnsupportedError, match="within its own call"):
+        calls[0]([1])
+    assert calls[0]([]) == "done"
+
+
+# What fails at run time.
+
+
+def failure(run: Callable[..., Any], *args: Any) -> tuple[str, str, Any]:
+    try:
+        run(*args)
+    except symmem.errors.SymmemError as error:
+        return type(error).__name__, str(error), error.rank
+    return "nothing", "", None
+
+
+def too_large() -> tuple[str, str, Any]:
+    """The arena has no room for the second buffer of a call; the next call, of a smaller size, has."""
+    name = group()
+    run = compiled(lambda x: (ct.echo(x @ x, name), ct.echo(x, name)), dynamic=True)
+    torch.testing.assert_close(run(values(3, 3)), (peer(values(3, 3) @ values(3, 3)), peer(values(3, 3))))
+    large = torch.eye(600)
+    failed = failure(run, large)
+    for step in range(2):
+        x = values(4, 4, seed=step)
+        torch.testing.assert_close(run(x), (peer(x @ x), peer(x)))
+    return failed
+
+
+def unavailable() -> tuple[str, str, Any]:
+    """The backend that the environment names needs a GPU; once it is right, the same compiled function works."""
+    world = list(range(dist.get_world_size()))
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYMMEM_ENABLE", "symmetric_memory_backend(native)")
+        name = dist.new_group(world).group_name
+        run = compiled(lambda x: ct.echo(x @ x, name))
+        return failure(run, values(3, 3))
+
+
+def one_dies() -> tuple[str, str, Any, float]:
+    name = group()
+    torch._dynamo.reset()
+    run = compiled(lambda x: ct.dies(x @ x, name) @ x)
+    started = time.monotonic()
+    return (*failure(run, values(3, 3)), time.monotonic() - started)
