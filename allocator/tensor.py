@@ -49,12 +49,13 @@ class SymmetricTensor:
     there was none. Ranks are ranks of that group.
     """
 
-    def __init__(self, block: Block, layout: Layout) -> None:
+    def __init__(self, block: Block, layout: Layout, *, lazy: bool = False) -> None:
         """Use :meth:`allocate`, :meth:`wrap` or :func:`find`."""
         self._block = block
         self._layout = layout
         self._address = block.pointer + layout.offset
-        self._tensor: torch.Tensor | None = _tensor(block, layout, self._address)
+        # Making a tensor takes as long as a barrier of one rank; who finds a handle mostly wants peers, or signals.
+        self._tensor: torch.Tensor | None = None if lazy else _tensor(block, layout, self._address)
 
     @classmethod
     def allocate(
@@ -174,7 +175,9 @@ class SymmetricTensor:
         """This rank's tensor: plain, of :attr:`shape` and :attr:`dtype`; the same object each time."""
         self._check_open("tensor")
         tensor = self._tensor
-        assert tensor is not None
+        if tensor is None:
+            with torch.inference_mode(False):  # it is for later as well
+                tensor = self._tensor = _tensor(self._block, self._layout, self._address)
         if tensor.data_ptr() != self._address and tensor.numel():
             raise NotSymmetricError(
                 "this handle's tensor was given other memory (by share_memory_(), sending it to another process, "
@@ -667,7 +670,7 @@ def find(tensor: torch.Tensor) -> SymmetricTensor | None:
     _check_tensor(tensor, "find")
     address = _address(tensor)
     block = None if address is None else block_at(address)
-    return None if block is None or block.closed else SymmetricTensor(block, block.layout)
+    return None if block is None or block.closed else SymmetricTensor(block, block.layout, lazy=True)
 
 
 def _address(tensor: torch.Tensor) -> int | None:

@@ -79,6 +79,26 @@ def test_what_is_counted(pool: RankPool) -> None:
     assert pool.run(counted) == [(2, 0, 1, 1, 4, 3)] * 2
 
 
+KERNELS = {
+    "Memcpy DtoD (Device -> Device)": True,
+    "void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)>": True,
+    "triton_poi_fused_clone_0": True,
+    "triton_tem_fused_mm_0": False,
+    "nvjet_tst_64x8_64x16_4x1_v_bz_NNT": False,
+    "void one_shot_all_reduce_kernel<c10::BFloat16, 16>": False,
+    "one_shot": False,
+    "ncclDevKernel_AllReduce_Sum_bf16_RING_LL": False,
+}
+
+
+def copying() -> dict[str, bool]:
+    return {name: counts.is_copy(name) for name in KERNELS}
+
+
+def test_kernels_that_copy(pool: RankPool) -> None:
+    assert pool.run(copying) == [KERNELS] * 2
+
+
 # Checking.
 
 

@@ -154,3 +154,19 @@ def test_a_second_group_is_refused_for_a_backend_that_knows_but_one(monkeypatch:
     assert caught.value.group == "second"
     st.rendezvous(first)
     symmem.SymmetricTensor.wrap(st.tensor[:2]).rendezvous(first)
+
+
+def test_the_tensor_of_a_handle_that_was_found() -> None:
+    """It is made when it is asked for, once, and is a usual tensor whatever the mode is then."""
+    x = alone((2, 3)).tensor.fill_(4)
+    handle = symmem.find(x[1:])
+    assert handle is not None
+    with torch.inference_mode():
+        found = handle.tensor
+    assert found is handle.tensor
+    assert not found.is_inference()
+    assert found.data_ptr() == x.data_ptr()
+    assert torch.equal(found, x)
+    handle.close()
+    with pytest.raises(SymmemError, match="was closed"):
+        _ = handle.tensor

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from symmem.compile import hook
 from symmem.errors import UnsupportedError
 
-__all__ = ["Compiled", "Function", "allocations", "buffers", "compiled", "copies", "sources"]
+__all__ = ["Compiled", "Function", "allocations", "buffers", "compiled", "copies", "is_copy", "sources"]
 
 Function = Callable[..., Any]
 
@@ -121,7 +121,12 @@ def copies(call: Callable[[], object], device_type: str, source: str = "") -> in
             "the profiler saw nothing on the device, so copies cannot be counted",
             hint="let processes use CUPTI: no other profiler at the same time, and see NVIDIA's ERR_NVGPUCTRPERM",
         )
-    return sum(_COPY_KERNEL.search(name) is not None for name in names)
+    return sum(map(is_copy, names))
+
+
+def is_copy(name: str) -> bool:
+    """Whether what runs on a device by this name copies, or is a generated loop."""
+    return _COPY_KERNEL.search(name) is not None
 
 
 def _within(event: Any) -> bool:
