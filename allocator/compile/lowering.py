@@ -136,7 +136,7 @@ class _Call:
         name = buffer.get_name() if isinstance(buffer, ir.Buffer) else x.get_name()
         way = "strict" if self._known.one_sided else "own" if _is_produced(buffer) else "agree"
         seen = tuple(x.get_size()), tuple(x.get_stride()), x.get_layout().offset, x.get_dtype()
-        key = (name, *seen, self._group, self._backend, way)
+        key = (V.graph, name, *seen, self._group, self._backend, way)
         memo = self._state.memo.get(key)
         if memo is not None and name not in V.graph.mutated_buffers:
             self._note(x, memo[0], place, memo[1], "the same as for another operator of this graph")
