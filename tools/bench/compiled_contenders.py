@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 
 import symmem
 from symmem.tools.bench import compiled_counts as counts
@@ -33,6 +34,8 @@ def attempted(name: str, make: Callable[[], Compiled]) -> Compiled | None:
         made = make()
     except Exception as error:  # whatever it is: torch's compiler wraps what went wrong, and so it is told
         failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        if torch.cuda.is_available():
+            reset_cudagraph_trees()  # a failure amid a warm-up leaves them in a state that fails for all
     failures: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     if any(failures):
