@@ -636,7 +636,7 @@ def case_explain() -> None:
     assert "2 registered arguments, 1 copied at each call" in text
     assert re.search(r"ct::total\(x: \[4, 4\] float32, 64 B\): placed: .* writes straight to it", text)
     assert "to avoid the copy: give that operator a variant with out=" in text
-    assert "test_compile.py" in text
+    assert "compile_cases.py" in text
     assert "a barrier follows" in text
     assert report.to_json()["graphs"][0]["decisions"][1]["outcome"] == COPIED
     again = symmem.compile.explain(f, values(4, 4))

@@ -33,8 +33,8 @@ def attempted(name: str, make: Callable[[], Compiled]) -> Compiled | None:
         made = make()
     except Exception as error:  # whatever it is: torch's compiler wraps what went wrong, and so it is told
         failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    failures: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
+    with symmem.resolve_group().collective(name) as collective:
+        failures = [each.payload.decode() for each in collective.exchange("whether it compiles", failure.encode())]
     if any(failures):
         log.warning("%s is left out: %s", name, next(filter(None, failures)))
         return None
