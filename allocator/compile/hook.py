@@ -41,7 +41,7 @@ from torch._inductor.scheduler import Scheduler
 from torch._library.utils import get_layout_constraint_tag, is_builtin
 from torch._ops import OpOverload, OpOverloadPacket
 
-from symmem.compile import layout, lowering, runtime, twins
+from symmem.compile import layout, lowering, producers, results, runtime, twins
 from symmem.compile.layout import SymmetricLayout
 from symmem.compile.report import GraphReport, names_in, reports_of
 from symmem.config.settings import load_settings
@@ -143,8 +143,8 @@ def _call_function(original: Any) -> Any:
         if known is not None:
             made: Any = lowering.handler(known, target, op, _own_lowering(target))
         elif _makes_its_result(op):
-            group = lowering.fed(self.current_node)
-            made = lowering.producer(op, group) if group is not None or op.namespace == "symmem" else None
+            group = producers.fed(self.current_node)
+            made = producers.producer(op, group) if group is not None or op.namespace == "symmem" else None
         else:
             made = None
         if made is None:
@@ -192,11 +192,11 @@ def _output(original: Any) -> Any:
     @functools.wraps(original)
     def output(self: Any, target: Any, args: Any, kwargs: Any) -> Any:
         if layout.state() is not None:
-            results = args[0]
-            if isinstance(results, tuple | list):
-                args = (type(results)(lowering.output(results)), *args[1:])
+            values = args[0]
+            if isinstance(values, tuple | list):
+                args = (type(values)(results.output(values)), *args[1:])
             else:
-                args = (*lowering.output([results]), *args[1:])
+                args = (*results.output([values]), *args[1:])
         return original(self, target, args, kwargs)
 
     return output

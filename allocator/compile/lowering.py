@@ -19,29 +19,21 @@ import torch
 from torch._inductor import config as inductor
 from torch._inductor import ir
 from torch._inductor.lowering import clone, fallback_handler
-from torch._inductor.utils import convert_shape_to_inductor
 from torch._inductor.virtualized import V
 from torch._ops import OpOverload
 
 from symmem.compile import layout, runtime  # noqa: F401  # the latter defines operators
 from symmem.compile.layout import State, SymmetricLayout, can_place, nbytes_of, root_of
 from symmem.compile.outs import OutCall, out_variant
-from symmem.compile.report import ALREADY, COPIED, PLACED, Decision
-from symmem.compile.twins import original_of
+from symmem.compile.reasons import producer_name, reason, where
+from symmem.compile.report import PLACED, Decision
 from symmem.ops.built_in import NAMESPACE
 from symmem.ops.described import Registration
 from symmem.ops.engines import name_of
-from symmem.ops.registry import lookup
 
-__all__ = ["fed", "handler", "output", "producer"]
+__all__ = ["handler"]
 
 OPS = torch.ops.symmem
-
-WITHIN = 64 << 20
-"""Bytes from which on an operator without ``out=`` runs within ``use_symmetric_memory`` on CUDA: about 60 us a call."""
-
-ANEW = 1 << 20
-"""Bytes from which on a buffer that a graph returns is allocated at each call. Smaller ones take less time to copy."""
 
 
 def handler(
@@ -122,12 +114,12 @@ class _Call:
                 return x
         elif self._can_be_placed(buffer):
             buffer.layout = SymmetricLayout(spec, self._group, self._backend)
-            self._note(x, buffer, place, PLACED, f"{_producer(buffer)} writes straight to it")
+            self._note(x, buffer, place, PLACED, f"{producer_name(buffer)} writes straight to it")
             return x
         return self._looked_after(x, buffer, place)
 
     def _can_be_placed(self, buffer: Any) -> bool:
-        """Whether Inductor can allocate a buffer in symmetric memory; :func:`_reason` says why not."""
+        """Whether Inductor can allocate a buffer in symmetric memory; :func:`.reasons.reason` says why not."""
         usual = not (V.graph.cpp_wrapper or inductor.memory_planning or self._known.one_sided)
         return usual and can_place(buffer)
 
@@ -148,7 +140,7 @@ class _Call:
         )
         kernel.symmem_apart = way != "own"  # where it lies may change: CUDA graphs are captured without it
         _call_as(kernel, "place", state.name, lambda args: f"{index}, {args[0]}, {', '.join(args[3:])}")
-        outcome, why, advice = _reason(buffer, x, self._known.one_sided)
+        outcome, why, advice = reason(buffer, x, self._known.one_sided)
         self._note(x, placed, place, outcome, why, advice)
         state.memo[key] = placed, outcome
         return placed
@@ -169,7 +161,7 @@ class _Call:
                 nbytes=nbytes,
                 why=why,
                 advice=advice,
-                where=_where(),
+                where=where(),
                 barrier=self._needs_barrier(),
             )
         )
@@ -232,52 +224,6 @@ def _is_produced(buffer: Any) -> bool:
     return not isinstance(buffer, ir.InputBuffer | ir.TorchBindObject)
 
 
-def _producer(buffer: Any) -> str:
-    kernel = getattr(buffer, "python_kernel_name", None)
-    origin = getattr(buffer, "origin_node", None)
-    return str(kernel or (origin is not None and origin.target) or type(buffer).__name__)
-
-
-def _reason(buffer: Any, x: ir.TensorBox, one_sided: bool) -> tuple[str, str, str]:
-    """Outcome, reason, and what would avoid a copy, of an argument that Inductor cannot place."""
-    if one_sided:
-        return ALREADY, "ranks call the operator alone: it must be symmetric memory, and no copy is made", ""
-    allocate = "allocate it with symmem.allocate, or make it within symmem.use_symmetric_memory, on all ranks"
-    if isinstance(buffer, ir.ConstantBuffer):
-        return COPIED, "a constant of the graph", "pass it as an argument, in symmetric memory"
-    if isinstance(buffer, ir.InputBuffer):
-        return ALREADY, "an input of the graph, or a parameter: used where it lies if it is symmetric memory", allocate
-    if isinstance(spec := buffer.get_output_spec(), SymmetricLayout):
-        return (
-            COPIED,
-            f"its buffer lies in the memory of another group, {spec.groups[0]!r}",
-            "use one group for both",
-        )
-    if V.graph.cpp_wrapper:
-        return COPIED, "the code that is generated is C++ (cpp_wrapper), which cannot place buffers", "switch it off"
-    if inductor.memory_planning:
-        return COPIED, "memory_planning puts buffers into pools of its own", "switch it off"
-    name = _producer(buffer)
-    if any(getattr(each, "symmem_within", False) for each in (buffer, *getattr(buffer, "inputs", ()))):
-        return ALREADY, f"the operator that makes it ({name}) runs within use_symmetric_memory", ""
-    if isinstance(buffer, ir.MultiTemplateBuffer):
-        why = f"{name} is chosen among several kernels, some of which allocate their own result"
-        return COPIED, why, "compile without max_autotune"
-    return (
-        COPIED,
-        f"the operator that makes it ({name}) allocates its own result",
-        "give that operator a variant with out=, of the same arguments",
-    )
-
-
-def _where() -> str:
-    """The line of the program that called the operator that is being lowered."""
-    trace = (V.graph.current_node.meta.get("stack_trace") or "") if V.graph.current_node is not None else ""
-    lines = [line.strip() for line in trace.strip().splitlines()]
-    places = [index for index, line in enumerate(lines) if line.startswith("File ")]
-    return ": ".join(lines[places[-1] : places[-1] + 2]) if places else ""
-
-
 def _kernel(op: OpOverload, *args: Any) -> tuple[Any, Any]:
     """Call one of our operators in the graph; the node that calls it, and what it returns."""
     made = ir.FallbackKernel.create(op, *args)
@@ -303,100 +249,3 @@ def _call_as(kernel: Any, function: str, name: str | None, arguments: Callable[[
         wrapper.writeline(f"{returns}{target}({args})")
 
     kernel.codegen = codegen
-
-
-# The results of a graph.
-
-
-def output(values: Sequence[Any]) -> list[Any]:
-    """What a graph returns, copied where it lies in a persistent buffer, which the next call overwrites."""
-    return [_escaped(each) if isinstance(each, ir.TensorBox | ir.BaseView) else each for each in values]
-
-
-def _escaped(value: Any) -> Any:
-    buffer = root_of(value)
-    if not _is_persistent(buffer):
-        return value
-    spec = buffer.get_output_spec()
-    if isinstance(spec, SymmetricLayout) and _is_allocated_anew(buffer, spec):
-        spec.escape(buffer.get_name())
-        # As a view: Inductor copies what it takes for one of its own persistent buffers.
-        made = ir.FixedLayout(value.get_device(), value.get_dtype(), value.get_size(), value.get_stride())
-        made.offset = value.get_layout().offset
-        return ir.TensorBox(ir.ReinterpretView(data=ir.StorageBox(buffer), layout=made))
-    return ir.ExternKernel.require_exact_strides(ir.ExternKernel.copy_input(value), value.get_stride())
-
-
-def _is_allocated_anew(buffer: Any, spec: SymmetricLayout) -> bool:
-    """Whether to allocate a buffer that is returned at each call, instead of copying it: that takes time of its own."""
-    nbytes = nbytes_of([spec.storage_size()], buffer.get_dtype())
-    return spec.backend is None and nbytes is not None and nbytes >= ANEW and not layout.keeps(buffer.get_device())
-
-
-def _is_persistent(buffer: Any) -> bool:
-    """Whether a buffer is one of the persistent ones, or an operator's view of one."""
-    if not isinstance(buffer, ir.Buffer):
-        return False
-    if isinstance(buffer.get_output_spec(), SymmetricLayout):
-        return True
-    aliased = buffer.get_inputs_that_alias_output()
-    return any(_is_persistent(root_of(V.graph.get_buffer(name))) for name in aliased if name in V.graph.name_to_buffer)
-
-
-# Producers.
-
-
-def fed(node: torch.fx.Node) -> str | None:
-    """The group of the first operator with registered arguments that takes what a node makes, or a view of it."""
-    seen, todo = set(), [node]
-    while todo:
-        for user in todo.pop().users:
-            if user in seen or not isinstance(user.target, OpOverload):
-                continue
-            seen.add(user)
-            known = lookup(original_of(user.target))
-            if known is not None and not known.one_sided:
-                return name_of(known.group_of(user.args, user.kwargs))
-            if user.target.is_view:
-                todo.append(user)
-    return None
-
-
-def producer(op: OpOverload, group: str | None) -> Callable[..., Any] | None:
-    """The lowering of an operator that makes its own result, of which Inductor then allocates the memory.
-
-    Args:
-        op: The operator.
-        group: Of the operator with registered arguments that takes the result; None if none does.
-
-    Returns:
-        By its variant with ``out=``, if it has one; else within :func:`symmem.use_symmetric_memory`, where copying the
-        result takes longer than that; else None.
-    """
-    if V.graph.cpp_wrapper:
-        return None
-    if (out := out_variant(op)) is not None:
-        return lambda *args, **kwargs: OutCall.make(op, out, args, kwargs)
-    made = V.graph.current_node.meta.get("val")
-    if group is None or inductor.triton.cudagraphs or not isinstance(made, torch.Tensor):
-        return None
-    if (nbytes_of(convert_shape_to_inductor(made.shape), made.dtype) or 0) < WITHIN or (
-        made.device.type != "cuda" and WITHIN
-    ):
-        return None  # on the CPU its result would be copied as well
-
-    def lowered(*args: Any, **kwargs: Any) -> Any:
-        known = layout.state() or layout.start(uuid.uuid4().hex[:12])
-        fallback: Any = fallback_handler
-        result = fallback(op, add_to_fallback_set=False)(*args, **kwargs)
-        kernel: Any = V.graph.operations[-1]
-        kernel = kernel.inputs[0] if isinstance(kernel, ir.MultiOutput) else kernel
-
-        def codegen(wrapper: Any) -> None:
-            kernel.python_kernel_name = f"{layout.emit_header(known.name)}().within({group!r}, torch.ops.{op})"
-            type(kernel).codegen(kernel, wrapper)
-
-        kernel.codegen, kernel.symmem_within = codegen, True
-        return result
-
-    return lowered

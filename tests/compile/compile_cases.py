@@ -254,8 +254,8 @@ def case_fallback_producers() -> None:
 
 def case_producer_within() -> None:
     """A custom operator with no ``out`` variant runs within use_symmetric_memory, where that is worth its time (E2)."""
-    name, lowering = group(), importlib.import_module("symmem.compile.lowering")
-    known, lowering.WITHIN = lowering.WITHIN, 0  # type: ignore[attr-defined]
+    name, producers = group(), importlib.import_module("symmem.compile.producers")
+    known, producers.WITHIN = producers.WITHIN, 0  # type: ignore[attr-defined]
     try:
         with torch._inductor.config.patch(force_disable_caches=True):
             report = check(
@@ -264,7 +264,7 @@ def case_producer_within() -> None:
                 lambda x: summed(x * 2),
             )
     finally:
-        lowering.WITHIN = known  # type: ignore[attr-defined]
+        producers.WITHIN = known  # type: ignore[attr-defined]
     assert outcomes(report) == [ALREADY]
     assert "runs within use_symmetric_memory" in report.graphs[0].decisions[0].why
 

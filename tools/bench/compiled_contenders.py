@@ -36,8 +36,8 @@ def attempted(name: str, make: Callable[[], Compiled]) -> Compiled | None:
         failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         if torch.cuda.is_available():
             reset_cudagraph_trees()  # a failure amid a warm-up leaves them in a state that fails for all
-    failures: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
+    with symmem.resolve_group().collective(name) as collective:
+        failures = [each.payload.decode() for each in collective.exchange("whether it compiles", failure.encode())]
     if any(failures):
         log.warning("%s is left out: %s", name, next(filter(None, failures)))
         return None
