@@ -63,6 +63,6 @@ for version in "${versions[@]}"; do
         failed=1
     PYTHONPATH=$work/site "$python" scripts/matrix.py facts >"$work/$version.json"
 done
-.venv/bin/python scripts/matrix.py report "$work" "${TESTS[*]} $*" >docs/validation/torch-matrix.md
+.venv/bin/python scripts/matrix.py report "$work" "${TESTS[*]}${*:+ ${*@Q}}" >docs/validation/torch-matrix.md
 say "See docs/validation/torch-matrix.md."
 exit "$failed"
