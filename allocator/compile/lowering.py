@@ -25,8 +25,9 @@ from torch._ops import OpOverload
 from symmem.compile import layout, runtime  # noqa: F401  # the latter defines operators
 from symmem.compile.layout import State, SymmetricLayout, can_place, nbytes_of, root_of
 from symmem.compile.outs import OutCall, out_variant
-from symmem.compile.reasons import producer_name, reason, where
+from symmem.compile.reasons import is_within, producer_name, reason, where
 from symmem.compile.report import PLACED, Decision
+from symmem.errors import UnsupportedError
 from symmem.ops.built_in import NAMESPACE
 from symmem.ops.described import Registration
 from symmem.ops.engines import name_of
@@ -78,6 +79,7 @@ class _Call:
         self._state: State = layout.state() or layout.start(uuid.uuid4().hex[:12])
         self._placed: list[ir.TensorBox] = []
         self._back: list[tuple[ir.TensorBox, ir.TensorBox]] = []
+        self._views: dict[Any, tuple[Any, Any, str]] = {}  # of what is looked after: buffer, view and argument
 
     def place(self) -> tuple[list[Any], dict[str, Any]]:
         """The arguments of the call, those that are registered in symmetric memory."""
@@ -126,11 +128,15 @@ class _Call:
     def _looked_after(self, x: Any, buffer: Any, place: str) -> Any:
         """What is decided at run time: see :meth:`symmem.compile.runtime.Graph.place`."""
         name = buffer.get_name() if isinstance(buffer, ir.Buffer) else x.get_name()
-        way = "strict" if self._known.one_sided else "own" if _is_produced(buffer) else "agree"
+        way = _way(buffer, self._known.one_sided)
         seen = tuple(x.get_size()), tuple(x.get_stride()), x.get_layout().offset, x.get_dtype()
         key = (V.graph, name, *seen, self._group, self._backend, way)
-        memo = self._state.memo.get(key)
-        if memo is not None and name not in V.graph.mutated_buffers:
+        if self._known.mutated and key not in self._views:
+            self._check_apart(x, buffer, place)
+        known, memo = key in self._views, self._state.memo.get(key)
+        self._views[key] = buffer, x, place
+        # Within a call, an argument that is passed twice is one, whatever was written to it before.
+        if memo is not None and (known or name not in V.graph.mutated_buffers):
             self._note(x, memo[0], place, memo[1], "the same as for another operator of this graph")
             return memo[0]
         state, index, keep = self._state, self._state.next_index(), layout.keeps(x.get_device())
@@ -138,12 +144,28 @@ class _Call:
         kernel, placed = _kernel(
             OPS._place.default, x, state.name, index, self._group, self._backend, way, keep, described
         )
-        kernel.symmem_apart = way != "own"  # where it lies may change: CUDA graphs are captured without it
+        # Where it lies may change: CUDA graphs are captured without the look.
+        kernel.symmem_apart = way in ("agree", "strict")
         _call_as(kernel, "place", state.name, lambda args: f"{index}, {args[0]}, {', '.join(args[3:])}")
         outcome, why, advice = reason(buffer, x, self._known.one_sided)
         self._note(x, placed, place, outcome, why, advice)
         state.memo[key] = placed, outcome
         return placed
+
+    def _check_apart(self, x: Any, buffer: Any, place: str) -> None:
+        """Raise if an argument shares memory with another one of the call: one of them would be written to a copy.
+
+        Raises:
+            UnsupportedError: It does, as far as is known when it is compiled.
+        """
+        for other, view, name in self._views.values():
+            if other is buffer and _overlap(x, view):
+                raise UnsupportedError(
+                    f"{self._known.op} writes to arguments, and {name!r} and {place!r} share memory that is not "
+                    "symmetric: each would be copied",
+                    hint="pass a tensor in symmetric memory, or one that the compiled function makes",
+                    step=self._known.op,
+                )
 
     def _note(self, x: ir.TensorBox, buffer: Any, place: str, outcome: str, why: str, advice: str = "") -> None:
         nbytes = nbytes_of(x.get_size(), x.get_dtype())
@@ -219,9 +241,28 @@ def _is_dense(x: ir.TensorBox) -> bool:
     return True
 
 
-def _is_produced(buffer: Any) -> bool:
-    """Whether a value comes from an operator of this graph, and not from outside of it."""
-    return not isinstance(buffer, ir.InputBuffer | ir.TorchBindObject)
+def _way(buffer: Any, one_sided: bool) -> str:
+    """How the runtime looks after an argument: see :meth:`symmem.compile.runtime.Graph.place`."""
+    if one_sided:
+        return "strict"
+    if is_within(buffer):
+        return "own"
+    # An operator may hand on an input, as a view; what else it returns lies where it likes, on each rank for itself.
+    outside = isinstance(buffer, ir.InputBuffer | ir.TorchBindObject) or buffer.get_inputs_that_alias_output()
+    return "agree" if outside else "copy"
+
+
+def _overlap(x: Any, y: Any) -> bool:
+    """Whether two views of a buffer may have an element in common."""
+    spans = []
+    for each in (x, y):
+        begin, extent = each.get_layout().offset, 1
+        for size, stride in zip(each.get_size(), each.get_stride(), strict=True):
+            extent = extent + (size - 1) * stride
+        spans.append((begin, begin + extent))
+    (begin, end), (other_begin, other_end) = spans
+    apart = V.graph.sizevars.statically_known_leq
+    return not (apart(end, other_begin) or apart(other_end, begin))
 
 
 def _kernel(op: OpOverload, *args: Any) -> tuple[Any, Any]:

@@ -43,6 +43,12 @@ def fed(node: torch.fx.Node) -> str | None:
     return None
 
 
+def _pays(made: torch.Tensor) -> bool:
+    """Whether it takes less time to make a tensor within ``use_symmetric_memory``, which on the CPU copies it too."""
+    nbytes = nbytes_of(convert_shape_to_inductor(made.shape), made.dtype) or 0
+    return made.device.type == "cuda" and nbytes >= WITHIN
+
+
 def producer(op: OpOverload, group: str | None) -> Callable[..., Any] | None:
     """The lowering of an operator that makes its own result, of which Inductor then allocates the memory.
 
@@ -61,10 +67,8 @@ def producer(op: OpOverload, group: str | None) -> Callable[..., Any] | None:
     made = V.graph.current_node.meta.get("val")
     if group is None or inductor.triton.cudagraphs or not isinstance(made, torch.Tensor):
         return None
-    if (nbytes_of(convert_shape_to_inductor(made.shape), made.dtype) or 0) < WITHIN or (
-        made.device.type != "cuda" and WITHIN
-    ):
-        return None  # on the CPU its result would be copied as well
+    if not _pays(made):
+        return None
 
     def lowered(*args: Any, **kwargs: Any) -> Any:
         known = layout.state() or layout.start(uuid.uuid4().hex[:12])

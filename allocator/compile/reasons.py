@@ -11,7 +11,12 @@ from torch._inductor.virtualized import V
 from symmem.compile.layout import SymmetricLayout
 from symmem.compile.report import ALREADY, COPIED
 
-__all__ = ["producer_name", "reason", "where"]
+__all__ = ["is_within", "producer_name", "reason", "where"]
+
+
+def is_within(buffer: Any) -> bool:
+    """Whether the operator that makes a buffer runs within :func:`symmem.use_symmetric_memory`."""
+    return any(getattr(each, "symmem_within", False) for each in (buffer, *getattr(buffer, "inputs", ())))
 
 
 def producer_name(buffer: Any) -> str:
@@ -41,8 +46,10 @@ def reason(buffer: Any, x: ir.TensorBox, one_sided: bool) -> tuple[str, str, str
     if inductor.memory_planning:
         return COPIED, "memory_planning puts buffers into pools of its own", "switch it off"
     name = producer_name(buffer)
-    if any(getattr(each, "symmem_within", False) for each in (buffer, *getattr(buffer, "inputs", ()))):
+    if is_within(buffer):
         return ALREADY, f"the operator that makes it ({name}) runs within use_symmetric_memory", ""
+    if buffer.get_inputs_that_alias_output():
+        return ALREADY, f"a view that Inductor calls as an operator ({name}): looked at when it runs", allocate
     if isinstance(buffer, ir.MultiTemplateBuffer):
         why = f"{name} is chosen among several kernels, some of which allocate their own result"
         return COPIED, why, "compile without max_autotune"

@@ -175,7 +175,7 @@ def _bytes(nbytes: int | None) -> str:
     return f"{nbytes} B"
 
 
-_GRAPH = re.compile(r"""\breference\('(\w+)'\)|\bsymmem graph: (\w+)""")
+_GRAPH = re.compile(r"^symmem_(\w+) = symmem\.compile\.runtime\.reference\(", re.MULTILINE)
 _DECISION = re.compile(rf"^(?:#|//) {re.escape(MARK)}(.*)$", re.MULTILINE)
 _TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _ALLOCATED = re.compile(rf"^\s*(\w+) = symmem_\w+\(\)\.(?:buffer|fresh)\([^'\"]*{_TEXT}, \(({_TEXT}),", re.MULTILINE)
@@ -184,7 +184,7 @@ _REUSED = re.compile(r"^\s*(\w+) = (?:reinterpret_tensor\()?(\w+)\b[^#\n]*;[^#\n
 
 def names_in(source: str) -> list[str]:
     """The graphs that generated code refers to."""
-    return sorted({first or second for first, second in _GRAPH.findall(source)})
+    return sorted(set(_GRAPH.findall(source)))
 
 
 def reports_of(source: str) -> list[GraphReport]:

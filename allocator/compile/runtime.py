@@ -229,7 +229,8 @@ class Graph:
             group: Name of the operator's group.
             backend: See :meth:`buffer`.
             way: ``"agree"``: the ranks compare; ``"own"``: what lies in symmetric memory is taken as it is, for it
-                comes from an allocation that all ranks make alike; ``"strict"``: as that, and plain memory is an error.
+                comes from an allocation that all ranks make alike; ``"strict"``: as that, and plain memory is an error;
+                ``"copy"``: it is copied, wherever it lies.
             keep: See :meth:`buffer`.
             op: The operator and the argument, for messages.
 
@@ -245,7 +246,7 @@ class Graph:
                 known = self._inputs[index] = _Input(group_named(group))
             if not known.copying and (known.holds(x.data_ptr()) or known.agree(x, group_named(group), op)):
                 return x
-        elif _block_of(x, group_named(group)) is not None:
+        elif way != "copy" and _block_of(x, group_named(group)) is not None:
             return x
         if way == "strict":
             raise NotSymmetricError(

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from symmem.ops.described import Registration
-from symmem.ops.registry import FROM_SCHEMA, register_symm_mem_args, registration, unregister
+from symmem.ops.registry import FROM_SCHEMA, enter, register_symm_mem_args, registration, restore
 from symmem.ops.schema import OpLike
 
 __all__ = ["specify_symmetric_memory"]
@@ -47,18 +47,13 @@ class specify_symmetric_memory:
         )
 
     def __enter__(self) -> Registration:
+        if registration(self._made.op) is not self._made:  # it was entered and left before
+            self._before = registration(self._made.op)
+            enter(self._made, replace=True)
         return self._made
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Any:
-        unregister(self._made.op)
-        before = self._before
-        if before is not None:
-            register_symm_mem_args(
-                before.op,
-                before.args,
-                group_arg=before.group_arg,
-                exit_barrier=before.exit_barrier,
-                one_sided=before.one_sided,
-            )
+        if registration(self._made.op) is self._made:  # else somebody else has said otherwise meanwhile
+            restore(self._made, self._before)

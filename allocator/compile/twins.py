@@ -7,6 +7,7 @@ called, and the argument itself is what is returned. Callers see the operator as
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ __all__ = ["original_of", "prepare"]
 _LIBRARY: Any = torch.library.Library("symmem_twins", "FRAGMENT")  # type: ignore[no-untyped-call]  # so are its methods
 _BUILT_IN: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _of_twins: dict[OpOverload, OpOverload] = {}
-_prepared: dict[str, Any] = {}
+_prepared: dict[str, OpOverload] = {}
+_numbers = itertools.count()
 
 
 def original_of(op: OpOverload) -> OpOverload:
@@ -30,10 +32,9 @@ def original_of(op: OpOverload) -> OpOverload:
 
 def prepare(op: OpOverload) -> None:
     """Let torch.compile trace an operator with registered arguments; nothing where it can already."""
-    schema = str(op._schema)
-    if _prepared.get(op._name) == schema:
+    if _prepared.get(op._name) is op:  # another op of this name may have been defined in the meantime
         return
-    _prepared[op._name] = schema
+    _prepared[op._name] = op
     if op.namespace == NAMESPACE:
         _give_fake(op)
     if _returned(op) is not None and not _is_functionalized(op):
@@ -77,7 +78,7 @@ def _give_fake(op: OpOverload) -> None:
 
 
 def _give_twin(op: OpOverload) -> None:
-    name = op._name.replace("::", "__").replace(".", "__")
+    name = f"{op._opname}_{next(_numbers)}"
     arguments = str(op._schema).partition("(")[2].rpartition(") -> ")[0]
     _LIBRARY.define(f"{name}({arguments}) -> ()")
 

@@ -315,6 +315,19 @@ def unregister(op: OpLike) -> Registration:
         return known
 
 
+def restore(made: Registration, before: Registration | None) -> None:
+    """Put back what was registered before ``made``, as it was: nothing, or what ``lookup`` gave then."""
+    with _lock:
+        _entries.pop(made.op, None)
+        upstream.remove(made.op)
+        if before is not None:
+            if before.source != UPSTREAM:
+                _entries[before.op] = before
+            if before.source != BUILT_IN:
+                upstream.put(before.op, before.args)
+        _changed(made.op)
+
+
 def withdraw(made: Registration) -> None:
     """Remove a registration if it still holds; the op may be gone."""
     with _lock:

@@ -103,6 +103,20 @@ define(
     ["x"],
     one_sided=True,
 )
+
+
+def bump(x: torch.Tensor) -> None:
+    x.add_(1)
+
+
+def both(x: torch.Tensor, y: torch.Tensor, group: str) -> None:
+    handle_of(x), handle_of(y)
+    x.add_(1)
+    y.add_(1)
+
+
+define("pair_plus_(Tensor(a!) x, Tensor(b!) y, str group_name) -> ()", both, lambda x, y, g: None, ["x", "y"])
+define("plus_one_(Tensor(a!) x) -> ()", bump, lambda x: None, [])
 define("opaque(Tensor x) -> Tensor", lambda x: x * 2, lambda x: torch.empty_like(x), [])
 define("scaled(Tensor x, float by) -> Tensor", lambda x, by: x * by, lambda x, by: torch.empty_like(x), [])
 LIB.define("scaled.out(Tensor x, float by, *, Tensor(a!) out) -> Tensor(a!)")
@@ -255,7 +269,7 @@ def case_fallback_producers() -> None:
 def case_producer_within() -> None:
     """A custom operator with no ``out`` variant runs within use_symmetric_memory, where that is worth its time (E2)."""
     name, producers = group(), importlib.import_module("symmem.compile.producers")
-    known, producers.WITHIN = producers.WITHIN, 0  # type: ignore[attr-defined]
+    known, producers._pays = producers._pays, lambda made: True  # type: ignore[attr-defined]
     try:
         with torch._inductor.config.patch(force_disable_caches=True):
             report = check(
@@ -264,7 +278,7 @@ def case_producer_within() -> None:
                 lambda x: summed(x * 2),
             )
     finally:
-        producers.WITHIN = known  # type: ignore[attr-defined]
+        producers._pays = known  # type: ignore[attr-defined]
     assert outcomes(report) == [ALREADY]
     assert "runs within use_symmetric_memory" in report.graphs[0].decisions[0].why
 
@@ -574,6 +588,72 @@ def case_nothing_registered() -> None:
     assert "no compiled graph" in str(report)
 
 
+def case_views_by_an_operator() -> None:
+    """An input that comes through an operator is compared as well: the ranks pass different pieces (G2)."""
+    name = group()
+    torch._dynamo.reset()
+    both = symmem.allocate((8, 6), dtype=torch.int32).tensor
+    mine = both[:4] if dist.get_rank() == 0 else both[4:]
+    run = compiled(lambda x: ct.total(x.view(torch.uint8), name))
+    for step in range(2):
+        x = torch.full((4, 6), 7 * (dist.get_rank() + 1) + step, dtype=torch.int32, device=device())
+        assert torch.equal(run(mine.copy_(x)).view(torch.int32), summed(x))
+
+
+def case_one_tensor_written_to_twice() -> None:
+    """One tensor as two arguments that are written to is one copy; views that overlap are refused by name (C1)."""
+    name = group()
+
+    def f(x: torch.Tensor) -> None:
+        ct.plus_one_(x)
+        ct.pair_plus_(x, x, name)
+
+    torch._dynamo.reset()
+    x = torch.ones(8, device=device())
+    compiled(f)(x)
+    assert x.eq(4).all()
+    compiled(lambda x: ct.pair_plus_(x[:4], x[4:], name))(x)
+    assert x.eq(5).all()
+    with pytest.raises(Exception, match="ct::pair_plus_ writes to arguments, and 'x' and 'y' share memory"):
+        compiled(lambda x: ct.pair_plus_(x[:5], x[3:], name))(x)
+
+
+def case_explained_often() -> None:
+    """Dynamo compiles a piece of code but a few times: explaining does not use that up."""
+    name = group()
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return ct.total(x @ x, name)
+
+    torch._dynamo.reset()
+    x = values(4, 4)
+    for _ in range(10):
+        assert len(symmem.compile.explain(f, x).graphs) == 1
+    torch.testing.assert_close(compiled(f)(x), summed(x @ x))
+
+
+def case_operators_defined_anew() -> None:
+    """As in a notebook; and names that are alike but for where the namespace ends."""
+    name = group()
+    for by in (1, 2):
+        lib = symmem.ops.Library("again", "DEF")
+        lib.define(f"plus_(symm Tensor(a!) x, str group_name, int by={by}) -> Tensor(a!)")
+        lib.impl("plus_", lambda x, g, by=by: handle_of(x).tensor.add_(by), "CompositeExplicitAutograd")
+        torch.library.register_fake("again::plus_", lambda x, g, by=1: x, lib=lib)
+        torch._dynamo.reset()
+        x = values(3)
+        wanted = x + by
+        compiled(lambda x: torch.ops.again.plus_(x, name))(x)
+        torch.testing.assert_close(x, wanted)
+        lib._destroy()
+    libs = []
+    for namespace, op in (("ra", "b__f_"), ("ra__b", "f_")):
+        libs.append(symmem.ops.Library(namespace, "DEF"))
+        libs[-1].define(f"{op}(symm Tensor(a!) x, str group_name) -> Tensor(a!)")
+    for lib in libs:
+        lib._destroy()
+
+
 # Switching, and saying what is to be placed (E4).
 
 
@@ -618,9 +698,18 @@ def case_registry_changes() -> None:
         assert not symmem.ops.registration("ct::late").exit_barrier
         assert run(x).eq(1).all()
     assert run(x).eq(0).all()
-    symmem.compile.specify_symmetric_memory("ct::late", "x")
+    said = symmem.compile.specify_symmetric_memory("ct::late", "x")
     assert run(x).eq(1).all()
-    symmem.ops.unregister("ct::late")
+    with said:
+        pass
+    with said:
+        assert run(x).eq(1).all()
+        symmem.ops.unregister("ct::late")
+    assert symmem.ops.registration("ct::late") is None
+    built_in = symmem.ops.registration("symm_mem::one_shot_all_reduce")
+    with symmem.compile.specify_symmetric_memory("symm_mem::one_shot_all_reduce", "input"):
+        pass
+    assert symmem.ops.registration("symm_mem::one_shot_all_reduce") is built_in
 
 
 def case_explain() -> None:
