@@ -5,8 +5,9 @@
     version: 1
     rows:
       - {operation: all_reduce, world: 2, nbytes: 256KiB, kernel: one_shot, threads: 128, blocks: 128}
-      - {operation: all_reduce, world: 2, kernel: direct, threads: 256, blocks: 128, symmetric: yes}
-      - {operation: all_reduce, world: 2, kernel: two_shot, threads: 512, blocks: 128}
+      - {operation: all_reduce, world: 2, kernel: two_shot, threads: 512, blocks: 256}
+      - {operation: move, world: 2, kernel: put, threads: 512, blocks: 128}
+      - {operation: move, world: 2, kernel: pull, threads: 512, blocks: 64}
 
 The rows of one operation and number of ranks take the place of all that symmem has for them; of the others nothing
 changes. The first that fits counts, so they come in the order of their bytes, and the last is for any number of them.
@@ -26,7 +27,17 @@ from symmem.config.values import InvalidValue, Kind, advise, shown
 from symmem.config.yaml_nodes import NodeReader, Pairs, read_text
 from symmem.errors import ConfigError
 
-__all__ = ["ALGORITHMS", "BUILT_IN", "KERNELS", "MOST_BLOCKS", "Row", "Rows", "parse_algorithms", "read_algorithms"]
+__all__ = [
+    "ALGORITHMS",
+    "BUILT_IN",
+    "KERNELS",
+    "MOST_BLOCKS",
+    "SYMMETRIC_ONLY",
+    "Row",
+    "Rows",
+    "parse_algorithms",
+    "read_algorithms",
+]
 
 T = TypeVar("T")
 
@@ -34,23 +45,24 @@ BUILT_IN = "built-in"
 """The value that means: the table that symmem brings."""
 
 KERNELS: Mapping[str, tuple[str, ...]] = {
-    "all_reduce": ("one_shot", "two_shot", "direct"),
+    "all_reduce": ("one_shot", "two_shot"),
     "reduce_scatter": ("reduce_scatter",),
-    "move": ("exchange", "pull"),
+    "move": ("exchange", "pull", "put"),
 }
 """Operations, and the kernels that each can run by; ``move`` is all that only moves bytes."""
 
 MOST_BLOCKS = 256
 """Of any kernel."""
 
-_SYMMETRIC_ONLY = ("direct",)
+SYMMETRIC_ONLY = ("put",)
+"""Kernels that store into all ranks' results where they lie, which is in symmetric memory."""
 _THREADS = (64, 512)  # at least one for each rank; at most what the kernels are compiled for
 _WORLD = (2, 64)
 _NAP = (0, 1_000_000)
-_YES = ("yes", "true")
+_ONLY = ", ".join(map(repr, SYMMETRIC_ONLY))
 _VERSION = "1"
 _PLAN = "let `symmem tune` write one, and see docs/configuration.md"
-_KEYS = ("operation", "world", "nbytes", "kernel", "threads", "blocks", "symmetric", "nap")
+_KEYS = ("operation", "world", "nbytes", "kernel", "threads", "blocks", "nap")
 _NEEDED = ("operation", "world", "kernel", "threads", "blocks")
 
 
@@ -63,7 +75,6 @@ class Row(NamedTuple):
         kernel: Name of the kernel.
         threads: In a block.
         blocks: At most.
-        symmetric: Whether it is only for tensors that lie in symmetric memory, all of them.
         nap: Nanoseconds between two looks of a thread at a landing zone.
     """
 
@@ -72,8 +83,12 @@ class Row(NamedTuple):
     kernel: str
     threads: int
     blocks: int
-    symmetric: bool = False
     nap: int = 0
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether it is only for results in symmetric memory."""
+        return self.kernel in SYMMETRIC_ONLY
 
 
 Rows = Mapping[tuple[str, int], tuple[Row, ...]]
@@ -120,7 +135,7 @@ class _Reader(NodeReader):
                 path, node = last[operation, world]
                 beyond = "" if rows[-1].nbytes is None else f" of more than {SIZE.format(rows[-1].nbytes)}"
                 what = f"a gap behind it: no row is for any {operation} of {world} ranks{beyond}"
-                self.fail(node, path, what, "end with a row that has neither 'nbytes' nor 'symmetric'")
+                self.fail(node, path, what, f"end with a row without 'nbytes', whose kernel is not {_ONLY}")
         return {key: tuple(rows) for key, rows in tables.items()}
 
     def _check_order(self, path: str, node: yaml.Node, before: Row, row: Row) -> None:
@@ -128,7 +143,7 @@ class _Reader(NodeReader):
         grows = before.nbytes is not None and (row.nbytes is None or row.nbytes > before.nbytes)
         if not grows and not (before.symmetric and not row.symmetric and row.nbytes == before.nbytes):
             what = "it never counts: the row before is for as many bytes or more"
-            self.fail(node, path, what, "order the rows by their bytes; of the same bytes, symmetric first")
+            self.fail(node, path, what, f"order the rows by their bytes; of the same bytes, {_ONLY} first")
 
     def _row(self, path: str, node: yaml.Node) -> tuple[str, Row]:
         pairs = self.mapping(node, path, _KEYS)
@@ -137,16 +152,12 @@ class _Reader(NodeReader):
                 self.fail(node, path, f"the key {key!r} is missing", f"each row has {', '.join(_NEEDED)}")
         operation = self._word(pairs, path, "operation", tuple(KERNELS))
         kernel = self._word(pairs, path, "kernel", KERNELS[operation])
-        symmetric = "symmetric" in pairs and self._word(pairs, path, "symmetric", (*_YES, "no", "false")) in _YES
-        if kernel in _SYMMETRIC_ONLY and not symmetric:
-            what = f"the kernel {kernel!r} works on symmetric memory only"
-            self.fail(node, path, what, "write symmetric: yes, and a row for other memory behind it")
         nap = self._number(pairs, path, "nap", _NAP) if "nap" in pairs else 0
         nbytes: int | None = self._parsed(pairs, path, "nbytes", SIZE.parse) if "nbytes" in pairs else None
         threads = self._number(pairs, path, "threads", _THREADS, multiple=32)
         blocks = self._number(pairs, path, "blocks", (1, MOST_BLOCKS))
         world = self._number(pairs, path, "world", _WORLD)
-        return operation, Row(world, nbytes, kernel, threads, blocks, symmetric, nap)
+        return operation, Row(world, nbytes, kernel, threads, blocks, nap)
 
     def _word(self, pairs: Pairs, path: str, key: str, choices: tuple[str, ...]) -> str:
         def parse(items: Any) -> str:

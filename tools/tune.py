@@ -1,6 +1,7 @@
 """``symmem tune``: measures the kernels of the collective operations on this machine, and writes a table of algorithms.
 
-Each is measured within a CUDA graph of many calls, on zeros of bfloat16; all-reduces in symmetric memory, in place.
+Each is measured within a CUDA graph of many calls, on zeros of bfloat16; what a kernel
+can use in place is in symmetric memory.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def call_of(engine: Engine, operation: str, symmetric: torch.Tensor, other: torc
         return partial(engine.all_reduce, symmetric[0], symmetric[0], "sum")
     if operation == "reduce_scatter":
         return partial(engine.reduce_scatter, symmetric, other[0], "sum")
-    return partial(engine.all_gather, symmetric[0], other)
+    return partial(engine.all_gather, other[0], symmetric)
 
 
 def _measured(operation: str, nbytes: int, rows: Sequence[Row]) -> list[float]:

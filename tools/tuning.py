@@ -24,12 +24,15 @@ _HOPELESS = 3.0  # what needs so many times the best, and falls behind as bytes 
 
 _TRIED: Mapping[str, Sequence[tuple[str, Sequence[int], Sequence[int]]]] = {
     "all_reduce": (
-        ("one_shot", (128, 256, 512), (64, 128)),
-        ("two_shot", (128, 256, 512), (64, 128)),
-        ("direct", (256, 512), (32, 64, 128)),
+        ("one_shot", (128, 256, 512), (64, 128, 256)),
+        ("two_shot", (128, 256, 512), (64, 128, 256)),
     ),
-    "reduce_scatter": (("reduce_scatter", (128, 256, 512), (64, 128)),),
-    "move": (("exchange", (128, 256, 512), (64, 128)), ("pull", (256, 512), (32, 64, 128))),
+    "reduce_scatter": (("reduce_scatter", (128, 256, 512), (64, 128, 256)),),
+    "move": (
+        ("exchange", (128, 256, 512), (64, 128)),
+        ("pull", (256, 512), (32, 64, 128)),
+        ("put", (256, 512), (64, 128)),
+    ),
 }
 """Kernels, threads and blocks to try, by operation."""
 
@@ -47,7 +50,7 @@ class Change(NamedTuple):
 def candidates(operation: str, world: int) -> list[Row]:
     """All rows that are worth a try."""
     return [
-        Row(world, None, kernel, threads, blocks, symmetric=kernel == "direct")
+        Row(world, None, kernel, threads, blocks)
         for kernel, *sizes in _TRIED[operation]
         for threads, blocks in itertools.product(*sizes)
     ]
@@ -168,8 +171,6 @@ def _written(operation: str, row: Row) -> str:
     if row.nbytes is not None:
         pairs["nbytes"] = SIZE.format(row.nbytes)
     pairs |= {"kernel": row.kernel, "threads": row.threads, "blocks": row.blocks}
-    if row.symmetric:
-        pairs["symmetric"] = "yes"
     if row.nap:
         pairs["nap"] = row.nap
     return ", ".join(f"{key}: {value}" for key, value in pairs.items())

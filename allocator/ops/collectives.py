@@ -32,10 +32,11 @@ PeerLostError.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -64,6 +65,9 @@ _REDUCED = {
 
 Shape = Sequence[int]  # or symbolic integers
 
+_STRIDED = torch.strided
+_REDUCTION = "str reduction"
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -73,24 +77,24 @@ class Kind:
         name: Of the operator, and of the engine's method.
         option: The one argument between tensor and group, as the schema declares it; may be empty.
         shape: The result's, of the shape of ``x`` and the number of ranks.
-        in_place: Does it in the memory of ``x``: engine, group, a contiguous tensor, and options.
+        in_place: Does it in the memory of ``x``: engine, group, a contiguous tensor, and options. None where the
+            engine can: where ``out`` may be ``x`` itself.
         rows: Whether ``x`` has a row for each rank; in place, whether it has.
-        same: Whether ``out`` may be ``x`` itself.
     """
 
     name: str
     option: str
     shape: Callable[[Shape, int], Shape]
-    in_place: Callable[..., None]
+    in_place: Callable[..., None] | None
     rows: tuple[bool, bool]
-    same: bool = False
 
     def check(self, x: torch.Tensor, options: Sequence[Any], world: int, in_place: bool = False) -> None:
         """Raise unless a call is sound, as far as that shows without looking at memory."""
-        if x.layout != torch.strided:
+        if x.layout is not _STRIDED:
             raise InvalidArgumentError(f"x must be a dense tensor, not {x.layout}")
-        if self.option == "str reduction":
-            _check_reduction(x.dtype, options[0])
+        if self.option == _REDUCTION:
+            if (x.dtype, options[0]) not in _REDUCED:
+                _refuse_reduction(x.dtype, options[0])
         elif self.option:
             _check_root(options[0], world)
         if self.rows[in_place] and (x.dim() == 0 or x.shape[0] != world):
@@ -101,33 +105,26 @@ class Kind:
 
     def check_out(self, x: torch.Tensor, out: torch.Tensor, world: int) -> None:
         """Raise unless ``out`` is of the right kind for ``x``."""
-        shape = tuple(self.shape(x.shape, world))
+        shape = x.shape if self.like_x else tuple(self.shape(x.shape, world))
         if out.shape != shape or out.dtype != x.dtype or out.device != x.device:
             text = "shape {}, dtype {}, device {}"
             wanted, given = (list(shape), x.dtype, x.device), (list(out.shape), out.dtype, out.device)
             raise InvalidArgumentError(f"out must have {text.format(*wanted)}, not {text.format(*given)}")
 
-    @property
+    @functools.cached_property
     def like_x(self) -> bool:
         """Whether the result has the shape of ``x``, so that it can take its place."""
         return self.shape is _as_x
 
     def result(self, x: torch.Tensor, world: int) -> torch.Tensor:
-        """A new tensor for the result."""
-        if self.like_x:  # which is quicker than by the shape
-            return torch.empty_like(x, memory_format=torch.contiguous_format)
-        return x.new_empty(self.shape(x.shape, world))
-
-    def run(self, engine: Engine, x: torch.Tensor, out: torch.Tensor, options: Sequence[Any]) -> None:
-        """Do it, with contiguous tensors."""
-        getattr(engine, self.name)(x, out, *options)
+        """A new tensor for the result, where ``x`` is contiguous."""
+        return torch.empty_like(x) if self.like_x else x.new_empty(self.shape(x.shape, world))  # the former is quicker
 
 
-def _check_reduction(dtype: torch.dtype, reduction: str) -> None:
-    if (dtype, reduction) not in _REDUCED:
-        if reduction not in REDUCTIONS:
-            raise InvalidArgumentError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
-        raise InvalidArgumentError(f"there is no {reduction!r} of {dtype}", hint="convert the tensor first")
+def _refuse_reduction(dtype: torch.dtype, reduction: str) -> NoReturn:
+    if reduction not in REDUCTIONS:
+        raise InvalidArgumentError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
+    raise InvalidArgumentError(f"there is no {reduction!r} of {dtype}", hint="convert the tensor first")
 
 
 def _check_root(root: int, world: int) -> None:
@@ -136,13 +133,6 @@ def _check_root(root: int, world: int) -> None:
 
 
 # In place.
-
-
-def _same(name: str) -> Callable[..., None]:
-    def run(engine: Engine, group: Group, x: torch.Tensor, *options: Any) -> None:
-        getattr(engine, name)(x, x, *options)
-
-    return run
 
 
 def _gather(engine: Engine, group: Group, x: torch.Tensor) -> None:
@@ -166,11 +156,11 @@ def _as_x(shape: Shape, world: int) -> Shape:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("all_reduce", "str reduction", _as_x, _same("all_reduce"), (False, False), same=True),
+        Kind("all_reduce", _REDUCTION, _as_x, None, (False, False)),
         Kind("all_gather", "", lambda shape, world: [world, *shape], _gather, (False, True)),
-        Kind("reduce_scatter", "str reduction", lambda shape, world: shape[1:], _scatter, (True, True)),
+        Kind("reduce_scatter", _REDUCTION, lambda shape, world: shape[1:], _scatter, (True, True)),
         Kind("all_to_all", "", _as_x, _transpose, (True, True)),
-        Kind("broadcast", "int root", _as_x, _same("broadcast"), (False, False), same=True),
+        Kind("broadcast", "int root", _as_x, None, (False, False)),
     )
 }
 """The operations by name."""
@@ -211,10 +201,11 @@ def _check_apart(kind: Kind, x: torch.Tensor, out: torch.Tensor) -> None:
     begin, other = x.data_ptr(), out.data_ptr()
     if begin + x.nbytes <= other or other + out.nbytes <= begin or not (_is_plain(x) and _is_plain(out)):
         return
-    if not (kind.same and begin == other):
+    same = kind.in_place is None
+    if not (same and begin == other):
         raise InvalidArgumentError(
-            "x and out share memory" + (", and are not the same" if kind.same else ""),
-            hint="pass another out" + ("" if kind.same else f", or call symmem::{kind.name}_ to work in place"),
+            "x and out share memory" + (", and are not the same" if same else ""),
+            hint="pass another out" + ("" if same else f", or call symmem::{kind.name}_ to work in place"),
         )
 
 
@@ -226,8 +217,9 @@ def functional(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any]
         _refused(group, x.device, kind.name, error)
         raise
     engine = engine_for(group, x.device)
-    out = kind.result(x, group.size)
-    kind.run(engine, _plain(x), out, options)
+    source = _plain(x)
+    out = kind.result(source, group.size)
+    getattr(engine, kind.name)(source, out, *options)
     return out
 
 
@@ -236,14 +228,16 @@ def into(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any], out:
     try:
         kind.check(x, options, group.size)
         kind.check_out(x, out, group.size)
-        _check_written(out, "out")
+        plain = _is_plain(out)
+        if not plain:
+            _check_written(out, "out")
         _check_apart(kind, x, out)
     except SymmemError as error:
         _refused(group, x.device, kind.name, error)
         raise
     engine = engine_for(group, x.device)
-    target = out if _is_plain(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    kind.run(engine, _plain(x), target, options)
+    target = out if plain else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    getattr(engine, kind.name)(_plain(x), target, *options)
     if target is not out:
         out.copy_(target)
     _written(out)
@@ -253,12 +247,18 @@ def in_place(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any]) 
     """What an operator does that puts its result in the place of x."""
     try:
         kind.check(x, options, group.size, in_place=True)
-        _check_written(x, "x")
+        plain = x.is_contiguous() and not (x.is_conj() or x.is_neg())
+        if not plain:
+            _check_written(x, "x")
     except SymmemError as error:
         _refused(group, x.device, kind.name, error)
         raise
-    target = _plain(x)
-    kind.in_place(engine_for(group, x.device), group, target, *options)
+    engine = group.engines.get(x.device) or engine_for(group, x.device)
+    target = x if plain else _plain(x)
+    if kind.in_place is None:
+        getattr(engine, kind.name)(target, target, *options)
+    else:
+        kind.in_place(engine, group, target, *options)
     if target is not x:
         x.copy_(target)
     _written(x)
@@ -267,7 +267,7 @@ def in_place(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any]) 
 def _written(tensor: torch.Tensor) -> None:
     """Let autograd know, so that a backward pass that needs what was there raises."""
     if not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)
+        torch._C._increment_version((tensor,))
 
 
 # Fake kernels: the same checks, as far as nothing lies in memory.

@@ -7,9 +7,9 @@ arguments are laid out once for each dtype, size and kind, and only the addresse
 What all ranks must do alike, beside calling the same operations in the same order:
 
 * Calls of one engine on several streams must be ordered, by events; the replay of a graph counts as a call.
-* For large all-reduces of symmetric memory, a kernel works on all ranks' tensors in place. So a tensor is in symmetric
-  memory on all ranks, at the same offset, or on none. Another offset ends in a MismatchError, other memory in a
-  PeerTimeoutError.
+* Large parts that are only moved are stored into the others' results where they lie, if that is symmetric memory. So
+  the result of an all-gather, all-to-all or broadcast is in symmetric memory on all ranks, at the same offset, or on
+  none. Another offset ends in a MismatchError, other memory in a PeerTimeoutError.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from symmem.backends.cuda_signals import device_of, name_steps
 from symmem.backends.driver_errors import driver_error
 from symmem.errors import SymmemError, UnsupportedError
 from symmem.group import Group
-from symmem.live import block_at
+from symmem.live import Block, block_at
 from symmem.ops.algorithms import BLOCKS, Choice, Table, grid, table_for
 from symmem.ops.alike import compare
 from symmem.ops.cuda_kernels import OPERATORS, STEPS, TYPES, Layout
@@ -36,7 +37,7 @@ from symmem.tensor import SymmetricTensor
 
 __all__ = ["CudaEngine", "Piece", "pieces"]
 
-_LANDING = 16 << 20  # bytes, twice: what an operation can push to a rank
+_LANDING = 64 << 20  # bytes, twice: what an operation can push to a rank
 _STAGE = 8 << 20  # bytes, twice: what it can lay out
 _LARGEST_WORLD = 64  # a set of ranks is 64 bits in the kernels
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not used CUDA yet
@@ -65,7 +66,7 @@ def pieces(nbytes: int, most: int) -> list[Piece]:
 @functools.cache
 def call_type(world: int) -> type[ctypes.Structure]:
     """``struct Call`` of :data:`symmem.ops.cuda_kernels.SOURCE`."""
-    arrays = [(name, ctypes.c_uint64 * world) for name in ("areas", "sources", "outs")]
+    arrays = [(name, ctypes.c_uint64 * world) for name in ("areas", "outs")]
     names = ("source", "out", "bytes", "slice", "stride", "out_stride", "mark", "limit", "status")
     longs = [(name, ctypes.c_uint64) for name in names]
     words = [(name, ctypes.c_uint32) for name in ("step", "rank", "group", "root", "nap", "unused")]
@@ -75,11 +76,12 @@ def call_type(world: int) -> type[ctypes.Structure]:
 class _Launch:
     """A kernel with its arguments; where in the tensors it begins is added to their addresses at each launch."""
 
-    __slots__ = ("_pointers", "arguments", "blocks", "call", "function", "out", "source", "threads")
+    __slots__ = ("_pointers", "arguments", "blocks", "call", "function", "memory", "out", "source", "threads")
 
     def __init__(self, function: Any, blocks: int, threads: int, call: Any, source: int, out: int) -> None:
         self.function, self.blocks, self.threads, self.call = function, blocks, threads, call
         self.source, self.out = source, out
+        self.memory: _Memory | None = None  # whose addresses are in the call, if they are
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(call))
         self.arguments = ctypes.addressof(self._pointers)
 
@@ -110,12 +112,13 @@ class CudaEngine:
         self._workspace: SymmetricTensor | None = None
         self._areas: tuple[int, ...] = ()
         self._plans: dict[Any, list[_Launch]] = {}
+        self._memories: dict[tuple[int, int], _Memory] = {}
         self.use(table_for(self._world, group.settings.algorithms))
 
     def use(self, table: Table) -> None:
         """Choose by this table from here on; all ranks must, before the same operation. Local."""
         self.table = table
-        self._beyond = table.symmetric_beyond()  # None: nowhere
+        self._beyond = table.symmetric_beyond()
         self._plans.clear()
 
     # The operations.
@@ -123,44 +126,14 @@ class CudaEngine:
     def all_reduce(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
         """See :meth:`symmem.ops.engine.Engine.all_reduce`."""
         nbytes = source.nbytes
-        if self._beyond is not None and nbytes > self._beyond and self._world > 1:
-            memory = self._memory(source, out)
-            choice = self.table.choose(nbytes, memory is not None)
-            self.run_all_reduce(source, out, reduction, choice, memory)
-            return
         plan = self._plans.get((nbytes, source.dtype, reduction))
         if plan is None:
             if self._is_trivial(source, out, nbytes):
                 return
-            plan = self._plan_all_reduce(nbytes, source.dtype, reduction, self.table.choose(nbytes))
+            plan = self._plan_all_reduce(nbytes, source.dtype, reduction)
             self._remember((nbytes, source.dtype, reduction), plan)
-        self._run(plan, source.data_ptr(), out.data_ptr())
-
-    def run_all_reduce(
-        self,
-        source: torch.Tensor,
-        out: torch.Tensor,
-        reduction: str,
-        choice: Choice,
-        memory: _Memory | None = None,
-    ) -> None:
-        """All-reduce with a given kernel, the same on all ranks; `direct` needs both tensors in symmetric memory."""
-        nbytes = source.nbytes
-        if self._is_trivial(source, out, nbytes):
-            return
-        key = (nbytes, source.dtype, reduction, choice)
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plan_all_reduce(nbytes, source.dtype, reduction, choice)
-            self._remember(key, plan)
-        if choice.kernel == "direct":
-            memory = memory or self._memory(source, out)
-            if memory is None:
-                raise UnsupportedError("the kernel `direct` needs tensors in symmetric memory of this group")
-            call = plan[0].call
-            with self._lock:
-                call.sources[:], call.outs[:], call.mark = memory.sources, memory.outs, memory.mark
-        self._run(plan, source.data_ptr(), out.data_ptr())
+        address = source.data_ptr()
+        self._run(plan, address, address if out is source else out.data_ptr())
 
     def reduce_scatter(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
         """See :meth:`symmem.ops.engine.Engine.reduce_scatter`."""
@@ -199,10 +172,11 @@ class CudaEngine:
 
     # Plans: what is launched, by shape.
 
-    def _plan_all_reduce(self, nbytes: int, dtype: torch.dtype, reduction: str, choice: Choice) -> list[_Launch]:
+    def _plan_all_reduce(self, nbytes: int, dtype: torch.dtype, reduction: str) -> list[_Launch]:
+        choice = self.table.choose(nbytes)
         functions = self._reducing("all_reduce", dtype, reduction)
         half = self.layout.slot // 2 // _UNIT * _UNIT
-        most = {"one_shot": self.layout.slot, "two_shot": self._world * half, "direct": nbytes}[choice.kernel]
+        most = {"one_shot": self.layout.slot, "two_shot": self._world * half}[choice.kernel]
         plan = []
         for start, size in pieces(nbytes, most):
             part = size if choice.kernel == "one_shot" else -(-size // self._world // _UNIT) * _UNIT
@@ -211,9 +185,9 @@ class CudaEngine:
         return plan
 
     def _plan_reduce_scatter(self, nbytes: int, dtype: torch.dtype, reduction: str) -> list[_Launch]:
+        choice = self.table.choose_reduce_scatter(nbytes)
         functions = self._reducing("reduce_scatter", dtype, reduction)
         plan = []
-        choice = self.table.choose_reduce_scatter(nbytes)
         for start, size in pieces(nbytes, self.layout.slot):
             sizes = {"bytes": (self._world - 1) * nbytes + size, "slice": size, "stride": nbytes}
             function = functions[choice.kernel]
@@ -232,24 +206,30 @@ class CudaEngine:
     ) -> None:
         if self._is_trivial(source, out, nbytes):
             return
-        key = (step, nbytes, root)
+        # Parts that are multiples of 16 bytes, so that each begins at one.
+        memory = None if nbytes <= self._beyond or nbytes % _UNIT else self._memory(out)
+        key = (step, nbytes, root, memory is None)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plan_move(step, nbytes, stride, out_stride, root)
+            choice = self.table.choose_move(nbytes, memory is not None)
+            plan = self._plan_move(step, nbytes, stride, out_stride, root, choice)
             self._remember(key, plan)
-        self._run(plan, source.data_ptr(), out.data_ptr())
+        self._run(plan, source.data_ptr(), out.data_ptr(), memory)
 
-    def _plan_move(self, step: str, nbytes: int, stride: int, out_stride: int, root: int) -> list[_Launch]:
-        choice = self.table.choose_move(nbytes)
+    def _plan_move(
+        self, step: str, nbytes: int, stride: int, out_stride: int, root: int, choice: Choice
+    ) -> list[_Launch]:
         self._ready(step)
         functions = program(self._state, "move", self.layout.macros()).functions
-        split = choice.kernel == "exchange"  # which takes twice the room
-        parts = self._world if stride else 1
-        most = self.layout.slot // 2 if split else self.layout.stage // parts
+        most = {
+            "exchange": self.layout.slot // 2 // _UNIT * _UNIT,  # since it takes twice the room
+            "pull": self.layout.stage // (self._world if stride else 1) // _UNIT * _UNIT,
+            "put": nbytes,
+        }[choice.kernel]
         plan = []
-        for start, size in pieces(nbytes, most // _UNIT * _UNIT):
+        for start, size in pieces(nbytes, most):
             sizes = {"bytes": size, "slice": size, "stride": stride, "out_stride": out_stride, "root": root}
-            work = size * 2 if split else size
+            work = size * 2 if choice.kernel == "exchange" else size
             plan.append(self._launch(step, functions[choice.kernel], choice, work, (start, start), sizes))
         return plan
 
@@ -328,29 +308,29 @@ class CudaEngine:
             )
         self._workspace, self._areas = workspace, areas
 
-    def _memory(self, source: torch.Tensor, out: torch.Tensor) -> _Memory | None:
-        """All ranks' tensors, if both lie in symmetric memory that this group has rendezvoused."""
-        start, end = source.data_ptr(), out.data_ptr()
-        mine = self._peers(start, source.nbytes)
-        if mine is None:
-            return None
-        theirs = mine if end == start else self._peers(end, out.nbytes)
-        if theirs is None:
-            return None
-        mark = (mine[1] * 0x9E3779B97F4A7C15 + theirs[1] * 0xC2B2AE3D27D4EB4F + source.nbytes) & (2**64 - 1)
-        return _Memory(mine[0], theirs[0], mark)
+    def _memory(self, out: torch.Tensor) -> _Memory | None:
+        """All ranks' results, if they lie in symmetric memory that this group has rendezvoused."""
+        key = out.data_ptr(), out.nbytes
+        memory = self._memories.get(key)
+        if memory is None or (block := memory.block()) is None or block.closed:
+            memory = self._find_memory(*key)
+            if memory is None:
+                return None
+            if len(self._memories) >= _REMEMBERED:
+                self._memories.clear()
+            self._memories[key] = memory
+        return memory
 
-    def _peers(self, address: int, nbytes: int) -> tuple[tuple[int, ...], int] | None:
+    def _find_memory(self, address: int, nbytes: int) -> _Memory | None:
         block = block_at(address)
         if block is None or block.closed or address % _UNIT or address + nbytes > block.pointer + block.nbytes:
             return None
         mapping = block.mappings.get(self._group)
         if mapping is None or not all(mapping.pointers):
             return None
-        if capture.is_capturing(self.device):
-            capture.keep(block)
         offset = address - block.allocation.pointer
-        return tuple(pointer + offset for pointer in mapping.pointers), offset
+        mark = (offset * 0x9E3779B97F4A7C15 + nbytes) & (2**64 - 1)
+        return _Memory(tuple(pointer + offset for pointer in mapping.pointers), mark, weakref.ref(block))
 
     # Launching.
 
@@ -362,49 +342,61 @@ class CudaEngine:
             out.view(-1).copy_(source.reshape(-1))
         return self._world == 1
 
-    def _run(self, plan: Sequence[_Launch], source: int, out: int) -> None:
+    def _run(self, plan: Sequence[_Launch], source: int, out: int, memory: _Memory | None = None) -> None:
+        # In one piece, since each call in Python costs as much as a step of it does.
         if self._status[0]:
             self.check()
-        if torch._C._cuda_getDevice() == self._ordinal:
-            self._launch_all(plan, source, out)
-        else:
+        if torch._C._cuda_getDevice() != self._ordinal:
             with torch.cuda.device(self._ordinal):
-                self._launch_all(plan, source, out)
-
-    def _launch_all(self, plan: Sequence[_Launch], source: int, out: int) -> None:
+                self._run(plan, source, out, memory)
+            return
         stream = torch._C._cuda_getCurrentRawStream(self._ordinal)
-        if self._workspace is not None and torch.cuda.is_current_stream_capturing():
-            capture.keep(self._workspace._block)  # the graph may outlive this engine
+        if torch._C._cuda_isCurrentStreamCapturing():
+            self._keep(memory)
         with self._lock:
             for launch in plan:
                 call = launch.call
                 call.source, call.out = source + launch.source, out + launch.out
-                if code := self._start(launch, stream):
-                    self._failed(code)
+                if memory is not None and memory is not launch.memory:
+                    call.outs[:], call.mark = memory.outs, memory.mark
+                    launch.memory = memory
+                (code,) = self._launch_kernel(
+                    launch.function, launch.blocks, 1, 1, launch.threads, 1, 1, 0, stream, launch.arguments, 0
+                )
+                if code:
+                    self._failed(launch, stream, code)
 
-    def _start(self, launch: _Launch, stream: int) -> Any:
-        blocks, threads, arguments = launch.blocks, launch.threads, launch.arguments
-        (code,) = self._launch_kernel(launch.function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, 0)
+    def _keep(self, memory: _Memory | None) -> None:
+        """Let the graph that is captured keep what its kernels work on: it may outlive this engine, and tensors."""
+        if self._workspace is not None:
+            capture.keep(self._workspace._block)
+        block = memory.block() if memory else None
+        if block is not None:
+            capture.keep(block)
+
+    def _failed(self, launch: _Launch, stream: int, code: Any) -> None:
+        """Launch again where that helps, else raise."""
         if code == _INVALID_CONTEXT:
             self._state.driver.enter(self._ordinal)
-            (code,) = self._launch_kernel(launch.function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, 0)
-        return code
-
-    def _failed(self, code: Any) -> None:
+            (code,) = self._launch_kernel(
+                launch.function, launch.blocks, 1, 1, launch.threads, 1, 1, 0, stream, launch.arguments, 0
+            )
+            if not code:
+                return
         self.check()
         error: SymmemError = driver_error(code.name, f"a collective kernel cannot be launched: {code.name}")
         raise error.located(rank=self._rank, group=self._group.name, step="launch")
 
 
 class _Memory(NamedTuple):
-    """All ranks' tensors in symmetric memory.
+    """All ranks' results in symmetric memory.
 
     Attributes:
-        sources: Addresses of the sources, by rank.
-        outs: Of the results.
+        outs: Their addresses, by rank.
         mark: What must be the same on all ranks.
+        block: What they lie in on this rank; the addresses are right for as long as it is there, and open.
     """
 
-    sources: tuple[int, ...]
     outs: tuple[int, ...]
     mark: int
+    block: weakref.ref[Block]

@@ -4,7 +4,7 @@ Each rank has a workspace that all others can load from and store to::
 
     control    turn         uint64: operations that the owner has finished; all of one engine are counted, 0 at first
                ticket       uint32: blocks of the running kernel that have read the turn
-               marks        [2 parities, source]: what a source takes part with (`direct` only)
+               marks        [2 parities, source]: what a source takes part with (`put` only)
                flags        uint64 [2 parities, 2 stages, block, source]: the turn in which that block of `source` came
     landing    [2 parities, source, SLOT bytes]: what `source` has pushed to the owner; all bytes 255 at rest
     stage      [2 parities, STAGE bytes]: what the owner lays out for others to pull
@@ -18,7 +18,8 @@ of data and 32 zeros: twice the traffic, as in NCCL's LL protocol, which relies 
 bits are single-copy atomic. The idea of data that is its own flag: "Lamport" kernels of TensorRT-LLM, NCCL's LL.)
 
 * `one_shot`: everything to everybody; one way over the link, (world - 1) x bytes of traffic.
-* `two_shot`: slice p of everybody to rank p, which reduces it and pushes the result to all; two ways, 2 x bytes.
+* `two_shot`: slice p of everybody to rank p, which reduces it and pushes the result to all; two ways, 2 x bytes. A
+  thread gives its next unit before it waits for the last, so that the links are busy throughout.
 * `reduce_scatter`: the first half of that. `exchange`: slices of plain bytes, for all other operations.
 
 **Why the landing zone can be used again.** Parities alternate with the turn. In every operation each rank waits for
@@ -30,8 +31,8 @@ so a CUDA graph can be replayed, and mixed with eager operations.
 **Meeting, for large sizes.** Block b of each rank stores the turn into a flag of block b of all peers, after a fence,
 and waits for theirs; no block waits for other blocks of its GPU. Flags have 64 bits: they do not come round.
 
-* `direct`: for symmetric memory. Rank r loads slice r from all, reduces, stores it to all; a meeting before and after.
 * `pull`: each copies its part to its stage, meets, and loads what it needs from the others' stages.
+* `put`: for results in symmetric memory: each stores its part into everyone's, between two meetings.
 
 **Deterministic.** Every element is reduced in the order of ranks, in float32 (float64 for float64), and rounded once;
 in all algorithms alike. A result is rounded before it is passed on.
@@ -70,7 +71,10 @@ TYPES = {
 OPERATORS = {"sum": "SUM", "avg": "AVG", "min": "MIN", "max": "MAX"}
 """The names of the reductions in the source. Minimum and maximum of a NaN are NaN."""
 
-KERNELS = {"reduce": ("one_shot", "two_shot", "reduce_scatter", "direct"), "move": ("exchange", "pull")}
+KERNELS = {
+    "reduce": ("one_shot", "two_shot", "reduce_scatter"),
+    "move": ("exchange", "pull", "put"),
+}
 """The kernels of each of the two modules: that of a type and a reduction, and the one for plain bytes."""
 
 _MARKS = 128  # offset of the marks; before them the turn and, in a line of its own, the ticket
@@ -140,15 +144,14 @@ typedef unsigned long long u64;
 
 struct Call {
   u8 *areas[WORLD];     // each rank's workspace, in this process's addresses
-  u8 *sources[WORLD];   // `direct`: each rank's memory
-  u8 *outs[WORLD];
+  u8 *outs[WORLD];      // `put`: each rank's result
   const u8 *source;
   u8 *out;
   u64 bytes;            // of the whole message
   u64 slice;            // bytes of a rank's part
   u64 stride;           // from one rank's part to the next, in the source
   u64 out_stride;       // and in the result
-  u64 mark;             // `direct`: must be the same on all ranks
+  u64 mark;             // `put`: must be the same on all ranks
   u64 limit;            // nanoseconds
   u32 *status;          // host memory: {step, reason, peer, group}
   u32 step, rank, group, root;
@@ -495,14 +498,16 @@ __device__ __forceinline__ void begin(const Call &call, Unit mine, Unit (&got)[W
 extern "C" __global__ void __launch_bounds__(512) one_shot(const __grid_constant__ Call call) {
   const u64 turn = read_turn(call);
   const u32 units = u32((call.bytes + 15) / 16);
-  for (u32 u = FIRST; u < units; u += STEP) {
+  const auto give = [&](u32 u) {
     const Unit mine = guard(load(call.source + u64(u) * 16, call.bytes - u64(u) * 16));
 #pragma unroll
     for (u32 k = 1; k < WORLD; ++k) push(slot(call, next(call, k), turn, call.rank) + u64(u) * 16, mine);
-  }
+  };
+  if (FIRST < units) give(FIRST);
   const u32 ticket = draw_ticket(call);
   const u8 *own = slot(call, call.rank, turn, 0);
   for (u32 u = FIRST; u < units; u += STEP) {
+    if (u + STEP < units) give(u + STEP);
     const u64 at = u64(u) * 16, left = call.bytes - at;
     Unit got[WORLD];
     begin(call, guard(load(call.source + at, left)), got);
@@ -516,16 +521,19 @@ template <bool GATHER>
 __device__ __forceinline__ void by_slices(const Call &call) {
   const u64 turn = read_turn(call);
   const u32 units = u32((call.slice + 15) / 16);
-  for (u32 u = FIRST; u < units; u += STEP) {
-    Unit units_of[WORLD];
+  const Ranks others = all_others(call);
+  const u8 *own = slot(call, call.rank, turn, 0);
+  // A unit of each peer's slice, to that peer.
+  const auto give = [&](u32 u) {
     if (is_regular(call, u)) {
+      Unit units_of[WORLD];
 #pragma unroll
       for (u32 k = 1; k < WORLD; ++k)
         units_of[k] = load_whole(call.source + next(call, k) * call.stride + u64(u) * 16);
 #pragma unroll
       for (u32 k = 1; k < WORLD; ++k)
         push(slot(call, next(call, k), turn, call.rank) + u64(u) * 16, guard(units_of[k]));
-      continue;
+      return;
     }
     for (u32 k = 1; k < WORLD; ++k) {
       const u32 peer = next(call, k);
@@ -534,13 +542,11 @@ __device__ __forceinline__ void by_slices(const Call &call) {
       const Unit unit = load(call.source + peer * call.stride + u64(u) * 16, left);
       push(slot(call, peer, turn, call.rank) + u64(u) * 16, guard(unit));
     }
-  }
-  const u32 ticket = draw_ticket(call);
-  const u8 *own = slot(call, call.rank, turn, 0);
-  const Ranks others = all_others(call);
-  for (u32 u = FIRST; u < units; u += STEP) {
+  };
+  // A unit of the own slice, from everybody; the result to everybody.
+  const auto take = [&](u32 u) {
     const u64 left = left_of(call, call.rank, u), at = u64(u) * 16;
-    if (left == 0) break;
+    if (left == 0) return;
     Unit got[WORLD];
     begin(call, guard(load(call.source + call.rank * call.stride + at, left)), got);
     receive<false>(call, own + at, others, got);
@@ -551,22 +557,28 @@ __device__ __forceinline__ void by_slices(const Call &call) {
         push(slot(call, next(call, k), turn, call.rank) + SLOT / 2 + at, result);
     }
     save(call.out + (GATHER ? call.rank * call.stride : 0) + at, result, left);
-  }
-  if (GATHER) {
-    for (u32 u = FIRST; u < units; u += STEP) {
-      Ranks wanted = 0;
-      Unit got[WORLD];
-      clear(got);
+  };
+  // A unit of each peer's result.
+  const auto fetch = [&](u32 u) {
+    Ranks wanted = 0;
+    Unit got[WORLD];
+    clear(got);
 #pragma unroll
-      for (u32 r = 0; r < WORLD; ++r)
-        if (left_of(call, r, u)) wanted |= bit(r);
-      receive<false>(call, own + SLOT / 2 + u64(u) * 16, wanted & others, got);
+    for (u32 r = 0; r < WORLD; ++r)
+      if (left_of(call, r, u)) wanted |= bit(r);
+    receive<false>(call, own + SLOT / 2 + u64(u) * 16, wanted & others, got);
 #pragma unroll
-      for (u32 r = 0; r < WORLD; ++r)
-        if (wanted & others & bit(r))
-          save(call.out + r * call.stride + u64(u) * 16, got[r], left_of(call, r, u));
-    }
+    for (u32 r = 0; r < WORLD; ++r)
+      if (wanted & others & bit(r)) save(call.out + r * call.stride + u64(u) * 16, got[r], left_of(call, r, u));
+  };
+  if (FIRST < units) give(FIRST);
+  const u32 ticket = draw_ticket(call);
+  for (u32 u = FIRST; u < units; u += STEP) {
+    if (u + STEP < units) give(u + STEP);
+    take(u);
+    if (GATHER && u >= STEP) fetch(u - STEP);
   }
+  if (GATHER && FIRST < units) fetch(FIRST + (units - 1 - FIRST) / STEP * STEP);
   advance(call, turn, ticket);
 }
 
@@ -576,46 +588,6 @@ extern "C" __global__ void __launch_bounds__(512) two_shot(const __grid_constant
 
 extern "C" __global__ void __launch_bounds__(512) reduce_scatter(const __grid_constant__ Call call) {
   by_slices<false>(call);
-}
-
-// Units that a thread has under way at a time: with few ranks, more of each.
-#define DEPTH (WORLD <= 2 ? 4 : WORLD <= 4 ? 2 : 1)
-
-extern "C" __global__ void __launch_bounds__(512) direct(const __grid_constant__ Call call) {
-  const u64 turn = read_turn(call);
-  const u32 ticket = draw_ticket(call);
-  meet(call, turn, 0, blockIdx.x == 0);
-  const u64 start = call.rank * call.stride;
-  const u32 units = u32((call.slice + 15) / 16);
-  for (u32 first = FIRST; first < units; first += STEP * DEPTH) {
-    Unit got[DEPTH][WORLD];
-    const u64 last = u64(first) + u64(DEPTH - 1) * STEP;
-    if (left_of(call, call.rank, last) >= 16) {
-#pragma unroll
-      for (u32 d = 0; d < DEPTH; ++d)
-#pragma unroll
-        for (u32 r = 0; r < WORLD; ++r)
-          got[d][r] = load_whole(call.sources[r] + start + (u64(first) + u64(d) * STEP) * 16);
-#pragma unroll
-      for (u32 d = 0; d < DEPTH; ++d) {
-        const Unit result = reduce(got[d]);
-#pragma unroll
-        for (u32 k = 0; k < WORLD; ++k)
-          save(call.outs[next(call, k)] + start + (u64(first) + u64(d) * STEP) * 16, result, 16);
-      }
-      continue;
-    }
-    for (u64 u = first; u <= last; u += STEP) {
-      const u64 left = left_of(call, call.rank, u), at = start + u * 16;
-      if (left == 0) break;
-#pragma unroll
-      for (u32 r = 0; r < WORLD; ++r) got[0][r] = load(call.sources[r] + at, left);
-      const Unit result = reduce(got[0]);
-      for (u32 k = 0; k < WORLD; ++k) save(call.outs[next(call, k)] + at, result, left);
-    }
-  }
-  meet(call, turn, 1, false);
-  advance(call, turn, ticket);
 }
 
 #else  // plain bytes
@@ -721,6 +693,29 @@ extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ C
       if (call.root == NOBODY || call.root == peer) save(call.out + peer * call.out_stride + at, parts[k], left);
     }
   }
+  advance(call, turn, ticket);
+}
+
+extern "C" __global__ void __launch_bounds__(512) put(const __grid_constant__ Call call) {
+  const u64 turn = read_turn(call);
+  const u32 ticket = draw_ticket(call);
+  meet(call, turn, 0, blockIdx.x == 0);
+  const u32 units = call.root == NOBODY || call.root == call.rank ? u32(call.slice / 16) : 0;
+  for (u32 u = FIRST; u < units; u += STEP) {
+    const u64 at = u64(u) * 16, place = call.rank * call.out_stride + at;
+    if (call.stride == 0) {
+      const Unit unit = load(call.source + at, 16);
+#pragma unroll
+      for (u32 k = 1; k <= WORLD; ++k) save(call.outs[next(call, k % WORLD)] + place, unit, 16);
+      continue;
+    }
+    Unit parts[WORLD];
+#pragma unroll
+    for (u32 k = 0; k < WORLD; ++k) parts[k] = load(call.source + next(call, k) * call.stride + at, 16);
+#pragma unroll
+    for (u32 k = 0; k < WORLD; ++k) save(call.outs[next(call, k)] + place, parts[k], 16);
+  }
+  meet(call, turn, 1, false);
   advance(call, turn, ticket);
 }
 #endif

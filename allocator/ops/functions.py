@@ -14,7 +14,7 @@ import torch
 
 import symmem.ops.one_sided  # noqa: F401  # defines operators
 from symmem.group import GroupLike
-from symmem.ops.collectives import KINDS, functional, in_place, into
+from symmem.ops.collectives import KINDS, Kind, functional, in_place, into
 from symmem.ops.dispatch import is_usual
 from symmem.ops.engines import group_of, name_of
 
@@ -36,6 +36,10 @@ _OPERATORS = {
 }
 """The three forms of each."""
 
+_ALL_REDUCE, _ALL_GATHER, _REDUCE_SCATTER, _ALL_TO_ALL, _BROADCAST = (
+    KINDS[name] for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
+)
+
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _name(group: GroupLike) -> str:
@@ -43,10 +47,9 @@ def _name(group: GroupLike) -> str:
 
 
 def _call(
-    operation: str, x: torch.Tensor, group: GroupLike, out: torch.Tensor | None, options: Sequence[Any] = ()
+    kind: Kind, x: torch.Tensor, group: GroupLike, out: torch.Tensor | None, options: Sequence[Any] = ()
 ) -> torch.Tensor:
     """The form that fits: by its kernel if nothing else takes part in the call, else as the operator."""
-    kind = KINDS[operation]
     made: torch.Tensor
     if is_usual(x, out):
         resolved = group_of(group)
@@ -58,7 +61,7 @@ def _call(
             into(kind, resolved, x, options, out)
         return out
     rest = (*options, _name(group))
-    form, form_in_place, form_into = _OPERATORS[operation]
+    form, form_in_place, form_into = _OPERATORS[kind.name]
     if out is None:
         made = form(x, *rest)
         return made
@@ -86,7 +89,7 @@ def all_reduce(
     Raises:
         InvalidArgumentError, MismatchError, PeerTimeoutError, PeerLostError: See :mod:`symmem.ops.collectives`.
     """
-    return _call("all_reduce", x, group, out, (reduction,))
+    return _call(_ALL_REDUCE, x, group, out, (reduction,))
 
 
 def all_gather(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -103,7 +106,7 @@ def all_gather(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | Non
     Raises:
         InvalidArgumentError, MismatchError, PeerTimeoutError, PeerLostError: See :mod:`symmem.ops.collectives`.
     """
-    return _call("all_gather", x, group, out)
+    return _call(_ALL_GATHER, x, group, out)
 
 
 def reduce_scatter(
@@ -123,7 +126,7 @@ def reduce_scatter(
     Raises:
         InvalidArgumentError, MismatchError, PeerTimeoutError, PeerLostError: See :mod:`symmem.ops.collectives`.
     """
-    return _call("reduce_scatter", x, group, out, (reduction,))
+    return _call(_REDUCE_SCATTER, x, group, out, (reduction,))
 
 
 def all_to_all(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -140,7 +143,7 @@ def all_to_all(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | Non
     Raises:
         InvalidArgumentError, MismatchError, PeerTimeoutError, PeerLostError: See :mod:`symmem.ops.collectives`.
     """
-    return _call("all_to_all", x, group, out)
+    return _call(_ALL_TO_ALL, x, group, out)
 
 
 def broadcast(x: torch.Tensor, group: GroupLike = None, root: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -159,7 +162,7 @@ def broadcast(x: torch.Tensor, group: GroupLike = None, root: int = 0, out: torc
         RankError: ``root`` is not a rank of the group.
         InvalidArgumentError, MismatchError, PeerTimeoutError, PeerLostError: See :mod:`symmem.ops.collectives`.
     """
-    return _call("broadcast", x, group, out, (root,))
+    return _call(_BROADCAST, x, group, out, (root,))
 
 
 def barrier(x: torch.Tensor | None = None, group: GroupLike = None, channel: int = 0) -> None:

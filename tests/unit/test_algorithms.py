@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from thread_ranks import make_groups, run_ranks
 
 from symmem.config import load_settings
-from symmem.config.algorithms import BUILT_IN, KERNELS, parse_algorithms, read_algorithms
+from symmem.config.algorithms import BUILT_IN, parse_algorithms, read_algorithms
 from symmem.errors import ConfigError, MismatchError
 from symmem.ops.algorithms import Choice, built_in, table_for
 from symmem.ops.alike import compare
@@ -23,9 +23,11 @@ HEAD = "version: 1\nrows:\n"
 GOOD = """version: 1
 rows:
   - {operation: all_reduce, world: 4, nbytes: 64KiB, kernel: one_shot, threads: 64, blocks: 7, nap: 20}
-  - {operation: all_reduce, world: 4, kernel: direct, threads: 128, blocks: 8, symmetric: true}
   - {operation: all_reduce, world: 4, kernel: two_shot, threads: 512, blocks: 256}
-  - {operation: move, world: 2, kernel: pull, threads: 96, blocks: 3, symmetric: no}
+  - {operation: move, world: 2, kernel: pull, threads: 96, blocks: 3}
+  - {operation: move, world: 8, nbytes: 64KiB, kernel: exchange, threads: 64, blocks: 4}
+  - {operation: move, world: 8, kernel: put, threads: 128, blocks: 8}
+  - {operation: move, world: 8, kernel: pull, threads: 64, blocks: 4}
 """
 
 
@@ -40,8 +42,9 @@ def test_rows_take_the_place_of_those_for_the_same_ranks(good: str) -> None:
     table, known = table_for(4, good), built_in(4)
     assert table.choose(64 << 10) == Choice("one_shot", 64, 7, 20)
     assert table.choose((64 << 10) + 1) == Choice("two_shot", 512, 256)
-    assert table.choose(1 << 30, symmetric=True) == Choice("direct", 128, 8)
-    assert table.symmetric_beyond() == 64 << 10
+    assert table_for(8, good).choose_move(1 << 30, symmetric=True) == Choice("put", 128, 8)
+    assert table_for(8, good).choose_move(1 << 30) == Choice("pull", 64, 4)
+    assert table_for(8, good).symmetric_beyond() == 64 << 10
     assert (table.move, table.reduce_scatter) == (known.move, known.reduce_scatter)
     assert table_for(2, good).choose_move(1) == Choice("pull", 96, 3)
     assert table_for(2, good).all_reduce == built_in(2).all_reduce
@@ -77,13 +80,9 @@ MOVE = "{operation: move, world: 2, kernel: pull, threads: 128, blocks: 8}"
         ([LAST.replace("world: 2", "world: 1")], "rows[0].world: expected a whole number from 2 to 64; got '1'"),
         ([ROW.replace("4KiB", "4KB"), LAST], "rows[0].nbytes: unknown unit 'KB' in '4KB'"),
         ([LAST.replace("8}", "8, nap: 1e9}")], "rows[0].nap: expected a whole number from 0 to 1000000; got '1e9'"),
-        ([LAST.replace("8}", "8, symmetric: maybe}")], "rows[0].symmetric: unknown symmetric 'maybe'"),
-        ([LAST.replace("two_shot", "direct")], "rows[0]: the kernel 'direct' works on symmetric memory only"),
         ([ROW, MOVE], "3:5: rows[0]: a gap behind it: no row is for any all_reduce of 2 ranks of more than 4KiB"),
-        (
-            [LAST.replace("8}", "8, symmetric: yes}")],
-            "rows[0]: a gap behind it: no row is for any all_reduce of 2 ranks",
-        ),
+        ([MOVE.replace("pull", "put")], "rows[0]: a gap behind it: no row is for any move of 2 ranks"),
+        ([MOVE, MOVE.replace("pull", "put")], "4:5: rows[1]: it never counts"),
         ([ROW, ROW, LAST], "4:5: rows[1]: it never counts"),
         ([LAST, ROW], "4:5: rows[1]: it never counts"),
         ([LAST, MOVE, LAST], "5:5: rows[2]: it never counts"),
@@ -120,27 +119,25 @@ def test_a_path_does_not_depend_on_later_folders(good: str, monkeypatch: pytest.
     st.lists(st.tuples(st.integers(1, 1 << 40), st.booleans()), max_size=5),
     st.integers(0, 1 << 41),
     st.booleans(),
-    st.sampled_from(sorted(KERNELS)),
 )
 def test_a_table_that_is_taken_answers_for_every_size(
-    limits: list[tuple[int, bool]], nbytes: int, symmetric: bool, operation: str
+    limits: list[tuple[int, bool]], nbytes: int, symmetric: bool
 ) -> None:
     """Whatever rows a file has, either it is refused, or the row that counts is the first that fits."""
-    kernel = KERNELS[operation][0]
-    common = f"operation: {operation}, world: 5, kernel: {kernel}, threads: 64"
+    common = "operation: move, world: 5, threads: 64"
     rows = [
-        f"{{{common}, blocks: {n + 1}, nbytes: {most}, symmetric: {'yes' * only or 'no'}}}"
+        f"{{{common}, blocks: {n + 1}, nbytes: {most}, kernel: {'put' if only else 'pull'}}}"
         for n, (most, only) in enumerate(limits)
     ]
-    text = HEAD + "".join(f"  - {row}\n" for row in [*rows, f"{{{common}, blocks: 99}}"])
+    text = HEAD + "".join(f"  - {row}\n" for row in [*rows, f"{{{common}, blocks: 99, kernel: pull}}"])
     orders = [most * 2 + (not only) for most, only in limits]
     if any(after <= before for before, after in itertools.pairwise(orders)):
         with pytest.raises(ConfigError, match="it never counts"):
             parse_algorithms(text, "t.yaml")
         return
-    table = built_in(5)._replace(all_reduce=parse_algorithms(text, "t.yaml")[operation, 5])
+    table = built_in(5)._replace(move=parse_algorithms(text, "t.yaml")["move", 5])
     fits = (n + 1 for n, (most, only) in enumerate(limits) if nbytes <= most and (symmetric or not only))
-    assert table.choose(nbytes, symmetric).blocks == next(fits, 99)
+    assert table.choose_move(nbytes, symmetric).blocks == next(fits, 99)
 
 
 # Ranks compare.

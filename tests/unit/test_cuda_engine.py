@@ -6,12 +6,14 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import math
 import random
 import shutil
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,11 +47,9 @@ from thread_ranks import make_groups, run_ranks, succeed
 def test_every_size_has_a_kernel(world: int) -> None:
     table = built_in(world)
     for nbytes in (1, 16, 2 << 10, 64 << 10, 1 << 20, 8 << 20, 1 << 33):
-        for symmetric in (False, True):
-            choice = table.choose(nbytes, symmetric)
-            assert choice.kernel in KERNELS["reduce"]
-            assert symmetric or choice.kernel != "direct"
-        assert table.choose_move(nbytes).kernel in KERNELS["move"]
+        assert table.choose(nbytes).kernel in CONFIGURED["all_reduce"]
+        assert table.choose_move(nbytes).kernel in ("exchange", "pull")
+        assert table.choose_move(nbytes, True).kernel in CONFIGURED["move"]
         assert table.choose_reduce_scatter(nbytes).kernel == "reduce_scatter"
 
 
@@ -69,17 +69,16 @@ def test_the_tables_are_in_order() -> None:
 def test_small_is_one_way_and_large_is_two() -> None:
     assert built_in(8).choose(2 << 10).kernel == "one_shot"
     assert built_in(8).choose(1 << 20).kernel == "two_shot"
-    assert built_in(8).choose(64 << 20, True).kernel == "direct"
+    assert built_in(8).choose_move(64 << 20, True).kernel == "put"
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8, 64])
 def test_where_it_begins_to_matter_where_tensors_lie(world: int) -> None:
     table = built_in(world)
-    most = table.symmetric_beyond()
-    assert most is not None
-    assert table.choose(most, True) == table.choose(most, False)
-    assert table.choose(most + 1, True).kernel == "direct"
-    assert table._replace(all_reduce=table.move).symmetric_beyond() is None
+    most = int(table.symmetric_beyond())
+    assert table.choose_move(most, True) == table.choose_move(most, False)
+    assert table.choose_move(most + 1, True).kernel == "put"
+    assert table._replace(move=table.move[-1:]).symmetric_beyond() == float("inf")
 
 
 @pytest.mark.parametrize(("units", "blocks"), [(0, 1), (1, 1), (128, 1), (129, 2), (10**9, 64)])
@@ -116,7 +115,7 @@ def test_the_arguments_are_those_of_the_source() -> None:
     declared = [line.split("//")[0].strip(" ;\n").split(" ", 1)[1] for line in text.splitlines()[1:] if ";" in line]
     names = [name.strip(" *").split("[")[0] for line in declared for name in line.replace("u8 *", "").split(",")]
     assert names == [name for name, _kind in call_type(3)._fields_]  # type: ignore[misc]
-    assert ctypes.sizeof(call_type(8)) == 3 * 8 * 8 + 9 * 8 + 6 * 4
+    assert ctypes.sizeof(call_type(8)) == 2 * 8 * 8 + 9 * 8 + 6 * 4
     assert ctypes.sizeof(call_type(64)) <= 4096
 
 
@@ -256,6 +255,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedDriver]:
     monkeypatch.setattr(cuda_signals, "load_driver", lambda: stub)
     monkeypatch.setattr("torch._C._cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr("torch._C._cuda_getCurrentRawStream", lambda ordinal: 70 + ordinal, raising=False)
+    monkeypatch.setattr("torch._C._cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     cuda_signals.device_of.cache_clear()
     yield stub
     cuda_signals.device_of.cache_clear()
@@ -333,13 +333,13 @@ def test_all_reduce_to_the_bit(ranks: Ranks) -> None:
         sources = [floats(n, rank, rng) for rank in range(WORLD)]
         want = functools.reduce(torch.add, sources)
         outs = sources if rng.random() < 0.5 else [torch.empty_like(each) for each in sources]
-        choice = Choice(("one_shot", "two_shot")[turn % 2], rng.choice((8, 16)), rng.choice((1, 3)))
-        errors = ranks.run(
-            lambda engine, rank, s=sources, o=outs, c=choice: engine.run_all_reduce(s[rank], o[rank], "sum", c)
-        )
+        row = Row(WORLD, None, ("one_shot", "two_shot")[turn % 2], rng.choice((8, 16)), rng.choice((1, 3)))
+        for engine in ranks.engines:
+            engine.use(engine.table._replace(all_reduce=(row,)))
+        errors = ranks.run(lambda engine, rank, s=sources, o=outs: engine.all_reduce(s[rank], o[rank], "sum"))
         assert errors == [None] * WORLD
         for out in outs:
-            assert torch.equal(out.view(torch.int32), want.view(torch.int32)), (turn, n, choice)
+            assert torch.equal(out.view(torch.int32), want.view(torch.int32)), (turn, n, row)
     for area in ranks.areas:  # all that was pushed was taken
         assert (area[SMALL.landing : SMALL.stages] == 255).all()
 
@@ -348,8 +348,9 @@ def test_numbers_that_look_like_nothing(ranks: Ranks) -> None:
     # 64 ones are what lies in a landing zone at rest; as floats they are NaNs.
     for kernel in ("one_shot", "two_shot"):
         tensors = [torch.full((50,), -1, dtype=torch.int32).view(torch.float32) for _ in range(WORLD)]
-        choice = Choice(kernel, 8, 2)
-        ranks.run(lambda engine, rank, t=tensors, c=choice: engine.run_all_reduce(t[rank], t[rank], "sum", c))
+        for engine in ranks.engines:
+            engine.use(engine.table._replace(all_reduce=(Row(WORLD, None, kernel, 8, 2),)))
+        ranks.run(lambda engine, rank, t=tensors: engine.all_reduce(t[rank], t[rank], "sum"))
         for tensor in tensors:
             assert tensor.isnan().all()
             assert torch.equal(tensor.view(torch.int32), tensors[0].view(torch.int32))
@@ -358,10 +359,10 @@ def test_numbers_that_look_like_nothing(ranks: Ranks) -> None:
 class Alternating(Table):
     """Takes turns by the number of bytes."""
 
-    def choose(self, nbytes: int, symmetric: bool = False) -> Choice:
+    def choose(self, nbytes: int) -> Choice:
         return Choice("two_shot" if nbytes % 8 else "one_shot", 8, 2)
 
-    def choose_move(self, nbytes: int) -> Choice:
+    def choose_move(self, nbytes: int, symmetric: bool = False) -> Choice:
         return Choice("pull" if nbytes % 8 else "exchange", 8, 2)
 
 
@@ -424,58 +425,113 @@ def test_reduce_scatter(ranks: Ranks) -> None:
             assert torch.equal(out, functools.reduce(torch.add, [each[rank] for each in sources])), n
 
 
+class StubBlock:
+    closed = False
+
+
 def in_symmetric_memory(ranks: Ranks, rooms: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every engine find the tensors of all ranks, each at its place within its room."""
+    block = StubBlock()
 
-    def peers(rank: int, address: int, nbytes: int) -> tuple[tuple[int, ...], int]:
+    def find(rank: int, address: int, nbytes: int) -> Any:
         offset = address - rooms[rank].data_ptr()
-        return tuple(room.data_ptr() + offset for room in rooms), offset
+        return cuda_engine._Memory(tuple(room.data_ptr() + offset for room in rooms), offset, weakref.ref(block))  # type: ignore[arg-type]
 
     for rank, engine in enumerate(ranks.engines):
-        monkeypatch.setattr(engine, "_peers", lambda address, nbytes, rank=rank: peers(rank, address, nbytes))
+        monkeypatch.setattr(engine, "_find_memory", functools.partial(find, rank))
+
+
+@pytest.mark.parametrize("way", ["closed", "collected"])
+def test_addresses_are_kept_as_long_as_the_block(way: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, tensor, found = ranks.engines[0], torch.zeros(8), []
+    blocks = [StubBlock()]
+
+    def find(address: int, nbytes: int) -> Any:
+        found.append(cuda_engine._Memory((len(found),) * WORLD, 0, weakref.ref(blocks[-1])))  # type: ignore[arg-type]
+        return found[-1]
+
+    monkeypatch.setattr(engine, "_find_memory", find)
+    assert engine._memory(tensor) is engine._memory(tensor) is found[0]
+    blocks[0].closed = way == "closed"
+    blocks.append(StubBlock())  # at the same address
+    if way == "collected":
+        del blocks[0]
+    assert engine._memory(tensor) is found[1]
+    assert len(found) == 2
+
+
+Operation = Callable[[CudaEngine, torch.Tensor, torch.Tensor], None]
 
 
 def run_with_a_slow_rank(
-    ranks: Ranks, choice: Choice, sources: list[torch.Tensor], outs: list[torch.Tensor], slow: int
+    ranks: Ranks, operation: Operation, sources: list[torch.Tensor], outs: list[torch.Tensor], slow: int
 ) -> list[torch.Tensor]:
-    """What each rank has when its own kernel ends."""
+    """What each rank has when its own kernel ends. Up to its own begin, and after its own end, memory is its own."""
     seen = [torch.empty(0)] * WORLD
 
     def work(engine: CudaEngine, rank: int) -> None:
         if rank == slow:
             time.sleep(0.002)
-        engine.run_all_reduce(sources[rank], outs[rank], "sum", choice)
+        if outs[rank] is not sources[rank]:
+            outs[rank].fill_(-2)
+        operation(engine, sources[rank], outs[rank])
         seen[rank] = outs[rank].clone()
+        sources[rank].fill_(-1)
 
     assert ranks.run(work) == [None] * WORLD
     return seen
 
 
-def test_symmetric_memory_in_place(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_results_in_symmetric_memory(
+    blocks: int, ranks: Ranks, driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for engine in ranks.engines:
+        rows = Row(WORLD, None, "put", 8, blocks), Row(WORLD, None, "pull", 8, blocks)
+        engine.use(engine.table._replace(move=rows))
     rooms = [memory(1 << 16) for _ in range(WORLD)]
     in_symmetric_memory(ranks, rooms, monkeypatch)
-    rng = random.Random(7)
-    for turn in range(30):
-        n, start = rng.choice((1, 4, 5, 100, 999, 4000)), rng.choice((0, 4, 64))
-        sources = [room.view(torch.float32)[start : start + n] for room in rooms]
-        outs = sources if turn % 2 else [room.view(torch.float32)[8192 + start :][:n] for room in rooms]
-        for rank, source in enumerate(sources):
-            source[:] = floats(n, rank, rng)
-        want = functools.reduce(torch.add, sources)
-        choice = Choice("direct", 8, rng.choice((1, 3)))
-        seen = run_with_a_slow_rank(ranks, choice, sources, outs, rng.randrange(WORLD))
-        assert all(torch.equal(out, want) for out in seen), (turn, n)
+    rng = random.Random(8)
+
+    def results(*shape: int) -> list[torch.Tensor]:
+        return [room.view(torch.float32)[64:][: math.prod(shape)].view(shape) for room in rooms]
+
+    def run(operation: Operation, sources: list[torch.Tensor], outs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return run_with_a_slow_rank(ranks, operation, sources, outs, rng.randrange(WORLD))
+
+    for n in (4, 8, 100, 1000, 4004, 7, 501):  # of the last two, parts are no multiples of 16 bytes
+        driver.launched.clear()
+        rows_of = [floats(WORLD * n, rank, rng).view(WORLD, n) for rank in range(WORLD)]
+        columns = [torch.stack([each[rank] for each in rows_of]) for rank in range(WORLD)]
+        seen = run(CudaEngine.all_to_all, rows_of, results(WORLD, n))
+        assert all(map(torch.equal, seen, columns)), n
+        sources = [floats(n, rank, rng) for rank in range(WORLD)]
+        everyone = torch.stack(sources)
+        seen = run(CudaEngine.all_gather, sources, results(WORLD, n))
+        assert all(torch.equal(each, everyone) for each in seen), n
+        for root in range(WORLD):
+            sources = results(n)
+            for rank, source in enumerate(sources):
+                source[:] = floats(n, rank, rng)
+            wanted = sources[root].clone()
+            seen = run(functools.partial(CudaEngine.broadcast, root=root), sources, sources)
+            assert all(torch.equal(each, wanted) for each in seen), (n, root)
+        kernel = KERNELS["move"].index("put" if n % 4 == 0 else "pull")
+        assert {number for number, *_ in driver.launched} == {kernel}, n
 
 
 def test_other_offsets_are_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    for engine in ranks.engines:
+        rows = Row(WORLD, None, "put", 8, 1), Row(WORLD, None, "pull", 8, 1)
+        engine.use(engine.table._replace(move=rows))
     rooms = [memory(1 << 12) for _ in range(WORLD)]
     in_symmetric_memory(ranks, rooms, monkeypatch)
     tensors = [room.view(torch.float32)[4 * (rank == 1) :][:100] for rank, room in enumerate(rooms)]
-    errors = ranks.run(lambda e, rank: e.run_all_reduce(tensors[rank], tensors[rank], "sum", Choice("direct", 8, 1)))
+    errors = ranks.run(lambda e, rank: e.broadcast(tensors[rank], tensors[rank], 0))
     assert any(errors)
     with pytest.raises(MismatchError, match="other memory") as caught:
         ranks.engines[0].check()
-    assert caught.value.step == "all_reduce"
+    assert caught.value.step == "broadcast"
 
 
 def test_a_missing_rank_is_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, libraries: dict[str, Any]) -> None:
@@ -653,7 +709,7 @@ def test_tuning_runs_each_row_and_nothing_else(
     rooms = [memory(WORLD * n * 4) for _ in range(WORLD)]
     in_symmetric_memory(ranks, rooms, monkeypatch)
     kernels = CONFIGURED[operation]
-    rows = [Row(WORLD, None, kernel, 64, blocks, kernel == "direct") for kernel in kernels for blocks in (1, 2)]
+    rows = [Row(WORLD, None, kernel, 64, blocks) for kernel in kernels for blocks in (1, 2)]
     others = [torch.empty(WORLD, n) for _ in range(WORLD)]
     tables = [engine.table for engine in ranks.engines]
     found: list[list[float]] = [[]] * WORLD

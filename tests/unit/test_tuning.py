@@ -27,10 +27,10 @@ class Machine:
     COSTS: ClassVar = {
         "one_shot": (2.0, 8.0),
         "two_shot": (4.0, 2.0),
-        "direct": (9.0, 1.0),
         "reduce_scatter": (1.0, 1.0),
         "exchange": (1.0, 3.0),
         "pull": (5.0, 1.0),
+        "put": (9.0, 0.8),
     }
 
     def __init__(self) -> None:
@@ -52,28 +52,28 @@ def test_candidates_are_good_rows_of_every_kernel(operation: str, world: int) ->
     rows = candidates(operation, world)
     assert {row.kernel for row in rows} == set(KERNELS[operation])
     assert len(set(rows)) == len(rows)
-    assert all(row.blocks <= BLOCKS and row.symmetric == (row.kernel == "direct") for row in rows)
+    assert all(row.blocks <= BLOCKS for row in rows)
 
 
 def test_the_quickest_of_each_size_is_found(tmp_path: Path) -> None:
     machine, known = Machine(), built_in(8)
-    times = search("all_reduce", 8, known.all_reduce, SIZES, machine.measure)
+    times = search("move", 8, known.move, SIZES, machine.measure)
     rows = rows_from(times)
-    write(tmp_path / "t.yaml", {"all_reduce": rows}, 8, ["of a test"])
+    write(tmp_path / "t.yaml", {"move": rows}, 8, ["of a test"])
     table = table_for(8, str(tmp_path / "t.yaml"))
-    tried = candidates("all_reduce", 8)
+    tried = candidates("move", 8)
     for nbytes in SIZES:
         for symmetric in (False, True):
             best = min(
                 (row for row in tried if symmetric or not row.symmetric), key=lambda row: machine.seconds(row, nbytes)
             )
-            chosen = table.choose(nbytes, symmetric)
+            chosen = table.choose_move(nbytes, symmetric)
             taken = machine.seconds(Row(8, None, chosen.kernel, chosen.threads, chosen.blocks), nbytes)
             assert taken <= machine.seconds(best, nbytes) / tuning._WORTH
-    assert table.choose(2 * KI) == Choice("one_shot", 128, 64)
-    assert table.choose(1 << 33) == Choice("two_shot", 128, 64)
-    assert table.choose(1 << 33, True).kernel == "direct"
-    assert table.move == known.move
+    assert table.choose_move(2 * KI) == Choice("exchange", 128, 64)
+    assert table.choose_move(1 << 33).kernel == "pull"
+    assert table.choose_move(1 << 33, True).kernel == "put"
+    assert table.all_reduce == known.all_reduce
 
 
 def test_noise_makes_no_rows() -> None:
@@ -86,9 +86,8 @@ def test_what_is_hopeless_is_not_tried_for_more_bytes() -> None:
     machine = Machine()
     search("all_reduce", 8, built_in(8).all_reduce, SIZES, machine.measure)
     kernels = [{row.kernel for row in rows} for _, _, rows in machine.asked]
-    assert "one_shot" in kernels[0]
-    assert "one_shot" not in kernels[-1]
-    assert {"two_shot", "direct"} <= kernels[-1]
+    assert kernels[0] == {"one_shot", "two_shot"}
+    assert kernels[-1] == {"two_shot"}
 
 
 def test_changes_are_against_what_was_known() -> None:

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 import symmem
+import symmem.ops
 from symmem.backends import get_backend
 from symmem.errors import SymmemError
-from symmem.ops import collectives  # noqa: F401  # defines the operators
 from symmem.tools.bench.gpu import Torch
 
 __all__ = ["OPERATORS", "Contender", "WrongResultError", "check", "contenders", "expected", "line_up", "shapes"]
@@ -68,22 +68,30 @@ def contenders(operator: str, nbytes: int, backend: str, largest: int) -> list[C
     """
     if get_backend(backend).device_type == "cpu":
         return line_up(operator, {name: torch.zeros(nbytes // 4) for name in ("symmem", "gloo")})
-    memories = {"symmem": _ours(backend, largest).tensor}
+    ours = _ours(backend, 2 * largest).tensor
+    memories, results = {"symmem": ours[:largest]}, ours[largest:]
     if operator == "all_reduce":
         memories |= dict.fromkeys(_TORCH, _torchs(largest)[0])
     memories["nccl"] = torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
-    return line_up(operator, {name: memory[:nbytes].view(torch.bfloat16) for name, memory in memories.items()})
+    given = {name: memory[:nbytes].view(torch.bfloat16) for name, memory in memories.items()}
+    return line_up(operator, given, results.view(torch.bfloat16))
 
 
-def line_up(operator: str, memories: Mapping[str, torch.Tensor]) -> list[Contender]:
-    """Those who work on these memories, by name; each of the same dtype and [elements]. Fills them with zeros."""
+def line_up(operator: str, memories: Mapping[str, torch.Tensor], ours: torch.Tensor | None = None) -> list[Contender]:
+    """Those who work on these memories, by name; each of the same dtype and [elements]. Fills them with zeros.
+
+    ``ours`` is for our result, of the same dtype, or larger; all others, and without it ours too, get memory of torch.
+    """
     group, found = symmem.resolve_group(), []
     for name, memory in memories.items():
         shape, to_shape = shapes(operator, memory.numel(), group.size)
         source = memory.zero_()[: shape.numel()].view(shape)
-        out = source if to_shape is None else source.new_zeros(to_shape)
+        out = source
+        if to_shape is not None:
+            ready = ours if name == "symmem" else None
+            out = source.new_zeros(to_shape) if ready is None else ready[: to_shape.numel()].view(to_shape)
         if name == "symmem":
-            call = _call(operator, source, out, group.name)
+            call: Callable[[], Any] = partial(getattr(symmem.ops, operator), source, group, out=out)
         elif name not in _TORCH:
             call = _call_dist(operator, source, out)
         elif name == "torch_one_shot" or source.nbytes % (_VECTOR * group.size) == 0:
@@ -120,17 +128,6 @@ def _torchs(nbytes: int) -> tuple[torch.Tensor, Any]:
     transport = Torch("CUDA")
     memory = transport.allocate(nbytes)
     return memory, transport.rendezvous(memory)
-
-
-def _call(operator: str, source: torch.Tensor, out: torch.Tensor, group: str) -> Callable[[], Any]:
-    ops = torch.ops.symmem
-    if operator == "all_reduce":
-        return partial(ops.all_reduce_, source, "sum", group)
-    if operator == "broadcast":
-        return partial(ops.broadcast_, source, 0, group)
-    if operator == "reduce_scatter":
-        return partial(ops.reduce_scatter_out, source, "sum", group, out=out)
-    return partial(getattr(ops, f"{operator}_out"), source, group, out=out)
 
 
 def _call_dist(operator: str, source: torch.Tensor, out: torch.Tensor) -> Callable[[], Any]:
