@@ -22,6 +22,10 @@ backward passes as well. ``x`` is any memory, symmetric or not, of any strides: 
 of float16, bfloat16 and float8 are made in float32; results are bitwise the same on all ranks and from run to run. On
 the CPU an operator is done when it returns, on CUDA it is work on the current stream.
 
+On CUDA, what ``all_gather``, ``all_to_all`` or ``broadcast`` moves in parts of more than 1 MiB goes straight into the
+peers' results where these are symmetric memory. So there ``out`` is in symmetric memory on all ranks, at the same
+offset, or on none; other offsets end in a MismatchError, and other memory in a PeerTimeoutError.
+
 A rank whose arguments are refused raises InvalidArgumentError, and on the CPU the others raise MismatchError, which
 names it; ranks that do not call alike all raise MismatchError there. On CUDA ranks compare nothing, for that takes
 longer than the operation, unless the setting ``collective_check`` is ``each``: then, on any device, ranks that do not
