@@ -37,9 +37,12 @@ _OPERATORS = {
 """The three forms of each."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _name(group: GroupLike) -> str:
     return group if isinstance(group, str) else name_of(group)
+
+
+# All that torch.compiler.assume_constant_result does, less the import of the compiler, which takes a second.
+_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _call(

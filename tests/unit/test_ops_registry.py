@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._C._distributed_c10d import _SymmetricMemory
+from torch._inductor.virtualized import V
 from torch._library.simple_registry import singleton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -377,6 +379,36 @@ def test_ours_are_visible_upstream(define: Define, caplog: pytest.LogCaptureFixt
     # Its own ops upstream lowers itself.
     assert ops.registration("symm_mem::one_shot_all_reduce") is not None
     assert upstream.args_of("symm_mem::one_shot_all_reduce") is None
+
+
+@needs_upstream
+def test_upstream_is_told_where_it_can_place(define: Define) -> None:
+    """Of an operator on the CPU its placement would raise, with no hook of ours."""
+    name = define("op(Tensor x, str group_name) -> Tensor")
+    symmem.register_symm_mem_args(name, ["x"])
+    held = singleton.get(name).symm_mem_args
+    node = torch.fx.Graph().placeholder("x")
+    assert held.is_registered()
+    for device, told in (("cpu", False), ("meta", True)):
+        reader = node.graph.call_function(getattr(torch.ops, name.split("::")[0]).op.default, (node, "any"))
+        node.meta["val"] = torch.empty(2, device=device)
+        with V.set_graph_handler(types.SimpleNamespace(current_node=reader)):
+            assert held.is_registered() is told
+            assert upstream.all_args()[name] == ("x",)
+    ops.unregister(name)
+    assert not held.is_registered()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_operators_on_the_cpu_compile_without_the_hook(
+    lib: ops.Library, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    lib.define("op(symm Tensor x, str group_name) -> Tensor")
+    lib.impl("op", lambda x, group: x * 2, "CPU")
+    torch.library.register_fake(f"{lib.ns}::op", lambda x, group: torch.empty_like(x), lib=lib)
+    op = getattr(torch.ops, lib.ns).op
+    assert torch.compile(lambda x: op(x + 1, "any"))(torch.ones(3)).tolist() == [4] * 3
 
 
 @needs_upstream
