@@ -1,6 +1,8 @@
 """How far a suite is: a bar on a terminal, and nothing elsewhere.
 
     collectives [####------] 40%, 12 s, 18 s left: all_gather, 2 ranks, 65536 bytes
+
+That is the share of the steps that are done, the time they took, that of the rest, and what is being measured.
 """
 
 from __future__ import annotations
