@@ -13,15 +13,13 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.progress import Progress
 from symmem.tools.bench.tables import table
+from symmem.tools.commands import SubParsers, add_group
 from symmem.tools.numbers import positive
-
-if TYPE_CHECKING:
-    _SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 __all__ = ["SUITES", "Suite", "add_parser"]
 
@@ -131,10 +129,9 @@ SUITES = {
 """By name. The options of a suite are what its ``run`` takes."""
 
 
-def add_parser(subparsers: _SubParsers) -> None:
-    """Add the command ``bench``; each of its subcommands sets ``run``, which takes the parsed arguments."""
-    parser = subparsers.add_parser("bench", help="measure, beside a peer in the same run")
-    commands = parser.add_subparsers(title="suites", metavar="SUITE", required=True)
+def add_parser(subparsers: SubParsers) -> None:
+    """Add the command ``bench``."""
+    commands = add_group(subparsers, "bench", "measure, beside a peer in the same run", "suites", "SUITE")
     for name, suite in SUITES.items():
         command = commands.add_parser(name, help=suite.help)
         names = [command.add_argument(option.flag, **option.words).dest for option in suite.options]
