@@ -29,8 +29,15 @@ from symmem.errors import (
 from symmem.ops import engines, gradients
 from symmem.ops import functions as ops
 
-# What Inductor imports, warns.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+# What torch does, and what it imports, warns; some of it in 2.11 or 2.15 only.
+_WARNINGS = (
+    "ignore::DeprecationWarning:torch",
+    "ignore:.*Profiler clears events:UserWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+    "ignore:.torch.jit.trace. is deprecated:FutureWarning",
+    "ignore:There is a performance drop because we have not yet implemented the batching rule:UserWarning",
+)
+pytestmark = [pytest.mark.filterwarnings(each) for each in _WARNINGS]
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 OPTIONS: dict[str, tuple[Any, ...]] = {"all_reduce": ("sum",), "reduce_scatter": ("avg",), "broadcast": (0,)}
