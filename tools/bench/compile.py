@@ -25,7 +25,7 @@ from symmem.tools.bench.progress import SILENT, Progress
 from symmem.tools.bench.timing import slowest
 from symmem.tools.ranks import RankPool
 
-__all__ = ["BATCH", "LAYERS", "PARTS", "Compiling", "Found", "measure", "run", "steps"]
+__all__ = ["BATCH", "LAYERS", "PARTS", "Compiling", "Found", "measure", "run"]
 
 PARTS = ("overhead", "compile", "chain", "input")
 
@@ -82,7 +82,7 @@ def _on_rank(module: str, function: str, *args: Any) -> Any:
 def measure(
     backend: str, world: int, hidden: int | None, parts: Sequence[str], rounds: int, progress: Progress = SILENT
 ) -> Iterator[Figure]:
-    """All figures of a backend at one world size; see :func:`steps`."""
+    """All figures of a backend at one world size, in :func:`_steps`."""
     device_type = get_backend(backend).device_type
     hidden = hidden or _HIDDEN[device_type]
     with tempfile.TemporaryDirectory() as cache:
@@ -113,7 +113,7 @@ def measure(
                     yield from _figures(part, backend, world, BATCH * hidden * 2, ending, results)
 
 
-def steps(device_type: str, parts: Sequence[str]) -> int:
+def _steps(device_type: str, parts: Sequence[str]) -> int:
     """How many there are at one world size: a chain and an input have one for each mode."""
     modes = {"chain": len(_MODES[device_type]), "input": len(_MODES[device_type])}
     return sum(modes.get(part, 1) for part in set(parts))
@@ -135,7 +135,7 @@ def run(
     """
     device = get_backend(backend).device_type
     worlds = ranks or ((torch.cuda.device_count(),) if device == "cuda" else (2,))
-    progress.expect(len(worlds) * steps(device, parts))
+    progress.expect(len(worlds) * _steps(device, parts))
     for world in worlds:
         if device == "cuda":
             check_gpus("compile", world)
