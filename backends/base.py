@@ -244,9 +244,13 @@ class Mapping:
         Raises:
             MulticastUnavailableError: It has none; says why.
         """
+        self.no_multicast("it takes NVLink SHARP, and a backend for CUDA")
+
+    def no_multicast(self, why: str) -> NoReturn:
+        """Raise the error of memory that has no multicast address."""
         raise MulticastUnavailableError(
-            f"the backend {self.backend.name!r} has no multicast pointer",
-            hint="multicast needs NVLink SHARP hardware and a CUDA backend; write to each remote_tensor instead",
+            f"the backend {self.backend.name!r} has no multicast pointer for this memory: {why}",
+            hint="store to each remote_tensor instead; `symmem config show` says where a setting comes from",
             rank=self.group.rank,
             group=self.group.name,
             step="multicast_ptr",

@@ -34,7 +34,6 @@ from symmem.backends.shared import SharedMapping, pass_and_map
 from symmem.backends.vmm import DeviceRange, Handle, Token, exchange_handles, free_what_is_left
 from symmem.errors import (
     BackendUnavailableError,
-    MulticastUnavailableError,
     OutOfMemoryError,
     SymmemError,
 )
@@ -114,13 +113,7 @@ class NativeMapping(SharedMapping):
 
     def multicast(self) -> int:
         if self._no_multicast:
-            raise MulticastUnavailableError(
-                self._no_multicast,
-                hint="store to each remote_tensor instead; `symmem config show` says where a setting comes from",
-                rank=self.group.rank,
-                group=self.group.name,
-                step="multicast_ptr",
-            )
+            self.no_multicast(self._no_multicast)
         if self._multicast is None:
             ordinal = self._driver.ordinal(self.device)
             self._multicast = Multicast(self._driver, self.group, ordinal, self._memory, self._stride, self._fabric)

@@ -22,7 +22,7 @@ from symmem.backends.cuda_kernels import pad_words
 from symmem.backends.nvshmem_job import start
 from symmem.backends.nvshmem_library import NvshmemLibrary, Staging
 from symmem.backends.pads import PaddedMapping, PadSlots, padded
-from symmem.errors import InvalidArgumentError, MulticastUnavailableError, OutOfMemoryError
+from symmem.errors import InvalidArgumentError, OutOfMemoryError
 
 __all__ = ["NvshmemAllocation", "NvshmemBackend", "NvshmemMapping"]
 
@@ -76,22 +76,13 @@ class NvshmemMapping(PaddedMapping):
 
     def multicast(self) -> int:
         """See :meth:`Mapping.multicast`. Local."""
-        settings = self.group.settings
-        if settings.multicast == "off":
-            why = f"it is switched off by {settings.origins.get('multicast', 'the configuration')}"
-        elif self._pes != tuple(range(self.backend.library.n_pes())):
-            why = "NVSHMEM has it for all ranks of the job together, in their order, not for this group"
-        elif pointer := self.backend.library.multicast_pointer(self._own):
-            return pointer
-        else:
-            why = "NVSHMEM gives no address for it: the GPUs are not joined by NVLink SHARP, or it was switched off"
-        raise MulticastUnavailableError(
-            f"the backend 'nvshmem' has no multicast pointer for this memory: {why}",
-            hint="write to each remote_tensor instead",
-            rank=self.group.rank,
-            group=self.group.name,
-            step="multicast_ptr",
-        )
+        self.check_multicast_is_on()
+        if self._pes != tuple(range(self.backend.library.n_pes())):
+            self.no_multicast("NVSHMEM has it for all ranks of the job together, in their order, not for this group")
+        pointer = self.backend.library.multicast_pointer(self._own)
+        if not pointer:
+            self.no_multicast("NVSHMEM gives no address: no NVLink SHARP joins the GPUs, or it was switched off")
+        return pointer
 
 
 class NvshmemBackend(Backend):

@@ -106,6 +106,12 @@ class PaddedMapping(Mapping):
 
         return CudaSignals(self.group, self.device, pads)
 
+    def check_multicast_is_on(self) -> None:
+        """Raise if the settings forbid it: a library may have set it up all the same."""
+        settings = self.group.settings
+        if settings.multicast == "off":
+            self.no_multicast(f"it is switched off by {settings.origins.get('multicast', 'the configuration')}")
+
     def barrier(self, channel: int, timeout: float) -> None:
         """See :meth:`Mapping.barrier`."""
         self._signals.barrier(channel, timeout)

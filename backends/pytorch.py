@@ -31,7 +31,7 @@ from symmem.backends.collective_heap import CollectiveHeap, job_group
 from symmem.backends.cuda_kernels import pad_words
 from symmem.backends.pads import PaddedMapping, PadSlots, padded
 from symmem.backends.torch_transport import BACKENDS, Transport, backend_of, connect
-from symmem.errors import GroupError, MulticastUnavailableError, OutOfMemoryError, RendezvousError
+from symmem.errors import GroupError, OutOfMemoryError, RendezvousError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -91,19 +91,11 @@ class TorchMapping(PaddedMapping):
 
     def multicast(self) -> int:
         """See :meth:`Mapping.multicast`. Local: torch set it up, or not, in the rendezvous."""
-        settings = self.group.settings
-        if settings.multicast != "off" and self._multicast:
-            return self._multicast
-        why = "torch gives no address for this group: its transport, the GPUs or the group have no multicast"
-        if settings.multicast == "off":
-            why = f"it is switched off by {settings.origins.get('multicast', 'the configuration')}"
-        raise MulticastUnavailableError(
-            f"the backend {self.backend.name!r} has no multicast pointer for this memory: {why}",
-            hint="write to each remote_tensor instead",
-            rank=self.group.rank,
-            group=self.group.name,
-            step="multicast_ptr",
-        )
+        self.check_multicast_is_on()
+        if not self._multicast:
+            why = "torch gives no address for this group: its transport, the GPUs or the group have no multicast"
+            self.no_multicast(why)
+        return self._multicast
 
 
 class _TorchBackend(Backend):
@@ -135,7 +127,7 @@ class _TorchBackend(Backend):
 class TorchBackend(_TorchBackend):
     """Backend ``pytorch_cuda``: allocation is local, a rendezvous maps the group's memory."""
 
-    def allocate(self, nbytes: int, device: torch.device, group: Group | None) -> TorchAllocation:
+    def allocate(self, nbytes: int, device: torch.device, group: Group | None) -> Allocation:
         """See :meth:`Backend.allocate`. The first one freezes torch's transport for this process.
 
         Raises:
@@ -220,8 +212,14 @@ class _AllocatingTogether(_TorchBackend):
         self._device: torch.device | None = None
         self._heap: CollectiveHeap[_Piece] = CollectiveHeap(name, self._release, self._quiesce)
 
-    def _together(self, nbytes: int, device: torch.device, group: Group | None) -> tuple[PadSlots, int, _Piece]:
-        """Let all ranks of the job allocate: room for pads, the number to release it by, and the memory."""
+    def allocate(self, nbytes: int, device: torch.device, group: Group | None) -> Allocation:
+        """See :meth:`Backend.allocate`. Collective over the default process group.
+
+        Raises:
+            GroupError: There is none.
+            BackendUnavailableError: Another transport is frozen already.
+            MismatchError, PeerTimeoutError, PeerLostError: Ranks ask for different sizes, or do not come.
+        """
         self._device = device = gpu.check_device(self.name, device)
         job = job_group(self.name, group, self._job)
         process_group = _process_group(self.name, job)
@@ -234,7 +232,12 @@ class _AllocatingTogether(_TorchBackend):
                 lambda collective: self._make(slots.extent, device, collective, process_group),
                 lambda: gpu.free_memory(device),
             )
-        return slots, number, piece
+        allocation = self._allocation(piece, nbytes, slots)
+        weakref.finalize(allocation, self._heap.release, number).atexit = False
+        return allocation
+
+    def _allocation(self, piece: _Piece, nbytes: int, slots: PadSlots) -> Allocation:
+        raise NotImplementedError
 
     def _make(self, nbytes: int, device: torch.device, collective: Collective, process_group: ProcessGroup) -> _Piece:
         raise NotImplementedError
@@ -266,18 +269,8 @@ class TorchNvshmemAllocation(Allocation):
 class TorchNvshmemBackend(_AllocatingTogether):
     """Backend ``pytorch_nvshmem``: allocation is collective over the job, a rendezvous translates ranks."""
 
-    def allocate(self, nbytes: int, device: torch.device, group: Group | None) -> TorchNvshmemAllocation:
-        """See :meth:`Backend.allocate`. Collective over the default process group.
-
-        Raises:
-            GroupError: There is none.
-            BackendUnavailableError: Another transport is frozen already.
-            MismatchError, PeerTimeoutError, PeerLostError: Ranks ask for different sizes, or do not come.
-        """
-        slots, number, piece = self._together(nbytes, device, group)
-        allocation = TorchNvshmemAllocation(self, piece.memory.device, nbytes, piece, slots)
-        weakref.finalize(allocation, self._heap.release, number).atexit = False
-        return allocation
+    def _allocation(self, piece: _Piece, nbytes: int, slots: PadSlots) -> TorchNvshmemAllocation:
+        return TorchNvshmemAllocation(self, piece.memory.device, nbytes, piece, slots)
 
     def rendezvous(self, allocation: Allocation, collective: Collective) -> TorchMapping:
         """See :meth:`Backend.rendezvous`. Calls nothing of torch: the job's other ranks need not come."""
@@ -328,18 +321,8 @@ class TorchNcclBackend(_AllocatingTogether, TorchBackend):
         super().__init__(name)
         self._spare: dict[int, list[_Piece]] = {}  # by bytes; alike on all ranks
 
-    def allocate(self, nbytes: int, device: torch.device, group: Group | None) -> TorchAllocation:
-        """See :meth:`Backend.allocate`. Collective over the default process group.
-
-        Raises:
-            GroupError: There is none.
-            BackendUnavailableError: Another transport is frozen already.
-            MismatchError, PeerTimeoutError, PeerLostError: Ranks ask for different sizes, or do not come.
-        """
-        slots, number, piece = self._together(nbytes, device, group)
-        allocation = TorchAllocation(self, piece.memory.device, nbytes, piece.memory, slots)
-        weakref.finalize(allocation, self._heap.release, number).atexit = False
-        return allocation
+    def _allocation(self, piece: _Piece, nbytes: int, slots: PadSlots) -> TorchAllocation:
+        return TorchAllocation(self, piece.memory.device, nbytes, piece.memory, slots)
 
     def _make(self, nbytes: int, device: torch.device, collective: Collective, process_group: ProcessGroup) -> _Piece:
         self.transport.activate(device)

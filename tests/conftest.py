@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,21 @@ def pools() -> Iterator[Pools]:
     made = Pools()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def living_pool() -> Iterator[Callable[..., RankPool]]:
+    """Gives the tests of a module one pool; another one, made alike, once a rank of it has died."""
+    made: list[RankPool] = []
+
+    def get(size: int, **options: Any) -> RankPool:
+        if not made or not made[-1].alive:
+            made.append(RankPool(size, **options))
+        return made[-1]
+
+    yield get
+    for pool in made:
+        pool.close()
 
 
 @pytest.fixture

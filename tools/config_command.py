@@ -7,21 +7,17 @@ import json
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING
 
 from symmem.config import SETTINGS, Settings, check_sources, gpu_model, load_settings
 from symmem.errors import ConfigError
-
-if TYPE_CHECKING:
-    _SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
+from symmem.tools.commands import SubParsers, add_group
 
 __all__ = ["add_parser"]
 
 
-def add_parser(subparsers: _SubParsers) -> None:
-    """Add the command ``config``; each of its subcommands sets ``run``, which takes the parsed arguments."""
-    parser = subparsers.add_parser("config", help="show or check the configuration")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+def add_parser(subparsers: SubParsers) -> None:
+    """Add the command ``config``."""
+    commands = add_group(subparsers, "config", "show or check the configuration")
     show = commands.add_parser("show", help="print every setting, its unit and where its value came from")
     show.add_argument("--json", action="store_true", help="print JSON")
     show.add_argument("--group", metavar="NAME", help="show what holds for the group of this name")

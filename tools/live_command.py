@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING
 
 from symmem.errors import InvalidArgumentError
 from symmem.sockets import PARTS
+from symmem.tools.commands import SubParsers
 from symmem.tools.table import render
 
 if TYPE_CHECKING:
     from symmem.tools.processes import Process
 
-    _SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
-
 __all__ = ["add_parsers"]
 
 
-def add_parsers(subparsers: _SubParsers) -> None:
+def add_parsers(subparsers: SubParsers) -> None:
     """Add the commands; each sets ``run``, which takes the parsed arguments."""
     top = subparsers.add_parser("top", help="a live table of the ranks on this host, and what each waits for")
     top.add_argument("--once", action="store_true", help="print it once")

@@ -10,20 +10,18 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from symmem.errors import InvalidArgumentError
+from symmem.tools.commands import SubParsers, add_group
 from symmem.tools.table import render
 
 if TYPE_CHECKING:
     from symmem.ops import Registration
 
-    _SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
-
 __all__ = ["add_parser"]
 
 
-def add_parser(subparsers: _SubParsers) -> None:
-    """Add the command ``ops``; each of its subcommands sets ``run``, which takes the parsed arguments."""
-    parser = subparsers.add_parser("ops", help="which operators take symmetric memory")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+def add_parser(subparsers: SubParsers) -> None:
+    """Add the command ``ops``."""
+    commands = add_group(subparsers, "ops", "which operators take symmetric memory")
     listing = commands.add_parser("list", help="print each op, its arguments and group, and who registered it")
     listing.add_argument("--json", action="store_true", help="print JSON")
     what = "import MODULE first, so that what it registers is shown; may be repeated"

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from symmem.config.algorithms import KERNELS
 from symmem.config.kinds import SIZE
 from symmem.config.values import InvalidValue
 from symmem.errors import InvalidArgumentError
-
-if TYPE_CHECKING:
-    _SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
+from symmem.tools.commands import SubParsers
 
 __all__ = ["add_parser"]
 
 
-def add_parser(subparsers: _SubParsers) -> None:
+def add_parser(subparsers: SubParsers) -> None:
     """Add the command ``tune``; it sets ``run``, which takes the parsed arguments."""
     parser = subparsers.add_parser("tune", help="measure which kernels are quickest on these GPUs, and write a table")
     parser.add_argument("--ranks", type=int, metavar="N", help="number of ranks (default: all GPUs)")

@@ -103,8 +103,7 @@ def register_symm_mem_args(
     Library see :class:`symmem.ops.Library`.
 
     With torch 2.13 and later, upstream's registry learns of it too. Where nobody else places the arguments,
-    ``torch.compile`` then does, for ops with an argument ``group_name``: in memory of torch's own, and on CUDA only. Of
-    tensors on the CPU it then fails to compile such an op ("Comm buffer requires a valid CUDA device").
+    ``torch.compile`` then does, for ops with an argument ``group_name``: in memory of torch's own, and on CUDA only.
 
     Args:
         op: ``"lib::op"``, ``"lib::op.overload"``, a member of ``torch.ops``, or a ``torch.library.custom_op``. Without

@@ -6,7 +6,9 @@ this is empty, and does nothing.
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,20 +43,34 @@ def args_of(name: str) -> tuple[str, ...] | None:
 def all_args() -> dict[str, tuple[str, ...]]:
     """What upstream knows of all ops, by their qualified names."""
     entries: dict[str, Any] = getattr(_registry(), "_data", {})
-    known = [(name, entry.symm_mem_args) for name, entry in list(entries.items())]
-    return {name: tuple(holder.get()) for name, holder in known if holder.is_registered()}
+    known = [(name, entry.symm_mem_args.get()) for name, entry in list(entries.items())]
+    return {name: tuple(args) for name, args in known if args is not None}
 
 
 def put(name: str, args: Sequence[str]) -> None:
     """Let upstream know of an op, in the place of what it knew.
 
-    Inductor reads it when it lowers an op that nobody else lowers, and places arguments whatever device they are on: of
-    the CPU's that raises (torch 2.13). It cannot be told of one device only, nor later: it asks by the op's name.
+    Inductor asks for it when it lowers an op that nobody else lowers, and then places arguments whatever device they
+    are on, which raises for those on the CPU (torch 2.13 to 2.15). So it is told only of other ones.
     """
     registry = _registry()
     if registry is not None:
         remove(name)  # else upstream logs a warning about what it overwrites
-        registry.find(name).symm_mem_args.register(list(args))
+        holder = registry.find(name).symm_mem_args
+        holder.register(list(args))
+        holder.is_registered = functools.partial(_is_told, holder)
+
+
+def _is_told(holder: Any) -> bool:
+    return holder.get() is not None and not _lowers_on_the_cpu()
+
+
+def _lowers_on_the_cpu() -> bool:
+    """Whether Inductor asks, and what the op of the graph that it is at takes lies on the CPU."""
+    virtualized = sys.modules.get("torch._inductor.virtualized")  # if nobody has imported it, it is not Inductor
+    node = getattr(virtualized.V.graph, "current_node", None) if virtualized is not None else None
+    values = () if node is None else (each.meta.get("val") for each in node.all_input_nodes)
+    return {each.device.type for each in values if isinstance(each, torch.Tensor)} == {"cpu"}
 
 
 def remove(name: str) -> None:

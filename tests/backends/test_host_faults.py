@@ -39,20 +39,10 @@ SOON = 6.0  # seconds; far from LONG, and room for a busy machine
 NewPool = Callable[..., RankPool]
 
 
-@pytest.fixture(scope="module")
-def shared_pool() -> Iterator[list[RankPool]]:
-    pools: list[RankPool] = []
-    yield pools
-    for pool in pools:
-        pool.close()
-
-
 @pytest.fixture
-def pool(shared_pool: list[RankPool]) -> RankPool:
+def pool(living_pool: NewPool) -> RankPool:
     """Ranks that survive the test."""
-    if not shared_pool or not shared_pool[-1].alive:
-        shared_pool.append(RankPool(WORLD, process_group=None))
-    return shared_pool[-1]
+    return living_pool(WORLD, process_group=None)
 
 
 @pytest.fixture

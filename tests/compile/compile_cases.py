@@ -663,7 +663,7 @@ def case_enable() -> None:
     run = torch.compile(lambda x: ct.summed(x + 1, name))
     torch._dynamo.reset()
     x = values(4, 4)
-    with pytest.raises(Exception, match=r"plain memory|Comm buffer"):
+    with pytest.raises(Exception, match="plain memory"):
         run(x)
     symmem.compile.enable()
     try:
@@ -671,7 +671,7 @@ def case_enable() -> None:
         torch.testing.assert_close(run(x), summed(x + 1))
     finally:
         symmem.compile.disable()
-    with pytest.raises(Exception, match=r"plain memory|Comm buffer"):
+    with pytest.raises(Exception, match="plain memory"):
         run(x)
 
 

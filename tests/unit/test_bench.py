@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import io
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from symmem.errors import ConfigError
 from symmem.tools import cli
 from symmem.tools.bench import collectives, contenders, p2p, plot
-from symmem.tools.bench.command import SUITES, progress
+from symmem.tools.bench.command import SUITES
 from symmem.tools.bench.compare import read
 from symmem.tools.bench.contenders import Contender
 from symmem.tools.bench.figures import Figure
@@ -238,7 +237,8 @@ def test_pairs_copy_alone_and_then_all_at_once(pool: RankPool) -> None:
 @pytest.mark.parametrize("name", SUITES)
 def test_a_suite_takes_its_options(name: str) -> None:
     flags = {option.words.get("dest", option.flag[2:].replace("-", "_")) for option in SUITES[name].options}
-    assert flags == {*inspect.signature(importlib.import_module(f"symmem.tools.bench.{name}").run).parameters}
+    taken = inspect.signature(importlib.import_module(f"symmem.tools.bench.{name}").run).parameters
+    assert {*flags, "progress"} == {*taken}
 
 
 def test_p2p_prints_figures_that_compare_reads(tmp_path: Path, capsys: Output) -> None:
@@ -322,23 +322,6 @@ def test_figures_of_a_file_are_shown(tmp_path: Path, capsys: Output, monkeypatch
     assert drawn == []
     assert cli.main(["bench", "show", str(file), "--plot", "a.png"]) == 0
     assert drawn == [Path("a.png"), ([BARRIER], "old", Path("a.png"))]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_is_for_terminals_and_leaves_an_empty_line() -> None:
-    plain, terminal = io.StringIO(), Terminal()
-    assert list(progress("p2p", [BARRIER], plain)) == [BARRIER]
-    assert plain.getvalue() == ""
-    assert list(progress("p2p", [BARRIER, BARRIER], terminal)) == [BARRIER, BARRIER]
-    shown = terminal.getvalue().split("\r\x1b[K")
-    assert shown[1] == "bench p2p: starting"
-    assert shown[3].startswith("bench p2p: 1 figures in 0 s; barrier, 2 ranks, 0 bytes")
-    assert shown[5].startswith("bench p2p: 2 figures in ")
-    assert (shown[2], shown[-1]) == ("", "")
 
 
 # What is shown.

@@ -1,4 +1,4 @@
-"""symmem.cuh: compiled for GPUs, and its protocol run by CPU threads (mission A5)."""
+"""symmem.cuh, and the kernel of its guide: compiled for GPUs, and their protocol run by CPU threads (mission A5)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ from symmem.tools.cli import main
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from doc_pages import ROOT, blocks
 from emulated_gpu import COMPILER, emulate
 from thread_ranks import succeed
 
 HEADER = Path(symmem.include_path(), "symmem.cuh")
 WORLD, BLOCKS, THREADS, ROUNDS = 3, 2, 4, 20
 CHANNELS, ELEMENTS = 5, BLOCKS * THREADS
-NAMES = ("meet", "ring", "tally", "late", "bad_channel", "keep")
+NAMES = ("meet", "ring", "tally", "late", "bad_channel", "keep", "guide")
 
 KERNELS = Path(__file__).with_name("header_kernels.cu").read_text()
+INCLUDE = '#include "symmem.cuh"\n'
+PAGE = (ROOT / "docs" / "kernels.md").read_text()
+GUIDE = "".join(f"{block.text}\n" for block in blocks(PAGE) if block.language == "cpp")
+CALLS_GUIDE = "void guide(Call call) { add_next(call.view, (float *)call.x, (float *)call.out, 16); }\n"
 
 ATOMICS = {
     "add": "old = __atomic_fetch_add(remote(view, local, peer), value, __ATOMIC_ACQ_REL);",
@@ -100,7 +105,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pattern = rf'asm volatile\("atom\.acq_rel\.sys\.global\.{name}\..*?"memory"\);'
         source, times = re.subn(pattern, by, source, flags=re.DOTALL)
         assert times == 1
-    return emulate(source + LAYOUT + KERNELS, REPLACED, NAMES, {}, tmp_path_factory.mktemp("header") / "kernels.so")
+    source += LAYOUT + GUIDE.replace(INCLUDE, "") + KERNELS + CALLS_GUIDE
+    return emulate(source, REPLACED, NAMES, {}, tmp_path_factory.mktemp("header") / "kernels.so")
 
 
 @pytest.fixture
@@ -154,9 +160,19 @@ def test_a_count_is_left_where_it_is_kept(ranks: Ranks) -> None:
         assert [at for at, word in enumerate(words) if word == 3] == [4 * WORLD + rank]
 
 
-# The header as it is.
+def test_the_kernel_of_the_guide_adds_what_the_next_rank_has(ranks: Ranks) -> None:
+    for rank, words in enumerate(ranks.x):
+        (ctypes.c_float * 16).from_buffer(words)[:] = [100 * rank + at for at in range(16)]
+    assert ranks.launch("guide", BLOCKS) == [0] * WORLD
+    for rank, words in enumerate(ranks.out):
+        both = 100 * (rank + (rank + 1) % WORLD)
+        assert (ctypes.c_float * 16).from_buffer(words)[:] == [both + 2 * at for at in range(16)]
+    assert ranks.at_rest()
 
-CHECKED = '#include "symmem.cuh"\n' + LAYOUT
+
+# The header as it is, and the guide's kernel before anything else.
+
+CHECKED = INCLUDE + LAYOUT + GUIDE
 
 
 def compiled(source: str, tmp_path: Path, *command: str) -> str:
@@ -180,7 +196,7 @@ def test_nvrtc_takes_it() -> None:
         pytest.skip("cuda.bindings is not installed")
     from cuda.bindings import nvrtc
 
-    code, program = nvrtc.nvrtcCreateProgram(('#include "symmem.cuh"\n' + KERNELS).encode(), b"kernels.cu", 0, [], [])
+    code, program = nvrtc.nvrtcCreateProgram((INCLUDE + GUIDE + KERNELS).encode(), b"kernels.cu", 0, [], [])
     assert code == 0
     options = [b"-arch=sm_90", f"-I{symmem.include_path()}".encode()]
     (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,8 +29,15 @@ from symmem.errors import (
 from symmem.ops import engines, gradients
 from symmem.ops import functions as ops
 
-# What Inductor imports, warns.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+# What torch does, and what it imports, warns; some of it in 2.11 or 2.15 only.
+_WARNINGS = (
+    "ignore::DeprecationWarning:torch",
+    "ignore:.*Profiler clears events:UserWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+    "ignore:.torch.jit.trace. is deprecated:FutureWarning",
+    "ignore:There is a performance drop because we have not yet implemented the batching rule:UserWarning",
+)
+pytestmark = [pytest.mark.filterwarnings(each) for each in _WARNINGS]
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 OPTIONS: dict[str, tuple[Any, ...]] = {"all_reduce": ("sum",), "reduce_scatter": ("avg",), "broadcast": (0,)}
@@ -168,6 +177,21 @@ def test_compiled_programs_are_right(backend: str, group: symmem.Group) -> None:
     for wanted, found in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted)
     compiled(torch.randn(5, 8), weight, group.name)  # another shape: dynamic from here on
+
+
+def test_the_compiler_takes_the_name_of_the_default_group_for_a_constant() -> None:
+    """And is not imported for that along with the functions."""
+    code = """
+import sys
+import torch, torch.distributed as dist
+from symmem.ops import all_reduce
+assert "torch._dynamo" not in sys.modules
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+compiled = torch.compile(lambda x: all_reduce(x), fullgraph=True, backend="eager")
+assert compiled(torch.ones(3)).tolist() == [1] * 3
+dist.destroy_process_group()
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=100)
 
 
 def test_compiled_code_changes_its_arguments_in_place(group: symmem.Group) -> None:

@@ -20,6 +20,7 @@ from symmem.backends import get_backend
 from symmem.errors import UnsupportedError
 from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.gpu import PEERS, check_gpus, fresh
+from symmem.tools.bench.progress import SILENT, Progress
 from symmem.tools.bench.timing import slowest
 from symmem.tools.doctor import examine
 from symmem.tools.ranks import RankPool
@@ -95,29 +96,37 @@ def _theirs(transport: str, nbytes: int, rounds: int = 5) -> float:
     return sum(fresh(transport, "", nbytes, rounds))
 
 
-def measure(backend: str, peers: Sequence[str], world: int, pairs: int) -> Iterator[Figure]:
-    """All figures of a backend; of all ranks, the slowest counts."""
+def measure(
+    backend: str, peers: Sequence[str], world: int, pairs: int, progress: Progress = SILENT
+) -> Iterator[Figure]:
+    """All figures of a backend, in a step for each peer and four more; of all ranks, the slowest counts."""
     others = {}
     for peer in peers:
+        progress.step(f"alloc_warm, {world} ranks, torch_{peer}")
         with RankPool(world, timeout=240) as pool:
             others[peer] = {nbytes: max(pool.run(_theirs, PEERS[peer], nbytes, timeout=300)) * 1e6 for nbytes in _SIZES}
     with RankPool(world, timeout=300) as pool:
         for nbytes in _SIZES:
+            progress.step(f"alloc_warm, {world} ranks, {nbytes} bytes")
             ours = max(pool.run(_warm, backend, nbytes, timeout=300)) * 1e6
             yield Figure("alloc_warm", backend, world, nbytes, ours, "us")
             for peer, times in others.items():
                 yield Figure("alloc_warm", backend, world, nbytes, ours, "us", f"torch_{peer}", times[nbytes])
+        progress.step(f"reclaim, {world} ranks, {_BLOCKS} blocks")
         contiguous, alternating, exchanges = slowest(pool.run(_reclaim, backend, timeout=300))
         yield Figure("reclaim", backend, world, _BLOCKS * _BLOCK, contiguous * 1e6, "us")
         yield Figure("reclaim_alternating", backend, world, _BLOCKS * _BLOCK, alternating * 1e6, "us")
         yield Figure("reclaim_rounds", backend, world, _BLOCKS * _BLOCK, exchanges, "count")
+        progress.step(f"long_run, {world} ranks, {pairs} allocations")
         resident, descriptors, space = slowest(pool.run(_long_run, backend, pairs, timeout=300))
         yield Figure("long_run_resident", backend, world, pairs * _LONG_RUN, resident, "bytes")
         yield Figure("long_run_descriptors", backend, world, pairs * _LONG_RUN, descriptors, "count")
         yield Figure("long_run_address_space", backend, world, pairs * _LONG_RUN, space, "bytes")
 
 
-def run(backend: str, peers: Sequence[str] | None, ranks: Sequence[int], pairs: int) -> Iterator[Figure]:
+def run(
+    backend: str, peers: Sequence[str] | None, ranks: Sequence[int], pairs: int, progress: Progress = SILENT
+) -> Iterator[Figure]:
     """All figures of a backend at these world sizes; beside all of torch's transports that work here, unless some are
     named.
 
@@ -132,7 +141,8 @@ def run(backend: str, peers: Sequence[str] | None, ranks: Sequence[int], pairs: 
         )
     if peers is None:
         peers = [peer for peer in PEERS if cuda and examine(f"pytorch_{peer}").available]
+    progress.expect(len(ranks) * (len(peers) + len(_SIZES) + 2))
     for world in ranks:
         if cuda:
             check_gpus("alloc", world)
-        yield from measure(backend, peers, world, pairs)
+        yield from measure(backend, peers, world, pairs, progress)

@@ -24,6 +24,7 @@ from symmem.errors import InvalidArgumentError
 from symmem.tools.bench.contenders import OPERATORS, Contender, check, contenders
 from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.gpu import check_gpus
+from symmem.tools.bench.progress import SILENT, Progress
 from symmem.tools.bench.timing import Clock, clock_of, enough, in_turns, mean, slowest
 from symmem.tools.ranks import RankPool
 
@@ -89,13 +90,21 @@ def with_backend(backend: str) -> str:
 
 
 def measure(
-    backend: str, world: int, sizes: Sequence[int] = (), operators: Sequence[str] = OPERATORS
+    backend: str,
+    world: int,
+    sizes: Sequence[int] = (),
+    operators: Sequence[str] = OPERATORS,
+    progress: Progress = SILENT,
 ) -> Iterator[Figure]:
-    """All figures of a backend at one world size, in microseconds; of all sizes unless some are given."""
+    """All figures of a backend at one world size, in microseconds; of all sizes unless some are given.
+
+    A step for each operator and size.
+    """
     sizes = sizes or SIZES[get_backend(backend).device_type]
     with RankPool(world, env={"SYMMEM_ENABLE": with_backend(backend)}, timeout=240) as pool:
         for operator in operators:
             for nbytes in sizes:
+                progress.step(f"{operator}, {world} ranks, {nbytes} bytes")
                 medians = merged(pool.run(_on_rank, operator, nbytes, backend, max(sizes)))
                 for ending, times in medians.items():
                     ours, *peers = times.items()
@@ -104,7 +113,13 @@ def measure(
                         yield Figure(figure, backend, world, nbytes, ours[1] * 1e6, "us", peer, seconds * 1e6)
 
 
-def run(backend: str, ranks: Sequence[int] | None, sizes: Sequence[int], operators: Sequence[str]) -> Iterator[Figure]:
+def run(
+    backend: str,
+    ranks: Sequence[int] | None,
+    sizes: Sequence[int],
+    operators: Sequence[str],
+    progress: Progress = SILENT,
+) -> Iterator[Figure]:
     """All figures of a backend; unless ``ranks`` says otherwise, at one rank a GPU, on the CPU with 2 and with 4.
 
     Raises:
@@ -112,12 +127,15 @@ def run(backend: str, ranks: Sequence[int] | None, sizes: Sequence[int], operato
         UnsupportedError: See :func:`.gpu.check_gpus`.
         WrongResultError: A contender's result is wrong.
     """
-    cuda = get_backend(backend).device_type == "cuda"
-    for world in ranks or ((torch.cuda.device_count(),) if cuda else (2, 4)):
-        if cuda:
+    device = get_backend(backend).device_type
+    sizes = sizes or SIZES[device]
+    worlds = ranks or ((torch.cuda.device_count(),) if device == "cuda" else (2, 4))
+    progress.expect(len(worlds) * len(operators) * len(sizes))
+    for world in worlds:
+        if device == "cuda":
             check_gpus("collectives", world)
         for nbytes in sizes:
             if nbytes < _VECTOR * world or nbytes % _VECTOR:
                 least = f"a multiple of {_VECTOR} from {_VECTOR * world}"
                 raise InvalidArgumentError(f"{nbytes} bytes among {world} ranks: expected {least}")
-        yield from measure(backend, world, sizes, operators)
+        yield from measure(backend, world, sizes, operators, progress)

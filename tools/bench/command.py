@@ -1,7 +1,8 @@
 """``symmem bench``: its suites, and what all of them have in common: JSON lines or a table, a picture, progress.
 
-A suite is a module beside this one, named like it, whose ``run`` takes the suite's options by name and yields its
-figures; it is imported when it is chosen, since most need torch. A new one is a line of :data:`SUITES`.
+A suite is a module beside this one, named like it, whose ``run`` takes the suite's options by name and a
+:class:`.Progress`, and yields its figures; it is imported when it is chosen, since most need torch. A new one is a line
+of :data:`SUITES`.
 """
 
 from __future__ import annotations
@@ -9,21 +10,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from symmem.tools.bench.figures import Figure
+from symmem.tools.bench.progress import Progress
 from symmem.tools.bench.tables import table
+from symmem.tools.commands import SubParsers, add_group
 from symmem.tools.numbers import positive
 
-if TYPE_CHECKING:
-    _SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
-
-__all__ = ["SUITES", "Suite", "add_parser", "progress"]
+__all__ = ["SUITES", "Suite", "add_parser"]
 
 _PEERS = ("cuda", "nvshmem", "nccl")
 _PARTS = ("overhead", "compile", "chain", "input")
@@ -131,10 +129,9 @@ SUITES = {
 """By name. The options of a suite are what its ``run`` takes."""
 
 
-def add_parser(subparsers: _SubParsers) -> None:
-    """Add the command ``bench``; each of its subcommands sets ``run``, which takes the parsed arguments."""
-    parser = subparsers.add_parser("bench", help="measure, beside a peer in the same run")
-    commands = parser.add_subparsers(title="suites", metavar="SUITE", required=True)
+def add_parser(subparsers: SubParsers) -> None:
+    """Add the command ``bench``."""
+    commands = add_group(subparsers, "bench", "measure, beside a peer in the same run", "suites", "SUITE")
     for name, suite in SUITES.items():
         command = commands.add_parser(name, help=suite.help)
         names = [command.add_argument(option.flag, **option.words).dest for option in suite.options]
@@ -171,11 +168,16 @@ def _runner(name: str, options: Iterable[str]) -> Callable[[argparse.Namespace],
     def run(args: argparse.Namespace) -> int:
         with _picture(args.plot, f"symmem bench {name}") as figures:
             module = importlib.import_module(f"symmem.tools.bench.{name}")
-            found = module.run(**{option: getattr(args, option) for option in options})
-            for figure in progress(name, found, sys.stderr):
-                figures.append(figure)
-                if args.json:
-                    print(figure.json(), flush=True)  # at once: what was measured stays if a later one fails
+            progress = Progress(name, sys.stderr)
+            try:
+                for figure in module.run(**{option: getattr(args, option) for option in options}, progress=progress):
+                    figures.append(figure)
+                    if args.json:
+                        progress.hide()
+                        print(figure.json(), flush=True)  # at once: what was measured stays if a later one fails
+                        progress.show()
+            finally:
+                progress.hide()
             if not args.json:
                 print(table(figures))
         return 0
@@ -205,29 +207,6 @@ def _picture(file: Path | None, title: str) -> Iterator[list[Figure]]:
     yield figures
     if figures:
         plot.draw(figures, title, file)
-
-
-def progress(name: str, figures: Iterable[Figure], stream: TextIO) -> Iterator[Figure]:
-    """The figures, with a line that tells how far it is on ``stream``, if that is a terminal."""
-    if not stream.isatty():
-        yield from figures
-        return
-    begin, count, last = time.monotonic(), 0, "starting"
-    columns = shutil.get_terminal_size().columns
-
-    def say(text: str) -> None:
-        stream.write(f"\r\x1b[K{text[: columns - 1]}")
-        stream.flush()
-
-    try:
-        say(f"bench {name}: {last}")
-        for figure in figures:
-            say("")  # what is printed begins an empty line
-            yield figure
-            count, last = count + 1, f"{figure.figure}, {figure.world} ranks, {figure.bytes} bytes"
-            say(f"bench {name}: {count} figures in {time.monotonic() - begin:.0f} s; {last}")
-    finally:
-        say("")
 
 
 def _compare(args: argparse.Namespace) -> int:

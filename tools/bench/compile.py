@@ -21,6 +21,7 @@ from symmem.backends import get_backend
 from symmem.tools.bench.collectives import with_backend
 from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.gpu import check_gpus
+from symmem.tools.bench.progress import SILENT, Progress
 from symmem.tools.bench.timing import slowest
 from symmem.tools.ranks import RankPool
 
@@ -78,8 +79,10 @@ def _on_rank(module: str, function: str, *args: Any) -> Any:
     return getattr(importlib.import_module(f"symmem.tools.bench.compiled_{module}"), function)(*args)
 
 
-def measure(backend: str, world: int, hidden: int | None, parts: Sequence[str], rounds: int) -> Iterator[Figure]:
-    """All figures of a backend at one world size."""
+def measure(
+    backend: str, world: int, hidden: int | None, parts: Sequence[str], rounds: int, progress: Progress = SILENT
+) -> Iterator[Figure]:
+    """All figures of a backend at one world size, in :func:`_steps`."""
     device_type = get_backend(backend).device_type
     hidden = hidden or _HIDDEN[device_type]
     with tempfile.TemporaryDirectory() as cache:
@@ -90,11 +93,13 @@ def measure(backend: str, world: int, hidden: int | None, parts: Sequence[str], 
         }
         with RankPool(world, env=env, timeout=240) as pool:
             if "overhead" in parts:
+                progress.step(f"host_overhead, {world} ranks")
                 results = pool.run(_on_rank, "costs", "overhead", device_type)
                 for kind, count in results[0]:
                     value = max(each[kind, count] for each in results) * 1e6
                     yield Figure(f"host_overhead_{kind}_{count}", backend, world, 0, value, "us")
             if "compile" in parts:
+                progress.step(f"compile_time, {world} ranks")
                 results = pool.run(_on_rank, "costs", "compiling", device_type, rounds)
                 for kind, (ours, theirs) in results[0].items():
                     named = partial(Figure, backend=backend, world=world, bytes=0, peer="inductor")
@@ -103,12 +108,24 @@ def measure(backend: str, world: int, hidden: int | None, parts: Sequence[str], 
                     yield named(f"compile_time_{kind}", value=took[0], unit="us", peer_value=took[1])
             for part, function in (("chain", "chain"), ("input", "graph_input")):
                 for ending, mode in _MODES[device_type] if part in parts else ():
+                    progress.step(f"{part}{ending}, {world} ranks")
                     results = pool.run(_on_rank, "contenders", function, device_type, hidden, mode)
                     yield from _figures(part, backend, world, BATCH * hidden * 2, ending, results)
 
 
+def _steps(device_type: str, parts: Sequence[str]) -> int:
+    """How many there are at one world size: a chain and an input have one for each mode."""
+    modes = {"chain": len(_MODES[device_type]), "input": len(_MODES[device_type])}
+    return sum(modes.get(part, 1) for part in set(parts))
+
+
 def run(
-    backend: str, ranks: Sequence[int] | None, hidden: int | None, parts: Sequence[str], rounds: int
+    backend: str,
+    ranks: Sequence[int] | None,
+    hidden: int | None,
+    parts: Sequence[str],
+    rounds: int,
+    progress: Progress = SILENT,
 ) -> Iterator[Figure]:
     """All figures of a backend; unless ``ranks`` says otherwise, at one rank a GPU, on the CPU with 2.
 
@@ -116,8 +133,10 @@ def run(
         UnsupportedError: See :func:`.gpu.check_gpus` and :func:`.compiled_counts.copies`.
         WrongResultError: What is compiled returns something wrong.
     """
-    cuda = get_backend(backend).device_type == "cuda"
-    for world in ranks or ((torch.cuda.device_count(),) if cuda else (2,)):
-        if cuda:
+    device = get_backend(backend).device_type
+    worlds = ranks or ((torch.cuda.device_count(),) if device == "cuda" else (2,))
+    progress.expect(len(worlds) * _steps(device, parts))
+    for world in worlds:
+        if device == "cuda":
             check_gpus("compile", world)
-        yield from measure(backend, world, hidden, parts, rounds)
+        yield from measure(backend, world, hidden, parts, rounds, progress)

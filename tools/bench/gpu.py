@@ -14,6 +14,7 @@ import torch.distributed as dist
 import symmem
 from symmem.errors import UnsupportedError
 from symmem.tools.bench.figures import Figure
+from symmem.tools.bench.progress import SILENT, Progress
 from symmem.tools.bench.timing import CudaClock, in_turns, repeated, slowest
 from symmem.tools.ranks import RankPool
 
@@ -132,8 +133,8 @@ def _barrier(transport: str, backend: str, count: int = 100, rounds: int = 15) -
     return [*result[0], *result[1]]
 
 
-def measure(backend: str, peer: str, world: int) -> Iterator[Figure]:
-    """All figures of a backend beside one of torch's transports. Of all ranks, the slowest counts."""
+def measure(backend: str, peer: str, world: int, progress: Progress = SILENT) -> Iterator[Figure]:
+    """All figures of a backend beside one of torch's transports, in ten steps. Of all ranks, the slowest counts."""
 
     def figure(name: str, nbytes: int, ours: float, theirs: float, unit: str = "us") -> Figure:
         def convert(seconds: float) -> float:
@@ -142,23 +143,27 @@ def measure(backend: str, peer: str, world: int) -> Iterator[Figure]:
         return Figure(name, backend, world, nbytes, convert(ours), unit, f"torch_{peer}", convert(theirs))
 
     with RankPool(world, timeout=240) as pool:
+        progress.step(f"p2p_pull and p2p_push, {world} ranks, beside torch_{peer}")
         copies = slowest(pool.run(_copies, PEERS[peer], backend, timeout=240))
         for nbytes in _COPIES:
             pull, push, peer_pull, peer_push = (copies.pop(0) for _ in range(4))
             yield figure("p2p_pull", nbytes, pull, peer_pull, "GB/s")
             yield figure("p2p_push", nbytes, push, peer_push, "GB/s")
+        progress.step(f"barrier, {world} ranks, beside torch_{peer}")
         if peer == "cuda":  # of torch 2.11's transports, the only one whose barrier is implemented
             graph, eager, peer_graph, peer_eager = slowest(pool.run(_barrier, PEERS[peer], backend, timeout=240))
             yield figure("barrier_graph", 0, graph, peer_graph)
             yield figure("barrier_eager", 0, eager, peer_eager)
     # Each in processes of its own: while any mapping of a peer's memory lives, the driver makes the next one in a
     # fraction of the time, so what one of the two keeps mapped would help the other.
-    sides = []
+    sides: list[list[list[float]]] = []
     for transport in (None, PEERS[peer]):
+        sides.append([])
         with RankPool(world, timeout=240) as pool:
-            sides.append(
-                [slowest(pool.run(fresh, transport, backend, n, 7 if n < 1 << 30 else 3, timeout=240)) for n in _FRESH]
-            )
+            for nbytes in _FRESH:
+                progress.step(f"rendezvous, {world} ranks, {nbytes} bytes, beside torch_{peer}")
+                rounds = 7 if nbytes < 1 << 30 else 3
+                sides[-1].append(slowest(pool.run(fresh, transport, backend, nbytes, rounds, timeout=240)))
     for nbytes, (alloc, meet), (peer_alloc, peer_meet) in zip(_FRESH, *sides, strict=True):
         yield figure("alloc_fresh", nbytes, alloc, peer_alloc)
         yield figure("rendezvous", nbytes, meet, peer_meet)
@@ -176,7 +181,7 @@ def check_gpus(suite: str, world: int) -> None:
         raise UnsupportedError(f"`bench {suite}` needs two GPUs and two ranks at least, not {gpus} and {world}")
 
 
-def run(backend: str, peers: Sequence[str], ranks: int | None) -> Iterator[Figure]:
+def run(backend: str, peers: Sequence[str], ranks: int | None, progress: Progress = SILENT) -> Iterator[Figure]:
     """All figures of a backend beside each of these peers; on all GPUs unless ``ranks`` says otherwise.
 
     Raises:
@@ -184,5 +189,6 @@ def run(backend: str, peers: Sequence[str], ranks: int | None) -> Iterator[Figur
     """
     world = ranks or torch.cuda.device_count()
     check_gpus("gpu", world)
+    progress.expect(len(peers) * (2 + 2 * len(_FRESH)))
     for peer in peers:
-        yield from measure(backend, peer, world)
+        yield from measure(backend, peer, world, progress)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import symmem
 from symmem.group import resolve_group
 from symmem.tools.bench.figures import Figure
+from symmem.tools.bench.progress import SILENT, Progress
 from symmem.tools.bench.timing import alternate
 from symmem.tools.ranks import RankPool
 
@@ -92,11 +93,14 @@ def _fresh() -> tuple[float, float, float]:
     return statistics.median(columns[0]), statistics.median(columns[1]), statistics.median(columns[2])
 
 
-def measure(world: int) -> list[Figure]:
-    """All figures at one world size; of all ranks, the slowest counts."""
+def measure(world: int, progress: Progress = SILENT) -> list[Figure]:
+    """All figures at one world size, in three steps; of all ranks, the slowest counts."""
     with RankPool(world) as pool:
+        progress.step(f"barrier, {world} ranks")
         barrier = max(pool.run(_barrier))
+        progress.step(f"alloc_fresh and rendezvous, {world} ranks, {_FRESH} bytes")
         fresh = max(pool.run(_fresh), key=sum)
+        progress.step(f"p2p_pull and p2p_push, {world} ranks, {_COPY} bytes")
         copies = pool.run(_copies)[0] if world > 1 else []
     figures = [Figure("barrier", "host", world, 0, barrier[0] * 1e6, "us", "gloo", barrier[1] * 1e6)]
     for name, seconds in zip(("alloc_fresh", "rendezvous", "exchange"), fresh, strict=True):
@@ -106,7 +110,8 @@ def measure(world: int) -> list[Figure]:
     return figures
 
 
-def run(ranks: Sequence[int]) -> Iterator[Figure]:
+def run(ranks: Sequence[int], progress: Progress = SILENT) -> Iterator[Figure]:
     """All figures at these world sizes."""
+    progress.expect(3 * len(ranks))
     for world in ranks:
-        yield from measure(world)
+        yield from measure(world, progress)

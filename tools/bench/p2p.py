@@ -20,6 +20,7 @@ from symmem.backends import get_backend
 from symmem.errors import InvalidArgumentError
 from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.gpu import Torch, check_gpus
+from symmem.tools.bench.progress import SILENT, Progress
 from symmem.tools.bench.timing import Clock, clock_of, in_turns, repeated
 from symmem.tools.ranks import RankPool
 
@@ -121,7 +122,7 @@ def measure(backend: str, world: int, nbytes: int) -> Iterator[Figure]:
                 yield Figure(f"{name}/{rank}/{peer}", backend, world, nbytes, ours, "GB/s", peer_name, theirs)
 
 
-def run(backend: str, ranks: Sequence[int] | None, nbytes: int | None) -> Iterator[Figure]:
+def run(backend: str, ranks: Sequence[int] | None, nbytes: int | None, progress: Progress = SILENT) -> Iterator[Figure]:
     """All figures; unless ``ranks`` says otherwise, at one rank a GPU, on the CPU with 2 and with 4.
 
     Raises:
@@ -129,9 +130,13 @@ def run(backend: str, ranks: Sequence[int] | None, nbytes: int | None) -> Iterat
         UnsupportedError: See :func:`.gpu.check_gpus`.
     """
     device = get_backend(backend).device_type
-    for world in ranks or ((torch.cuda.device_count(),) if device == "cuda" else (2, 4)):
+    nbytes = nbytes or SIZES[device]
+    worlds = ranks or ((torch.cuda.device_count(),) if device == "cuda" else (2, 4))
+    progress.expect(len(worlds))
+    for world in worlds:
         if device == "cuda":
             check_gpus("p2p", world)
         if world < 2:
             raise InvalidArgumentError("`bench p2p` needs two ranks at least, not 1")
-        yield from measure(backend, world, nbytes or SIZES[device])
+        progress.step(f"all pairs of {world} ranks, {nbytes} bytes")
+        yield from measure(backend, world, nbytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
 import threading
@@ -23,6 +24,7 @@ from symmem.live import Block
 from symmem.rendezvous import rendezvous
 from symmem.tools.bench.counting import Ledger, RankStore, Request
 from symmem.tools.bench.figures import Figure
+from symmem.tools.bench.progress import SILENT, Progress
 
 __all__ = ["HANDLE", "SITUATIONS", "Cost", "Curve", "Job", "curve", "job", "line", "run", "simulate"]
 
@@ -223,12 +225,13 @@ def curve(sizes: Sequence[int], situation: str) -> Curve:
     return Curve(situation, first, again, requests)
 
 
-def job(ranks: int, group_size: int, situation: str) -> Job:
+def job(ranks: int, group_size: int, situation: str, progress: Progress = SILENT) -> Job:
     """All groups of a job, one after the other on one store; the last is smaller if it does not come out even."""
     ledger = Ledger()
     groups = []
     for first in range(0, ranks, group_size):
         size = min(group_size, ranks - first)
+        progress.step(f"the group of {size} from rank {first} of {ranks}")
         [requests] = simulate(ledger, _name(first), size, situation)
         groups.append(Cost.of(size, requests))
     return Job(situation, ranks, groups, ledger.keys, ledger.most)
@@ -275,12 +278,16 @@ def _job_figures(job: Job, alone: Cost) -> list[Figure]:
     return figures
 
 
-def run(ranks: int, group_size: int, report: Path | None) -> Iterator[Figure]:
+def run(ranks: int, group_size: int, report: Path | None, progress: Progress = SILENT) -> Iterator[Figure]:
     """All figures of a job; writes the report if a path is given."""
     group_size = min(ranks, group_size)
     sizes = [*(size for size in _SIZES if size < group_size), group_size]
-    curves = [curve(sizes, situation) for situation in SITUATIONS]
-    whole = job(ranks, group_size, SITUATIONS[-1])
+    progress.expect(len(SITUATIONS) + math.ceil(ranks / group_size))
+    curves = []
+    for situation in SITUATIONS:
+        progress.step(f"groups of {sizes[0]} to {sizes[-1]} ranks, {situation}")
+        curves.append(curve(sizes, situation))
+    whole = job(ranks, group_size, SITUATIONS[-1], progress)
     for each in curves:
         yield from _curve_figures(each.situation, each.first)
         yield from _curve_figures(f"{each.situation}_again", each.again)[: len(sizes)]  # the requests
