@@ -25,6 +25,7 @@ import torch
 from symmem import capture
 from symmem.backends.cuda_signals import device_of, name_steps
 from symmem.backends.driver_errors import driver_error
+from symmem.backends.gpu import finish_stream
 from symmem.errors import SymmemError, UnsupportedError
 from symmem.group import Group
 from symmem.live import block_at
@@ -313,7 +314,7 @@ class CudaEngine:
             (layout.nbytes,), torch.uint8, self.device, group=self._group, arena=False, name="collective operations"
         )
         workspace.tensor[layout.landing : layout.stages].fill_(255)
-        torch.cuda.current_stream(self.device).synchronize()  # before the ranks have met, for then peers store there
+        finish_stream(self.device)  # before the ranks have met, for then peers store there
         workspace.rendezvous(self._group)
         areas = tuple(int(pointer) for pointer in workspace.pointers_of(self._group).tolist())
         unreachable = tuple(rank for rank, area in enumerate(areas) if not area)
@@ -373,7 +374,7 @@ class CudaEngine:
 
     def _launch_all(self, plan: Sequence[_Launch], source: int, out: int) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self._ordinal)
-        if self._workspace is not None and torch.cuda.is_current_stream_capturing():
+        if self._workspace is not None and capture.is_capturing(self.device):
             capture.keep(self._workspace._block)  # the graph may outlive this engine
         with self._lock:
             for launch in plan:
