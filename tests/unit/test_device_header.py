@@ -137,7 +137,7 @@ def test_atomics(ranks: Ranks) -> None:
 
 
 def test_who_is_late_is_named(ranks: Ranks) -> None:
-    assert 1 in ranks.launch("late", seconds=0.2)
+    assert 1 in ranks.launch("late", seconds=0.5)
     operation, channel, peer, group = ranks.status[:4]
     assert (operation, channel, group) == (1, 2, 9)
     assert peer in (1, 2)
@@ -147,7 +147,7 @@ def test_who_is_late_is_named(ranks: Ranks) -> None:
         who, whom, waited, left = ranks.status[place : place + 4]
         assert (who, whom) == (1 << 24 | 9, 2 << 16 | peer)
         assert waited > 0
-        assert left < 0.2e9 / 2**cuda_kernels.TICK
+        assert left < 0.5e9 / 2**cuda_kernels.TICK
 
 
 def test_the_numbers_are_those_of_the_package() -> None:
