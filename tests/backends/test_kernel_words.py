@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from symmem import capture, group
 from symmem.backends import gpu, kernel_words
-from symmem.backends.cuda_kernels import GROUP_SPREAD, OPERATIONS, PLACES, SOURCE, TICK
+from symmem.backends.cuda_kernels import BEAT, GROUP_SPREAD, OPERATIONS, PLACES, SOURCE, TICK, lateness
 from symmem.backends.cuda_signals import _call_type
 from symmem.backends.driver_errors import driver_error
 from symmem.backends.kernel_words import NBYTES, KernelWords, failure, gpu_waits
@@ -291,6 +291,78 @@ def test_who_gives_up_has_said_so_before(library: ctypes.CDLL, words: Words) -> 
     with pytest.raises(PeerTimeoutError, match=r"wait_signal on channel 9. rank 2 did not come") as caught:
         raise words.failure() or AssertionError
     assert caught.value.peers == (2,)
+
+
+# How often a wait is told: a kernel whose clock shows what it is given.
+
+PROBE = """
+typedef unsigned int u32;
+typedef unsigned long long u64;
+struct Call { u32 *status; u64 limit; u32 group, count; const u64 *times; u32 *told; };
+thread_local u64 clock_shows;
+%s
+void probe(Call call) {
+  u64 began = 0;
+  u32 *place = call.status + 4 * (1 + (call.group * GROUP_SPREAD + 3) %% PLACES);
+  for (u32 i = 0; i < call.count; ++i) {
+    clock_shows = call.times[i];
+    place[2] = 0;
+    began = give_up_when_late(&call, 5, 3, began);
+    call.told[i] = place[2];
+  }
+}
+"""
+
+
+class Probe(ctypes.Structure):
+    _fields_ = (
+        ("status", ctypes.c_void_p),
+        ("limit", ctypes.c_uint64),
+        ("group", ctypes.c_uint32),
+        ("count", ctypes.c_uint32),
+        ("times", ctypes.c_void_p),
+        ("told", ctypes.c_void_p),
+    )
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if COMPILER is None:
+        pytest.skip("there is no C++ compiler here")
+    replaced, file = WAITING | {"read_clock": "return clock_shows;"}, tmp_path_factory.mktemp("probe") / "probe.so"
+    return emulate(PROBE % lateness("2", "what"), replaced, ("probe",), {}, file)
+
+
+def told_at(probe: ctypes.CDLL, words: Words, milliseconds: list[int], limit: int = 10**9) -> list[int]:
+    """Of the moments at which a thread asks the clock, those at which it tells that it waits, and since when."""
+    start = 1_700_000_000_000_000_123
+    times = (ctypes.c_uint64 * len(milliseconds))(*(start + each * 10**6 for each in milliseconds))
+    told = (ctypes.c_uint32 * len(milliseconds))()
+    addresses = ctypes.addressof(times), ctypes.addressof(told)
+    call = Probe(ctypes.addressof(words.memory), limit * 10**6, 700, len(milliseconds), *addresses)
+    probe.launch(0, ctypes.byref(call), 1, 1)
+    for at, ticks in zip(milliseconds, told, strict=True):
+        assert not ticks or abs(ticks * 2**TICK / 1e6 - at + milliseconds[0]) < 1.1
+    return [at for at, ticks in zip(milliseconds, told, strict=True) if ticks]
+
+
+def test_a_wait_is_told_after_each_beat(probe: ctypes.CDLL, words: Words) -> None:
+    assert told_at(probe, words, [0, 1, 66, 68, 69, 133, 135, 136, 200]) == [68, 135]
+    assert told_at(probe, words, [0, 380, 381, 382, 383, 384, 385, 390]) == [380, 381, 382, 383, 384]  # it was away
+    assert len(told_at(probe, words, [*range(0, 60_001, 10)])) == 60_000_000_000 >> BEAT
+
+
+def test_a_wait_ends_when_its_time_is_up(probe: ctypes.CDLL, words: Words) -> None:
+    try:
+        assert told_at(probe, words, [0, 70, 99, 101, 140], limit=100) == [70]
+        assert list(words.status) == [2, 5, 3, 700]
+        place = 4 * (1 + (700 * GROUP_SPREAD + 3) % PLACES)
+        assert words.memory[place : place + 2] + words.memory[place + 3 : place + 4] == [
+            *(2 << 24 | 700, 5 << 16 | 3),
+            int(30e6) >> TICK,
+        ]
+    finally:
+        probe.restart()
 
 
 # Why a kernel stopped, wherever CUDA is asked next.
