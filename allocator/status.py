@@ -67,7 +67,7 @@ def answer(parts: Sequence[str]) -> dict[str, Any]:
     if "stacks" in parts:
         said["stacks"] = _stacks()
     if "groups" in parts:
-        waiting = [*_steady(gpu_waits), *_steady(waits)]  # the first may take a moment: all else is of the same one
+        waiting = [*gpu_waits(), *_steady(waits)]  # the first may take a moment: all else is of the same one
         said["groups"] = _steady(lambda: [_group(group, waiting) for group in _groups()])
     if "tensors" in parts:
         rows = _steady(lambda: list(islice(_tensors(), MOST_TENSORS + 1)))

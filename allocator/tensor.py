@@ -14,7 +14,6 @@ from symmem import capture
 from symmem.arena import Arena, arena_for, carves
 from symmem.backends import select_backend
 from symmem.backends.base import SIGNAL_CHANNELS, Backend, Capability, storage_at, tensor_at
-from symmem.backends.gpu import finish_stream
 from symmem.backends.kernel_words import named, raise_failure
 from symmem.config import load_settings
 from symmem.device_view import DeviceView
@@ -465,7 +464,12 @@ class SymmetricTensor:
         signals = self._block.signals(self._mapping("synchronize", group))
         signals.check()
         if self.device.type == "cuda":
-            finish_stream(self.device)
+            try:
+                torch.cuda.current_stream(self.device).synchronize()
+            except RuntimeError as error:
+                signals.check()
+                raise_failure(error)
+                raise
         signals.check()
 
     def _signals(

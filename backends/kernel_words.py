@@ -28,7 +28,7 @@ NBYTES = _NBYTES * (1 + PLACES)
 _PERIOD = 2.2 * 2**BEAT / 1e9  # seconds within which who still waits says so again
 
 _steps: dict[int, str] = {}
-_all: weakref.WeakSet[KernelWords] = weakref.WeakSet()
+_all: list[KernelWords] = []
 
 
 def name_steps(names: Mapping[int, str]) -> None:
@@ -51,7 +51,7 @@ class _Known(NamedTuple):
 
 
 class KernelWords:
-    """The words of the kernels of this process on one GPU.
+    """The words of the kernels of this process on one GPU, for as long as it lives.
 
     Attributes:
         ordinal: The GPU.
@@ -69,7 +69,7 @@ class KernelWords:
         self._known = _Known(0.0, {})
         self._groups: list[tuple[str, int, weakref.ref[Group]]] = []
         self._groups_lock = threading.Lock()
-        _all.add(self)
+        _all.append(self)
 
     def enter(self, group: Group) -> int:
         """A number by which kernels name a group."""

@@ -82,7 +82,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
     cuda_signals.device_of.cache_clear()
     yield stub
     cuda_signals.device_of.cache_clear()
-    kernel_words._all.clear()  # an error that is kept somewhere keeps them
+    kernel_words._all.clear()
 
 
 def signals(group: Any = None, pads: tuple[int, ...] = (0x1000, 0x2000, 0x3000)) -> CudaSignals:

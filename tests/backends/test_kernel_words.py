@@ -87,7 +87,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def words() -> Iterator[Words]:
     made = Words()
     yield made
-    kernel_words._all.discard(made)
+    kernel_words._all.remove(made)
 
 
 def seen(waiting: KernelWords) -> list[tuple[str, str, tuple[int, ...], str | None]]:
@@ -180,7 +180,7 @@ def test_all_peers_of_a_group_have_places(
     (wait,) = words._decode(list(words._read().values()))
     assert wait.missing() == tuple(sorted(peers))
     assert wait.step == (STEPS.get(operation) or f"{OPERATIONS[operation - 1]} on channel {detail}")
-    kernel_words._all.discard(words)
+    kernel_words._all.remove(words)
 
 
 def test_a_forked_child_does_not_look(words: Words) -> None:

@@ -261,7 +261,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedDriver]:
     cuda_signals.device_of.cache_clear()
     yield stub
     cuda_signals.device_of.cache_clear()
-    kernel_words._all.clear()  # an error that is kept somewhere keeps them
+    kernel_words._all.clear()
 
 
 def memory(nbytes: int) -> torch.Tensor:
