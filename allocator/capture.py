@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from symmem.backends.driver import load_driver
+from symmem.backends.gpu import finish_stream
+from symmem.backends.kernel_words import raise_failure
 from symmem.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -33,8 +35,16 @@ _SEM_T = 32  # bytes of a sem_t on 64-bit Linux
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream of this thread is being captured into a CUDA graph."""
-    return device.type == "cuda" and torch._C._cuda_isCurrentStreamCapturing()
+    """Whether the current stream of this thread is being captured into a CUDA graph.
+
+    Raises:
+        SymmemError: Why a kernel has stopped, if one has.
+    """
+    try:
+        return device.type == "cuda" and torch._C._cuda_isCurrentStreamCapturing()
+    except RuntimeError as error:
+        raise_failure(error)
+        raise
 
 
 def refuse(device: torch.device, what: str) -> None:
@@ -69,7 +79,7 @@ def apart(device: torch.device, what: str, function: Callable[[], T]) -> T:
     def run() -> None:
         with torch.inference_mode(mode), torch.cuda.device(device):
             results.append(function())
-            torch.cuda.current_stream().synchronize()
+            finish_stream(device)
 
     with ThreadPoolExecutor(1, "symmem-apart") as thread:
         thread.submit(run).result()

@@ -38,6 +38,7 @@ import torch.distributed as dist
 from symmem import inspection
 from symmem.backends import descriptors as scm
 from symmem.backends.descriptors import Contribution, Received
+from symmem.backends.kernel_words import failure
 from symmem.backends.libc import duplicate, is_limit, limit_error
 from symmem.config import Settings, load_settings
 from symmem.config.kinds import MAX_SECONDS
@@ -694,6 +695,8 @@ def _named(error: BaseException) -> SymmemError:
     """The error of this vocabulary for one of another library or of the system."""
     if isinstance(error, SymmemError):
         return error
+    if isinstance(error, RuntimeError) and (known := failure()):
+        return known  # of CUDA, which says only that a kernel has stopped
     if isinstance(error, OSError) and is_limit(error):
         return limit_error(error, "a system call failed")
     if isinstance(error, MemoryError):

@@ -19,9 +19,8 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from symmem import capture
+from symmem.backends.gpu import synchronize
 from symmem.errors import DivergenceError, MismatchError
 from symmem.group import Collective, differing
 
@@ -84,7 +83,7 @@ class Meeting:
             arena.amid = True  # until what is agreed on has taken effect
             arena.look()
         for device in {arena.device for arena in self._arenas if arena.quarantine and arena.device.type == "cuda"}:
-            torch.cuda.synchronize(device)
+            synchronize(device)
         return [
             {
                 "arena": _kind(arena),

@@ -19,7 +19,8 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from symmem.arena import Arena
-from symmem.backends.waits import waits
+from symmem.backends.kernel_words import gpu_waits
+from symmem.backends.waits import Wait, waits
 from symmem.group import Group, known_groups
 from symmem.record import Record
 from symmem.sockets import VERSION, job_id
@@ -46,11 +47,11 @@ def answer(parts: Sequence[str]) -> dict[str, Any]:
     Returns:
         Always ``version`` (of the protocol), ``symmem``, ``job``, ``host``, ``pid``, ``rank`` and ``world`` (of the
         job, as the environment says, or None), ``program`` and ``time``. ``groups``: see :meth:`Group.status`; with
-        ``signals`` (waits for signals, in the form of a ``round``), and ``arenas`` (:func:`symmem.memory_stats` of
-        each; those of a ``busy`` one may be of different moments). ``tensors``: of each live one its ``name``,
-        ``shape``, ``dtype``, ``nbytes``, ``site``, ``group``, ``groups`` (that have rendezvoused it), ``backend``,
-        ``device``; and ``tensors_left_out``, a number. ``stacks``: each Python thread's ``name``, ``thread`` (its
-        number) and ``frames``, the innermost last. ``snapshot``: :func:`symmem.memory_snapshot`.
+        ``signals`` (waits for signals, in the form of a ``round``; with ``device``, of those on a GPU), and ``arenas``
+        (:func:`symmem.memory_stats` of each; those of a ``busy`` one may be of different moments). ``tensors``: of each
+        live one its ``name``, ``shape``, ``dtype``, ``nbytes``, ``site``, ``group``, ``groups`` (that have rendezvoused
+        it), ``backend``, ``device``; and ``tensors_left_out``, a number. ``stacks``: each Python thread's ``name``,
+        ``thread`` (its number) and ``frames``, the innermost last. ``snapshot``: :func:`symmem.memory_snapshot`.
     """
     said: dict[str, Any] = {
         "version": VERSION,
@@ -66,7 +67,8 @@ def answer(parts: Sequence[str]) -> dict[str, Any]:
     if "stacks" in parts:
         said["stacks"] = _stacks()
     if "groups" in parts:
-        said["groups"] = _steady(lambda: [_group(group) for group in _groups()])
+        waiting = [*gpu_waits(), *_steady(waits)]  # the first may take a moment: all else is of the same one
+        said["groups"] = _steady(lambda: [_group(group, waiting) for group in _groups()])
     if "tensors" in parts:
         rows = _steady(lambda: list(islice(_tensors(), MOST_TENSORS + 1)))
         said["tensors"] = rows[:MOST_TENSORS]
@@ -97,7 +99,7 @@ def _groups() -> list[Group]:
     return [group for group in known_groups() if group.settings.inspection == "on" and group.process == os.getpid()]
 
 
-def _group(group: Group) -> dict[str, Any]:
+def _group(group: Group, waiting: Sequence[Wait]) -> dict[str, Any]:
     now = time.monotonic()
     signals = [
         {
@@ -106,8 +108,9 @@ def _group(group: Group) -> dict[str, Any]:
             "seconds_left": wait.deadline - now,
             "waits_for": list(wait.missing()),
             "thread": wait.thread,
+            "device": wait.device,
         }
-        for wait in waits()
+        for wait in waiting
         if wait.group is group
     ]
     return {**group.status(), "signals": signals, "arenas": [_arena(arena) for arena in list(group.arenas.values())]}

@@ -14,6 +14,7 @@ from symmem import capture
 from symmem.arena import Arena, arena_for, carves
 from symmem.backends import select_backend
 from symmem.backends.base import SIGNAL_CHANNELS, Backend, Capability, storage_at, tensor_at
+from symmem.backends.kernel_words import named, raise_failure
 from symmem.config import load_settings
 from symmem.device_view import DeviceView
 from symmem.errors import (
@@ -344,7 +345,8 @@ class SymmetricTensor:
     def pointers_of(self, group: GroupLike) -> torch.Tensor:
         """:attr:`remote_pointers` for a given group."""
         pointers = self._addresses(self._mapping("remote_pointers", group))
-        return torch.tensor(pointers, dtype=torch.int64, device=self.device)
+        with named:
+            return torch.tensor(pointers, dtype=torch.int64, device=self.device)
 
     def _addresses(self, mapping: Mapping) -> list[int]:
         """Address of every rank's first element; 0 where it is not reachable."""
@@ -369,7 +371,8 @@ class SymmetricTensor:
             UnsupportedError: Some rank's memory is not load/store reachable from here.
             InvalidArgumentError: ``signals`` have another shape or dtype.
         """
-        return DeviceView(self, self._mapping("device_view", group), signals, timeout)
+        with named:
+            return DeviceView(self, self._mapping("device_view", group), signals, timeout)
 
     def contiguous_view(self, *, group: GroupLike = None) -> torch.Tensor:
         """All ranks' tensors as one, of shape [world, *shape]; ``[r]`` is rank r's memory. Local.
@@ -463,8 +466,9 @@ class SymmetricTensor:
         if self.device.type == "cuda":
             try:
                 torch.cuda.current_stream(self.device).synchronize()
-            except RuntimeError:
+            except RuntimeError as error:
                 signals.check()
+                raise_failure(error)
                 raise
         signals.check()
 
@@ -697,10 +701,14 @@ def _is_lazy(tensor: torch.Tensor) -> bool:
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    if _is_lazy(target):
-        target.copy_(source)
-    else:
-        _raw(target).copy_(_raw(source.resolve_conj().resolve_neg()))
+    try:
+        if _is_lazy(target):
+            target.copy_(source)
+        else:
+            _raw(target).copy_(_raw(source.resolve_conj().resolve_neg()))
+    except RuntimeError as error:
+        raise_failure(error)
+        raise
 
 
 def _check_tensor(value: object, operation: str) -> None:

@@ -28,7 +28,8 @@ and the other way round, while at most one signal is under way on that word. sym
 
 Time. A wait that takes longer than the view's ``timeout`` leaves word of the peer it waited for, and traps, which makes
 this process's CUDA context unusable; :meth:`SymmetricTensor.synchronize` then raises PeerTimeoutError by name. In the
-interpreter the kernel raises, with that error as the cause.
+interpreter the kernel raises, with that error as the cause. On a GPU, a long wait on a channel below 65536 is shown by
+``symmem dump`` and ``symmem top`` meanwhile; of several peers at a time, one.
 
 Memory order is that of the PTX ISA, "Memory Consistency Model"; all scopes are sys, for peers are other devices.
 """
@@ -36,6 +37,7 @@ Memory order is that of the PTX ISA, "Memory Consistency Model"; all scopes are 
 import os
 import time
 
+from symmem.backends import cuda_kernels
 from symmem.errors import InvalidArgumentError, PeerTimeoutError, UnsupportedError
 
 try:
@@ -64,6 +66,10 @@ __all__ = [
 BARRIER = tl.constexpr(1)
 WAIT_SIGNAL = tl.constexpr(3)
 BAD_CHANNEL = tl.constexpr(4)
+
+# Where, and how often, a wait is told; see `symmem.backends.cuda_kernels.lateness`.
+BEAT, TICK = tl.constexpr(cuda_kernels.BEAT), tl.constexpr(cuda_kernels.TICK)
+PLACES, GROUP_SPREAD = tl.constexpr(cuda_kernels.PLACES), tl.constexpr(cuda_kernels.GROUP_SPREAD)
 
 ACQ_REL = tl.constexpr("acq_rel")
 
@@ -202,9 +208,14 @@ def _take(signals, channel, sources, mask, count, taken, rank, world: tl.constex
     if missing >= 0:
         limit = tl.load(signals + world)
         begin = _now()
+        beats = _beats(begin - begin)
         while missing >= 0:
-            if _now() - begin > limit:
+            waited = _now() - begin
+            if waited > limit:
                 _fail(signals, operation, channel, missing, rank, world)
+            if _beats(waited) != beats:
+                beats = _beats(waited)
+                _tell(signals, operation, channel, missing, waited, limit, world)
             missing = _missing(words, sources, mask, count)
     tl.debug_barrier()  # each warp has looked for itself: nothing is taken before all have seen it
     tl.atomic_add(words, -taken, mask=mask, sem="acquire", scope="sys")
@@ -234,6 +245,10 @@ if triton.knobs.runtime.interpret:
         """Nanoseconds."""
         os.sched_yield()  # the awaited rank may have to run on this very processor
         return time.monotonic_ns()
+
+    def _beats(waited):
+        """Nobody looks for waits in the interpreter."""
+        return 0
 
     def _number(value):
         """What a kernel has as a number: of Python, a constant, or a tensor of the interpreter."""
@@ -265,20 +280,39 @@ else:
         return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
 
     @triton.jit
-    def _fail(signals, operation: tl.constexpr, channel, peer, rank, world: tl.constexpr):
-        """Say what was wrong where SymmetricTensor.synchronize() looks, and stop."""
-        status = tl.load(signals + world + 1)
-        group = tl.load(signals + world + 2).to(tl.int32)
+    def _beats(waited):
+        """How often a wait has been told after so many nanoseconds."""
+        return waited >> BEAT
+
+    @triton.jit
+    def _tell(signals, operation: tl.constexpr, channel, peer, waited, limit, world: tl.constexpr):
+        """Say that a block waits where the host looks."""
+        if channel < 65536:
+            group = tl.load(signals + world + 2).to(tl.int32)
+            place = tl.load(signals + world + 1) + 16 * (1 + (group * GROUP_SPREAD + peer) % PLACES)
+            who, whom = operation << 24 | group, channel << 16 | peer
+            _leave_word(place, who, whom, (waited >> TICK).to(tl.int32), ((limit - waited) >> TICK).to(tl.int32))
+
+    @triton.jit
+    def _leave_word(at, a, b, c, d):
+        """One store of 16 bytes, so that what two threads write at a time does not mix."""
         tl.inline_asm_elementwise(
             """{
             st.volatile.global.v4.u32 [$1], {$2, $3, $4, $5};
-            fence.acq_rel.sys;
-            trap;
             mov.u32 $0, 0;
             }""",
             "=r,l,r,r,r,r",
-            [status, operation, channel, peer, group],
+            [at, a, b, c, d],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
+        )
+
+    @triton.jit
+    def _fail(signals, operation: tl.constexpr, channel, peer, rank, world: tl.constexpr):
+        """Say what was wrong where SymmetricTensor.synchronize() looks, and stop."""
+        group = tl.load(signals + world + 2).to(tl.int32)
+        _leave_word(tl.load(signals + world + 1), operation, channel, peer, group)
+        tl.inline_asm_elementwise(
+            "{ fence.acq_rel.sys; trap; mov.u32 $0, 0; }", "=r", [], dtype=tl.int32, is_pure=False, pack=1
         )

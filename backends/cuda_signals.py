@@ -10,40 +10,23 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from symmem.backends.base import SIGNAL_CHANNELS, Group
-from symmem.backends.cuda_kernels import BAD_CHANNEL, OPERATIONS, SOURCE, pad_words
+from symmem.backends.cuda_kernels import OPERATIONS, SOURCE, pad_words
 from symmem.backends.driver import Driver, load_driver
 from symmem.backends.driver_errors import driver_error
-from symmem.errors import (
-    InvalidArgumentError,
-    MismatchError,
-    PeerLostError,
-    PeerTimeoutError,
-    SymmemError,
-    UnsupportedError,
-)
+from symmem.backends.kernel_words import NBYTES, KernelWords, name_steps, raise_failure
+from symmem.errors import UnsupportedError
 
 __all__ = ["CudaSignals", "Device", "device_of", "name_steps"]
 
 _LARGEST_WORLD = 480  # 8 bytes a rank in 4 KiB of arguments
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not used CUDA yet
 _REMEMBERED = 4096  # launches whose arguments are kept
-
-_steps: dict[int, str] = {}
-
-
-def name_steps(names: Mapping[int, str]) -> None:
-    """Say what else may be in the status as the operation: numbers above those of the signals, for kernels elsewhere.
-
-    In the place of the channel they write 0 for a peer that did not come, or 1 for one that differs.
-    """
-    _steps.update(names)
 
 
 class _Launch:
@@ -55,35 +38,20 @@ class _Launch:
         self.arguments = ctypes.addressof(self._arguments)
 
 
-class Device:
-    """What all signals on one GPU of this process share: kernels by number of ranks, and the status words.
+class Device(KernelWords):
+    """What all signals on one GPU of this process share: kernels by number of ranks, and what kernels leave.
 
     Attributes:
         driver: The driver.
-        ordinal: The GPU.
-        status: What a kernel of this process has left before it trapped: {operation, channel, peer, group}, or zeros.
-        status_address: Its address for kernels.
     """
 
     def __init__(self, ordinal: int) -> None:
         self.driver: Driver = load_driver()
-        self.ordinal = ordinal
         with self.driver.on(ordinal):
-            host, self.status_address = self.driver.pinned(16)
-        self.status = (ctypes.c_uint32 * 4).from_address(host)
-        ctypes.memset(host, 0, 16)
-        self._groups: list[tuple[str, int, weakref.ref[Group]]] = []
+            host, device = self.driver.pinned(NBYTES)
+        super().__init__(ordinal, host, device)
         self._kernels: dict[int, dict[str, Any]] = {}
         self._lock = threading.Lock()
-
-    def enter(self, group: Group) -> int:
-        """A number by which kernels name a group."""
-        with self._lock:
-            for number, (_name, _rank, known) in enumerate(self._groups):
-                if known() is group:
-                    return number
-            self._groups.append((group.name, group.rank, weakref.ref(group)))
-            return len(self._groups) - 1
 
     def kernels(self, world: int) -> dict[str, Any]:
         """The functions for so many ranks; compiled when they are first asked for, in about 60 ms."""
@@ -113,46 +81,6 @@ class Device:
         with self.driver.on(self.ordinal):  # loading now, not at the first launch, which may be captured
             functions = {name: self.driver.function(int(code.get_kernel(name).handle)) for name in OPERATIONS}
         return functions | {"code": code}
-
-    def failure(self) -> SymmemError | None:
-        """What a kernel wrote before it trapped, on any of this GPU's signals."""
-        operation, channel, peer, number = self.status
-        if not operation:
-            return None
-        name, rank, known = self._groups[number]
-        group = known()
-        if operation == BAD_CHANNEL:
-            return InvalidArgumentError(
-                f"a kernel used signal channel {channel}, of which its device view has {peer}",
-                hint="give device_view() signals with more channels; restart: this process cannot use "
-                f"cuda:{self.ordinal} any more",
-                rank=rank,
-                group=name,
-                step="signal in a kernel",
-            )
-        if operation in _steps and channel:
-            return MismatchError(
-                f"rank {peer} takes part with other memory: at another offset, or of another size; this process's "
-                "kernels were stopped",
-                hint="pass tensors of the same shape at the same offset of symmetric memory on all ranks",
-                rank=rank,
-                group=name,
-                step=_steps[operation],
-                peers=(peer,),
-            )
-        lost = group is not None and peer in group.lost()
-        kind = PeerLostError if lost else PeerTimeoutError
-        what = f"rank {peer}'s process ended before it came" if lost else f"rank {peer} did not come in time"
-        first = f"look at the log of rank {peer} for the first error"
-        slow = "" if lost else "; if it is only slow, raise signal_timeout"
-        return kind(
-            f"{what}; this process's kernels were stopped, so that none goes on with stale data",
-            hint=f"{first}, and restart the job: this process cannot use cuda:{self.ordinal} any more{slow}",
-            rank=rank,
-            group=name,
-            step=_steps.get(operation) or f"{OPERATIONS[operation - 1]} on channel {channel}",
-            peers=(peer,),
-        )
 
 
 @functools.cache
@@ -214,11 +142,15 @@ class CudaSignals:
             self.check()
         key = (operation, peer, channel, timeout)
         launch = self._launches.get(key) or self._prepare(key)
-        if torch._C._cuda_getDevice() == self._ordinal:
-            self._launch(launch)
-        else:
-            with torch.cuda.device(self._ordinal):
+        try:
+            if torch._C._cuda_getDevice() == self._ordinal:
                 self._launch(launch)
+            else:
+                with torch.cuda.device(self._ordinal):
+                    self._launch(launch)
+        except RuntimeError as error:
+            raise_failure(error)
+            raise
 
     def _launch(self, launch: _Launch) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self._ordinal)
@@ -228,7 +160,6 @@ class CudaSignals:
             self._device.driver.enter(self._ordinal)
             (code,) = self._launch_kernel(launch.function, 1, 1, 1, threads, 1, 1, 0, stream, arguments, 0)
         if code:
-            self.check()
             raise driver_error(code.name, f"a signal's kernel cannot be launched: {code.name}").located(
                 rank=self._group.rank, group=self._group.name, step="launch"
             )

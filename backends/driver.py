@@ -139,8 +139,9 @@ class Driver:
 
         A device that has failed does no work any more, so its error is none here.
         """
-        if torch.cuda.is_current_stream_capturing():
-            return False  # asking the driver would end the capture
+        with contextlib.suppress(RuntimeError):  # of a device that has failed
+            if torch.cuda.is_current_stream_capturing():
+                return False  # asking the driver would end the capture
         (code,) = self.bindings.cuCtxSynchronize()
         return int(code) not in _CAPTURE_ERRORS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from symmem.backends.kernel_words import failure
 from symmem.errors import (
     BackendUnavailableError,
     OutOfMemoryError,
@@ -38,11 +39,13 @@ _ERRORS: dict[str, tuple[type[SymmemError], str]] = {
 
 
 def driver_error(name: str, what: str) -> SymmemError:
-    """The error of symmem for a CUresult.
+    """The error of symmem for a CUresult: after a kernel has stopped, why it has, whatever the driver says.
 
     Args:
         name: Such as ``CUDA_ERROR_OUT_OF_MEMORY``.
         what: What was tried, and what the driver said.
     """
+    if known := failure():
+        return known
     kind, hint = _ERRORS.get(name, (SymmemError, "look at `dmesg` for what the driver reports (Xid)"))
     return kind(what, hint=hint)

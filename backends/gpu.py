@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from symmem.backends.kernel_words import named
 from symmem.errors import BackendUnavailableError, InvalidArgumentError
 
 __all__ = [
@@ -57,24 +58,30 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all work on all streams of a device."""
-    torch.cuda.synchronize(device)
+    """Wait for all work on all streams of a device. If a kernel has stopped, its error is raised."""
+    with named:
+        torch.cuda.synchronize(device)
 
 
 def finish_stream(device: torch.device) -> None:
-    """Wait for the work on the current stream of a device."""
-    torch.cuda.current_stream(device).synchronize()
+    """Wait for the work on the current stream of a device. If a kernel has stopped, its error is raised."""
+    with named:
+        torch.cuda.current_stream(device).synchronize()
 
 
 def idle(device: torch.device, timeout: float) -> bool:
-    """Whether the work on the current stream ends within ``timeout`` seconds. Never blocks for longer."""
-    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
+    """Whether the work on the current stream ends within ``timeout`` seconds. Never blocks for longer.
+
+    If a kernel has stopped, its error is raised.
+    """
     deadline = time.monotonic() + timeout
-    while not event.query():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.001)
+    with named:
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        while not event.query():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
     return True
 
 

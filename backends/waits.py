@@ -14,7 +14,7 @@ __all__ = ["Wait", "forget", "note", "waits"]
 
 
 class Wait(NamedTuple):
-    """A thread that waits.
+    """A thread that waits, or a kernel.
 
     Attributes:
         group: Of whose ranks.
@@ -22,7 +22,8 @@ class Wait(NamedTuple):
         missing: Ranks that it waits for, at the moment; any thread may ask.
         began: When it was noted, by ``time.monotonic``.
         deadline: When it gives up.
-        thread: Its ``threading.get_ident()``.
+        thread: Its ``threading.get_ident()``; 0 if a kernel waits.
+        device: The GPU, if a kernel waits there.
     """
 
     group: Group
@@ -31,6 +32,7 @@ class Wait(NamedTuple):
     began: float
     deadline: float
     thread: int
+    device: str | None = None
 
 
 _waits: dict[int, Wait] = {}  # by identity: a signal handler may wait within a wait
@@ -49,7 +51,7 @@ def forget(wait: Wait) -> None:
 
 
 def waits() -> list[Wait]:
-    """All that are under way. Takes no lock."""
+    """All threads that wait. Takes no lock."""
     return list(_waits.values())
 
 

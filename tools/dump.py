@@ -57,6 +57,7 @@ def data(processes: Sequence[Process]) -> dict[str, Any]:
                 "waits_for": list(wait.ranks),
                 "waits_for_pids": [peer.pid for peer in wait.peers if isinstance(peer, Process)],
                 "thread": wait.thread,
+                "device": wait.device,
             }
             for wait in found.waits
         ],
@@ -94,7 +95,7 @@ def _line(wait: Wait) -> str:
     step = repr(wait.step) + (f", round {wait.round}," if wait.round is not None else "")
     left = f"fails in {lasting(wait.seconds_left)}" if wait.seconds_left > 0 else "its time is up"
     group = f"of group {wait.group!r}, as rank {wait.rank} of it"
-    return f"  {wait.process} waits for {whom}: in {step} {group}, since {lasting(wait.seconds)}; {left}"
+    return f"  {wait.process} waits for {whom}: in {step} {group}{wait.where}, since {lasting(wait.seconds)}; {left}"
 
 
 def _state(node: Process | Absent) -> str:

@@ -71,7 +71,7 @@ def now(group: dict[str, Any], wait: Wait | None) -> str:
     """What a rank of a group is at."""
     if wait is not None and wait.peers:
         for_whom = ", ".join(str(rank) for rank in wait.ranks[:8]) + ", ..." * (len(wait.ranks) > 8)
-        return f"waits for rank {for_whom} in {wait.step!r}, {lasting(wait.seconds)}"
+        return f"waits for rank {for_whom} in {wait.step!r}{wait.where}, {lasting(wait.seconds)}"
     if operation := group["operation"]:
         return f"in {operation['name']!r}, {lasting(operation['seconds'])}"
     if group["lost"]:

@@ -1,8 +1,8 @@
 """Who waits for whom among processes that were asked, which wait for each other, and for whom all wait.
 
-A rank waits in a round of a collective operation, or for a signal (a barrier, an operation on the host). It is taken
-to wait for those ranks that have not come to it; of a round, whose messages go by way of rank 0, this follows from how
-many rounds each rank has begun.
+A rank waits in a round of a collective operation, or for a signal (a barrier, an operation on the host or on a GPU). It
+is taken to wait for those ranks that have not come to it; of a round, whose messages go by way of rank 0, this follows
+from how many rounds each rank has begun.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Wait:
         seconds_left: Until it fails.
         ranks: Whom it waits for, in the group; empty if all have come, and it is about to go on.
         peers: The same, as processes.
-        thread: Which thread of the process.
+        thread: Which thread of the process; 0 if none is known to.
+        device: The GPU, if a kernel waits there.
     """
 
     process: Process
@@ -60,6 +61,12 @@ class Wait:
     ranks: tuple[int, ...]
     peers: tuple[Node, ...]
     thread: int
+    device: str | None
+
+    @property
+    def where(self) -> str:
+        """A remark for people, if it is on a GPU."""
+        return f", on the GPU {self.device}" if self.device else ""
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,7 @@ def waits_of(processes: Sequence[Process]) -> list[Wait]:
                         tuple(awaited),
                         tuple(dict.fromkeys(peer for peer in peers if peer is not process)),
                         each["thread"] if number is None else group["operation"]["thread"] if group["operation"] else 0,
+                        each.get("device"),
                     )
                 )
     return sorted(waits, key=lambda wait: -wait.seconds)

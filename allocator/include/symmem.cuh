@@ -14,7 +14,8 @@
 // or PCIe that has atomics.
 //
 // Time. Whoever waits longer than view.limit writes whom it waited for into view.status and traps; that makes this
-// process's CUDA context unusable, on purpose. SymmetricTensor.synchronize() then raises PeerTimeoutError by name.
+// process's CUDA context unusable, on purpose. SymmetricTensor.synchronize() then raises PeerTimeoutError by name. Whoever
+// waits for long, on a channel below 65536, says so behind the status meanwhile: `symmem dump` and `symmem top` show it.
 //
 // Memory order is that of the PTX ISA, "Memory Consistency Model"; all scopes are .sys, for peers are other devices.
 #pragma once
@@ -28,7 +29,7 @@ typedef unsigned long long u64;
 struct View {
   void *const *pointers;  // [world]: the first byte of each rank's tensor; in device memory
   u32 *const *signals;    // [world]: each rank's words [channels][world]; in device memory
-  u32 *status;            // host memory: {operation, channel, peer, group} of the wait that failed
+  u32 *status;            // host memory: {operation, channel, peer, group} of the wait that failed; then of long waits
   u64 nbytes;             // bytes of each rank's tensor
   u64 limit;              // nanoseconds that a wait may take
   u32 rank, world, channels;
@@ -62,12 +63,25 @@ __device__ __forceinline__ u64 now() {
   return nanoseconds;
 }
 
-// One store of 16 bytes, so that two threads that give up at a time do not mix their reports.
-__device__ __noinline__ void fail(const View &view, u32 operation, u32 channel, u32 peer) {
+// One store of 16 bytes, so that what two threads write at a time does not mix.
+__device__ __forceinline__ void leave_word(u32 *at, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};"
-               : : "l"(view.status), "r"(operation), "r"(channel), "r"(peer), "r"(view.group) : "memory");
+               : : "l"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+__device__ __noinline__ void fail(const View &view, u32 operation, u32 channel, u32 peer) {
+  leave_word(view.status, operation, channel, peer, view.group);
   __threadfence_system();
   __trap();
+}
+
+// As symmem.backends.cuda_kernels has them, where it is said how a wait is told.
+enum : u32 { BEAT = 26, TICK = 20, PLACES = 512, GROUP_SPREAD = 61 };
+
+__device__ __noinline__ void tell(const View &view, u32 operation, u32 channel, u32 peer, u64 waited) {
+  if (channel < 65536)
+    leave_word(view.status + 4 * (1 + (view.group * GROUP_SPREAD + peer) % PLACES), operation << 24 | view.group,
+               channel << 16 | peer, u32(waited >> TICK), u32((view.limit - waited) >> TICK));
 }
 
 __device__ __forceinline__ u32 thread() {
@@ -86,8 +100,14 @@ __device__ __forceinline__ void take(const View &view, u32 operation, u32 channe
   u32 *own = word(view, view.rank, channel, source);
   if (load_relaxed(own) < count) {
     const u64 begin = now();
-    while (load_relaxed(own) < count)
-      if (now() - begin > view.limit) fail(view, operation, channel, source);
+    u32 beats = 0;
+    while (load_relaxed(own) < count) {
+      const u64 waited = now() - begin;
+      if (waited > view.limit) fail(view, operation, channel, source);
+      if (u32(waited >> BEAT) == beats) continue;
+      beats = u32(waited >> BEAT);
+      tell(view, operation, channel, source, waited);
+    }
   }
   add_acquire(own, keep ? 0 : 0u - count);
 }

@@ -26,6 +26,8 @@ import torch
 from symmem import capture
 from symmem.backends.cuda_signals import device_of, name_steps
 from symmem.backends.driver_errors import driver_error
+from symmem.backends.gpu import finish_stream
+from symmem.backends.kernel_words import raise_failure
 from symmem.errors import SymmemError, UnsupportedError
 from symmem.group import Group
 from symmem.live import Block, block_at
@@ -293,7 +295,7 @@ class CudaEngine:
             (layout.nbytes,), torch.uint8, self.device, group=self._group, arena=False, name="collective operations"
         )
         workspace.tensor[layout.landing : layout.stages].fill_(255)
-        torch.cuda.current_stream(self.device).synchronize()  # before the ranks have met, for then peers store there
+        finish_stream(self.device)  # before the ranks have met, for then peers store there
         workspace.rendezvous(self._group)
         areas = tuple(int(pointer) for pointer in workspace.pointers_of(self._group).tolist())
         unreachable = tuple(rank for rank, area in enumerate(areas) if not area)
@@ -346,12 +348,17 @@ class CudaEngine:
         # In one piece, since each call in Python costs as much as a step of it does.
         if self._status[0]:
             self.check()
-        if torch._C._cuda_getDevice() != self._ordinal:
+        try:
+            device, capturing = torch._C._cuda_getDevice(), torch._C._cuda_isCurrentStreamCapturing()
+        except RuntimeError as error:
+            raise_failure(error)
+            raise
+        if device != self._ordinal:
             with torch.cuda.device(self._ordinal):
                 self._run(plan, source, out, memory)
             return
         stream = torch._C._cuda_getCurrentRawStream(self._ordinal)
-        if torch._C._cuda_isCurrentStreamCapturing():
+        if capturing:
             self._keep(memory)
         with self._lock:
             for launch in plan:

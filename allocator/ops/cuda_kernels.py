@@ -39,7 +39,8 @@ in all algorithms alike. A result is rounded before it is passed on.
 
 **In place.** A thread reads all that it ever reads of the elements that it overwrites before it overwrites them.
 
-**Failure.** As in :mod:`symmem.backends.cuda_kernels`: who waits too long writes for whom it waited, and traps.
+**Failure, and long waits.** As in :mod:`symmem.backends.cuda_kernels`: who waits too long writes for whom it waited,
+and traps; who waits long says so meanwhile.
 
 One engine serves operations one after the other: from one stream, or from several that are ordered by events. Blocks
 wait for the block of the same number on the other ranks only, so kernels cannot block each other for want of room.
@@ -51,7 +52,7 @@ from typing import NamedTuple
 
 import torch
 
-from symmem.backends.cuda_kernels import memory_access
+from symmem.backends.cuda_kernels import lateness, memory_access
 
 __all__ = ["KERNELS", "OPERATORS", "SOURCE", "STEPS", "TYPES", "Layout"]
 
@@ -153,14 +154,13 @@ struct Call {
   u64 out_stride;       // and in the result
   u64 mark;             // `put`: must be the same on all ranks
   u64 limit;            // nanoseconds
-  u32 *status;          // host memory: {step, reason, peer, group}
+  u32 *status;          // host memory: {step, reason, peer, group} of who gave up; then of those that wait
   u32 step, rank, group, root;
   u32 nap, unused;      // nanoseconds between two looks, where many threads look
 };
 
 enum Reason { LATE = 0, DIFFERS = 1 };
 
-const u32 SPINS = 64;  // looks between two readings of the clock
 const u32 NOBODY = 0xffffffffu;
 const u64 ONES = ~0ull;
 
@@ -247,19 +247,13 @@ __device__ __forceinline__ void save(u8 *at, Unit unit, u64 left) {
 }
 
 // Waiting.
-
-// Called now and then, with 0 at first, when the clock starts; returns the deadline.
-__device__ __noinline__ u64 give_up_when_late(const Call &call, u32 reason, u32 peer, u64 deadline) {
-  u64 now;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now) : : "memory");
-  if (reason == LATE && deadline == 0) return now + call.limit;
-  if (reason == LATE && now < deadline) return deadline;
-  // One store of 16 bytes, so that two threads that give up at a time do not mix their reports.
-  asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};"
-               : : "l"(call.status), "r"(call.step), "r"(reason), "r"(peer), "r"(call.group) : "memory");
-  __threadfence_system();
-  __trap();
-  return 0;
+"""
+    + lateness("call->step", "what")
+    + r"""
+__device__ __forceinline__ u32 lane() {
+  u32 number;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(number));
+  return number;
 }
 
 __device__ __forceinline__ u64 *turn_word(const Call &call) { return (u64 *)call.areas[call.rank]; }
@@ -296,11 +290,11 @@ __device__ __forceinline__ void meet(const Call &call, u64 turn, u32 phase, bool
     if (compare) store_relaxed(mark(call, peer, turn, call.rank), call.mark);
     fence();
     store_relaxed(flag(call, peer, turn, phase, call.rank), turn + 1);
-    u64 deadline = 0;
+    u64 began = 0;
     for (u32 spins = 1; load_acquire(flag(call, call.rank, turn, phase, peer)) != turn + 1; ++spins)
-      if (spins % SPINS == 0) deadline = give_up_when_late(call, LATE, peer, deadline);
+      if (spins % SPINS == 0) began = give_up_when_late(&call, LATE, peer, began);
     if (compare && load_relaxed(mark(call, call.rank, turn, peer)) != call.mark)
-      give_up_when_late(call, DIFFERS, peer, 0);
+      stop(&call, DIFFERS, peer);
   }
   __syncthreads();
 }
@@ -332,10 +326,16 @@ __device__ __forceinline__ bool is_regular(const Call &call, u64 unit) {
 // 8 bytes of data as a unit: 4 in each word.
 __device__ __forceinline__ bool is_split_whole(Unit unit) { return unit.a >> 32 == 0 && unit.b >> 32 == 0; }
 
+// One of the ranks; not the same one for all threads of a warp, so that others are told of as well.
+__device__ __forceinline__ u32 one_of(Ranks ranks) {
+  const Ranks later = ranks & (~Ranks(0) << lane() % WORLD);
+  return __ffsll(later ? later : ranks) - 1;
+}
+
 // Wait for a unit of each of the ranks `wanted`, and put to rest where it lay.
 template <bool SPLIT>
 __device__ __forceinline__ void receive(const Call &call, const u8 *own, Ranks wanted, Unit (&got)[WORLD]) {
-  u64 deadline = 0;
+  u64 began = 0;
   Ranks missing = wanted;
   for (u32 spins = 1;; ++spins) {
     // All loads, then all looks at them: they are under way together.
@@ -347,7 +347,7 @@ __device__ __forceinline__ void receive(const Call &call, const u8 *own, Ranks w
       if (SPLIT ? is_split_whole(got[r]) : is_whole(got[r])) missing &= ~bit(r);
     if (missing == 0) break;
     if (call.nap) __nanosleep(call.nap);
-    if (spins % SPINS == 0) deadline = give_up_when_late(call, LATE, __ffsll(missing) - 1, deadline);
+    if (spins % SPINS == 0) began = give_up_when_late(&call, LATE, one_of(missing), began);
   }
 #pragma unroll
   for (u32 r = 0; r < WORLD; ++r)

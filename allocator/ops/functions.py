@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import symmem.ops.one_sided  # noqa: F401  # defines operators
+from symmem.backends.kernel_words import raise_failure
 from symmem.group import GroupLike
 from symmem.ops.collectives import KINDS, Kind, functional, in_place, into
 from symmem.ops.dispatch import is_usual
@@ -55,13 +56,17 @@ def _call(
     """The form that fits: by its kernel if nothing else takes part in the call, else as the operator."""
     made: torch.Tensor
     if is_usual(x, out):
-        resolved = group_of(group)
-        if out is None:
-            return functional(kind, resolved, x, options)
-        if out is x and kind.like_x:
-            in_place(kind, resolved, x, options)
-        else:
-            into(kind, resolved, x, options, out)
+        try:
+            resolved = group_of(group)
+            if out is None:
+                return functional(kind, resolved, x, options)
+            if out is x and kind.like_x:
+                in_place(kind, resolved, x, options)
+            else:
+                into(kind, resolved, x, options, out)
+        except RuntimeError as error:  # of torch, whose allocator asks CUDA
+            raise_failure(error)
+            raise
         return out
     rest = (*options, _name(group))
     form, form_in_place, form_into = _OPERATORS[kind.name]

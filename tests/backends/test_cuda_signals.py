@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from symmem.backends import cuda_signals
+from symmem.backends import cuda_signals, kernel_words
 from symmem.backends.cuda_kernels import OPERATIONS, SOURCE
 from symmem.backends.cuda_signals import CudaSignals
+from symmem.backends.kernel_words import NBYTES
 from symmem.errors import OutOfMemoryError, PeerLostError, PeerTimeoutError, UnsupportedError
 
 WORLD = 3
@@ -42,7 +43,7 @@ class StubDriver:
         self.calls: list[Call] = []
         self.codes: list[int] = []
         self.entered: list[int] = []
-        self._memory = (ctypes.c_uint32 * 4)(9, 9, 9, 9)
+        self._memory = (ctypes.c_uint32 * (NBYTES // 4))(*[9] * (NBYTES // 4))
 
     def cuLaunchKernel(self, *arguments: Any) -> tuple[int]:
         self.launched.append(arguments)
@@ -81,6 +82,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
     cuda_signals.device_of.cache_clear()
     yield stub
     cuda_signals.device_of.cache_clear()
+    kernel_words._all.clear()
 
 
 def signals(group: Any = None, pads: tuple[int, ...] = (0x1000, 0x2000, 0x3000)) -> CudaSignals:
@@ -133,7 +135,7 @@ def test_what_a_kernel_left_is_raised_by_name(operation: int, text: str, driver:
     group, bystander = StubGroup(), signals()
     mine = signals(group)
     mine.check()
-    driver._memory[:] = [operation, 7, 2, 1]
+    driver._memory[:4] = [operation, 7, 2, 1]
     for use in (mine.check, lambda: mine.put_signal(2, 0, 1.0), bystander.check):
         with pytest.raises(PeerTimeoutError, match=f"rank 1, group g, step {text} on channel 7. rank 2 did") as caught:
             use()
@@ -142,6 +144,35 @@ def test_what_a_kernel_left_is_raised_by_name(operation: int, text: str, driver:
     group.gone = (2,)
     with pytest.raises(PeerLostError, match="process ended"):
         mine.check()
+
+
+def test_a_kernel_that_stops_amid_a_call_is_named(driver: StubDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the call has looked: torch fails, or the launch does."""
+    group = StubGroup()
+    mine = signals(group)
+
+    def stop(*_: Any) -> int:
+        driver._memory[:4] = [1, 7, 2, 0]
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch._C._cuda_getDevice", stop, raising=False)
+        with pytest.raises(PeerTimeoutError, match="barrier on channel 7") as caught:
+            mine.barrier(0, 1.0)
+    assert "launch failure" in str(caught.value.__cause__)
+
+    driver._memory[:4] = [0] * 4
+    launch = driver.cuLaunchKernel
+
+    def stopped(*arguments: Any) -> tuple[int]:
+        driver._memory[:4] = [1, 6, 0, 0]
+        return launch(*arguments)
+
+    driver.codes = [719]
+    with monkeypatch.context() as patch:
+        patch.setattr(mine, "_launch_kernel", stopped)
+        with pytest.raises(PeerTimeoutError, match=r"rank 1, group g, step barrier on channel 6. rank 0 did"):
+            mine.barrier(0, 1.0)
 
 
 def test_ranks_that_cannot_be_reached_are_named(driver: StubDriver) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from symmem.ops import functions as ops
 from symmem.tools import cli
 from symmem.tools.processes import Process, ask_all
 from symmem.tools.ranks import RankPool, rank_store
-from symmem.tools.waiting import Picture, picture
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from looking import seen, stuck
 
 JOB = "the-job-that-hangs"
 WORLD = 3
@@ -84,21 +87,6 @@ def usage() -> tuple[int, list[str]]:
     return len(os.listdir("/proc/self/fd")), sorted(thread.name for thread in threading.enumerate())
 
 
-def seen(until: Callable[[Picture], bool]) -> Picture:
-    """The job, once it is as expected."""
-    deadline = time.monotonic() + 30
-    while True:
-        found = picture(ask_all(["groups"], JOB))
-        if until(found):
-            return found
-        assert time.monotonic() < deadline, found.waits
-        time.sleep(0.02)
-
-
-def stuck(waiting: int) -> Callable[[Picture], bool]:
-    return lambda found: len({wait.process for wait in found.waits if wait.peers}) == waiting
-
-
 @pytest.mark.parametrize(
     ("task", "held", "step"),
     [
@@ -118,7 +106,7 @@ def test_who_is_waited_for_and_at_which_step(
 ) -> None:
     go, before = f"{task.__name__} {held}", pool.run(usage)
     pool.submit(task, held, go)
-    seen(stuck(WORLD - 1))
+    seen(JOB, stuck(WORLD - 1))
     try:
         assert cli.main(["dump", "--job", JOB, "-o", str(tmp_path / "dump.json")]) == 0
         text = capsys.readouterr().out
@@ -147,12 +135,12 @@ def test_who_is_waited_for_and_at_which_step(
     after = pool.run(usage)
     assert after == before
     assert [threads.count("symmem-inspection") for _, threads in after] == [1] * WORLD
-    assert seen(stuck(0)).awaited == []
+    assert seen(JOB, stuck(0)).awaited == []
 
 
 def test_a_cycle_is_found(pool: RankPool, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pool.submit(ring, "round")
-    found = seen(stuck(WORLD))
+    found = seen(JOB, stuck(WORLD))
     try:
         (cycle,) = found.cycles
         ranks = [node.rank for node in cycle]
@@ -169,7 +157,7 @@ def test_a_cycle_is_found(pool: RankPool, capsys: pytest.CaptureFixture[str], tm
 
 def test_inspect(pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pool.submit(barrier, 0, "inspected")
-    seen(stuck(WORLD - 1))
+    seen(JOB, stuck(WORLD - 1))
     try:
         assert cli.main(["inspect", "--job", JOB]) == 0
         lines = [line for line in capsys.readouterr().out.splitlines() if "gradients" in line]

@@ -178,6 +178,7 @@ def test_a_thread_may_begin_with_a_barrier(pools: Any) -> None:
 def late_in_a_graph() -> None:
     rank = dist.get_rank()
     st, after = shared(16), torch.zeros(1, device="cuda")
+    after_it = torch.empty_like(st.tensor)
     st.barrier()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -190,8 +191,11 @@ def late_in_a_graph() -> None:
             st.synchronize()
         assert 0.3 < time.monotonic() - begin < 10
         assert caught.value.rank == 0
-        with pytest.raises(PeerTimeoutError):
-            st.barrier()
+        uses: list[Callable[[], object]] = [st.barrier, st.synchronize, lambda: st.put_signal(1)]
+        uses += [lambda: st.put(st.tensor, 1), lambda: st.get(1, after_it), lambda: st.remote_pointers]
+        for use in uses * 3:
+            with pytest.raises(PeerTimeoutError, match="barrier on channel 7"):
+                use()
     with symmem.resolve_group().collective("done", timeout=30):
         pass
 

@@ -150,6 +150,9 @@ def test_what_it_is_compiled_to(world: int, tmp_path: Path) -> None:
     waiting = [part for part in ptx.split("\n$L__BB") if re.search("// .*Loop", part.splitlines()[0])]
     assert any("ld.volatile.global.b32" in part for part in waiting)
     assert not any("bar.sync" in part for part in waiting)  # warps need not go round equally often
+    # The wait is told where it lasts, and the status is left where it fails: for each place that waits.
+    assert len(re.findall(r"st\.volatile\.global\.v4\.u32", ptx)) >= 2 * (chunks + 1)
+    assert len(re.findall(r"shr\.(?:s|u)64\s+%rd\d+, %rd\d+, 26;", ptx)) >= chunks + 1
     assert "globaltimer" in ptx
     assert "trap;" in ptx
     assert "ld.global.v4.b32" in ptx  # what lies at a peer is loaded as widely as what lies here

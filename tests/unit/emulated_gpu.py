@@ -81,13 +81,14 @@ _REPLACED = {
     "load_whole": "return {*(const volatile u64 *)at, *(const volatile u64 *)(at + 8)};",
     "save": "if (left < 16 || u64(at) % 16 != 0) save_slowly(at, unit, left < 16 ? u32(left) : 16);"
     "else { ((volatile u64 *)at)[0] = unit.a; ((volatile u64 *)at)[1] = unit.b; }",
-    "give_up_when_late": "struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t);"
-    "const u64 now = t.tv_sec * 1000000000ull + t.tv_nsec;"
-    "if (reason == LATE && deadline == 0) return now + call.limit;"
-    "if (reason == LATE && now < deadline) return deadline;"
-    "call.status[0] = call.step; call.status[1] = reason; call.status[2] = peer; call.status[3] = call.group;"
-    "__trap();",
+    "lane": "return threadIdx.x % 32;",
 }
+WAITING = {
+    "read_clock": "struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec * 1000000000ull + t.tv_nsec;",
+    "leave_word": "u32 *w = at; w[1] = b; w[2] = c; w[3] = d; __atomic_store_n(w, a, __ATOMIC_RELEASE);",
+    "not_before": "",
+}
+"""In the place of those that :func:`symmem.backends.cuda_kernels.lateness` makes."""
 
 _AFTER = r"""
 extern "C" void restart() { stopped = false; }
@@ -128,7 +129,7 @@ def _replace_bodies(source: str, replaced: Mapping[str, str]) -> str:
 
 def compile_kernels(kind: str, macros: Mapping[str, str], folder: Path) -> ctypes.CDLL:
     """The kernels of a module of the collective operations; see :func:`emulate`."""
-    return emulate(SOURCE, _REPLACED, KERNELS[kind], macros, folder / f"{kind}{macros['WORLD']}.so")
+    return emulate(SOURCE, _REPLACED | WAITING, KERNELS[kind], macros, folder / f"{kind}{macros['WORLD']}.so")
 
 
 def emulate(

@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,8 @@ from typing import Any
 import pytest
 import torch
 
-from symmem.backends import cuda_signals
+from symmem.backends import cuda_signals, kernel_words
+from symmem.backends.kernel_words import NBYTES, gpu_waits
 from symmem.config.algorithms import KERNELS as CONFIGURED
 from symmem.errors import InvalidArgumentError, MismatchError, PeerTimeoutError, UnsupportedError
 from symmem.group import Group
@@ -214,7 +216,7 @@ class EmulatedDriver:
         self.bindings = self
         self.launched: list[tuple[str, int, int]] = []
         self.code = 0
-        self._memory = (ctypes.c_uint32 * 4)()
+        self._memory = (ctypes.c_uint32 * (NBYTES // 4))()
 
     def cuLaunchKernel(self, *arguments: Any) -> tuple[Any]:
         (library, number), blocks, threads = arguments[0], arguments[1], arguments[4]
@@ -259,6 +261,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedDriver]:
     cuda_signals.device_of.cache_clear()
     yield stub
     cuda_signals.device_of.cache_clear()
+    kernel_words._all.clear()
 
 
 def memory(nbytes: int) -> torch.Tensor:
@@ -543,6 +546,50 @@ def test_a_missing_rank_is_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, 
         with pytest.raises(PeerTimeoutError, match=r"step all_gather. rank 2 did not come") as caught:
             use()
         assert caught.value.peers == (2,)
+
+
+@pytest.mark.parametrize(
+    ("step", "kernel", "late"),
+    [
+        ("all_reduce", "one_shot", {2}),
+        ("all_reduce", "two_shot", {1, 2}),
+        ("all_gather", "exchange", {1}),
+        ("all_gather", "pull", {2}),
+        ("all_gather", "put", {0}),
+    ],
+)
+def test_who_waits_for_a_rank_says_so(
+    step: str, kernel: str, late: set[int], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the rank comes; see :mod:`symmem.backends.kernel_words`."""
+    rooms = [memory(1 << 12) for _ in range(WORLD)]
+    in_symmetric_memory(ranks, rooms, monkeypatch)
+    results = [room.view(torch.float32)[: WORLD * 100].view(WORLD, 100) for room in rooms]
+    rows = (Row(WORLD, None, kernel, 32, 1), Row(WORLD, None, "pull", 32, 1))
+    go, groups = threading.Event(), [engine._group for engine in ranks.engines]
+
+    def work(engine: CudaEngine, rank: int) -> None:
+        if rank in late:
+            assert go.wait(20)
+        if step == "all_reduce":
+            engine.use(engine.table._replace(all_reduce=rows))
+            engine.all_reduce(torch.ones(100), torch.empty(100), "sum")
+        else:
+            engine.use(engine.table._replace(move=rows))
+            engine.all_gather(torch.ones(100), results[rank])
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(ranks.run, work)
+        waiting = {(rank, step, tuple(sorted(late))) for rank in range(WORLD) if rank not in late}
+        deadline = time.monotonic() + 20
+        try:
+            while {(groups.index(each.group), each.step, each.missing()) for each in gpu_waits()} != waiting:  # type: ignore[arg-type]
+                assert time.monotonic() < deadline
+        finally:
+            go.set()
+        assert done.result() == [None] * WORLD
+    while gpu_waits():
+        assert time.monotonic() < deadline
 
 
 # What is left to the host.

@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 
 import symmem
+from symmem.backends import cuda_kernels
+from symmem.backends.kernel_words import NBYTES
 from symmem.device_view import View
 from symmem.tools.cli import main
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from doc_pages import ROOT, blocks
-from emulated_gpu import COMPILER, emulate
+from emulated_gpu import COMPILER, WAITING, emulate
 from thread_ranks import succeed
 
 HEADER = Path(symmem.include_path(), "symmem.cuh")
@@ -45,8 +47,7 @@ REPLACED = {
     "add_release": "__atomic_fetch_add(word, value, __ATOMIC_RELEASE);",
     "add_acquire": "return __atomic_fetch_add(word, value, __ATOMIC_ACQUIRE);",
     "now": "struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec * 1000000000ull + t.tv_nsec;",
-    "fail": "view.status[0] = operation; view.status[1] = channel; view.status[2] = peer; view.status[3] = view.group;"
-    "__trap();",
+    "leave_word": WAITING["leave_word"],
 }
 
 
@@ -68,7 +69,7 @@ class Ranks:
         self.x = [(ctypes.c_int32 * 16)() for _ in range(WORLD)]  # 64 bytes; the last 32 of them are n
         self.out = [(ctypes.c_int32 * (ELEMENTS * (ROUNDS + 1)))() for _ in range(WORLD)]
         self.words = [(ctypes.c_uint32 * (CHANNELS * WORLD))() for _ in range(WORLD)]
-        self.status = (ctypes.c_uint32 * 4)()
+        self.status = (ctypes.c_uint32 * (NBYTES // 4))()
         self._tables = [(ctypes.c_uint64 * WORLD)(*map(ctypes.addressof, memory)) for memory in (self.x, self.words)]
 
     def launch(self, name: str, blocks: int = 1, seconds: float = 30.0) -> list[int]:
@@ -142,15 +143,28 @@ def test_atomics(ranks: Ranks) -> None:
 
 
 def test_who_is_late_is_named(ranks: Ranks) -> None:
-    assert 1 in ranks.launch("late", seconds=0.1)
-    operation, channel, peer, group = ranks.status
+    assert 1 in ranks.launch("late", seconds=0.5)
+    operation, channel, peer, group = ranks.status[:4]
     assert (operation, channel, group) == (1, 2, 9)
     assert peer in (1, 2)
+    # Before, it has said for whom it waits, at the place of each peer.
+    for peer in (1, 2):
+        place = 4 * (1 + (9 * cuda_kernels.GROUP_SPREAD + peer) % cuda_kernels.PLACES)
+        who, whom, waited, left = ranks.status[place : place + 4]
+        assert (who, whom) == (1 << 24 | 9, 2 << 16 | peer)
+        assert waited > 0
+        assert left < 0.5e9 / 2**cuda_kernels.TICK
+
+
+def test_the_numbers_are_those_of_the_package() -> None:
+    (text,) = re.findall(r"enum : u32 \{ (BEAT = .*) \};", HEADER.read_text())
+    for name, number in (pair.split(" = ") for pair in text.split(", ")):
+        assert int(number) == getattr(cuda_kernels, name)
 
 
 def test_a_channel_that_is_not_there(ranks: Ranks) -> None:
     assert 1 in ranks.launch("bad_channel")
-    assert list(ranks.status) == [4, 5, CHANNELS, 9]
+    assert ranks.status[:4] == [4, 5, CHANNELS, 9]
     assert ranks.at_rest()
 
 

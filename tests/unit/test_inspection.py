@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -10,10 +11,12 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +27,8 @@ from hypothesis import strategies as st
 
 import symmem
 from symmem import inspection, sockets
+from symmem.backends import kernel_words
+from symmem.backends.kernel_words import NBYTES, KernelWords
 from symmem.backends.waits import forget, note
 from symmem.errors import InspectionError
 from symmem.inspection import REQUEST_NBYTES, Server
@@ -378,6 +383,30 @@ def test_waits_within_waits(group: symmem.Group) -> None:
     forget(outer)
     forget(outer)
     assert told_of(group)[0]["signals"] == []
+
+
+def test_waits_of_kernels(group: symmem.Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as they say so again."""
+    memory = (ctypes.c_uint32 * (NBYTES // 4))()
+    words, other = KernelWords(5, ctypes.addressof(memory), 0), symmem.Group.from_store(0, 1, dist.HashStore(), "other")
+    number, beats = [words.enter(each) for each in (other, group)][1], iter(range(1000, 2000, 100))
+
+    def tell(_seconds: float) -> None:
+        memory[4:8] = [1 << 24 | number, 3 << 16 | 0, next(beats), 500]
+
+    monkeypatch.setattr(kernel_words, "time", SimpleNamespace(sleep=tell, monotonic=time.monotonic))
+    tell(0)
+    try:
+        for seconds in (1.1, 1.2):
+            (told,) = told_of(group)[0]["signals"]
+            assert (told["step"], told["waits_for"], told["device"]) == ("barrier on channel 3", [0], "cuda:5")
+            assert told["seconds"] == pytest.approx(seconds * 2**20 / 1e6, abs=0.05)
+            assert 0 < told["seconds_left"] < 0.53
+        monkeypatch.undo()
+        assert told_of(group)[0]["signals"] == []
+    finally:
+        kernel_words._all.remove(words)
+        other.close()
 
 
 def test_what_changes_meanwhile_is_read_again() -> None:

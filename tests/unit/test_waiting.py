@@ -29,6 +29,11 @@ def signal(*waits_for: int) -> dict[str, Any]:
     return {"signals": [{**waiting, "waits_for": list(waits_for)}]}
 
 
+def on_gpu(*waits_for: int) -> dict[str, Any]:
+    waiting = {"step": "all_reduce", "seconds": 3.0, "seconds_left": 9.0, "thread": 0, "device": "cuda:5"}
+    return {"signals": [{**waiting, "waits_for": list(waits_for)}]}
+
+
 def process(rank: int, *groups: dict[str, Any], job: str = "job") -> Process:
     stack = {"name": "MainThread", "thread": 1, "frames": ["train.py:7 in step: barrier()"]}
     answer = {"job": job, "pid": 100 + rank, "rank": rank, "groups": groups, "stacks": [stack], "tensors": []}
@@ -88,6 +93,23 @@ def test_a_cycle_by_way_of_two_groups() -> None:
     assert seen.awaited == []
     assert "A CYCLE: rank " in report("job", seen)
     assert len(data(found)["waits"]) == 3
+
+
+def test_what_a_gpu_waits_for() -> None:
+    """The host of one that waits there may wait elsewhere, here each for the other's."""
+    found = [process(0, group(0, 2, **on_gpu(1))), process(1, group(1, 2, **in_round(3, [0])))]
+    seen = picture(found)
+    assert [(wait.process, wait.peers, wait.device) for wait in seen.waits] == [
+        (found[1], (found[0],), None),
+        (found[0], (found[1],), "cuda:5"),
+    ]
+    assert len(seen.cycles) == 1
+    line = (
+        "rank 0 (process 100) waits for rank 1 (process 101): in 'all_reduce' of group 'g', as rank 0 of it, on the GPU"
+    )
+    assert f"{line} cuda:5, since 3 s; fails in 9 s" in report("job", seen)
+    assert "waits for rank 1 in 'all_reduce', on the GPU cuda:5, 3 s" in table(found)
+    assert [wait["device"] for wait in data(found)["waits"]] == [None, "cuda:5"]
 
 
 def test_groups_of_one_name_are_told_apart() -> None:

@@ -1,0 +1,429 @@
+"""What kernels leave in host memory (mission F3, G1): who waits, until it is over; and why one stopped, which wins."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from symmem import capture, group
+from symmem.backends import gpu, kernel_words
+from symmem.backends.cuda_kernels import BEAT, GROUP_SPREAD, OPERATIONS, PLACES, SOURCE, TICK, lateness
+from symmem.backends.cuda_signals import _call_type
+from symmem.backends.driver_errors import driver_error
+from symmem.backends.kernel_words import NBYTES, KernelWords, failure, gpu_waits
+from symmem.errors import OutOfMemoryError, PeerTimeoutError, UnsupportedError
+from symmem.ops.cuda_kernels import STEPS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from emulated_gpu import COMPILER, WAITING, emulate
+
+WORLD = 3
+
+kernel_words.name_steps(STEPS)  # as the engine for CUDA does
+
+
+class StubGroup:
+    rank, size = 0, WORLD
+
+    def __init__(self, name: str = "g") -> None:
+        self.name = name
+
+    def lost(self) -> tuple[int, ...]:
+        return ()
+
+
+class Words(KernelWords):
+    """The words, and what kernels do to them."""
+
+    def __init__(self) -> None:
+        self.memory = (ctypes.c_uint32 * (NBYTES // 4))(*[9] * (NBYTES // 4))
+        super().__init__(3, ctypes.addressof(self.memory), 0xABC0)
+
+    def tell(self, operation: int, number: int, detail: int, peer: int, waited: int, left: int = 5) -> None:
+        place = 4 * (1 + (number * GROUP_SPREAD + peer) % PLACES)
+        self.memory[place : place + 4] = [operation << 24 | number, detail << 16 | peer, waited, left]
+
+
+class Clock:
+    """Time passes by sleeping; ``meanwhile`` is what kernels do then, each once."""
+
+    def __init__(self) -> None:
+        self.now, self.slept = 1000.0, 0
+        self.meanwhile: list[Callable[[], object]] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept += 1
+        self.now += seconds
+        for act in self.meanwhile:
+            act()
+        self.meanwhile.clear()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(kernel_words, "time", made)
+    return made
+
+
+@pytest.fixture
+def words() -> Iterator[Words]:
+    made = Words()
+    yield made
+    kernel_words._all.remove(made)
+
+
+def seen(waiting: KernelWords) -> list[tuple[str, str, tuple[int, ...], str | None]]:
+    return [(wait.group.name, wait.step, wait.missing(), wait.device) for wait in waiting.waits()]
+
+
+# Who waits.
+
+
+def test_a_wait_that_goes_on_is_told(words: Words, clock: Clock) -> None:
+    known = StubGroup()
+    number = words.enter(known)
+    words.tell(1, number, 7, 2, waited=64)
+    clock.meanwhile = [lambda: words.tell(1, number, 7, 2, waited=192, left=1000)]
+    (wait,) = gpu_waits()
+    assert (wait.group, wait.step, wait.missing(), wait.device) == (known, "barrier on channel 7", (2,), "cuda:3")
+    assert clock.now - wait.began == pytest.approx(192 * 2**TICK / 1e9)
+    assert wait.deadline - clock.now == pytest.approx(1000 * 2**TICK / 1e9)
+
+
+def test_a_wait_that_is_over_is_not_told_and_costs_nothing_twice(words: Words, clock: Clock) -> None:
+    assert seen(words) == []
+    assert clock.slept == 0
+    number = words.enter(kept := StubGroup())
+    words.tell(1, number, 7, 2, waited=64)
+    assert seen(words) == []
+    assert clock.slept == 1
+    assert seen(words) == []
+    assert clock.slept == 2  # asked again at once: it may just have been told again
+    clock.now += 1
+    assert seen(words) == []
+    assert clock.slept == 2
+    words.tell(1, number, 7, 2, waited=128)
+    clock.meanwhile = [lambda: words.tell(1, number, 7, 2, waited=192)]
+    assert seen(words) == [(kept.name, "barrier on channel 7", (2,), "cuda:3")]
+
+
+def test_one_that_begins_meanwhile_is_told_and_one_that_ends_is_not(words: Words, clock: Clock) -> None:
+    number = words.enter(kept := StubGroup())
+    words.tell(3, number, 1, 1, waited=64)
+    clock.meanwhile = [lambda: words.tell(2, number, 5, 2, waited=64)]
+    assert seen(words) == [(kept.name, "put_signal on channel 5", (2,), "cuda:3")]
+
+
+def test_peers_of_one_operation_are_told_together(words: Words, clock: Clock) -> None:
+    """Since when and until when are those of the first to give up."""
+    step, name = min(STEPS.items())
+    number, other = words.enter(kept := StubGroup()), words.enter(another := StubGroup("other"))
+    words.tell(1, other, 0, 1, waited=1)
+    clock.meanwhile = [
+        lambda: words.tell(step, number, 0, 2, waited=64, left=900),
+        lambda: words.tell(step, number, 0, 1, waited=128, left=800),
+        lambda: words.tell(1, other, 0, 1, waited=70),
+    ]
+    waits = sorted(words.waits(), key=lambda wait: wait.group.name)
+    assert [(wait.group, wait.step, wait.missing()) for wait in waits] == [
+        (kept, name, (1, 2)),
+        (another, "barrier on channel 0", (1,)),
+    ]
+    assert clock.now - waits[0].began == pytest.approx(128 * 2**TICK / 1e9)
+    assert waits[0].deadline - clock.now == pytest.approx(800 * 2**TICK / 1e9)
+
+
+def test_a_group_that_is_gone_is_not_told_of(words: Words, clock: Clock) -> None:
+    gone = StubGroup()
+    number, reference = words.enter(gone), weakref.ref(gone)
+    del gone
+    assert reference() is None
+    clock.meanwhile = [lambda: words.tell(1, number, 7, 2, waited=192)]
+    words.tell(1, number, 7, 2, waited=64)
+    assert seen(words) == []
+
+
+@settings(max_examples=50)
+@given(
+    st.integers(0, 300),
+    st.sets(st.integers(0, PLACES - 1), min_size=1, max_size=40),
+    st.sampled_from([*range(1, len(OPERATIONS) + 1), *STEPS]),
+    st.integers(0, 65535),
+    st.integers(1, 2**32 - 1),
+)
+def test_all_peers_of_a_group_have_places(
+    number: int, peers: set[int], operation: int, detail: int, ticks: int
+) -> None:
+    words = Words()
+    known = StubGroup()
+    words._groups = [("", 0, weakref.ref(known))] * (number + 1)  # type: ignore[list-item]
+    for peer in peers:
+        words.tell(operation, number, detail, peer, ticks)
+    (wait,) = words._decode(list(words._read().values()))
+    assert wait.missing() == tuple(sorted(peers))
+    assert wait.step == (STEPS.get(operation) or f"{OPERATIONS[operation - 1]} on channel {detail}")
+    kernel_words._all.remove(words)
+
+
+def test_a_forked_child_does_not_look(words: Words) -> None:
+    """The memory is its parent's, and may not even be mapped."""
+    words.memory[0] = 1
+    words.enter(StubGroup())
+    assert failure() is not None
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if failure() is None and gpu_waits() == [] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# The kernels of the signals, with GPUs made of threads.
+
+REPLACED = {
+    "load_relaxed": "return __atomic_load_n(word, __ATOMIC_RELAXED);",
+    "load_acquire": "sched_yield(); if (stopped) leave(); return __atomic_load_n(word, __ATOMIC_ACQUIRE);",
+    "store_relaxed": "__atomic_store_n(word, value, __ATOMIC_RELAXED);",
+    "fence": "__atomic_thread_fence(__ATOMIC_SEQ_CST);",
+    "swap_release": "sched_yield(); if (stopped) leave(); __atomic_compare_exchange_n(word, &expected, value, false, "
+    "__ATOMIC_RELEASE, __ATOMIC_RELAXED); return expected;",
+}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if COMPILER is None:
+        pytest.skip("there is no C++ compiler here")
+    file = tmp_path_factory.mktemp("signals") / "signals.so"
+    return emulate(SOURCE, REPLACED | WAITING, OPERATIONS, {"WORLD": str(WORLD)}, file)
+
+
+class Ranks:
+    """The pads of all ranks; a kernel is run by a thread. All ranks' kernels leave their words in the same memory."""
+
+    def __init__(self, library: ctypes.CDLL, words: Words) -> None:
+        self.library, self.words = library, words
+        self.groups = [StubGroup(f"of rank {rank}") for rank in range(WORLD)]
+        self.pads = [(ctypes.c_uint32 * 1024)() for _ in range(WORLD)]
+        self.threads: list[threading.Thread] = []
+
+    def launch(self, operation: str, rank: int, channel: int, peer: int = 0, seconds: float = 30.0) -> None:
+        call = _call_type(WORLD)(
+            pads=(ctypes.c_uint64 * WORLD)(*map(ctypes.addressof, self.pads)),
+            status=ctypes.addressof(self.words.memory),
+            limit=int(seconds * 1e9),
+            channel=channel,
+            rank=rank,
+            peer=peer,
+            group=self.words.enter(self.groups[rank]),
+        )
+        which, count = OPERATIONS.index(operation), WORLD if operation == "barrier" else 1
+        thread = threading.Thread(target=lambda: self.library.launch(which, ctypes.byref(call), 1, count))
+        thread.start()
+        self.threads.append(thread)
+
+    def become(self, *expected: tuple[int, str, tuple[int, ...]]) -> None:
+        """Look until the waits are as expected: rank, step, and for whom."""
+        wanted = [(f"of rank {rank}", step, missing) for rank, step, missing in expected]
+        deadline = time.monotonic() + 20
+        while sorted(each[:3] for each in seen(self.words)) != wanted:
+            assert time.monotonic() < deadline, seen(self.words)
+
+    def join(self) -> None:
+        for thread in self.threads:
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def test_kernels_that_wait_say_for_whom(library: ctypes.CDLL, words: Words) -> None:
+    ranks, step = Ranks(library, words), "barrier on channel 5"
+    ranks.launch("barrier", 0, 5)
+    ranks.become((0, step, (1, 2)))
+    ranks.launch("barrier", 1, 5)
+    ranks.become((0, step, (2,)), (1, step, (2,)))
+    ranks.launch("wait_signal", 2, 63, 1)
+    ranks.become((0, step, (2,)), (1, step, (2,)), (2, "wait_signal on channel 63", (1,)))
+    ranks.launch("put_signal", 1, 63, 2)
+    ranks.launch("barrier", 2, 5)
+    ranks.join()
+    ranks.become()
+    assert words.failure() is None
+
+
+def test_a_flag_that_is_not_taken(library: ctypes.CDLL, words: Words) -> None:
+    ranks = Ranks(library, words)
+    ranks.launch("put_signal", 1, 2, 0)
+    ranks.join()
+    ranks.launch("put_signal", 1, 2, 0)
+    ranks.become((1, "put_signal on channel 2", (0,)))
+    for _ in range(2):
+        ranks.launch("wait_signal", 0, 2, 1)
+    ranks.join()
+    ranks.become()
+
+
+def test_who_gives_up_has_said_so_before(library: ctypes.CDLL, words: Words) -> None:
+    ranks = Ranks(library, words)
+    try:
+        ranks.launch("wait_signal", 0, 9, 2, seconds=0.7)
+        ranks.join()
+    finally:
+        library.restart()
+    (told,) = words._decode(list(words._read().values()))
+    assert (told.group, told.step, told.missing()) == (ranks.groups[0], "wait_signal on channel 9", (2,))
+    assert told.deadline - time.monotonic() < 0.7
+    with pytest.raises(PeerTimeoutError, match=r"wait_signal on channel 9. rank 2 did not come") as caught:
+        raise words.failure() or AssertionError
+    assert caught.value.peers == (2,)
+
+
+# How often a wait is told: a kernel whose clock shows what it is given.
+
+PROBE = """
+typedef unsigned int u32;
+typedef unsigned long long u64;
+struct Call { u32 *status; u64 limit; u32 group, count; const u64 *times; u32 *told; };
+thread_local u64 clock_shows;
+%s
+void probe(Call call) {
+  u64 began = 0;
+  u32 *place = call.status + 4 * (1 + (call.group * GROUP_SPREAD + 3) %% PLACES);
+  for (u32 i = 0; i < call.count; ++i) {
+    clock_shows = call.times[i];
+    place[2] = 0;
+    began = give_up_when_late(&call, 5, 3, began);
+    call.told[i] = place[2];
+  }
+}
+"""
+
+
+class Probe(ctypes.Structure):
+    _fields_ = (
+        ("status", ctypes.c_void_p),
+        ("limit", ctypes.c_uint64),
+        ("group", ctypes.c_uint32),
+        ("count", ctypes.c_uint32),
+        ("times", ctypes.c_void_p),
+        ("told", ctypes.c_void_p),
+    )
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if COMPILER is None:
+        pytest.skip("there is no C++ compiler here")
+    replaced, file = WAITING | {"read_clock": "return clock_shows;"}, tmp_path_factory.mktemp("probe") / "probe.so"
+    return emulate(PROBE % lateness("2", "what"), replaced, ("probe",), {}, file)
+
+
+def told_at(probe: ctypes.CDLL, words: Words, milliseconds: list[int], limit: int = 10**9) -> list[int]:
+    """Of the moments at which a thread asks the clock, those at which it tells that it waits, and since when."""
+    start = 1_700_000_000_000_000_123
+    times = (ctypes.c_uint64 * len(milliseconds))(*(start + each * 10**6 for each in milliseconds))
+    told = (ctypes.c_uint32 * len(milliseconds))()
+    addresses = ctypes.addressof(times), ctypes.addressof(told)
+    call = Probe(ctypes.addressof(words.memory), limit * 10**6, 700, len(milliseconds), *addresses)
+    probe.launch(0, ctypes.byref(call), 1, 1)
+    for at, ticks in zip(milliseconds, told, strict=True):
+        assert not ticks or abs(ticks * 2**TICK / 1e6 - at + milliseconds[0]) < 1.1
+    return [at for at, ticks in zip(milliseconds, told, strict=True) if ticks]
+
+
+def test_a_wait_is_told_after_each_beat(probe: ctypes.CDLL, words: Words) -> None:
+    assert told_at(probe, words, [0, 1, 66, 68, 69, 133, 135, 136, 200]) == [68, 135]
+    assert told_at(probe, words, [0, 380, 381, 382, 383, 384, 385, 390]) == [380, 381, 382, 383, 384]  # it was away
+    assert len(told_at(probe, words, [*range(0, 60_001, 10)])) == 60_000_000_000 >> BEAT
+
+
+def test_a_wait_ends_when_its_time_is_up(probe: ctypes.CDLL, words: Words) -> None:
+    try:
+        assert told_at(probe, words, [0, 70, 99, 101, 140], limit=100) == [70]
+        assert list(words.status) == [2, 5, 3, 700]
+        place = 4 * (1 + (700 * GROUP_SPREAD + 3) % PLACES)
+        assert words.memory[place : place + 2] + words.memory[place + 3 : place + 4] == [
+            *(2 << 24 | 700, 5 << 16 | 3),
+            int(30e6) >> TICK,
+        ]
+    finally:
+        probe.restart()
+
+
+# Why a kernel stopped, wherever CUDA is asked next.
+
+
+def fail(*_: Any) -> Any:
+    raise RuntimeError("CUDA error: unspecified launch failure")
+
+
+def query_of_an_event(patch: pytest.MonkeyPatch) -> None:
+    event = SimpleNamespace(record=lambda _: None, query=fail)
+    patch.setattr("torch.cuda.Event", lambda: event)
+    patch.setattr("torch.cuda.current_stream", lambda _: None)
+    gpu.idle(torch.device("cuda", 0), 1.0)
+
+
+def a_stream(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("torch.cuda.current_stream", lambda _: SimpleNamespace(synchronize=fail))
+    gpu.finish_stream(torch.device("cuda", 0))
+
+
+def a_device(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("torch.cuda.synchronize", fail)
+    gpu.synchronize(torch.device("cuda", 0))
+
+
+def a_capture(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("torch._C._cuda_isCurrentStreamCapturing", fail, raising=False)
+    capture.is_capturing(torch.device("cuda", 0))
+
+
+def a_call_of_the_driver(patch: pytest.MonkeyPatch) -> None:
+    raise driver_error("CUDA_ERROR_LAUNCH_FAILED", "cuMemMap: CUDA_ERROR_LAUNCH_FAILED")
+
+
+def a_collective_operation(patch: pytest.MonkeyPatch) -> None:
+    """What the other ranks are told."""
+    raise group._named(RuntimeError("CUDA error: unspecified launch failure"))
+
+
+@pytest.mark.parametrize(
+    "ask", [a_capture, a_stream, a_device, query_of_an_event, a_call_of_the_driver, a_collective_operation]
+)
+def test_the_error_of_the_kernel_wins(
+    ask: Callable[[pytest.MonkeyPatch], object], words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Exception, match=r"launch failure|LAUNCH_FAILED") as plain:
+        ask(monkeypatch)
+    assert not isinstance(plain.value, PeerTimeoutError)
+    known = StubGroup()
+    words.memory[:4] = [1, 7, 2, words.enter(known)]
+    with pytest.raises(PeerTimeoutError, match=r"rank 0, group g, step barrier on channel 7. rank 2 did") as caught:
+        ask(monkeypatch)
+    assert caught.value.peers == (2,)
+
+
+def test_errors_that_have_a_name_keep_it(words: Words) -> None:
+    assert isinstance(driver_error("CUDA_ERROR_OUT_OF_MEMORY", "cuMemCreate"), OutOfMemoryError)
+    known = StubGroup()
+    words.memory[:4] = [1, 7, 2, words.enter(known)]
+    with pytest.raises(UnsupportedError), kernel_words.named:
+        raise UnsupportedError("no")
+    with pytest.raises(ValueError, match="of another kind"), kernel_words.named:
+        raise ValueError("of another kind")
