@@ -15,6 +15,7 @@ from symmem.backends.base import Capability, tensor_at
 from symmem.errors import ResourceLimitError
 from symmem.index import IntegerSet
 from symmem.live import Block
+from symmem.marks import DROPPED, SIGNALLED
 from symmem.suballocator import SubAllocator
 
 if TYPE_CHECKING:
@@ -149,23 +150,25 @@ _NONE: dict[Any, Any] = {}  # stands for the many dicts that stay empty; never c
 class Carve(Block):
     """A block of an arena. When nothing refers to it any more, it is in quarantine."""
 
-    __slots__ = ("_chosen", "_signalled", "_signals", "_taken", "arena", "segment", "slot")
+    __slots__ = ("_chosen", "_mark", "_signals", "_size", "_taken", "arena", "segment", "slot")
 
-    def __init__(self, arena: Arena, segment: Segment, slot: int, layout: Layout, offset: int) -> None:
+    def __init__(self, arena: Arena, segment: Segment, slot: int, layout: Layout, offset: int, size: int) -> None:
         # All that Block.__init__ does, in a part of the time.
         self.allocation, self.layout, self.offset, self.nbytes = segment.allocation, layout, offset, layout.nbytes
         self.mappings, self.compared = segment.first
         self.process, self.closed = arena.process, False
-        self.arena, self.segment, self.slot = arena, segment, slot
+        self.arena, self.segment, self.slot, self._size = arena, segment, slot, size
         self._signals: dict[Mapping, Signals] = _NONE
         self._taken: dict[Group, int] = _NONE  # offset of this rank's pad, of further groups
-        self._signalled = self._chosen = False
+        self._mark, self._chosen = DROPPED, False
 
     def __del__(self) -> None:
-        # Called by the collector as well, anywhere and on any thread: appending to a deque is one step.
-        self.arena.dropped.append((self.slot, self._signalled, time.perf_counter()))
+        # Called by the collector as well, anywhere and on any thread: each of these is one step, and the mark the last.
+        arena, slot = self.arena, self.slot
         if self._taken:
-            self.arena.further[self.slot] = [(weakref.ref(group), pad) for group, pad in self._taken.items()]
+            arena.further[slot] = [(weakref.ref(group), pad) for group, pad in self._taken.items()]
+        arena.dropped.append((slot, self._size, time.perf_counter()))
+        arena.marks[slot] = self._mark
 
     def choose(self, group: Group) -> None:
         """Let the group that meets first be the one that is meant where none is named, instead of the arena's."""
@@ -210,7 +213,7 @@ class Carve(Block):
         """Who signals for this tensor alone: within an arena, each has pads of its own."""
         if Capability.SIGNALS not in mapping.backend.capabilities:
             return mapping  # whose methods say so
-        self._signalled = True
+        self._mark = SIGNALLED
         if mapping not in self._signals:
             segment, offset = self.arena.pad_of(self.slot)
             signals = _signals_at(segment.mapping, (offset,) * mapping.group.size)

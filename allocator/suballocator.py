@@ -8,8 +8,8 @@ Two-level segregated fit (M. Masmano et al., "TLSF: a new dynamic memory allocat
 blocks lie in bins by size, one integer has a bit for each bin that isn't empty, and free blocks that touch are merged
 at once. A bin has one size up to 63 granules; above, each power of two is divided into 32 bins.
 
-What is free at the end lies in no bin: it is cut where no bin has room, and so stays large (the "wilderness" of D. Lea's
-malloc). While nothing else is free, a block is taken from there in a few steps.
+What is free at the end lies in no bin: it is cut where no bin has room, and so stays large (the "wilderness" of
+D. Lea's malloc). While nothing else is free, a block is taken from there in a few steps.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -269,7 +268,7 @@ class SymmetricTensor:
         if group is None and timeout is None and self._layout is block.layout and not block.inherited:
             known = default_group()  # the usual case: a tensor of the default group's arena
             if known in block.compared:  # nothing is, once it is closed
-                block.choose(known)  # type: ignore[arg-type]
+                block.choose(known)
                 return self
         self._check_open("rendezvous")
         resolved = resolve_group(group)
