@@ -92,9 +92,9 @@ class Segment:
             self.known, self._starts = set(self.slots), starts
 
     def at(self, address: int) -> Block | None:
-        """The live block that holds an address within the segment; changes nothing, so it needs no lock.
+        """The live block that holds an address within the segment; it needs no lock.
 
-        O(log n), but for what began in its place before.
+        O(log n), but for what began in its place before, and for entering each place in the index once.
         """
         offset = address - self.pointer
         slot, granule = self.slots.get(offset), offset >> _GRANULE_BITS
