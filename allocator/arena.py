@@ -22,13 +22,13 @@ import operator
 import os
 import sys
 import threading
-import time
-import weakref
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
+from time import perf_counter
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet, ref
 
 import torch
 
@@ -54,7 +54,7 @@ from symmem.live import record
 from symmem.marks import masks_of, slots_of
 from symmem.meeting import Meeting, compare
 from symmem.record import NOWHERE, PACKAGE, TOOLS, Entry, Record, Site, nbytes_of
-from symmem.segment import GRANULE, SPARE, Carve, Segment, finish
+from symmem.segment import GRANULE, GRANULE_BITS, SPARE, Carve, Segment, finish
 
 if TYPE_CHECKING:
     from symmem.backends.base import Backend
@@ -73,7 +73,7 @@ _SHOWN = 4096  # blocks of one event that are remembered
 _HISTORY = 16384  # allocations and other events that are remembered: to name the first that differs, and for pictures
 
 
-_arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
+_arenas: WeakSet[Arena] = WeakSet()
 
 
 class Arena:
@@ -120,9 +120,9 @@ class Arena:
         self.reclaimed_blocks = self.collections = self.growths = 0
         self._broken: SymmemError | None = None
         self.entries: list[Entry | None] = []  # by slot
-        self.blocks: list[weakref.ref[Carve] | None] = []  # by slot
+        self.blocks: list[ref[Carve] | None] = []  # by slot
         # By slot, of what was dropped: further groups and this rank's pads for them.
-        self.further: dict[int, list[tuple[weakref.ref[Group], int]]] = {}
+        self.further: dict[int, list[tuple[ref[Group], int]]] = {}
         self._free_slots: list[int] = []
         self._pad = round_up(backend.pad_nbytes(group.size), GRANULE)
         self._pads: list[tuple[int, Segment, int]] = []  # from which slot on, where
@@ -154,7 +154,7 @@ class Arena:
             if module.startswith(TOOLS):
                 break
             frame = frame.f_back
-        site = (frame.f_code, frame.f_lasti) if frame is not None else NOWHERE
+        code, instruction = (frame.f_code, frame.f_lasti) if frame is not None else NOWHERE
         size = layout.nbytes + GRANULE - 1 & -GRANULE or GRANULE
         with self.lock:
             if self.dropped:
@@ -169,7 +169,7 @@ class Arena:
                     self.look()
             label = 0 if name is None else _label(name)
             if self._unusual or self.amid:
-                self._check(self._proposed(size, layout, site, name))
+                self._check(self._proposed(size, layout, (code, instruction), name))
             self.amid = True
             for segment in self.segments:
                 offset = segment.space.allocate(size)
@@ -179,14 +179,14 @@ class Arena:
                 if self.agreed:
                     self.absorb()
                 self.amid = False
-                self._make_room(self._proposed(size, layout, site, name))
+                self._make_room(self._proposed(size, layout, (code, instruction), name))
                 self.amid = True
                 segment, offset = self._take(size)
             if len(self.entries) == self._slots and not self._free_slots:
                 if self.agreed:
                     self.absorb()
                 self.amid = False
-                self._add_pads(segment, offset, self._proposed(size, layout, site, name))
+                self._add_pads(segment, offset, self._proposed(size, layout, (code, instruction), name))
                 self.amid = True
             if self._free_slots:
                 slot = self._free_slots.pop()
@@ -198,14 +198,13 @@ class Arena:
             self.count += 1
             # Where it is as well: so ranks whose books differ are told, whatever the reason.
             self.digest = digest = hash((self.digest, layout.fingerprint, label, segment.index, offset, slot))
-            entry = (self.count, digest, time.perf_counter(), segment.index, offset, size, layout, site, name)
+            entry = (self.count, digest, perf_counter(), segment.index, offset, size, layout, code, instruction, name)
             self.entries[slot] = entry
             self.history.append(entry)
             carve = Carve(self, segment, slot, layout, offset, size)
-            self.blocks[slot] = weakref.ref(carve)
+            self.blocks[slot] = ref(carve)
             segment.slots[offset] = slot
-            if offset not in segment.known:
-                segment.know(offset)
+            segment.starts.add(offset >> GRANULE_BITS)
             self.live_bytes += size
             if self.live_bytes > self.peak_bytes:
                 self.peak_bytes = self.live_bytes
@@ -406,7 +405,7 @@ class Arena:
         self.growths += 1
         self.segments.append(segment)
         record(segment)
-        self.changes.append((time.perf_counter(), "grow", index, nbytes))
+        self.changes.append((perf_counter(), "grow", index, nbytes))
         return segment
 
     # Meeting; see symmem.meeting.
@@ -420,7 +419,7 @@ class Arena:
         number, total = agreed.bit_count(), self.quarantined_bytes
         if number != self.quarantined_blocks:
             total = sum(map(nbytes_of, self._entries_of(slots_of(agreed))))
-        self._unnoted.append((time.perf_counter(), agreed))
+        self._unnoted.append((perf_counter(), agreed))
         self.digest = hash((self.digest, number, agreed))
         self.quarantined_bytes -= total
         self.quarantined_blocks -= number
@@ -441,7 +440,7 @@ class Arena:
             index, offset = entry[3], entry[4]
             segment, offsets = by_index[index]
             offsets.append(offset)
-            segment.leave(offset)
+            del segment.slots[offset]
             self.entries[slot] = self.blocks[slot] = None
             self.marks[slot] = 0
             if pads := self.further.pop(slot, None):
@@ -472,7 +471,7 @@ class Arena:
         empty = [segment for segment in self.segments if not segment.space.used]  # what holds pads is not
         for segment in empty:
             self.segments.remove(segment)
-            self.changes.append((time.perf_counter(), "trim", segment.index, segment.nbytes))
+            self.changes.append((perf_counter(), "trim", segment.index, segment.nbytes))
         return sum(segment.nbytes for segment in empty)
 
     def clean_pads(self, slots: Sequence[int]) -> None:

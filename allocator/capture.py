@@ -25,7 +25,7 @@ from symmem.errors import UnsupportedError
 if TYPE_CHECKING:
     from symmem.live import Block
 
-__all__ = ["apart", "forget_ended", "is_capturing", "keep", "kept", "refuse"]
+__all__ = ["apart", "forget_ended", "is_capturing", "is_capturing_cuda", "keep", "kept", "refuse"]
 
 T = TypeVar("T")
 
@@ -34,7 +34,12 @@ _SEM_T = 32  # bytes of a sem_t on 64-bit Linux
 
 def is_capturing(device: torch.device) -> bool:
     """Whether the current stream of this thread is being captured into a CUDA graph."""
-    return device.type == "cuda" and torch._C._cuda_isCurrentStreamCapturing()
+    return device.type == "cuda" and is_capturing_cuda()
+
+
+def is_capturing_cuda() -> bool:
+    """The same, where the device is known to be one of CUDA."""
+    return torch._C._cuda_isCurrentStreamCapturing()
 
 
 def refuse(device: torch.device, what: str) -> None:

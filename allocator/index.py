@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 __all__ = ["IntegerSet"]
 
@@ -19,19 +20,24 @@ class IntegerSet:
 
     Args:
         limit: What all members are less than.
+
+    Attributes:
+        add: Enters a member, which may be there already.
     """
 
-    __slots__ = ("_added", "_entering", "_levels")
+    __slots__ = ("_added", "_entered", "_entering", "_levels", "add")
 
     def __init__(self, limit: int) -> None:
         depth = max(1, -(-(limit - 1).bit_length() // _BITS))
         self._levels: list[dict[int, int]] = [{} for _ in range(depth)]
         self._added: list[int] = []  # and not in the tree yet
+        self._entered = 0
         self._entering = threading.Lock()  # nobody waits for it
+        self.add: Callable[[int], None] = self._added.append
 
-    def add(self, member: int) -> None:
-        """Enter a member, which may be there already."""
-        self._added.append(member)
+    def __len__(self) -> int:
+        """How many were added, some of them more than once."""
+        return self._entered + len(self._added)
 
     def last_until(self, number: int) -> int | None:
         """The largest member that is at most ``number``; None if there is none."""
@@ -49,14 +55,15 @@ class IntegerSet:
             added = self._added[:]
             for member in added:
                 self._enter(member)
+            self._entered += len(added)
             del self._added[: len(added)]
         finally:
             self._entering.release()
         return []
 
     def _enter(self, member: int) -> None:
-        # From the lowest, so that no bit ever stands for a word that isn't there; and all levels, for an exception out of
-        # a signal handler may have ended the last attempt half-way.
+        # From the lowest, so that no bit ever stands for a word that isn't there; and all of them, for an exception out
+        # of a signal handler may have ended the last attempt half-way.
         for level in self._levels:
             member, bit = member >> _BITS, member & (1 << _BITS) - 1
             level[member] = level.get(member, 0) | 1 << bit

@@ -48,6 +48,7 @@ class SubAllocator:
         "_free",
         "_live",
         "_mask",
+        "_refused",
         "_shift",
         "_tail",
         "capacity",
@@ -71,6 +72,7 @@ class SubAllocator:
         self._bins: list[dict[int, int]] = [{} for _ in range(self._bin_of(self.capacity) + 1)]  # bytes, by offset
         self._bitmap = 0
         self._tail = 0  # from here to the end all is free
+        self._refused = self.capacity + 1  # no block has room for this, or more, until one is freed
 
     def allocate(self, nbytes: int, alignment: int = 0) -> int | None:
         """Take a block.
@@ -93,13 +95,18 @@ class SubAllocator:
                 raise InvalidArgumentError(f"the alignment must be a power of two, not {alignment}")
             skew = max(alignment, self.granularity) - 1
         size = (nbytes + self._mask) & ~self._mask or self.granularity
+        if size >= self._refused:
+            return None
         if self._bitmap and (offset := self._from_bins(size, skew)) is not None:
             return offset
         start = self._tail
         offset = start + (-start & skew)
         end = offset + size
         if end > self.capacity:
-            return self._search(size, skew) if self._bitmap else None
+            found = self._search(size, skew)
+            if found is None and not skew:
+                self._refused = size
+            return found
         if offset > start:
             self._put(start, offset)
         self._tail = end
@@ -189,8 +196,6 @@ class SubAllocator:
 
     def _from_bins(self, size: int, skew: int) -> int | None:
         """Take a block out of a bin of which every block has room, or the last of its own bin; None if neither has."""
-        if size > self.capacity:
-            return None
         # _bin_of() and _put() are written out once each: calls would be a tenth of the time taken.
         shift = size.bit_length() - _BITS
         if shift < self._shift:
@@ -266,6 +271,7 @@ class SubAllocator:
 
     def _merge(self, start: int, end: int) -> None:
         """Make a range free, as one block with the free ones that it touches."""
+        self._refused = self.capacity + 1
         if start in self._ends:
             start = self._ends.pop(start)
             self._pull(start)

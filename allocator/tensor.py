@@ -108,8 +108,8 @@ class SymmetricTensor:
             if arena is None:
                 arena = place.arena is not None
             if arena:
-                block: Block = _arena(place, known).carve(layout, name, sys._getframe(1))
-                if place.cuda and capture.is_capturing(place.device):
+                block: Block = (place.arena or _arena(place, known)).carve(layout, name, sys._getframe(1))
+                if place.cuda and capture.is_capturing_cuda():
                     capture.keep(block)
             else:
                 allocation = place.backend.allocate(layout.nbytes, place.device, known)
@@ -172,7 +172,8 @@ class SymmetricTensor:
     @property
     def tensor(self) -> torch.Tensor:
         """This rank's tensor: plain, of :attr:`shape` and :attr:`dtype`; the same object each time."""
-        self._check_open("tensor")
+        if self._block.closed:
+            self._check_open("tensor")
         tensor = self._tensor
         if tensor is None:
             with torch.inference_mode(False):  # it is for later as well
@@ -648,10 +649,10 @@ def _tensor(block: Block, layout: Layout, address: int) -> torch.Tensor:
     """The tensor of a layout over a block's memory, which keeps the block alive."""
     if layout.offset:
         return layout.view(block.tensor())
-    device = block.allocation.device
-    storage = storage_at(address, block.nbytes, device, block)
+    device, nbytes = block.allocation.device, block.nbytes
+    storage = storage_at(address, nbytes, device, block)
     tensor = _empty(layout.dtype, device).new()
-    if layout.flat and block.nbytes == layout.nbytes:
+    if layout.flat and nbytes == layout.nbytes:
         return tensor.set_(storage)  # in two thirds of the time
     return tensor.set_(storage, 0, layout.sizes, layout.strides)
 

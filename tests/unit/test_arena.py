@@ -32,7 +32,7 @@ from symmem.errors import (
     PeerTimeoutError,
     ResourceLimitError,
 )
-from symmem.segment import GRANULE, Carve, Segment
+from symmem.segment import GRANULE, Carve
 
 from .thread_ranks import make_groups, succeed
 
@@ -773,7 +773,7 @@ def test_an_allocation_that_an_interrupt_cuts_short(rank: Rank, monkeypatch: pyt
         raise Interrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Segment, "know", interrupted)
+        patch.setattr("symmem.arena.Carve", interrupted)
         with pytest.raises(Interrupt):
             rank.allocate()
     for use in (rank.allocate, rank.collect):
