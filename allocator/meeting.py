@@ -6,7 +6,9 @@ everyone has sent, in the same order. One exchange serves all of a group's arena
 
 Before a rank sends a slot, its device has done all work that was enqueued: whatever used the block is over. Before a
 slot is free, each rank has zeroed its signal pad if any rank has signalled with it. What is agreed takes effect once
-the collective operation has succeeded on this rank; had it failed, nothing would have changed.
+the collective operation has succeeded on this rank; had it failed, nothing would have changed. Hence the round after
+the exchange, in which the ranks agree: a rank that is interrupted amid the exchange, or whose pads cannot be zeroed,
+would otherwise be left with a book of its own, and its next allocation at another offset than its peers'.
 """
 
 from __future__ import annotations

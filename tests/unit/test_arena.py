@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -597,6 +598,29 @@ def test_counters(rank: Rank) -> None:
     happened = [(what, len(entries)) for _, what, entries in arena.events]
     assert len(arena.drops) + sum(n for what, n in happened if what == "drop") == 3
     assert sum(n for what, n in happened if what == "reclaim") == 3
+
+
+def test_many_blocks_at_once(rank: Rank) -> None:
+    """They are entered into the books later; what is told of them is the same as if they were already."""
+    kept = [rank.allocate(8) for _ in range(1000)]
+    rank.collect()
+    del kept[::2]
+    assert rank.book == (500 * GRANULE, 500 * GRANULE)
+    assert rank.collect() == 500 * GRANULE
+    assert rank.arena.agreed.bit_count() == 500
+    assert rank.collect() == 0
+    (told,) = (each for each in symmem.memory_snapshot()["arenas"] if each["stats"]["allocations"] == 1000)
+    happened = Counter(each["event"] for each in told["events"])
+    assert (happened["allocate"], happened["drop"], happened["reclaim"]) == (1000, 500, 500)
+    states = Counter(each["state"] for each in told["segments"][0]["blocks"])
+    assert states["quarantined"] == 0
+    assert states["free"] >= 500
+    assert symmem.memory_stats(rank.group)["live_blocks"] == 500
+    del kept[::2]
+    assert rank.collect() == 250 * GRANULE
+    rank.arena.absorb()
+    assert rank.book == (250 * GRANULE, 0)
+    assert len(rank.arena._free_slots) == 750
 
 
 def test_the_book_after_much_use(rank: Rank) -> None:
