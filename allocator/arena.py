@@ -18,16 +18,17 @@ lies where only pads ever lie, and was zeroed when the ranks met last.
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import sys
 import threading
-import time
-import weakref
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
+from time import perf_counter
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet, ref
 
 import torch
 
@@ -50,9 +51,10 @@ from symmem.errors import (
 )
 from symmem.group import Collective, Group
 from symmem.live import record
+from symmem.marks import masks_of, slots_of
 from symmem.meeting import Meeting, compare
 from symmem.record import NOWHERE, PACKAGE, TOOLS, Entry, Record, Site, nbytes_of
-from symmem.segment import GRANULE, SPARE, Carve, Segment, finish
+from symmem.segment import GRANULE, GRANULE_BITS, SPARE, Carve, Segment, finish
 
 if TYPE_CHECKING:
     from symmem.backends.base import Backend
@@ -71,7 +73,7 @@ _SHOWN = 4096  # blocks of one event that are remembered
 _HISTORY = 16384  # allocations and other events that are remembered: to name the first that differs, and for pictures
 
 
-_arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
+_arenas: WeakSet[Arena] = WeakSet()
 
 
 class Arena:
@@ -90,13 +92,13 @@ class Arena:
         count: Allocations so far.
         digest: Rolling hash of them.
         history: The last ones.
-        events: What happened last to many blocks at once: when (to all, or to each), what, which.
+        events: What happened last to many blocks at once: when (to all, or to each), what, which; see :meth:`note`.
         drops: And single drops: when, which.
         changes: And to segments: when, what, which, bytes.
-        dropped: Slot of each block that is in quarantine and was not looked at yet, whether it has signalled, and when.
-        quarantine: Slots in quarantine, and whether they have signalled.
-        agreed: Slots that came free and are not entered into the books yet; with their ``agreed_bytes``.
-        live_bytes: Of blocks outside of quarantine.
+        marks: By slot, whether its block was dropped; see :mod:`symmem.marks`.
+        dropped: Slot and bytes of each that was not looked at yet, and when.
+        agreed: Mask of the slots that came free and are not entered into the books yet; with their ``agreed_bytes``.
+        live_bytes: Of blocks that are neither in quarantine, which has ``quarantined_blocks``, nor free.
         peak_bytes: The most that ``live_bytes`` ever was.
         process: Where it was made.
     """
@@ -110,17 +112,17 @@ class Arena:
         self.drops: deque[tuple[float, Entry]] = deque(maxlen=_HISTORY)
         self.changes: deque[tuple[float, str, int, int]] = deque(maxlen=_HISTORY)
         self._noted = 0  # entries in `events`
-        self.dropped: deque[tuple[int, bool, float]] = deque()
-        self.quarantine: dict[int, bool] = {}
-        self.agreed: list[int] = []
-        self.agreed_bytes = 0
-        self.live_bytes = self.peak_bytes = self.quarantined_bytes = 0
+        self._unnoted: list[tuple[float, int] | list[tuple[int, int, float]]] = []  # reclaimed: when, mask; or dropped
+        self.marks = bytearray()
+        self.dropped: list[tuple[int, int, float]] = []
+        self.agreed = self.agreed_bytes = 0
+        self.live_bytes = self.peak_bytes = self.quarantined_bytes = self.quarantined_blocks = 0
         self.reclaimed_blocks = self.collections = self.growths = 0
         self._broken: SymmemError | None = None
         self.entries: list[Entry | None] = []  # by slot
-        self.blocks: list[weakref.ref[Carve] | None] = []  # by slot
+        self.blocks: list[ref[Carve] | None] = []  # by slot
         # By slot, of what was dropped: further groups and this rank's pads for them.
-        self.further: dict[int, list[tuple[weakref.ref[Group], int]]] = {}
+        self.further: dict[int, list[tuple[ref[Group], int]]] = {}
         self._free_slots: list[int] = []
         self._pad = round_up(backend.pad_nbytes(group.size), GRANULE)
         self._pads: list[tuple[int, Segment, int]] = []  # from which slot on, where
@@ -152,22 +154,22 @@ class Arena:
             if module.startswith(TOOLS):
                 break
             frame = frame.f_back
-        site = (frame.f_code, frame.f_lasti) if frame is not None else NOWHERE
+        code, instruction = (frame.f_code, frame.f_lasti) if frame is not None else NOWHERE
         size = layout.nbytes + GRANULE - 1 & -GRANULE or GRANULE
         with self.lock:
             if self.dropped:
                 if len(self.dropped) == 1:
-                    slot, signalled, when = self.dropped.popleft()
+                    slot, nbytes, when = self.dropped.pop()
+                    self.live_bytes -= nbytes
+                    self.quarantined_bytes += nbytes
+                    self.quarantined_blocks += 1
                     gone: Any = self.entries[slot]
-                    self.quarantine[slot] = signalled
-                    self.live_bytes -= gone[5]
-                    self.quarantined_bytes += gone[5]
                     self.drops.append((when, gone))
                 else:
                     self.look()
             label = 0 if name is None else _label(name)
             if self._unusual or self.amid:
-                self._check(self._proposed(size, layout, site, name))
+                self._check(self._proposed(size, layout, (code, instruction), name))
             self.amid = True
             for segment in self.segments:
                 offset = segment.space.allocate(size)
@@ -177,14 +179,14 @@ class Arena:
                 if self.agreed:
                     self.absorb()
                 self.amid = False
-                self._make_room(self._proposed(size, layout, site, name))
+                self._make_room(self._proposed(size, layout, (code, instruction), name))
                 self.amid = True
                 segment, offset = self._take(size)
             if len(self.entries) == self._slots and not self._free_slots:
                 if self.agreed:
                     self.absorb()
                 self.amid = False
-                self._add_pads(segment, offset, self._proposed(size, layout, site, name))
+                self._add_pads(segment, offset, self._proposed(size, layout, (code, instruction), name))
                 self.amid = True
             if self._free_slots:
                 slot = self._free_slots.pop()
@@ -192,17 +194,17 @@ class Arena:
                 slot = len(self.entries)
                 self.entries.append(None)
                 self.blocks.append(None)
+                self.marks.append(0)
             self.count += 1
             # Where it is as well: so ranks whose books differ are told, whatever the reason.
             self.digest = digest = hash((self.digest, layout.fingerprint, label, segment.index, offset, slot))
-            entry = (self.count, digest, time.perf_counter(), segment.index, offset, size, layout, site, name)
+            entry = (self.count, digest, perf_counter(), segment.index, offset, size, layout, code, instruction, name)
             self.entries[slot] = entry
             self.history.append(entry)
-            carve = Carve(self, segment, slot, layout, offset)
-            self.blocks[slot] = weakref.ref(carve)
+            carve = Carve(self, segment, slot, layout, offset, size)
+            self.blocks[slot] = ref(carve)
             segment.slots[offset] = slot
-            if offset not in segment.known:
-                segment.know(offset)
+            segment.starts.add(offset >> GRANULE_BITS)
             self.live_bytes += size
             if self.live_bytes > self.peak_bytes:
                 self.peak_bytes = self.live_bytes
@@ -220,27 +222,41 @@ class Arena:
 
     def look(self) -> None:
         """Take note of what was dropped. Local."""
-        batch = [self.dropped.popleft() for _ in range(len(self.dropped))]
-        if not batch:
+        number = len(self.dropped)  # more may come meanwhile
+        if not number:
             return
-        slots = [slot for slot, _, _ in batch]
-        entries = self._entries_of(slots)
-        self.quarantine.update(zip(slots, [signalled for _, signalled, _ in batch], strict=True))
-        total = sum(map(nbytes_of, entries))
+        batch = self.dropped[:number]
+        del self.dropped[:number]
+        total = sum(map(operator.itemgetter(1), batch))
         self.live_bytes -= total
         self.quarantined_bytes += total
-        self._note([when for _, _, when in batch], "drop", entries)
+        self.quarantined_blocks += number
+        self._unnoted.append(batch)
+
+    def quarantine(self) -> tuple[int, int]:
+        """Masks of the slots in quarantine, and of those among them that have signalled; all of them are noted."""
+        dropped, signalled = masks_of(self.marks)
+        self.look()  # afterwards: what is marked was entered into `dropped` before
+        return dropped & ~self.agreed, signalled & ~self.agreed
 
     def _entries_of(self, slots: Sequence[int]) -> list[Entry]:
         """Those of slots that are in use."""
         entries: list[Any] = list(map(self.entries.__getitem__, slots))
         return entries
 
-    def _note(self, times: Sequence[float], event: str, entries: Sequence[Entry]) -> None:
-        if len(entries) > _SHOWN:
-            times, entries = times[-_SHOWN:], entries[-_SHOWN:]
-        self.events.append((times, event, entries))
-        self._noted += len(entries)
+    def note(self) -> None:
+        """Enter into ``events`` what was dropped or came free at once. It can wait until the slots are used again."""
+        for each in self._unnoted:
+            if isinstance(each, tuple):
+                self._enter([each[0]], "reclaim", slots_of(each[1])[-_SHOWN:])
+            else:
+                shown = each[-_SHOWN:]
+                self._enter([when for _, _, when in shown], "drop", [slot for slot, _, _ in shown])
+        self._unnoted.clear()
+
+    def _enter(self, times: Sequence[float], event: str, slots: Sequence[int]) -> None:
+        self.events.append((times, event, self._entries_of(slots)))
+        self._noted += len(slots)
         while self._noted > _HISTORY and len(self.events) > 1:
             self._noted -= len(self.events.popleft()[2])
 
@@ -389,51 +405,51 @@ class Arena:
         self.growths += 1
         self.segments.append(segment)
         record(segment)
-        self.changes.append((time.perf_counter(), "grow", index, nbytes))
+        self.changes.append((perf_counter(), "grow", index, nbytes))
         return segment
 
     # Meeting; see symmem.meeting.
 
-    def reclaim(self, slots: Sequence[int]) -> int:
-        """Make blocks free that all ranks have in quarantine; the same, in the same order, on all. Returns bytes.
+    def reclaim(self, agreed: int) -> int:
+        """Make a mask of blocks free that all ranks have in quarantine; the same on all. Returns bytes.
 
         Many are only noted, so that the ranks do not wait for each other meanwhile. They are entered into the books
         when there is no other room, before the arena would grow: see :meth:`absorb`.
         """
-        entries = self._entries_of(slots)
-        total = sum(map(nbytes_of, entries))
-        if len(slots) == len(self.quarantine):
-            self.quarantine.clear()
-        else:
-            for slot in slots:
-                del self.quarantine[slot]
-        self._note([time.perf_counter()], "reclaim", entries)
-        self.digest = hash((self.digest, len(slots), total))
+        number, total = agreed.bit_count(), self.quarantined_bytes
+        if number != self.quarantined_blocks:
+            total = sum(map(nbytes_of, self._entries_of(slots_of(agreed))))
+        self._unnoted.append((perf_counter(), agreed))
+        self.digest = hash((self.digest, number, agreed))
         self.quarantined_bytes -= total
+        self.quarantined_blocks -= number
+        self.agreed |= agreed
         self.agreed_bytes += total
-        self.reclaimed_blocks += len(slots)
+        self.reclaimed_blocks += number
         self.collections += 1
-        self.agreed += slots
-        if len(self.agreed) <= _AT_ONCE:
+        if self.agreed.bit_count() <= _AT_ONCE:
             self.absorb()
         return total
 
     def absorb(self) -> None:
         """Enter what came free into the books; at the same point of the sequence on all ranks."""
+        self.note()
         by_index: dict[int, tuple[Segment, list[int]]] = {segment.index: (segment, []) for segment in self.segments}
-        for slot, entry in zip(self.agreed, self._entries_of(self.agreed), strict=True):
+        slots = slots_of(self.agreed)
+        for slot, entry in zip(slots, self._entries_of(slots), strict=True):
             index, offset = entry[3], entry[4]
             segment, offsets = by_index[index]
             offsets.append(offset)
-            segment.leave(offset)
+            del segment.slots[offset]
             self.entries[slot] = self.blocks[slot] = None
+            self.marks[slot] = 0
             if pads := self.further.pop(slot, None):
                 segment.free_pads([pad for _, pad in pads])
         for segment, offsets in by_index.values():
             segment.space.free_many(offsets)
             segment.tidy()
-        self._free_slots += reversed(self.agreed)
-        self.agreed, self.agreed_bytes = [], 0
+        self._free_slots += reversed(slots)
+        self.agreed = self.agreed_bytes = 0
 
     def dropped_pads(self, group: Group) -> list[int]:
         """Slots of what this rank has dropped, whose signal pads for a further group are still taken."""
@@ -455,7 +471,7 @@ class Arena:
         empty = [segment for segment in self.segments if not segment.space.used]  # what holds pads is not
         for segment in empty:
             self.segments.remove(segment)
-            self.changes.append((time.perf_counter(), "trim", segment.index, segment.nbytes))
+            self.changes.append((perf_counter(), "trim", segment.index, segment.nbytes))
         return sum(segment.nbytes for segment in empty)
 
     def clean_pads(self, slots: Sequence[int]) -> None:

@@ -27,7 +27,7 @@ from symmem.errors import UnsupportedError
 if TYPE_CHECKING:
     from symmem.live import Block
 
-__all__ = ["apart", "forget_ended", "is_capturing", "keep", "kept", "refuse"]
+__all__ = ["apart", "forget_ended", "is_capturing", "is_capturing_cuda", "keep", "kept", "refuse"]
 
 T = TypeVar("T")
 
@@ -40,8 +40,13 @@ def is_capturing(device: torch.device) -> bool:
     Raises:
         SymmemError: Why a kernel has stopped, if one has.
     """
+    return device.type == "cuda" and is_capturing_cuda()
+
+
+def is_capturing_cuda() -> bool:
+    """The same, where the device is known to be one of CUDA."""
     try:
-        return device.type == "cuda" and torch._C._cuda_isCurrentStreamCapturing()
+        return torch._C._cuda_isCurrentStreamCapturing()
     except RuntimeError as error:
         raise_failure(error)
         raise

@@ -117,6 +117,11 @@ class Layout:
         last = sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
         return (last + 1) * self.dtype.itemsize
 
+    @functools.cached_property
+    def flat(self) -> bool:
+        """Whether it is all of its bytes in order, in one dimension; some."""
+        return self.strides == (1,) and self.sizes[0] > 0
+
     @property
     def overlaps(self) -> bool:
         """Whether two elements may share memory (as torch decides it: dimensions must nest)."""

@@ -85,6 +85,11 @@ class Block:
         """Bytes from the beginning of the allocation to the end of the block."""
         return self.offset + self.nbytes
 
+    @property
+    def inherited(self) -> bool:
+        """Whether this process was forked after it was allocated."""
+        return self.process != _process
+
     def at(self, address: int) -> Block | None:
         """The block that holds an address within this one: this."""
         return self

@@ -1,28 +1,30 @@
 """What ranks tell each other of their arenas when they meet: what they have allocated, and what they have dropped.
 
-Each rank sends the number and the rolling hash of its allocations, and marks the slots that it has in quarantine.
+Each rank sends the number and the rolling hash of its allocations, and a mask of the slots that it has in quarantine.
 A slot is the place of a live block in the arena's book, and the same on all ranks. All ranks then free the slots that
 everyone has sent, in the same order. One exchange serves all of a group's arenas, however many blocks there are.
 
 Before a rank sends a slot, its device has done all work that was enqueued: whatever used the block is over. Before a
 slot is free, each rank has zeroed its signal pad if any rank has signalled with it. What is agreed takes effect once
-the collective operation has succeeded on this rank; had it failed, nothing would have changed.
+the collective operation has succeeded on this rank; had it failed, nothing would have changed. Hence the round after
+the exchange, in which the ranks agree: a rank that is interrupted amid the exchange, or whose pads cannot be zeroed,
+would otherwise be left with a book of its own, and its next allocation at another offset than its peers'.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from symmem import capture
 from symmem.backends.gpu import synchronize
 from symmem.errors import DivergenceError, MismatchError
 from symmem.group import Collective, differing
+from symmem.marks import from_text, slots_of, to_text
 
 if TYPE_CHECKING:
     from symmem.arena import Arena
@@ -51,7 +53,7 @@ class Meeting:
 
     def __init__(self, arenas: Sequence[Arena], trim: bool = False) -> None:
         self._arenas, self._trim = tuple(arenas), trim
-        self._agreed: list[list[int]] = []
+        self._agreed: list[int] = []
         self._locks = contextlib.ExitStack()
         self._held = self._settling = False
 
@@ -81,8 +83,8 @@ class Meeting:
         self._held = True
         for arena in self._arenas:
             arena.amid = True  # until what is agreed on has taken effect
-            arena.look()
-        for device in {arena.device for arena in self._arenas if arena.quarantine and arena.device.type == "cuda"}:
+        told = [(arena, *arena.quarantine()) for arena in self._arenas]
+        for device in {arena.device for arena, dropped, _ in told if dropped and arena.device.type == "cuda"}:
             synchronize(device)
         return [
             {
@@ -90,10 +92,10 @@ class Meeting:
                 "trim": self._trim,
                 "number": arena.count,
                 "digest": arena.digest,
-                "quarantine": _marks(arena.quarantine),
-                "signalled": _marks(slot for slot, signalled in arena.quarantine.items() if signalled),
+                "quarantine": to_text(dropped),
+                "signalled": to_text(signalled),
             }
-            for arena in self._arenas
+            for arena, dropped, signalled in told
         ]
 
     def agree(self, collective: Collective, cards: Sequence[list[dict[str, Any]]]) -> None:
@@ -118,9 +120,10 @@ class Meeting:
         for arena, told in zip(self._arenas, zip(*cards, strict=True), strict=True):
             if len({(each["number"], each["digest"]) for each in told}) > 1:
                 _explain(arena, collective)
-            agreed = _common([each["quarantine"] for each in told])
-            arena.clean_pads(_slots(agreed & _any([each["signalled"] for each in told])))
-            self._agreed.append(_slots(agreed))
+            agreed = functools.reduce(operator.and_, [from_text(each["quarantine"]) for each in told])
+            signalled = functools.reduce(operator.or_, [from_text(each["signalled"]) for each in told])
+            arena.clean_pads(slots_of(agreed & signalled))
+            self._agreed.append(agreed)
 
     def _explain_kinds(self, collective: Collective, kinds: Sequence[list[str]]) -> None:
         """Say which rank has allocated with a backend that others have not, and where. Collective."""
@@ -142,9 +145,9 @@ class Meeting:
         pairs = list(zip(self._arenas, self._agreed, strict=True))
         self._agreed = []
         self._settling = True  # an exception from here on leaves the arenas unusable
-        freed = sum(arena.reclaim(slots) for arena, slots in pairs)
+        freed = sum(arena.reclaim(agreed) for arena, agreed in pairs)
         if self._trim:
-            for arena, _slots in pairs:
+            for arena, _ in pairs:
                 arena.trim()
         self._settling = False
         return freed
@@ -209,32 +212,3 @@ def _explain(arena: Arena, collective: Collective, proposed: Record | None = Non
         peers=peers,
     )
     raise arena.break_down(error)
-
-
-def _marks(slots: Iterable[int]) -> str:
-    """A byte for each slot: 1 if it is one of these; in hexadecimal."""
-    chosen = list(slots)
-    marks = bytearray(max(chosen, default=-1) + 1)
-    for slot in chosen:
-        marks[slot] = 1
-    return marks.hex()
-
-
-def _common(marks: Sequence[str]) -> int:
-    """The slots that all have marked, as one number of which each byte is a mark."""
-    return functools.reduce(operator.and_, map(_number, marks))
-
-
-def _any(marks: Sequence[str]) -> int:
-    """The slots that any has marked."""
-    return functools.reduce(operator.or_, map(_number, marks))
-
-
-def _number(marks: str) -> int:
-    return int.from_bytes(bytes.fromhex(marks), "little")
-
-
-def _slots(number: int) -> list[int]:
-    """The slots that are marked, in order."""
-    marks = number.to_bytes((number.bit_length() + 7) // 8, "little")
-    return list(itertools.compress(range(len(marks)), marks))

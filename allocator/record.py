@@ -59,7 +59,7 @@ class Record(NamedTuple):
     @classmethod
     def of(cls, entry: Entry) -> Record:
         """What an arena has noted."""
-        return cls(*entry[:7], Site(*entry[7]), entry[8])
+        return cls(*entry[:7], Site(*entry[7:9]), entry[9])
 
     def __str__(self) -> str:
         layout, named = self.layout, f" named {self.name!r}" if self.name else ""
@@ -68,7 +68,7 @@ class Record(NamedTuple):
         return f"{list(layout.sizes)} of {layout.dtype}{strides}{named}, {self.nbytes} bytes, at {self.site}"
 
 
-Entry: TypeAlias = tuple[int, int, float, int, int, int, Layout, tuple[CodeType, int], "str | None"]
+Entry: TypeAlias = tuple[int, int, float, int, int, int, Layout, CodeType, int, "str | None"]
 """A :class:`Record` that nobody has looked at yet."""
 
 nbytes_of: Callable[[Entry], int] = operator.itemgetter(5)

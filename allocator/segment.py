@@ -15,6 +15,7 @@ from symmem.backends.base import Capability, tensor_at
 from symmem.errors import ResourceLimitError
 from symmem.index import IntegerSet
 from symmem.live import Block
+from symmem.marks import DROPPED, SIGNALLED
 from symmem.suballocator import SubAllocator
 
 if TYPE_CHECKING:
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
     from symmem.group import Group
     from symmem.layout import Layout
 
-__all__ = ["GRANULE", "SPARE", "Carve", "Segment", "finish"]
+__all__ = ["GRANULE", "GRANULE_BITS", "SPARE", "Carve", "Segment", "finish"]
 
-GRANULE = 256
+GRANULE_BITS = 8
+GRANULE = 1 << GRANULE_BITS
 """Offsets of tensors and of their signal pads are multiples of this."""
 
 SPARE = 128
 """One part in so many of a segment is for signal pads of further groups."""
 
-_GRANULE_BITS = GRANULE.bit_length() - 1
 _STALE = 1024  # places where blocks began that a segment remembers at least
 
 
@@ -49,7 +50,7 @@ class Segment:
         first: What every block of it has from the beginning: mappings, and what was compared.
         space: What is carved, the same on all ranks.
         slots: The slot of each block, by offset.
-        known: Where blocks begin, or have begun: offsets.
+        starts: The granules at which blocks begin, or have begun, for finding a block by an address within.
     """
 
     def __init__(
@@ -67,42 +68,32 @@ class Segment:
         self.space = SubAllocator(self.nbytes - self.nbytes // SPARE, GRANULE)
         self.slots: dict[int, int] = {}
         self._blocks = blocks
-        self._starts = IntegerSet(self.nbytes >> _GRANULE_BITS)
-        self.known: set[int] = set()  # where blocks begin, or have begun
+        self.starts = IntegerSet(self.nbytes >> GRANULE_BITS)
         # Pads of further groups, each rank for itself; free again when all ranks of the group have dropped the tensor.
         self._spare = SubAllocator(self.nbytes // SPARE, GRANULE)
         self._lock = threading.Lock()
 
-    def know(self, offset: int) -> None:
-        """Note that a block begins at ``offset``, for finding it by an address within."""
-        self.known.add(offset)
-        self._starts.add(offset >> _GRANULE_BITS)
-
-    def leave(self, offset: int) -> None:
-        """Note that the block there is no more. Its beginning stays known: another is likely to begin there again."""
-        del self.slots[offset]
-
     def tidy(self) -> None:
-        """Forget where blocks began, once most of what is known is stale."""
-        if len(self.known) > 4 * len(self.slots) + _STALE:
-            starts = IntegerSet(self.nbytes >> _GRANULE_BITS)
+        """Forget where blocks began that are no more, once that is most of what is known."""
+        if len(self.starts) > 4 * len(self.slots) + _STALE:
+            starts = IntegerSet(self.nbytes >> GRANULE_BITS)
             for offset in self.slots:
-                starts.add(offset >> _GRANULE_BITS)
-            self.known, self._starts = set(self.slots), starts
+                starts.add(offset >> GRANULE_BITS)
+            self.starts = starts
 
     def at(self, address: int) -> Block | None:
-        """The live block that holds an address within the segment; changes nothing, so it needs no lock.
+        """The live block that holds an address within the segment; it needs no lock.
 
-        O(log n), but for what began in its place before.
+        O(log n), but for what began in its place before, and for entering each place in the index once.
         """
         offset = address - self.pointer
-        slot, granule = self.slots.get(offset), offset >> _GRANULE_BITS
-        starts = self._starts
+        slot, granule = self.slots.get(offset), offset >> GRANULE_BITS
+        starts = self.starts
         while slot is None:
             start = starts.last_until(granule)
             if start is None:
                 return None
-            slot, granule = self.slots.get(start << _GRANULE_BITS), start - 1
+            slot, granule = self.slots.get(start << GRANULE_BITS), start - 1
             if slot is None and granule < 0:
                 return None
         known = self._blocks[slot]
@@ -149,23 +140,25 @@ _NONE: dict[Any, Any] = {}  # stands for the many dicts that stay empty; never c
 class Carve(Block):
     """A block of an arena. When nothing refers to it any more, it is in quarantine."""
 
-    __slots__ = ("_chosen", "_signalled", "_signals", "_taken", "arena", "segment", "slot")
+    __slots__ = ("_chosen", "_mark", "_signals", "_size", "_taken", "arena", "segment", "slot")
 
-    def __init__(self, arena: Arena, segment: Segment, slot: int, layout: Layout, offset: int) -> None:
+    def __init__(self, arena: Arena, segment: Segment, slot: int, layout: Layout, offset: int, size: int) -> None:
         # All that Block.__init__ does, in a part of the time.
         self.allocation, self.layout, self.offset, self.nbytes = segment.allocation, layout, offset, layout.nbytes
         self.mappings, self.compared = segment.first
         self.process, self.closed = arena.process, False
-        self.arena, self.segment, self.slot = arena, segment, slot
+        self.arena, self.segment, self.slot, self._size = arena, segment, slot, size
         self._signals: dict[Mapping, Signals] = _NONE
         self._taken: dict[Group, int] = _NONE  # offset of this rank's pad, of further groups
-        self._signalled = self._chosen = False
+        self._mark, self._chosen = DROPPED, False
 
     def __del__(self) -> None:
-        # Called by the collector as well, anywhere and on any thread: appending to a deque is one step.
-        self.arena.dropped.append((self.slot, self._signalled, time.perf_counter()))
+        # Called by the collector as well, anywhere and on any thread: each of these is one step, and the mark the last.
+        arena, slot = self.arena, self.slot
         if self._taken:
-            self.arena.further[self.slot] = [(weakref.ref(group), pad) for group, pad in self._taken.items()]
+            arena.further[slot] = [(weakref.ref(group), pad) for group, pad in self._taken.items()]
+        arena.dropped.append((slot, self._size, time.perf_counter()))
+        arena.marks[slot] = self._mark
 
     def choose(self, group: Group) -> None:
         """Let the group that meets first be the one that is meant where none is named, instead of the arena's."""
@@ -210,7 +203,7 @@ class Carve(Block):
         """Who signals for this tensor alone: within an arena, each has pads of its own."""
         if Capability.SIGNALS not in mapping.backend.capabilities:
             return mapping  # whose methods say so
-        self._signalled = True
+        self._mark = SIGNALLED
         if mapping not in self._signals:
             segment, offset = self.arena.pad_of(self.slot)
             signals = _signals_at(segment.mapping, (offset,) * mapping.group.size)

@@ -15,6 +15,7 @@ from symmem import capture
 from symmem.arena import Arena
 from symmem.group import GroupLike, known_groups, resolve_group
 from symmem.live import Block, pieces
+from symmem.marks import masks_of, slots_of
 from symmem.record import Record
 from symmem.segment import Segment
 from symmem.version import VERSION
@@ -81,6 +82,7 @@ def figures(arenas: Sequence[Arena]) -> dict[str, int | float]:
         with quiet(arena) as held:
             if held:
                 arena.look()
+                arena.note()
     segments = [segment for arena in arenas for segment in arena.segments]
     stats: dict[str, int | float] = {
         "segments": len(segments),
@@ -91,8 +93,8 @@ def figures(arenas: Sequence[Arena]) -> dict[str, int | float]:
         "free_bytes": sum(segment.space.free_bytes for segment in segments) + sum(a.agreed_bytes for a in arenas),
         "largest_free_bytes": max((segment.space.largest_free for segment in segments), default=0),
         "live_blocks": sum(len(segment.slots) for segment in segments)
-        - sum(len(arena.quarantine) + len(arena.agreed) for arena in arenas),
-        "quarantined_blocks": sum(len(arena.quarantine) for arena in arenas),
+        - sum(arena.quarantined_blocks + arena.agreed.bit_count() for arena in arenas),
+        "quarantined_blocks": sum(arena.quarantined_blocks for arena in arenas),
         "allocations": sum(arena.count for arena in arenas),
         "reclaims": sum(arena.reclaimed_blocks for arena in arenas),
         "collections": sum(arena.collections for arena in arenas),
@@ -106,8 +108,8 @@ def figures(arenas: Sequence[Arena]) -> dict[str, int | float]:
 def _arena(arena: Arena) -> dict[str, Any]:
     with quiet(arena) as held:
         stats = figures([arena])
-        agreed = set(arena.agreed)
-        gone = {*arena.quarantine, *arena.agreed}
+        agreed = set(slots_of(arena.agreed))
+        gone = set(slots_of(masks_of(arena.marks)[0]))
         live: Counter[str] = Counter()
         blocks: Counter[str] = Counter()
         for slot, entry in enumerate(arena.entries):
@@ -126,7 +128,7 @@ def _arena(arena: Arena) -> dict[str, Any]:
                 {
                     "index": segment.index,
                     "nbytes": segment.nbytes,
-                    "blocks": list(_blocks(arena, segment, agreed)) if held else [],
+                    "blocks": list(_blocks(arena, segment, agreed, gone)) if held else [],
                 }
                 for segment in arena.segments
             ],
@@ -138,7 +140,7 @@ def _arena(arena: Arena) -> dict[str, Any]:
         }
 
 
-def _blocks(arena: Arena, segment: Segment, agreed: set[int]) -> Iterator[dict[str, Any]]:
+def _blocks(arena: Arena, segment: Segment, agreed: set[int], gone: set[int]) -> Iterator[dict[str, Any]]:
     for offset, nbytes, in_use in segment.space.blocks():
         slot = segment.slots.get(offset)
         if not in_use or slot in agreed:
@@ -152,7 +154,7 @@ def _blocks(arena: Arena, segment: Segment, agreed: set[int]) -> Iterator[dict[s
             yield {
                 "offset": offset,
                 "nbytes": nbytes,
-                "state": "quarantined" if slot in arena.quarantine else "live",
+                "state": "quarantined" if slot in gone else "live",
                 **layout_of(record.layout),
                 "site": str(record.site),
                 "name": record.name,

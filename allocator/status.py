@@ -22,6 +22,7 @@ from symmem.arena import Arena
 from symmem.backends.kernel_words import gpu_waits
 from symmem.backends.waits import Wait, waits
 from symmem.group import Group, known_groups
+from symmem.marks import masks_of, slots_of
 from symmem.record import Record
 from symmem.sockets import VERSION, job_id
 from symmem.statistics import figures, layout_of, memory_snapshot, outside_of_arenas, quiet
@@ -132,7 +133,7 @@ def _tensors() -> Iterator[dict[str, Any]]:
 def _carved(arena: Arena) -> Iterator[dict[str, Any]]:
     with quiet(arena):
         entries, blocks = list(arena.entries), list(arena.blocks)
-        gone = {*arena.quarantine, *arena.agreed, *(slot for slot, _, _ in list(arena.dropped))}
+        gone = set(slots_of(masks_of(arena.marks)[0]))
     named = functools.cache(str)  # call sites are few
     backend, device, group = arena.backend.name, str(arena.device), arena.group.name
     for slot, (entry, known) in enumerate(zip(entries, blocks, strict=False)):

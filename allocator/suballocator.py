@@ -7,6 +7,9 @@ was put in, and no sets.
 Two-level segregated fit (M. Masmano et al., "TLSF: a new dynamic memory allocator for real-time systems", 2004): free
 blocks lie in bins by size, one integer has a bit for each bin that isn't empty, and free blocks that touch are merged
 at once. A bin has one size up to 63 granules; above, each power of two is divided into 32 bins.
+
+What is free at the end lies in no bin: it is cut where no bin has room, and so stays large (the "wilderness" of
+D. Lea's malloc). While nothing else is free, a block is taken from there in a few steps.
 """
 
 from __future__ import annotations
@@ -38,7 +41,20 @@ class SubAllocator:
         InvalidArgumentError: ``granularity`` is not a power of two; ``capacity`` is less than that.
     """
 
-    __slots__ = ("_bins", "_bitmap", "_ends", "_free", "_live", "_mask", "_shift", "capacity", "granularity", "used")
+    __slots__ = (
+        "_bins",
+        "_bitmap",
+        "_ends",
+        "_free",
+        "_live",
+        "_mask",
+        "_refused",
+        "_shift",
+        "_tail",
+        "capacity",
+        "granularity",
+        "used",
+    )
 
     def __init__(self, capacity: int, granularity: int = 256) -> None:
         if granularity < 1 or granularity & (granularity - 1):
@@ -55,7 +71,8 @@ class SubAllocator:
         self._ends: dict[int, int] = {}  # offset of each free block, by its end
         self._bins: list[dict[int, int]] = [{} for _ in range(self._bin_of(self.capacity) + 1)]  # bytes, by offset
         self._bitmap = 0
-        self._put(0, self.capacity)
+        self._tail = 0  # from here to the end all is free
+        self._refused = self.capacity + 1  # no block has room for this, or more, until one is freed
 
     def allocate(self, nbytes: int, alignment: int = 0) -> int | None:
         """Take a block.
@@ -78,44 +95,21 @@ class SubAllocator:
                 raise InvalidArgumentError(f"the alignment must be a power of two, not {alignment}")
             skew = max(alignment, self.granularity) - 1
         size = (nbytes + self._mask) & ~self._mask or self.granularity
-        if size > self.capacity:
+        if size >= self._refused:
             return None
-        # _bin_of() and _put() are written out once each: calls would be a tenth of the time taken.
-        shift = size.bit_length() - _BITS
-        if shift < self._shift:
-            shift = self._shift
-        index = (shift - self._shift << _BITS - 1) + (size >> shift)
-        chosen = self._bins[index]
-        spare = -1
-        if chosen:  # what came free last is often of this very size
-            start, length = chosen.popitem()
-            spare = length - size - (-start & skew)
-            if spare < 0:
-                chosen[start] = length
-        if spare < 0:
-            enough = self._bin_of(size + skew) if skew else index
-            above = self._bitmap >> enough + 1  # the bins of which every block has room
-            if above:
-                index = enough + (above & -above).bit_length()
-                chosen = self._bins[index]
-                start, length = chosen.popitem()
-            else:
-                found = self._search(size, skew, range(index, min(enough + 1, len(self._bins))))
-                if found is None:
-                    return None
-                index, start, length = found
-                chosen = self._bins[index]
-        if not chosen:
-            self._bitmap ^= 1 << index
-        del self._free[start]
+        if self._bitmap and (offset := self._from_bins(size, skew)) is not None:
+            return offset
+        start = self._tail
         offset = start + (-start & skew)
+        end = offset + size
+        if end > self.capacity:
+            found = self._search(size, skew)
+            if found is None and not skew:
+                self._refused = size
+            return found
         if offset > start:
             self._put(start, offset)
-        end = offset + size
-        if end < start + length:
-            self._put(end, start + length)
-        else:
-            del self._ends[end]
+        self._tail = end
         self._live[offset] = size
         self.used += size
         return offset
@@ -179,7 +173,7 @@ class SubAllocator:
     def largest_free(self) -> int:
         """Bytes of the largest free block; 0 if there is none."""
         top = self._bitmap.bit_length() - 1  # -1 if all bins are empty, and so is the last one
-        return max(self._bins[top].values(), default=0)
+        return max((self.capacity - self._tail, *self._bins[top].values()))
 
     @property
     def fragmentation(self) -> float:
@@ -190,7 +184,8 @@ class SubAllocator:
         """Offset, bytes, and whether it is in use, of each block by address; together they are the capacity."""
         live = [(offset, size, True) for offset, size in self._live.items()]
         free = [(offset, self._bins[index][offset], False) for offset, index in self._free.items()]
-        return iter(sorted(live + free))
+        tail = [(self._tail, self.capacity - self._tail, False)] if self._tail < self.capacity else []
+        return iter(sorted(live + free + tail))
 
     def __len__(self) -> int:
         return len(self._live)
@@ -199,17 +194,59 @@ class SubAllocator:
         shift = max(size.bit_length() - _BITS, self._shift)
         return (shift - self._shift << _BITS - 1) + (size >> shift)
 
-    def _search(self, size: int, skew: int, bins: range) -> tuple[int, int, int] | None:
-        """Take a free block out of bins in which some may have room and some not: its bin, offset and bytes.
+    def _from_bins(self, size: int, skew: int) -> int | None:
+        """Take a block out of a bin of which every block has room, or the last of its own bin; None if neither has."""
+        # _bin_of() and _put() are written out once each: calls would be a tenth of the time taken.
+        shift = size.bit_length() - _BITS
+        if shift < self._shift:
+            shift = self._shift
+        index = (shift - self._shift << _BITS - 1) + (size >> shift)
+        chosen = self._bins[index]
+        spare = -1
+        if chosen:  # what came free last is often of this very size
+            start, length = chosen.popitem()
+            spare = length - size - (-start & skew)
+            if spare < 0:
+                chosen[start] = length
+        if spare < 0:
+            enough = self._bin_of(size + skew) if skew else index
+            above = self._bitmap >> enough + 1  # the bins of which every block has room
+            if not above:
+                return None
+            index = enough + (above & -above).bit_length()
+            chosen = self._bins[index]
+            start, length = chosen.popitem()
+        return self._cut(index, start, length, size, skew)
+
+    def _search(self, size: int, skew: int) -> int | None:
+        """Take a block out of bins in which some may have room and some not.
 
         This is linear in the blocks there, but giving up costs more: then all ranks must meet to get more memory.
         """
-        for index in bins:
+        last = min(self._bin_of(size + skew) + 1, len(self._bins))
+        for index in range(self._bin_of(size), last):
             for start, length in self._bins[index].items():
                 if length - size >= (-start & skew):
                     del self._bins[index][start]
-                    return index, start, length
+                    return self._cut(index, start, length, size, skew)
         return None
+
+    def _cut(self, index: int, start: int, length: int, size: int, skew: int) -> int:
+        """Make a block of a free one that was just taken out of a bin; returns its offset."""
+        if not self._bins[index]:
+            self._bitmap ^= 1 << index
+        del self._free[start]
+        offset = start + (-start & skew)
+        if offset > start:
+            self._put(start, offset)
+        end = offset + size
+        if end < start + length:
+            self._put(end, start + length)
+        else:
+            del self._ends[end]
+        self._live[offset] = size
+        self.used += size
+        return offset
 
     def _put(self, start: int, end: int) -> None:
         size = end - start
@@ -234,11 +271,15 @@ class SubAllocator:
 
     def _merge(self, start: int, end: int) -> None:
         """Make a range free, as one block with the free ones that it touches."""
-        if end in self._free:
-            end += self._pull(end)  # what is kept by its end, _put() overwrites
+        self._refused = self.capacity + 1
         if start in self._ends:
             start = self._ends.pop(start)
             self._pull(start)
+        if end == self._tail:
+            self._tail = start
+            return
+        if end in self._free:
+            end += self._pull(end)  # what is kept by its end, _put() overwrites
         self._put(start, end)
 
     def _not_live(self, offset: int) -> InvalidArgumentError:

@@ -150,6 +150,9 @@ class Collective(Protocol):
         """
 
 
+_storage_from: Any = torch._C._construct_storage_from_data_pointer
+
+
 def storage_at(pointer: int, nbytes: int, device: torch.device, owner: object) -> Any:
     """An untyped storage over memory at ``pointer``; all tensors over it keep ``owner`` alive.
 
@@ -158,7 +161,7 @@ def storage_at(pointer: int, nbytes: int, device: torch.device, owner: object) -
     """
     # The device is stated, not looked up by torch: for a peer's memory the driver names the peer's GPU, and through
     # __cuda_array_interface__ or from_blob it would come as a copy, or as a tensor of the wrong device.
-    storage: Any = torch._C._construct_storage_from_data_pointer(pointer, device, nbytes or 1)
+    storage: Any = _storage_from(pointer, device, nbytes or 1)
     storage.owner = owner  # torch keeps a storage's Python object, and thus this, as long as any tensor over it
     return storage
 

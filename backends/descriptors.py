@@ -100,10 +100,13 @@ def send(
     """
     head = json.dumps(header).encode()
     sock.settimeout(_remaining(deadline))
-    sock.sendall(_PREFIX.pack(len(head), len(body), len(descriptors)))
-    for start in range(0, len(descriptors), _BATCH):
-        socket.send_fds(sock, [b"\0"], list(descriptors[start : start + _BATCH]))
-    sock.sendall(head + body)
+    prefix = _PREFIX.pack(len(head), len(body), len(descriptors))
+    if descriptors:
+        sock.sendall(prefix)
+        for start in range(0, len(descriptors), _BATCH):
+            socket.send_fds(sock, [b"\0"], list(descriptors[start : start + _BATCH]))
+        prefix = b""
+    sock.sendall(prefix + head + body)
 
 
 def receive(sock: socket.socket, deadline: float) -> tuple[dict[str, Any], bytes, tuple[int, ...]]:

@@ -99,10 +99,11 @@ def test_statistics_do_not_wait_for_a_meeting(one_rank: Any) -> None:
     snapshot = symmem.memory_snapshot()
     assert symmem.memory_stats()["segments"] == 1
     assert time.monotonic() - begin < 5
-    assert snapshot["arenas"][0]["meeting"]
+    # Of one arena only: a process group that torch still holds may have another.
+    assert [each["meeting"] for each in snapshot["arenas"]].count(True) == 1
     done.set()
     thread.join()
-    assert not symmem.memory_snapshot()["arenas"][0]["meeting"]
+    assert not any(each["meeting"] for each in symmem.memory_snapshot()["arenas"])
 
 
 def test_a_processor_by_its_number_is_the_same_device(one_rank: Any) -> None:

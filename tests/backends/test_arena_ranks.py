@@ -25,7 +25,7 @@ from symmem.backends import get_backend
 from symmem.backends.host import HostBackend
 from symmem.errors import OutOfMemoryError, SymmemError
 from symmem.layout import Layout
-from symmem.segment import Segment
+from symmem.segment import Carve
 from symmem.tools.conformance.case import Resources
 from symmem.tools.ranks import RankPool, rank_store
 
@@ -661,8 +661,8 @@ def interrupt_half_way(where: str) -> list[Told]:
     kept = [allocate(group, 1000) for _ in range(10)]
     del kept[5:]
     if group.rank == 1:
-        owner: Any = Arena if where == "reclaim" else Segment
-        name = "reclaim" if where == "reclaim" else "know"
+        owner: Any = Arena if where == "reclaim" else Carve
+        name = "reclaim" if where == "reclaim" else "__init__"
         original = getattr(owner, name)
 
         def interrupted(*_: Any) -> Any:
@@ -744,16 +744,16 @@ def collect_in_callbacks(kind: str) -> Told:
         def __del__(self) -> None:
             seen.append(told(lambda: symmem.collect(group)))
 
-    original = Segment.know
+    original = Carve.__init__
 
     def amid(*args: Any) -> None:
-        Segment.know = original  # type: ignore[method-assign]
+        Carve.__init__ = original  # type: ignore[method-assign]
         Collects()
-        original(*args)  # type: ignore[arg-type]
+        original(*args)
 
     if kind == "in an allocation":
         if group.rank == 1:
-            Segment.know = amid  # type: ignore[assignment,method-assign]
+            Carve.__init__ = amid  # type: ignore[method-assign]
         # The others collect at this very place, which is not amid anything there.
         kept.append(allocate(group))
         if group.rank != 1:
