@@ -238,7 +238,9 @@ class Graph:
             NotSymmetricError: It is plain memory, and a copy would be no use.
             PeerTimeoutError: A rank came with what was known already, and the others did not; names it.
         """
-        if x.numel() == 0 or (backend is not None and is_torchs(x)):  # whose operators find out by themselves
+        if x.numel() == 0 or (
+            backend is not None and is_torchs(x, lambda: group)
+        ):  # whose operators find out by themselves
             return x
         if way == "agree":
             known = self._inputs.get(index)
