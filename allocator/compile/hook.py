@@ -25,7 +25,7 @@ import inspect
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,13 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from symmem.compile import layout, lowering, producers, results, runtime, twins
 from symmem.compile.layout import SymmetricLayout
-from symmem.compile.report import GraphReport, names_in, reports_of
+from symmem.compile.references import bound
+from symmem.compile.report import GraphReport, name_in, report_of
 from symmem.config.settings import load_settings
-from symmem.errors import UnsupportedError
+from symmem.errors import GroupError, UnsupportedError
 from symmem.ops import registry
-from symmem.ops.built_in import NAMESPACE
+from symmem.ops.built_in import NAMESPACE, OWN_NAMESPACE
+from symmem.ops.engines import group_named
 from symmem.ops.schema import find_op, known_op
 
 __all__ = ["cache_key", "is_on", "listeners", "off", "on", "scope", "seen"]
@@ -249,38 +251,48 @@ def _hash_details(original: Any) -> Any:
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        self.symmem = cache_key() if is_on() else None
+        self.symmem = None
         if is_on():
-            seen.update(
-                _operators(args[0] if args else kwargs["gm"])
-            )  # of what comes out of a cache, nothing is lowered
+            called = list(_operators(args[0] if args else kwargs["gm"]))
+            seen.update(op._name for op, _node in called)  # of what comes out of a cache, nothing is lowered
+            self.symmem = cache_key(), sorted(set(_worlds(called)))
 
     return init
 
 
-def _operators(gm: torch.nn.Module) -> Iterator[str]:
-    """Names of the operators that a graph calls."""
+def _operators(gm: torch.nn.Module) -> Iterator[tuple[OpOverload, torch.fx.Node]]:
+    """The operators that a graph calls, or may call."""
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             if isinstance(node.target, OpOverload):
-                yield node.target._name
+                yield node.target, node
             elif isinstance(node.target, OpOverloadPacket):
                 names: Any = node.target.overloads
-                yield from (getattr(node.target, each)._name for each in names())
+                yield from ((getattr(node.target, each), node) for each in names())
+
+
+def _worlds(called: Iterable[tuple[OpOverload, torch.fx.Node]]) -> Iterator[tuple[str, int]]:
+    """The groups of our own operators, and their numbers of ranks, on which shapes depend."""
+    for op, node in called:
+        if op.namespace == OWN_NAMESPACE:
+            names = (each.name for each in op._schema.arguments)
+            name = {**dict(zip(names, node.args, strict=False)), **node.kwargs}.get("group_name")
+            with contextlib.suppress(GroupError):  # which is told when it is lowered
+                yield str(name), group_named(str(name)).size
 
 
 def _post_compile(original: Any) -> Any:
     @functools.wraps(original)
     def post_compile(self: Any, *args: Any, **kwargs: Any) -> Any:
-        names = names_in(self.source_code or "")
-        with _captured(bool(names)):
+        name = name_in(self.source_code or "")
+        with _captured(name is not None):
             result = original(self, *args, **kwargs)
-        if names:
-            self.current_callable = runtime.bound(self.current_callable, [runtime.Graph(name) for name in names])
-            for report in reports_of(self.source_code):
-                _write(report)
-                for listener in tuple(listeners):
-                    listener(report)
+        if name is not None:
+            self.current_callable = bound(self.current_callable, name)
+            report = report_of(name, self.source_code)
+            _write(report)
+            for listener in tuple(listeners):
+                listener(report)
         return result
 
     return post_compile

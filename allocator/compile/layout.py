@@ -17,6 +17,7 @@ from torch._inductor import ir
 from torch._inductor.virtualized import V
 
 from symmem.compile.report import MARK, Decision
+from symmem.compile.runtime import Buffer
 from symmem.ops.engines import group_named
 
 __all__ = [
@@ -24,7 +25,9 @@ __all__ = [
     "SymmetricLayout",
     "allocation",
     "can_place",
+    "declare",
     "emit_header",
+    "imported",
     "keeps",
     "nbytes_of",
     "root_of",
@@ -91,7 +94,7 @@ class State:
     """What is known of a graph that is being compiled, its subgraphs included.
 
     Attributes:
-        name: Of its persistent memory; see :class:`symmem.compile.runtime.Graph`.
+        name: By which generated code calls its graph; see :class:`symmem.compile.references.Reference`.
         decisions: What became of each registered argument.
         memo: Arguments that were placed already, by graph, buffer, view and group.
         count: Buffers and arguments so far.
@@ -104,7 +107,7 @@ class State:
     count: int = 0
     told: bool = False
 
-    def next_index(self) -> int:
+    def next_number(self) -> int:
         """A number for a buffer or an argument of the graph."""
         self.count += 1
         return self.count - 1
@@ -133,14 +136,25 @@ def emit_header(name: str) -> str:
 
     What was decided goes along in a comment: compiled code that comes out of a cache is reported as well.
     """
-    wrapper, known, variable = root_wrapper(), state(), f"symmem_{name}"
+    known = state()
     assert known is not None
-    wrapper.add_import_once("import symmem.compile.runtime")
-    wrapper.add_import_once(f"{variable} = symmem.compile.runtime.reference({name!r})")
+    variable = declare("symmem.compile.references", f"symmem_{name}", f"reference({name!r})")
     if not known.told:
         known.told = True
         for decision in known.decisions:
-            wrapper.imports.writeline(f"# {MARK}{decision.line()}")
+            root_wrapper().imports.writeline(f"# {MARK}{decision.line()}")
+    return variable
+
+
+def imported(module: str) -> str:
+    """Let the generated module import one of ours; returns its name there."""
+    root_wrapper().add_import_once(f"import {module}")
+    return module
+
+
+def declare(module: str, variable: str, value: str) -> str:
+    """Let the generated module have a value of its own, out of a module of ours; returns the variable."""
+    root_wrapper().add_import_once(f"{variable} = {imported(module)}.{value}")
     return variable
 
 
@@ -154,13 +168,12 @@ def allocation(line: Any) -> str:
     node, wrapper, known = line.node, line.wrapper, state()
     assert known is not None
     layout = node.get_output_spec()
-    variable = emit_header(known.name)
+    variable, device = emit_header(known.name), node.get_device()
+    buffer = Buffer(known.next_number(), node.get_dtype(), str(device), layout.groups, layout.backend, keeps(device))
+    record = declare("symmem.compile.runtime", f"{variable}_{buffer.number}", repr(buffer))
     sizes, strides = (wrapper.codegen_shape_tuple(tuple(each)) for each in (node.get_size(), node.get_stride()))
-    index, last = ("", "") if layout.escapes else (f"{known.next_index()}, ", f", {keeps(node.get_device())}")
-    return (
-        f"{node.get_name()} = {variable}().{'fresh' if layout.escapes else 'buffer'}({index}{sizes}, {strides}, "
-        f"{node.get_dtype()}, {str(node.get_device())!r}, {layout.groups!r}, {layout.backend!r}{last})"
-    )
+    make = "fresh" if layout.escapes else "buffer"
+    return f"{node.get_name()} = {variable}.running.{make}({record}, {sizes}, {strides})"
 
 
 def keeps(device: torch.device | None) -> bool:

@@ -78,7 +78,7 @@ def producer(op: OpOverload, group: str | None) -> Callable[..., Any] | None:
         kernel = kernel.inputs[0] if isinstance(kernel, ir.MultiOutput) else kernel
 
         def codegen(wrapper: Any) -> None:
-            kernel.python_kernel_name = f"{layout.emit_header(known.name)}().within({group!r}, torch.ops.{op})"
+            kernel.python_kernel_name = f"{layout.emit_header(known.name)}.running.within({group!r}, torch.ops.{op})"
             type(kernel).codegen(kernel, wrapper)
 
         kernel.codegen, kernel.symmem_within = codegen, True

@@ -32,7 +32,8 @@ class Part:
         return getattr(importlib.import_module(f"symmem.compile.{self._name}"), name)
 
 
-hook, runtime, explaining, control = Part("hook"), Part("runtime"), Part("explaining"), Part("control")
+hook, runtime, references = Part("hook"), Part("runtime"), Part("references")
+explaining, control = Part("explaining"), Part("control")
 
 LIB = symmem.ops.Library("ct", "DEF")
 POINTERS: list[int] = []  # of the arguments that operators were given
@@ -580,6 +581,60 @@ def case_own_operators() -> None:
     check(f, lambda step: (values(4, 4, seed=step),), expected)
 
 
+def case_own_operators_of_all_kinds() -> None:
+    """Compiled code calls them past the dispatcher, unless a profiler is to see them; of memory of any strides."""
+    name = group()
+
+    def f(x: torch.Tensor) -> Any:
+        return (
+            symmem.ops.all_reduce(x, name, "max"),
+            symmem.ops.all_gather(x * 2, name),
+            symmem.ops.reduce_scatter(x, name) + 1,
+            symmem.ops.all_to_all(x, name),
+            symmem.ops.broadcast(x + 1, name, 1),
+        )
+
+    torch._dynamo.reset()
+    run = compiled(f)
+    for step in range(3):
+        whole = values(4, 2, 5, seed=step)
+        for x in (whole[:2].contiguous(), whole[::2], whole[:2].transpose(1, 2)):
+            torch.testing.assert_close(run(x), f(x))
+    x = values(2, 3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        run(x)
+    events: Any = profiled.events()
+    assert "symmem::all_gather_out" in {each.name for each in events}
+    conjugate = torch.view_as_complex(values(2, 2, 2)).conj()
+    torch.testing.assert_close(
+        compiled(lambda x: symmem.ops.all_gather(x, name))(conjugate), symmem.ops.all_gather(conjugate, name)
+    )
+
+
+def case_own_operators_of_a_group_that_changes() -> None:
+    """Shapes depend on the number of ranks: code for another number is neither run, nor taken from a cache (G2)."""
+    rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
+
+    def made(size: int) -> symmem.Group:
+        prefix = "changing" if size == 2 else f"changing, {rank} alone"
+        return symmem.Group.from_store(rank % size, size, dist.PrefixStore(prefix, store), "changing")
+
+    torch._dynamo.reset()
+    f = lambda x: symmem.ops.all_gather(x + 1, "changing")  # noqa: E731
+    run, x = compiled(f), values(3)
+    both = made(2)
+    assert torch.equal(run(x), symmem.ops.all_gather(x + 1, both))
+    both.close()
+    with pytest.raises(GroupError):
+        run(x)
+    alone = made(1)
+    with pytest.raises(GroupError, match="compiled for the group 'changing' of 2 ranks, which has 1 now"):
+        run(x)
+    torch._dynamo.reset()
+    assert torch.equal(compiled(f)(x), x.add(1).unsqueeze(0))
+    alone.close()
+
+
 def case_nothing_registered() -> None:
     torch._dynamo.reset()
     with explaining.reporting() as report:
@@ -796,6 +851,22 @@ def case_memory_goes_with_the_function() -> None:
     torch._dynamo.reset()
     gc.collect()
     assert [graph() for graph in graphs] == [None]
+
+
+def case_references_go_with_what_holds_them() -> None:
+    """What tells a module its graph is kept by the module, and by the functions that run with it; nobody else."""
+    module = references.reference("of a module")
+    run = references.bound(lambda inputs: references.reference("of a module").running, "of a module")
+    outside = module.running
+    assert run([]) is run([]) is not outside
+    assert module.running is outside
+    assert references.reference("of a module") is module
+    del module, outside
+    gc.collect()
+    assert "of a module" in references._references
+    del run
+    gc.collect()
+    assert "of a module" not in references._references
 
 
 def case_options() -> None:
