@@ -134,7 +134,7 @@ class _Input:
 
     def holds(self, address: int) -> bool:
         """Whether all ranks have agreed on an address, and its memory is there still."""
-        return not self.each and address == self.address and self.block is not None and self.block() is not None
+        return address == self.address and self.block is not None and self.block() is not None and not self.each
 
     def agree(self, tensor: torch.Tensor, group: Group, place: str) -> bool:
         """Whether the argument is the same piece of symmetric memory on all ranks. Collective over the group."""
@@ -145,7 +145,7 @@ class _Input:
         self.changes += 1
         alike = block is not None and len(set(received)) == 1
         if not alike or (self.changes > CHANGES and not self.each):
-            self.copying = True
+            self.copying, self.block = True, None
             log.debug("%s: copied from now on, %s", place, "its address changes" if alike else "not alike on all ranks")
             return False
         assert block is not None
@@ -245,14 +245,16 @@ class Graph:
             PeerTimeoutError: A rank came with what was known already, and the others did not; names it.
         """
         number, name, backend, way, keep, op = argument
+        known = self._inputs.get(number)
+        if known is not None and known.holds(x.data_ptr()):
+            return x
         # Of torch's own memory, its operators find out by themselves whether it is the same on all ranks.
         if x.numel() == 0 or (backend is not None and is_torchs(x, lambda: name)):
             return x
         if way == "agree":
-            known = self._inputs.get(number)
             if known is None:
                 known = self._inputs[number] = _Input(group_named(name))
-            if not known.copying and (known.holds(x.data_ptr()) or known.agree(x, group_named(name), op)):
+            if not known.copying and known.agree(x, group_named(name), op):
                 return x
         elif way != "copy" and _block_of(x, group_named(name)) is not None:
             return x

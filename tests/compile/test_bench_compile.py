@@ -200,7 +200,9 @@ def partial_input() -> dict[str, int]:
 
 def test_costs_are_of_what_is_placed(pool: RankPool) -> None:
     for found in pool.run(few_calls):
-        assert list(found) == [(kind, count) for count in (1, 2) for kind in ("placed", "input", "symmetric")]
+        kinds = ("placed", "input", "copy", "input_beside_copy", "symmetric")
+        assert list(found) == [(kind, count) for count in (1, 2) for kind in kinds]
+        assert all(found["copy", count] > 0 for count in (1, 2))
 
 
 def few_calls() -> dict[tuple[str, int], float]:
