@@ -104,7 +104,7 @@ class OutCall(ir.ExternKernelOut):
         given = pytree.tree_unflatten(shown, spec)
         show: Any = V.graph.wrapper_code.val_to_arg_str
         if self._op.namespace == OWN_NAMESPACE and self._op._opname in KINDS:
-            x, *options, group = given.values()
+            x, *options, group = (given[each.name] for each in self._op._schema.arguments)
             target = _collective(self._op._opname, group, options)
             wrapper.writeline(f"{target}({show(x)}, {self.codegen_reference()})")
         else:

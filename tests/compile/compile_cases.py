@@ -32,7 +32,8 @@ class Part:
         return getattr(importlib.import_module(f"symmem.compile.{self._name}"), name)
 
 
-hook, runtime, references = Part("hook"), Part("runtime"), Part("references")
+hook, wrappers = Part("hook"), Part("wrappers")
+runtime, references = Part("runtime"), Part("references")
 explaining, control = Part("explaining"), Part("control")
 
 LIB = symmem.ops.Library("ct", "DEF")
@@ -592,6 +593,7 @@ def case_own_operators_of_all_kinds() -> None:
             symmem.ops.reduce_scatter(x, name) + 1,
             symmem.ops.all_to_all(x, name),
             symmem.ops.broadcast(x + 1, name, 1),
+            torch.ops.symmem.all_reduce(group_name=name, reduction="min", x=x + 2),
         )
 
     torch._dynamo.reset()
@@ -886,12 +888,12 @@ def case_cuda_graphs_know_symmetric_inputs() -> None:
         calls.append((tuple(static_input_idxs), options))
         return lambda inputs: [*inputs, "ran"]
 
-    wrapped = hook._cudagraphify(stock)
+    wrapped = wrappers._cudagraphify(stock)
     kept, runtime_module = runtime.is_kept, importlib.import_module("symmem.compile.runtime")
     runtime_module.is_kept = lambda value: value == "symmetric"  # type: ignore[attr-defined]
     try:
         assert wrapped(None, (2,), device_index=0)([1]) == [1, "ran"]
-        with hook._captured(True):
+        with wrappers._captured(True):
             run = wrapped(None, (2,), device_index=0)
         assert len(calls) == 1
         inputs = ["symmetric", "plain", "weight", "symmetric"]
@@ -904,7 +906,7 @@ def case_cuda_graphs_know_symmetric_inputs() -> None:
 def case_cuda_graphs_are_captured_without_the_look_at_inputs() -> None:
     """The node that looks where an input lies is left out of the capture; others are torch's to judge."""
     hook.install()
-    judged = hook._should_partition(lambda self, node: "torch's")
+    judged = wrappers._should_partition(lambda self, node: "torch's")
 
     class Node:
         node: Any = None
@@ -921,7 +923,7 @@ def case_unknown_torch() -> None:
 
     def changed(self: Any, target: Any, args: Any) -> None: ...
 
-    lowering = hook.GraphLowering
+    lowering = wrappers.GraphLowering
     known, lowering.call_function = lowering.call_function, changed
     try:
         with pytest.raises(UnsupportedError, match=r"GraphLowering.call_function takes \('self', 'target', 'args'\)"):

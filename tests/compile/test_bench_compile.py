@@ -30,9 +30,7 @@ contenders, counts, costs, graphs = (Part(f"compiled_{name}") for name in ("cont
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    cache = tmp_path_factory.mktemp("inductor")
-    env = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+def pool(env: dict[str, str]) -> Iterator[RankPool]:
     with RankPool(2, env=env, timeout=100) as made:
         yield made
 
