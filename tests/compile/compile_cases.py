@@ -314,11 +314,12 @@ def case_symmetric_inputs_that_change() -> None:
     tensors = [symmem.allocate((4, 6), dtype=torch.float32).tensor for _ in range(runtime.CHANGES + 3)]
     run = compiled(lambda x: ct.total(x, name))
     POINTERS.clear()
+    tensors.append(tensors[runtime.CHANGES - 1])  # which was used as it is, and is not any more
     for step, tensor in enumerate(tensors):
         tensor.copy_(values(4, 6, seed=step))
         torch.testing.assert_close(run(tensor), summed(tensor))
     used = [pointer == tensor.data_ptr() for pointer, tensor in zip(POINTERS, tensors, strict=True)]
-    assert used == [True] * runtime.CHANGES + [False] * 3
+    assert used == [True] * runtime.CHANGES + [False] * 4
 
 
 def case_one_rank_is_plain() -> None:
@@ -607,6 +608,12 @@ def case_own_operators_of_all_kinds() -> None:
         run(x)
     events: Any = profiled.events()
     assert "symmem::all_gather_out" in {each.name for each in events}
+    engine, sources = type(symmem.resolve_group().engines[device()]), []
+    with pytest.MonkeyPatch.context() as patch:
+        known = engine.all_gather
+        patch.setattr(engine, "all_gather", lambda self, x, out: (sources.append(x), known(self, x, out)))
+        compiled(lambda x: symmem.ops.all_gather(x, name))(values(2, 3).t())
+        assert sources.pop().is_contiguous()  # as an engine needs it
     conjugate = torch.view_as_complex(values(2, 2, 2)).conj()
     torch.testing.assert_close(
         compiled(lambda x: symmem.ops.all_gather(x, name))(conjugate), symmem.ops.all_gather(conjugate, name)
