@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from symmem.compile.references import Reference, reference
+from symmem.compile.running import running
 from symmem.compile.runtime import Argument, Graph
 from symmem.errors import GroupError, InvalidArgumentError
 from symmem.ops.collectives import _plain
@@ -98,12 +98,11 @@ def collective(operation: str, group_name: str, world: int, *options: Any) -> Ca
 _is_profiling = torch._C._autograd._profiler_enabled
 
 
-_of_cpp: dict[str, Reference] = {}
-
-
 def _graph(name: str) -> Graph:
-    """The graph of code in C++, which has no module of its own that would hold its reference."""
-    return _of_cpp.setdefault(name, reference(name)).running
+    """The graph of code in C++."""
+    if name not in running.of_cpp:
+        running.of_cpp[name] = Graph()
+    return running.of_cpp[name]
 
 
 def _place(

@@ -16,7 +16,7 @@ from torch._inductor import config as inductor
 from torch._inductor import ir
 from torch._inductor.virtualized import V
 
-from symmem.compile.report import MARK, Decision
+from symmem.compile.report import GRAPH, MARK, Decision
 from symmem.compile.runtime import Buffer
 from symmem.ops.engines import group_named
 
@@ -94,7 +94,7 @@ class State:
     """What is known of a graph that is being compiled, its subgraphs included.
 
     Attributes:
-        name: By which generated code calls its graph; see :class:`symmem.compile.references.Reference`.
+        name: For reports, and for code in C++.
         decisions: What became of each registered argument.
         memo: Arguments that were placed already, by graph, buffer, view and group.
         count: Buffers and arguments so far.
@@ -131,19 +131,19 @@ def start(name: str) -> State:
     return made
 
 
-def emit_header(name: str) -> str:
-    """Let the generated module know the graph; returns what calls it there.
+def emit_header() -> str:
+    """Let the generated module know of its graph; returns what that is there, for the function that runs.
 
-    What was decided goes along in a comment: compiled code that comes out of a cache is reported as well.
+    What was decided goes along in comments: compiled code that comes out of a cache is reported as well.
     """
-    known = state()
+    wrapper, known = root_wrapper(), state()
     assert known is not None
-    variable = declare("symmem.compile.references", f"symmem_{name}", f"reference({name!r})")
     if not known.told:
         known.told = True
-        for decision in known.decisions:
-            root_wrapper().imports.writeline(f"# {MARK}{decision.line()}")
-    return variable
+        wrapper.add_import_once("from symmem.compile.running import running as symmem_running")
+        for line in (f"{GRAPH}{known.name}", *(f"{MARK}{decision.line()}" for decision in known.decisions)):
+            wrapper.imports.writeline(f"# {line}")
+    return "symmem_running.graph"
 
 
 def imported(module: str) -> str:
@@ -168,12 +168,12 @@ def allocation(line: Any) -> str:
     node, wrapper, known = line.node, line.wrapper, state()
     assert known is not None
     layout = node.get_output_spec()
-    variable, device = emit_header(known.name), node.get_device()
+    device = node.get_device()
     buffer = Buffer(known.next_number(), node.get_dtype(), str(device), layout.groups, layout.backend, keeps(device))
-    record = declare("symmem.compile.runtime", f"{variable}_{buffer.number}", repr(buffer))
+    record = declare("symmem.compile.runtime", f"symmem_{buffer.number}", repr(buffer))
     sizes, strides = (wrapper.codegen_shape_tuple(tuple(each)) for each in (node.get_size(), node.get_stride()))
     make = "fresh" if layout.escapes else "buffer"
-    return f"{node.get_name()} = {variable}.running.{make}({record}, {sizes}, {strides})"
+    return f"{node.get_name()} = {emit_header()}.{make}({record}, {sizes}, {strides})"
 
 
 def keeps(device: torch.device | None) -> bool:

@@ -142,16 +142,14 @@ class _Call:
             return memo[0]
         described, keep = f"{self._known.op}: the argument {place!r}", layout.keeps(x.get_device())
         argument = Argument(self._state.next_number(), self._group, self._backend, found.way, keep, described)
-        graph = self._state.name
-        kernel, placed = _kernel(OPS._place.default, x, graph, *argument)
+        kernel, placed = _kernel(OPS._place.default, x, self._state.name, *argument)
         placed.data.data.codegen_size_asserts = lambda wrapper: None  # it has those of x, or is x
         # Where it lies may change: CUDA graphs are captured without the look.
         kernel.symmem_apart = found.way in ("agree", "strict")
 
         def code(args: Sequence[str]) -> str:
-            variable = layout.emit_header(graph)
-            record = layout.declare("symmem.compile.runtime", f"{variable}_{argument.number}", repr(argument))
-            return f"{kernel.get_name()} = {variable}.running.place({record}, {args[0]})"
+            record = layout.declare("symmem.compile.runtime", f"symmem_{argument.number}", repr(argument))
+            return f"{kernel.get_name()} = {layout.emit_header()}.place({record}, {args[0]})"
 
         _write_as(kernel, code)
         self._note(x, placed, place, found.outcome, found.why, found.advice)
@@ -200,11 +198,11 @@ class _Call:
     def finish(self) -> None:
         """What comes after the operator: a barrier if it has none at its end, and writing back."""
         if self._needs_barrier() and self._placed:
-            graph, number = self._state.name, self._state.next_number()
-            kernel, _nothing = _kernel(OPS._finish.default, list(self._placed), graph, number, self._group)
+            number = self._state.next_number()
+            kernel, _nothing = _kernel(OPS._finish.default, list(self._placed), self._state.name, number, self._group)
             _write_as(
                 kernel,
-                lambda args: f"{layout.emit_header(graph)}.running.finish({number}, {args[0]}, {args[3]})",
+                lambda args: f"{layout.emit_header()}.finish({number}, {args[0]}, {args[3]})",
             )
         if self._back:
             originals, placed = map(list, zip(*self._back, strict=True))

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["ALREADY", "COPIED", "MARK", "PLACED", "Decision", "GraphReport", "Report", "name_in", "report_of"]
+__all__ = ["ALREADY", "COPIED", "GRAPH", "MARK", "PLACED", "Decision", "GraphReport", "Report", "name_in", "report_of"]
 
 MARK = "symmem decision: "
 """Before a decision, in a comment of the generated code."""
+
+GRAPH = "symmem graph: "
+"""Before the name of a graph, in a comment of the generated code."""
 
 PLACED = "placed"
 """Its producer writes to symmetric memory: no copy."""
@@ -89,7 +92,7 @@ class GraphReport:
     """One compiled graph.
 
     Attributes:
-        name: By which its memory is known.
+        name: Of the graph.
         decisions: One for each registered argument, in the order of the calls.
         buffers: The symmetric memory that it allocates for buffers of its own.
     """
@@ -175,16 +178,16 @@ def _bytes(nbytes: int | None) -> str:
     return f"{nbytes} B"
 
 
-_GRAPH = re.compile(r"^symmem_(\w+) = symmem\.compile\.references\.reference\(", re.MULTILINE)
+_GRAPH = re.compile(rf"^# {re.escape(GRAPH)}(\w+)$", re.MULTILINE)
 _DECISION = re.compile(rf"^(?:#|//) {re.escape(MARK)}(.*)$", re.MULTILINE)
 _TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _RECORD = re.compile(rf"^(symmem_\w+) = symmem\.compile\.runtime\.Buffer\(.*\bgroups=\(({_TEXT}),", re.MULTILINE)
-_ALLOCATED = re.compile(r"^\s*(\w+) = symmem_\w+\.running\.(?:buffer|fresh)\((\w+),", re.MULTILINE)
+_ALLOCATED = re.compile(r"^\s*(\w+) = symmem_running\.graph\.(?:buffer|fresh)\((\w+),", re.MULTILINE)
 _REUSED = re.compile(r"^\s*(\w+) = (?:reinterpret_tensor\()?(\w+)\b[^#\n]*;[^#\n]*# reuse", re.MULTILINE)
 
 
 def name_in(source: str) -> str | None:
-    """By which generated code calls its graph; None if it has no registered operator."""
+    """The name of the graph of generated code; None if it has no registered operator."""
     found = _GRAPH.search(source)
     return found and found.group(1)
 

@@ -2,8 +2,7 @@
 
 A compiled graph has a :class:`Graph` here, which keeps its buffers from one call to the next: an address never changes
 while shapes do not, and nothing is allocated in a warm call. It lives as long as the compiled function, which holds it;
-the generated module, which torch never lets go, has a :class:`symmem.compile.references.Reference`, and a record of
-each buffer and argument.
+the generated module, which torch never lets go, has no more than a record of each buffer and argument.
 
 A graph's buffers hold nothing between two calls. One call must be over, on its stream, before another of the same graph
 begins: threads take turns, an operator cannot call the function that calls it, and compiled functions that communicate

@@ -24,8 +24,8 @@ from torch._ops import OpOverload
 from symmem.compile import layout, lowering, producers, results, runtime, twins
 from symmem.compile.keys import key_of, operators
 from symmem.compile.layout import SymmetricLayout
-from symmem.compile.references import bound
 from symmem.compile.report import GraphReport, name_in, report_of
+from symmem.compile.running import bound
 from symmem.compile.switch import is_on, listeners, seen
 from symmem.config.settings import load_settings
 from symmem.ops import registry
@@ -169,7 +169,7 @@ def _post_compile(original: Any) -> Any:
         with _captured(name is not None):
             result = original(self, *args, **kwargs)
         if name is not None:
-            self.current_callable = bound(self.current_callable, name)
+            self.current_callable = bound(self.current_callable)
             report = report_of(name, self.source_code)
             _write(report)
             for listener in tuple(listeners):

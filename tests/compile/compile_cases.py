@@ -33,7 +33,7 @@ class Part:
 
 
 hook, wrappers = Part("hook"), Part("wrappers")
-runtime, references = Part("runtime"), Part("references")
+runtime, running = Part("runtime"), Part("running")
 explaining, control = Part("explaining"), Part("control")
 
 LIB = symmem.ops.Library("ct", "DEF")
@@ -862,20 +862,23 @@ def case_memory_goes_with_the_function() -> None:
     assert [graph() for graph in graphs] == [None]
 
 
-def case_references_go_with_what_holds_them() -> None:
-    """What tells a module its graph is kept by the module, and by the functions that run with it; nobody else."""
-    module = references.reference("of a module")
-    run = references.bound(lambda inputs: references.reference("of a module").running, "of a module")
-    outside = module.running
-    assert run([]) is run([]) is not outside
-    assert module.running is outside
-    assert references.reference("of a module") is module
-    del module, outside
+def case_each_function_has_a_graph_of_its_own() -> None:
+    """Of functions that run one module; within one another as well, and the graph goes with the function."""
+
+    def now(inputs: Any) -> Any:
+        return running.running.graph
+
+    def seen() -> list[Any]:
+        outside, inner = now([]), running.bound(now)
+        first, second, third = running.bound(lambda inputs: (now(inputs), inner(inputs), now(inputs)))([])
+        assert first is third is not second
+        assert inner([]) is second
+        assert now([]) is outside not in (first, second)
+        return [weakref.ref(first), weakref.ref(second)]
+
+    graphs = seen()
     gc.collect()
-    assert "of a module" in references._references
-    del run
-    gc.collect()
-    assert "of a module" not in references._references
+    assert [graph() for graph in graphs] == [None, None]
 
 
 def case_options() -> None:

@@ -15,19 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from compile_cases import (
-    check,
-    compiled,
-    ct,
-    define,
-    explaining,
-    group,
-    handle_of,
-    outcomes,
-    references,
-    summed,
-    values,
-)
+from compile_cases import check, compiled, ct, define, explaining, group, handle_of, outcomes, running, summed, values
 from torch.utils.checkpoint import checkpoint
 
 import symmem
@@ -648,7 +636,7 @@ def case_within_itself() -> None:
     def function(inputs: Any) -> Any:
         return calls[0](inputs) if inputs else "done"
 
-    calls.append(references.bound(function, "within_itself"))
+    calls.append(running.bound(function))
     with pytest.raises(UnsupportedError, match="within its own call"):
         calls[0]([1])
     assert calls[0]([]) == "done"

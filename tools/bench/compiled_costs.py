@@ -51,7 +51,7 @@ def overhead(device_type: str) -> dict[tuple[str, int], float]:
                 compiled(make(op), backend, None, argument)
                 for op, backend in ((BENCH.take, "symmem"), (BENCH.take_any, "inductor"))
             )
-            asked = ours.source.count(".running.buffer(" if kind == "placed" else ".running.place(")
+            asked = ours.source.count(".graph.buffer(" if kind == "placed" else ".graph.place(")
             if asked != count or "symmem_" in theirs.source.replace("symmem_bench", ""):
                 raise WrongResultError(f"{asked} of {count} arguments are placed in the code for {kind!r}")
             calls = [partial(made.call, argument) for made in (ours, theirs)]
