@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from symmem.compile import control, hook
+from symmem.compile import control, hook, switch
 from symmem.compile.report import Report
 
 __all__ = ["explain", "reporting"]
@@ -20,11 +20,11 @@ def reporting() -> Iterator[Report]:
     """Collect what is compiled, or comes out of a cache, within."""
     report = Report()
     hook.install()
-    hook.listeners.append(report.graphs.append)
+    switch.listeners.append(report.graphs.append)
     try:
         yield report
     finally:
-        hook.listeners.remove(report.graphs.append)
+        switch.listeners.remove(report.graphs.append)
 
 
 def _anew(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,337 +19,68 @@ Graphs without a registered operator cost a look-up for each of their nodes, and
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import inspect
-import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch._inductor import compile_fx, ir
-from torch._inductor import lowering as inductor_lowering
-from torch._inductor.codecache import FxGraphHashDetails
-from torch._inductor.codegen.wrapper import AllocateLine, PythonWrapperCodegen
-from torch._inductor.graph import GraphLowering
-from torch._inductor.output_code import CompiledFxGraph
-from torch._inductor.scheduler import Scheduler
-from torch._library.utils import get_layout_constraint_tag, is_builtin
-from torch._ops import OpOverload, OpOverloadPacket
 
-from symmem.compile import layout, lowering, producers, results, runtime, twins
-from symmem.compile.layout import SymmetricLayout
-from symmem.compile.report import GraphReport, names_in, reports_of
-from symmem.config.settings import load_settings
+from symmem.compile import switch, twins
+from symmem.compile.wrappers import OPTIONAL, WRAPPED
 from symmem.errors import UnsupportedError
 from symmem.ops import registry
-from symmem.ops.built_in import NAMESPACE
 from symmem.ops.schema import find_op, known_op
 
-__all__ = ["cache_key", "is_on", "listeners", "off", "on", "scope", "seen"]
+__all__ = ["install", "off", "on", "scope", "uninstall"]
 
 log = logging.getLogger("symmem.compile")
 
-listeners: list[Callable[[GraphReport], None]] = []
-"""Are told of each graph with registered operators, when it was compiled or came out of a cache."""
-
-seen: set[str] = set()
-"""Names of the operators in graphs that were compiled while the hook was on."""
-
-_state = threading.local()
-_everywhere = False
 _originals: dict[tuple[Any, str], Any] = {}
 _lock = threading.RLock()
 
 
-def is_on() -> bool:
-    """Whether what is compiled now, on this thread, is ours to place."""
-    return _everywhere or getattr(_state, "depth", 0) > 0
-
-
-def cache_key() -> str:
-    """What compiled code depends on, beside what torch knows: the registry, and the code of this package."""
-    return f"symmem {_fingerprint()} {registry.fingerprint()}"
-
-
-@functools.cache
-def _fingerprint() -> str:
-    texts = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-    return hashlib.sha256(b"".join(texts)).hexdigest()
-
-
 def on() -> None:
     """Place from now on, whatever is compiled on any thread."""
-    global _everywhere
     install()
-    prepare()
-    _everywhere = True
+    _prepare()
+    switch.turn(on=True)
 
 
 def off() -> None:
     """Undo :func:`on`."""
-    global _everywhere
-    _everywhere = False
+    switch.turn(on=False)
 
 
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
     """Place what is compiled within, on this thread."""
     install()
-    prepare()
-    _state.depth = getattr(_state, "depth", 0) + 1
-    try:
+    _prepare()
+    with switch.within():
         yield
-    finally:
-        _state.depth -= 1
 
 
-def prepare() -> None:
+def _prepare() -> None:
     """Let torch trace what is registered."""
     for known in registry.registered():
         twins.prepare(find_op(known.op))
 
 
-def changed(name: str) -> None:
+def _changed(name: str) -> None:
     """What is registered for an operator has changed: what was compiled with it is not right any more."""
     if not _originals:
         return
     op = known_op(name)
     if op is not None:
         twins.prepare(op)
-    if name in seen:
+    if name in switch.seen:
         log.debug("%s is registered otherwise than when it was compiled: compiled functions are compiled anew", name)
         torch._dynamo.reset()
 
 
-registry.listeners.append(changed)
-
-
-# What is wrapped: owner, name, parameters that it must have, and what takes its place, given the original.
-
-
-def _call_function(original: Any) -> Any:
-    @functools.wraps(original)
-    def call_function(self: Any, target: Any, args: Any, kwargs: Any) -> Any:
-        if not isinstance(target, OpOverload) or not is_on():
-            return original(self, target, args, kwargs)
-        op = twins.original_of(target)
-        seen.add(op._name)
-        known = registry.lookup(op)
-        if known is not None:
-            made: Any = lowering.handler(known, target, op, _own_lowering(target))
-        elif _makes_its_result(op):
-            group = producers.fed(self.current_node)
-            made = producers.producer(op, group) if group is not None or op.namespace == "symmem" else None
-        else:
-            made = None
-        if made is None:
-            return original(self, target, args, kwargs)
-        with _lowered_by(target, made):
-            return original(self, target, args, kwargs)
-
-    return call_function
-
-
-def _own_lowering(op: OpOverload) -> Any:
-    """A lowering that somebody has written for an operator; those of torch for its own place with its own memory."""
-    known = inductor_lowering.lowerings.get(op)
-    if known is None or op.namespace == NAMESPACE or getattr(known, "_is_fallback_handler", False):
-        return None
-    return known
-
-
-def _makes_its_result(op: OpOverload) -> bool:
-    """Whether Inductor calls an operator as it is, to return memory of its own."""
-    known = inductor_lowering.lowerings.get(op)
-    return not is_builtin(op) and (known is None or getattr(known, "_is_fallback_handler", False))
-
-
-@contextlib.contextmanager
-def _lowered_by(op: OpOverload, made: Any) -> Iterator[None]:
-    """Let Inductor lower an operator by ``made``, once it has given the arguments the strides that it wants."""
-    table, constraints = inductor_lowering.lowerings, inductor_lowering._maybe_layout_constraints
-    known, constraint = table.get(op), constraints.get(op, ...)
-    table[op] = made
-    if constraint is ... and inductor_lowering.maybe_layout_constraints(op) is None:
-        constraints[op] = inductor_lowering.tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
-    try:
-        yield
-    finally:
-        if known is None:
-            del table[op]
-        else:
-            table[op] = known
-        if constraint is ...:
-            constraints.pop(op, None)
-
-
-def _output(original: Any) -> Any:
-    @functools.wraps(original)
-    def output(self: Any, target: Any, args: Any, kwargs: Any) -> Any:
-        if layout.state() is not None:
-            values = args[0]
-            if isinstance(values, tuple | list):
-                args = (type(values)(results.output(values)), *args[1:])
-            else:
-                args = (*results.output([values]), *args[1:])
-        return original(self, target, args, kwargs)
-
-    return output
-
-
-def _codegen_comm_buffer(original: Any) -> Any:
-    @functools.wraps(original)
-    def codegen_comm_buffer(self: Any, code: Any) -> None:
-        if isinstance(self.node.get_output_spec(), SymmetricLayout):
-            code.writeline(layout.allocation(self))
-        else:
-            original(self, code)
-
-    return codegen_comm_buffer
-
-
-def _can_reuse(original: Any) -> Any:
-    @functools.wraps(original)
-    def can_reuse(self: Any, input_buffer: Any, output_buffer: Any = None) -> bool:
-        if _lies_in_symmetric(input_buffer) or _lies_in_symmetric(output_buffer):
-            return False
-        return bool(original(self, input_buffer, output_buffer))
-
-    return can_reuse
-
-
-def _lies_in_symmetric(value: Any) -> bool:
-    """Whether a buffer, or any that a scheduler's node writes, is symmetric memory."""
-    if value is None:
-        return False
-    outputs = value.get_outputs() if hasattr(value, "get_outputs") else [value]
-    return any(
-        isinstance(buffer := getattr(each, "node", each), ir.Buffer)
-        and isinstance(buffer.get_output_spec(), SymmetricLayout)
-        for each in outputs
-    )
-
-
-def _realize(original: Any) -> Any:
-    function = original.__func__ if hasattr(original, "__func__") else original
-
-    @functools.wraps(function)
-    def maybe_realize(cls: Any, kernel: Any, *args: Any, **kwargs: Any) -> Any:
-        return None if is_on() else function(cls, kernel, *args, **kwargs)
-
-    return classmethod(maybe_realize)
-
-
-def _hash_details(original: Any) -> Any:
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        self.symmem = cache_key() if is_on() else None
-        if is_on():
-            seen.update(
-                _operators(args[0] if args else kwargs["gm"])
-            )  # of what comes out of a cache, nothing is lowered
-
-    return init
-
-
-def _operators(gm: torch.nn.Module) -> Iterator[str]:
-    """Names of the operators that a graph calls."""
-    for module in gm.modules():
-        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            if isinstance(node.target, OpOverload):
-                yield node.target._name
-            elif isinstance(node.target, OpOverloadPacket):
-                names: Any = node.target.overloads
-                yield from (getattr(node.target, each)._name for each in names())
-
-
-def _post_compile(original: Any) -> Any:
-    @functools.wraps(original)
-    def post_compile(self: Any, *args: Any, **kwargs: Any) -> Any:
-        names = names_in(self.source_code or "")
-        with _captured(bool(names)):
-            result = original(self, *args, **kwargs)
-        if names:
-            self.current_callable = runtime.bound(self.current_callable, [runtime.Graph(name) for name in names])
-            for report in reports_of(self.source_code):
-                _write(report)
-                for listener in tuple(listeners):
-                    listener(report)
-        return result
-
-    return post_compile
-
-
-@contextlib.contextmanager
-def _captured(symmetric: bool) -> Iterator[None]:
-    """Whether the graph that CUDA graphs are made for now has symmetric memory."""
-    before, _state.captured = getattr(_state, "captured", False), symmetric
-    try:
-        yield
-    finally:
-        _state.captured = before
-
-
-def _cudagraphify(original: Any) -> Any:
-    @functools.wraps(original)
-    def cudagraphify(model: Any, static_input_idxs: Sequence[int] = (), **options: Any) -> Any:
-        if not getattr(_state, "captured", False):
-            return original(model, static_input_idxs, **options)
-        made: Any = None
-
-        def run(inputs: Any) -> Any:
-            nonlocal made
-            if made is None:
-                # What lies in symmetric memory stays there: torch need not copy it into the graph's own memory, where
-                # peers would not find it. Should its address change, torch captures anew.
-                symmetric = [index for index, each in enumerate(inputs) if runtime.is_kept(each)]
-                made = original(model, sorted({*static_input_idxs, *symmetric}), **options)
-            return made(inputs)
-
-        return run
-
-    return cudagraphify
-
-
-def _should_partition(original: Any) -> Any:
-    @functools.wraps(original)
-    def should_partition(self: Any, node: Any) -> Any:
-        if getattr(node.node, "symmem_apart", False):
-            return "where an argument lies is looked at outside of CUDA graphs"
-        return original(self, node)
-
-    return should_partition
-
-
-def _write(report: GraphReport) -> None:
-    """Append a report to the file of the setting ``compile_report``, with ``.rankN`` behind if there are ranks."""
-    path = load_settings().compile_report
-    if path == "off":
-        return
-    rank = f".rank{dist.get_rank()}" if dist.is_available() and dist.is_initialized() else ""
-    with Path(path + rank).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(report.to_json()) + "\n")
-
-
-_WRAPPED: tuple[tuple[Any, str, tuple[str, ...], Callable[[Any], Any]], ...] = (
-    (GraphLowering, "call_function", ("self", "target", "args", "kwargs"), _call_function),
-    (GraphLowering, "output", ("self", "target", "args", "kwargs"), _output),
-    (AllocateLine, "_codegen_comm_buffer", ("self", "code"), _codegen_comm_buffer),
-    (PythonWrapperCodegen, "can_reuse", ("self", "input_buffer", "output_buffer"), _can_reuse),
-    (Scheduler, "should_partition", ("self", "node"), _should_partition),
-    (FxGraphHashDetails, "__init__", ("self", "gm", "example_inputs", "fx_kwargs", "inputs_to_check"), _hash_details),
-    (CompiledFxGraph, "post_compile", ("self", "example_inputs", "constants", "graph_kwargs"), _post_compile),
-)
-_OPTIONAL = (
-    (ir.FallbackKernel, "_maybe_realize_symm_mem_args", _realize),
-    (compile_fx, "cudagraphify", _cudagraphify),
-)
+registry.listeners.append(_changed)
 
 
 def install() -> None:
@@ -357,7 +88,7 @@ def install() -> None:
     with _lock:
         if _originals:
             return
-        for owner, name, parameters, _made in _WRAPPED:
+        for owner, name, parameters, _made in WRAPPED:
             known = getattr(owner, name, None)
             found = tuple(inspect.signature(known).parameters) if known is not None else None
             if found != parameters:
@@ -367,10 +98,10 @@ def install() -> None:
                     hint="use a torch from 2.11 to 2.15, or a newer symmem; without the hook, wrap calls of registered "
                     "operators in symmem.ops.checked('copy')",
                 )
-        for owner, name, _parameters, made in _WRAPPED:
+        for owner, name, _parameters, made in WRAPPED:
             _originals[owner, name] = owner.__dict__[name]
             setattr(owner, name, made(owner.__dict__[name]))
-        for owner, name, made in _OPTIONAL:
+        for owner, name, made in OPTIONAL:
             if name in owner.__dict__:
                 _originals[owner, name] = owner.__dict__[name]
                 setattr(owner, name, made(owner.__dict__[name]))

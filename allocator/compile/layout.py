@@ -16,7 +16,8 @@ from torch._inductor import config as inductor
 from torch._inductor import ir
 from torch._inductor.virtualized import V
 
-from symmem.compile.report import MARK, Decision
+from symmem.compile.report import GRAPH, MARK, Decision
+from symmem.compile.runtime import Buffer
 from symmem.ops.engines import group_named
 
 __all__ = [
@@ -24,7 +25,9 @@ __all__ = [
     "SymmetricLayout",
     "allocation",
     "can_place",
+    "declare",
     "emit_header",
+    "imported",
     "keeps",
     "nbytes_of",
     "root_of",
@@ -91,7 +94,7 @@ class State:
     """What is known of a graph that is being compiled, its subgraphs included.
 
     Attributes:
-        name: Of its persistent memory; see :class:`symmem.compile.runtime.Graph`.
+        name: For reports, and for code in C++.
         decisions: What became of each registered argument.
         memo: Arguments that were placed already, by graph, buffer, view and group.
         count: Buffers and arguments so far.
@@ -104,7 +107,7 @@ class State:
     count: int = 0
     told: bool = False
 
-    def next_index(self) -> int:
+    def next_number(self) -> int:
         """A number for a buffer or an argument of the graph."""
         self.count += 1
         return self.count - 1
@@ -128,19 +131,30 @@ def start(name: str) -> State:
     return made
 
 
-def emit_header(name: str) -> str:
-    """Let the generated module know the graph; returns what calls it there.
+def emit_header() -> str:
+    """Let the generated module know of its graph; returns what that is there, for the function that runs.
 
-    What was decided goes along in a comment: compiled code that comes out of a cache is reported as well.
+    What was decided goes along in comments: compiled code that comes out of a cache is reported as well.
     """
-    wrapper, known, variable = root_wrapper(), state(), f"symmem_{name}"
+    wrapper, known = root_wrapper(), state()
     assert known is not None
-    wrapper.add_import_once("import symmem.compile.runtime")
-    wrapper.add_import_once(f"{variable} = symmem.compile.runtime.reference({name!r})")
     if not known.told:
         known.told = True
-        for decision in known.decisions:
-            wrapper.imports.writeline(f"# {MARK}{decision.line()}")
+        wrapper.add_import_once("from symmem.compile.running import running as symmem_running")
+        for line in (f"{GRAPH}{known.name}", *(f"{MARK}{decision.line()}" for decision in known.decisions)):
+            wrapper.imports.writeline(f"# {line}")
+    return "symmem_running.graph"
+
+
+def imported(module: str) -> str:
+    """Let the generated module import one of ours; returns its name there."""
+    root_wrapper().add_import_once(f"import {module}")
+    return module
+
+
+def declare(module: str, variable: str, value: str) -> str:
+    """Let the generated module have a value of its own, out of a module of ours; returns the variable."""
+    root_wrapper().add_import_once(f"{variable} = {imported(module)}.{value}")
     return variable
 
 
@@ -154,13 +168,12 @@ def allocation(line: Any) -> str:
     node, wrapper, known = line.node, line.wrapper, state()
     assert known is not None
     layout = node.get_output_spec()
-    variable = emit_header(known.name)
+    device = node.get_device()
+    buffer = Buffer(known.next_number(), node.get_dtype(), str(device), layout.groups, layout.backend, keeps(device))
+    record = declare("symmem.compile.runtime", f"symmem_{buffer.number}", repr(buffer))
     sizes, strides = (wrapper.codegen_shape_tuple(tuple(each)) for each in (node.get_size(), node.get_stride()))
-    index, last = ("", "") if layout.escapes else (f"{known.next_index()}, ", f", {keeps(node.get_device())}")
-    return (
-        f"{node.get_name()} = {variable}().{'fresh' if layout.escapes else 'buffer'}({index}{sizes}, {strides}, "
-        f"{node.get_dtype()}, {str(node.get_device())!r}, {layout.groups!r}, {layout.backend!r}{last})"
-    )
+    make = "fresh" if layout.escapes else "buffer"
+    return f"{node.get_name()} = {emit_header()}.{make}({record}, {sizes}, {strides})"
 
 
 def keeps(device: torch.device | None) -> bool:

@@ -22,11 +22,12 @@ from torch._inductor.lowering import clone, fallback_handler
 from torch._inductor.virtualized import V
 from torch._ops import OpOverload
 
-from symmem.compile import layout, runtime  # noqa: F401  # the latter defines operators
+from symmem.compile import calls, layout  # noqa: F401  # the former defines operators
 from symmem.compile.layout import State, SymmetricLayout, can_place, nbytes_of, root_of
 from symmem.compile.outs import OutCall, out_variant
-from symmem.compile.reasons import is_within, producer_name, reason, where
+from symmem.compile.reasons import producer_name, verdict, where
 from symmem.compile.report import PLACED, Decision
+from symmem.compile.runtime import Argument
 from symmem.errors import UnsupportedError
 from symmem.ops.built_in import NAMESPACE
 from symmem.ops.described import Registration
@@ -121,16 +122,16 @@ class _Call:
         return self._looked_after(x, buffer, place)
 
     def _can_be_placed(self, buffer: Any) -> bool:
-        """Whether Inductor can allocate a buffer in symmetric memory; :func:`.reasons.reason` says why not."""
+        """Whether Inductor can allocate a buffer in symmetric memory; :func:`.reasons.verdict` says why not."""
         usual = not (V.graph.cpp_wrapper or inductor.memory_planning or self._known.one_sided)
         return usual and can_place(buffer)
 
     def _looked_after(self, x: Any, buffer: Any, place: str) -> Any:
         """What is decided at run time: see :meth:`symmem.compile.runtime.Graph.place`."""
         name = buffer.get_name() if isinstance(buffer, ir.Buffer) else x.get_name()
-        way = _way(buffer, self._known.one_sided)
+        found = verdict(buffer, self._known.one_sided)
         seen = tuple(x.get_size()), tuple(x.get_stride()), x.get_layout().offset, x.get_dtype()
-        key = (V.graph, name, *seen, self._group, self._backend, way)
+        key = (V.graph, name, *seen, self._group, self._backend, found.way)
         if self._known.mutated and key not in self._views:
             self._check_apart(x, buffer, place)
         known, memo = key in self._views, self._state.memo.get(key)
@@ -139,17 +140,20 @@ class _Call:
         if memo is not None and (known or name not in V.graph.mutated_buffers):
             self._note(x, memo[0], place, memo[1], "the same as for another operator of this graph")
             return memo[0]
-        state, index, keep = self._state, self._state.next_index(), layout.keeps(x.get_device())
-        described = f"{self._known.op}: the argument {place!r}"
-        kernel, placed = _kernel(
-            OPS._place.default, x, state.name, index, self._group, self._backend, way, keep, described
-        )
+        described, keep = f"{self._known.op}: the argument {place!r}", layout.keeps(x.get_device())
+        argument = Argument(self._state.next_number(), self._group, self._backend, found.way, keep, described)
+        kernel, placed = _kernel(OPS._place.default, x, self._state.name, *argument)
+        placed.data.data.codegen_size_asserts = lambda wrapper: None  # it has those of x, or is x
         # Where it lies may change: CUDA graphs are captured without the look.
-        kernel.symmem_apart = way in ("agree", "strict")
-        _call_as(kernel, "place", state.name, lambda args: f"{index}, {args[0]}, {', '.join(args[3:])}")
-        outcome, why, advice = reason(buffer, x, self._known.one_sided)
-        self._note(x, placed, place, outcome, why, advice)
-        state.memo[key] = placed, outcome
+        kernel.symmem_apart = found.way in ("agree", "strict")
+
+        def code(args: Sequence[str]) -> str:
+            record = layout.declare("symmem.compile.runtime", f"symmem_{argument.number}", repr(argument))
+            return f"{kernel.get_name()} = {layout.emit_header()}.place({record}, {args[0]})"
+
+        _write_as(kernel, code)
+        self._note(x, placed, place, found.outcome, found.why, found.advice)
+        self._state.memo[key] = placed, found.outcome
         return placed
 
     def _check_apart(self, x: Any, buffer: Any, place: str) -> None:
@@ -194,11 +198,16 @@ class _Call:
     def finish(self) -> None:
         """What comes after the operator: a barrier if it has none at its end, and writing back."""
         if self._needs_barrier() and self._placed:
-            kernel, _nothing = _kernel(OPS._finish.default, list(self._placed), self._group)
-            _call_as(kernel, "finish", None, ", ".join)
-        for original, placed in self._back:
-            kernel, _nothing = _kernel(OPS._write_back.default, original, placed)
-            _call_as(kernel, "write_back", None, ", ".join)
+            number = self._state.next_number()
+            kernel, _nothing = _kernel(OPS._finish.default, list(self._placed), self._state.name, number, self._group)
+            _write_as(
+                kernel,
+                lambda args: f"{layout.emit_header()}.finish({number}, {args[0]}, {args[3]})",
+            )
+        if self._back:
+            originals, placed = map(list, zip(*self._back, strict=True))
+            kernel, _nothing = _kernel(OPS._write_back.default, originals, placed, self._known.op)
+            _write_as(kernel, lambda args: f"{layout.imported('symmem.compile.calls')}.write_back({', '.join(args)})")
 
 
 def _backend(op: OpOverload) -> str | None:
@@ -241,17 +250,6 @@ def _is_dense(x: ir.TensorBox) -> bool:
     return True
 
 
-def _way(buffer: Any, one_sided: bool) -> str:
-    """How the runtime looks after an argument: see :meth:`symmem.compile.runtime.Graph.place`."""
-    if one_sided:
-        return "strict"
-    if is_within(buffer):
-        return "own"
-    # An operator may hand on an input, as a view; what else it returns lies where it likes, on each rank for itself.
-    outside = isinstance(buffer, ir.InputBuffer | ir.TorchBindObject) or buffer.get_inputs_that_alias_output()
-    return "agree" if outside else "copy"
-
-
 def _overlap(x: Any, y: Any) -> bool:
     """Whether two views of a buffer may have an element in common."""
     spans = []
@@ -274,19 +272,17 @@ def _kernel(op: OpOverload, *args: Any) -> tuple[Any, Any]:
     return made.inputs[0] if isinstance(made, ir.MultiOutput) else made, ir.TensorBox.create(made)
 
 
-def _call_as(kernel: Any, function: str, name: str | None, arguments: Callable[[list[str]], str]) -> None:
-    """Let generated Python call a function of the runtime itself, which takes a part of the time of an operator."""
+def _write_as(kernel: Any, code: Callable[[Sequence[str]], str]) -> None:
+    """Let generated Python call a function of the runtime itself, which takes a part of the time of an operator.
+
+    Args:
+        kernel: Which calls the operator.
+        code: The line, of the operator's arguments.
+    """
     if V.graph.cpp_wrapper:
         return
 
     def codegen(wrapper: Any) -> None:
-        if name is None:
-            layout.root_wrapper().add_import_once("import symmem.compile.runtime")
-            target = f"symmem.compile.runtime.{function}"
-        else:
-            target = f"{layout.emit_header(name)}().{function}"
-        args = arguments([*kernel.codegen_args(), *kernel.codegen_kwargs()])
-        returns = f"{kernel.get_name()} = " if function == "place" else ""
-        wrapper.writeline(f"{returns}{target}({args})")
+        wrapper.writeline(code([*kernel.codegen_args(), *kernel.codegen_kwargs()]))
 
     kernel.codegen = codegen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch._inductor.virtualized import V
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from symmem.compile.layout import root_wrapper
+from symmem.compile.layout import declare
+from symmem.ops.built_in import OWN_NAMESPACE
+from symmem.ops.collectives import KINDS
+from symmem.ops.engines import group_named
 
 __all__ = ["OutCall", "out_variant"]
 
@@ -99,13 +103,20 @@ class OutCall(ir.ExternKernelOut):
         shown = [_Shown(each.codegen_reference()) if isinstance(each, ir.IRNode) else each for each in flat]
         given = pytree.tree_unflatten(shown, spec)
         show: Any = V.graph.wrapper_code.val_to_arg_str
-        args = [f"{name}={show(value)}" for name, value in given.items()]
-        target = f"torch.ops.{self.op_overload}"
-        if self._op.namespace == "symmem":  # by a function of ours, which goes past the dispatcher
-            root_wrapper().add_import_once("import symmem.ops.functions")
-            target = f"symmem.ops.functions.{self._op._opname}"
-            args = [each.replace("group_name=", "group=", 1) for each in args]
-        wrapper.writeline(f"{target}({', '.join(args)}, out={self.codegen_reference()})")
+        if self._op.namespace == OWN_NAMESPACE and self._op._opname in KINDS:
+            x, *options, group = (given[each.name] for each in self._op._schema.arguments)
+            target = _collective(self._op._opname, group, options)
+            wrapper.writeline(f"{target}({show(x)}, {self.codegen_reference()})")
+        else:
+            args = [f"{name}={show(value)}" for name, value in given.items()]
+            wrapper.writeline(f"torch.ops.{self.op_overload}({', '.join(args)}, out={self.codegen_reference()})")
+
+
+def _collective(operation: str, group: str, options: Sequence[Any]) -> str:
+    """What calls one of our own operators past the dispatcher, one for all calls that differ in tensors alone."""
+    known = ", ".join(map(repr, (operation, group, group_named(group).size, *options)))
+    name = hashlib.sha256(known.encode()).hexdigest()[:12]
+    return declare("symmem.compile.calls", f"symmem_{operation}_{name}", f"collective({known})")
 
 
 class _Shown:

@@ -71,14 +71,15 @@ def producer(op: OpOverload, group: str | None) -> Callable[..., Any] | None:
         return None
 
     def lowered(*args: Any, **kwargs: Any) -> Any:
-        known = layout.state() or layout.start(uuid.uuid4().hex[:12])
+        if layout.state() is None:
+            layout.start(uuid.uuid4().hex[:12])
         fallback: Any = fallback_handler
         result = fallback(op, add_to_fallback_set=False)(*args, **kwargs)
         kernel: Any = V.graph.operations[-1]
         kernel = kernel.inputs[0] if isinstance(kernel, ir.MultiOutput) else kernel
 
         def codegen(wrapper: Any) -> None:
-            kernel.python_kernel_name = f"{layout.emit_header(known.name)}().within({group!r}, torch.ops.{op})"
+            kernel.python_kernel_name = f"{layout.emit_header()}.within({group!r}, torch.ops.{op})"
             type(kernel).codegen(kernel, wrapper)
 
         kernel.codegen, kernel.symmem_within = codegen, True

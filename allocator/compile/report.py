@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["ALREADY", "COPIED", "MARK", "PLACED", "Decision", "GraphReport", "Report", "reports_of"]
+__all__ = ["ALREADY", "COPIED", "GRAPH", "MARK", "PLACED", "Decision", "GraphReport", "Report", "name_in", "report_of"]
 
 MARK = "symmem decision: "
 """Before a decision, in a comment of the generated code."""
+
+GRAPH = "symmem graph: "
+"""Before the name of a graph, in a comment of the generated code."""
 
 PLACED = "placed"
 """Its producer writes to symmetric memory: no copy."""
@@ -89,7 +92,7 @@ class GraphReport:
     """One compiled graph.
 
     Attributes:
-        name: By which its memory is known.
+        name: Of the graph.
         decisions: One for each registered argument, in the order of the calls.
         buffers: The symmetric memory that it allocates for buffers of its own.
     """
@@ -175,30 +178,30 @@ def _bytes(nbytes: int | None) -> str:
     return f"{nbytes} B"
 
 
-_GRAPH = re.compile(r"^symmem_(\w+) = symmem\.compile\.runtime\.reference\(", re.MULTILINE)
+_GRAPH = re.compile(rf"^# {re.escape(GRAPH)}(\w+)$", re.MULTILINE)
 _DECISION = re.compile(rf"^(?:#|//) {re.escape(MARK)}(.*)$", re.MULTILINE)
 _TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_ALLOCATED = re.compile(rf"^\s*(\w+) = symmem_\w+\(\)\.(?:buffer|fresh)\([^'\"]*{_TEXT}, \(({_TEXT}),", re.MULTILINE)
+_RECORD = re.compile(rf"^(symmem_\w+) = symmem\.compile\.runtime\.Buffer\(.*\bgroups=\(({_TEXT}),", re.MULTILINE)
+_ALLOCATED = re.compile(r"^\s*(\w+) = symmem_running\.graph\.(?:buffer|fresh)\((\w+),", re.MULTILINE)
 _REUSED = re.compile(r"^\s*(\w+) = (?:reinterpret_tensor\()?(\w+)\b[^#\n]*;[^#\n]*# reuse", re.MULTILINE)
 
 
-def names_in(source: str) -> list[str]:
-    """The graphs that generated code refers to."""
-    return sorted(set(_GRAPH.findall(source)))
+def name_in(source: str) -> str | None:
+    """The name of the graph of generated code; None if it has no registered operator."""
+    found = _GRAPH.search(source)
+    return found and found.group(1)
 
 
-def reports_of(source: str) -> list[GraphReport]:
-    """Read off generated code what it does, so that code which comes out of a cache is reported as well."""
-    names = names_in(source)
-    if not names:
-        return []
+def report_of(name: str, source: str) -> GraphReport:
+    """Read off the generated code of a graph what it does: code which comes out of a cache is reported as well."""
     decisions = tuple(Decision.from_line(line) for line in _DECISION.findall(source))
-    return [GraphReport(names[0], decisions, tuple(_buffers(source, decisions)))]
+    return GraphReport(name, decisions, tuple(_buffers(source, decisions)))
 
 
 def _buffers(source: str, decisions: Sequence[Decision]) -> list[Buffer]:
     sizes = {each.buffer: each.nbytes for each in decisions}
-    groups = {name: ast.literal_eval(group) for name, group in _ALLOCATED.findall(source)}
+    homes = {record: ast.literal_eval(group) for record, group in _RECORD.findall(source)}
+    groups = {name: homes[record] for name, record in _ALLOCATED.findall(source)}
     users = {name: [name] for name in groups}
     home = {name: name for name in users}
     for new, old in _REUSED.findall(source):

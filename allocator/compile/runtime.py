@@ -2,7 +2,7 @@
 
 A compiled graph has a :class:`Graph` here, which keeps its buffers from one call to the next: an address never changes
 while shapes do not, and nothing is allocated in a warm call. It lives as long as the compiled function, which holds it;
-the generated module, which torch never lets go, has a :class:`Reference`.
+the generated module, which torch never lets go, has no more than a record of each buffer and argument.
 
 A graph's buffers hold nothing between two calls. One call must be over, on its stream, before another of the same graph
 begins: threads take turns, an operator cannot call the function that calls it, and compiled functions that communicate
@@ -11,26 +11,24 @@ are not to be run on two streams at once.
 
 from __future__ import annotations
 
-import functools
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from symmem import capture
+from symmem import capture, live
 from symmem.config.settings import load_settings
 from symmem.context import use_symmetric_memory
-from symmem.errors import NotSymmetricError, UnsupportedError
+from symmem.errors import NotSymmetricError
 from symmem.group import Group
 from symmem.live import Block, block_at
 from symmem.ops.checks import is_torchs
 from symmem.ops.engines import group_named
 from symmem.tensor import SymmetricTensor, find
 
-__all__ = ["CHANGES", "Graph", "Reference", "bound", "finish", "is_kept", "reference", "write_back"]
+__all__ = ["CHANGES", "Argument", "Buffer", "Graph", "is_kept"]
 
 log = logging.getLogger("symmem.compile")
 
@@ -38,7 +36,65 @@ CHANGES = 8
 """How often the address of an input in symmetric memory may change before it is copied from then on."""
 
 
-class _Buffer(NamedTuple):
+class Buffer(NamedTuple):
+    """What a graph knows of one of its buffers when it is compiled; the shape comes with each call.
+
+    Attributes:
+        number: Which buffer of the graph.
+        dtype: Of its elements.
+        device: Where.
+        groups: Names of the groups whose ranks reach it; the first one's memory it is.
+        backend: Memory of its own, of this backend; None for the group's arena.
+        keep: Whether memory that it has outgrown stays, for a CUDA graph that was captured with it.
+    """
+
+    number: int
+    dtype: torch.dtype
+    device: str
+    groups: tuple[str, ...]
+    backend: str | None
+    keep: bool
+
+    def allocate(self, sizes: Sequence[int], strides: Sequence[int], name: str) -> torch.Tensor:
+        """A new tensor for it. Collective if an arena grows."""
+        handle = SymmetricTensor.allocate(
+            sizes,
+            self.dtype,
+            self.device,
+            strides=strides,
+            group=group_named(self.groups[0]),
+            backend=self.backend,
+            arena=None if self.backend is None else False,
+            name=name,
+        )
+        for group in self.groups:
+            handle.rendezvous(group_named(group))
+        return handle.tensor
+
+
+class Argument(NamedTuple):
+    """What a graph knows of an argument that it looks after at run time.
+
+    Attributes:
+        number: Which argument of the graph.
+        group: Name of the operator's group.
+        backend: Of a copy: see :class:`Buffer`.
+        way: ``"agree"``: the ranks compare; ``"own"``: what lies in symmetric memory is taken as it is, for it comes
+            from an allocation that all ranks make alike; ``"strict"``: as that, and plain memory is an error;
+            ``"copy"``: it is copied, wherever it lies.
+        keep: Of a copy: see :class:`Buffer`.
+        op: The operator and the argument, for messages.
+    """
+
+    number: int
+    group: str
+    backend: str | None
+    way: str
+    keep: bool
+    op: str
+
+
+class _Made(NamedTuple):
     """One persistent buffer, as it was last asked for.
 
     Attributes:
@@ -77,7 +133,7 @@ class _Input:
 
     def holds(self, address: int) -> bool:
         """Whether all ranks have agreed on an address, and its memory is there still."""
-        return not self.each and address == self.address and self.block is not None and self.block() is not None
+        return address == self.address and self.block is not None and self.block() is not None and not self.each
 
     def agree(self, tensor: torch.Tensor, group: Group, place: str) -> bool:
         """Whether the argument is the same piece of symmetric memory on all ranks. Collective over the group."""
@@ -88,7 +144,7 @@ class _Input:
         self.changes += 1
         alike = block is not None and len(set(received)) == 1
         if not alike or (self.changes > CHANGES and not self.each):
-            self.copying = True
+            self.copying, self.block = True, None
             log.debug("%s: copied from now on, %s", place, "its address changes" if alike else "not alike on all ranks")
             return False
         assert block is not None
@@ -120,92 +176,50 @@ def _identity(block: Block | None, tensor: torch.Tensor, group: Group) -> Any:
 
 
 class Graph:
-    """The persistent memory of one compiled graph.
+    """The persistent memory of one compiled graph."""
 
-    Args:
-        name: As the generated code has it.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._buffers: dict[int, _Buffer] = {}
+    def __init__(self) -> None:
+        self._buffers: dict[int, _Made] = {}
         self._inputs: dict[int, _Input] = {}
+        self._finished: dict[int, tuple[int, weakref.ref[Block]]] = {}
         self._kept: list[torch.Tensor] = []
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of symmetric memory that it holds."""
-        return sum(each.capacity * each.tensor.element_size() for each in self._buffers.values())
-
-    def buffer(
-        self,
-        index: int,
-        sizes: Sequence[int],
-        strides: Sequence[int],
-        dtype: torch.dtype,
-        device: str,
-        groups: Sequence[str],
-        backend: str | None,
-        keep: bool,
-    ) -> torch.Tensor:
+    def buffer(self, buffer: Buffer, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
         """The tensor of a buffer, the same one at each call while its shape stays. Collective when it is made or grows.
 
         Args:
-            index: Which buffer of the graph.
+            buffer: Which.
             sizes: Its shape.
             strides: In elements.
-            dtype: Of its elements.
-            device: Where.
-            groups: Names of the groups whose ranks reach it; the first one's memory it is.
-            backend: Memory of its own, of this backend; None for the group's arena.
-            keep: Whether memory that it has outgrown stays, for a CUDA graph that was captured with it.
         """
-        known = self._buffers.get(index)
+        known = self._buffers.get(buffer.number)
         if known is not None and known.sizes == sizes and known.strides == strides and not known.group.closed:
             return known.tensor
-        return self._make(index, sizes, strides, dtype, device, groups, backend, keep)
+        return self._make(buffer, sizes, strides)
 
-    def _make(
-        self,
-        index: int,
-        sizes: Sequence[int],
-        strides: Sequence[int],
-        dtype: torch.dtype,
-        device: str,
-        groups: Sequence[str],
-        backend: str | None,
-        keep: bool,
-    ) -> torch.Tensor:
-        home = group_named(groups[0])
+    def _make(self, buffer: Buffer, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+        home = group_named(buffer.groups[0])
         needed = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         # Compiled code runs with and without inference mode; a tensor made in it could not be written to outside.
         with torch.inference_mode(False), torch.no_grad():
-            known = self._buffers.get(index)
+            known = self._buffers.get(buffer.number)
             if known is not None and known.group is home and needed <= known.capacity:
                 tensor, capacity = known.tensor.as_strided(sizes, strides), known.capacity
             else:
-                if known is not None and keep:
+                if known is not None and buffer.keep:
                     self._kept.append(known.tensor)
                 tensor = capture.apart(
-                    torch.device(device),
+                    torch.device(buffer.device),
                     "memory of compiled code cannot be allocated",
-                    lambda: _allocate(sizes, strides, dtype, device, groups, backend, f"compiled {index}"),
+                    lambda: buffer.allocate(sizes, strides, f"compiled {buffer.number}"),
                 )
                 capacity = needed
-        self._buffers[index] = _Buffer(tuple(sizes), tuple(strides), tensor, capacity, home)
+        self._buffers[buffer.number] = _Made(tuple(sizes), tuple(strides), tensor, capacity, home)
         return tensor
 
-    def fresh(
-        self,
-        sizes: Sequence[int],
-        strides: Sequence[int],
-        dtype: torch.dtype,
-        device: str,
-        groups: Sequence[str],
-        backend: str | None,
-    ) -> torch.Tensor:
+    def fresh(self, buffer: Buffer, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
         """A tensor that is returned, in memory that goes with it; see :meth:`buffer`. Collective if an arena grows."""
-        return _allocate(sizes, strides, dtype, device, groups, backend, "compiled result")
+        return buffer.allocate(sizes, strides, "compiled result")
 
     def within(self, group: str, op: Callable[..., Any]) -> Callable[..., Any]:
         """An operator whose results lie in the symmetric memory of a group: see :func:`symmem.use_symmetric_memory`."""
@@ -216,37 +230,32 @@ class Graph:
 
         return call
 
-    def place(
-        self, index: int, x: torch.Tensor, group: str, backend: str | None, way: str, keep: bool, op: str
-    ) -> torch.Tensor:
+    def place(self, argument: Argument, x: torch.Tensor) -> torch.Tensor:
         """An argument of an operator, in symmetric memory: itself if it lies there on all ranks, else a copy.
 
         Collective over the group at the first call, and when the address of what lies in symmetric memory changes.
 
         Args:
-            index: Which argument of the graph.
+            argument: Which.
             x: The argument; dense.
-            group: Name of the operator's group.
-            backend: See :meth:`buffer`.
-            way: ``"agree"``: the ranks compare; ``"own"``: what lies in symmetric memory is taken as it is, for it
-                comes from an allocation that all ranks make alike; ``"strict"``: as that, and plain memory is an error;
-                ``"copy"``: it is copied, wherever it lies.
-            keep: See :meth:`buffer`.
-            op: The operator and the argument, for messages.
 
         Raises:
             NotSymmetricError: It is plain memory, and a copy would be no use.
             PeerTimeoutError: A rank came with what was known already, and the others did not; names it.
         """
-        if x.numel() == 0 or (backend is not None and is_torchs(x)):  # whose operators find out by themselves
+        number, name, backend, way, keep, op = argument
+        known = self._inputs.get(number)
+        if known is not None and known.holds(x.data_ptr()):
+            return x
+        # Of torch's own memory, its operators find out by themselves whether it is the same on all ranks.
+        if x.numel() == 0 or (backend is not None and is_torchs(x, lambda: name)):
             return x
         if way == "agree":
-            known = self._inputs.get(index)
             if known is None:
-                known = self._inputs[index] = _Input(group_named(group))
-            if not known.copying and (known.holds(x.data_ptr()) or known.agree(x, group_named(group), op)):
+                known = self._inputs[number] = _Input(group_named(name))
+            if not known.copying and known.agree(x, group_named(name), op):
                 return x
-        elif way != "copy" and _block_of(x, group_named(group)) is not None:
+        elif way != "copy" and _block_of(x, group_named(name)) is not None:
             return x
         if way == "strict":
             raise NotSymmetricError(
@@ -255,128 +264,36 @@ class Graph:
                 hint=f"allocate it with symmem.allocate({tuple(x.shape)}, {x.dtype}, {str(x.device)!r}).tensor",
                 step=op,
             )
-        sizes, strides, copy = x.shape, x.stride(), self._buffers.get(index)
+        sizes, strides, copy = x.shape, x.stride(), self._buffers.get(number)
         if copy is not None and copy.sizes == sizes and copy.strides == strides and not copy.group.closed:
             return copy.tensor.copy_(x)
-        return self._make(index, sizes, strides, x.dtype, str(x.device), (group,), backend, keep).copy_(x)
+        return self._make(Buffer(number, x.dtype, str(x.device), (name,), backend, keep), sizes, strides).copy_(x)
+
+    def finish(self, number: int, tensors: Sequence[torch.Tensor], group: str) -> None:
+        """Wait for all ranks, on the stream: they have done with these arguments, which may then be written to again.
+
+        Args:
+            number: Which call of an operator of the graph.
+            tensors: Its arguments.
+            group: Name of its group.
+        """
+        known, reference = self._finished.get(number, _NONE)
+        block = reference() if known == tensors[0].data_ptr() else None
+        if block is None:
+            first = next((each for each in tensors if each.numel() and find(each) is not None), None)
+            if first is None:
+                return
+            block = block_at(first.data_ptr())
+            assert block is not None
+            if first is tensors[0]:
+                self._finished[number] = first.data_ptr(), weakref.ref(block)
+        resolved = group_named(group)
+        mapping = block.mappings.get(resolved)
+        capturing = tensors[0].is_cuda and capture.is_capturing(tensors[0].device)
+        if mapping is None or capturing or block.process != live._process:
+            SymmetricTensor(block, block.layout, lazy=True).barrier(group=resolved)
+        else:  # that, in a third of the time
+            block.signals(mapping).barrier(0, resolved.settings.signal_timeout)
 
 
-def _allocate(
-    sizes: Sequence[int],
-    strides: Sequence[int],
-    dtype: torch.dtype,
-    device: str,
-    groups: Sequence[str],
-    backend: str | None,
-    name: str,
-) -> torch.Tensor:
-    handle = SymmetricTensor.allocate(
-        sizes,
-        dtype,
-        device,
-        strides=strides,
-        group=group_named(groups[0]),
-        backend=backend,
-        arena=None if backend is None else False,
-        name=name,
-    )
-    for group in groups:
-        handle.rendezvous(group_named(group))
-    return handle.tensor
-
-
-class Reference(threading.local):
-    """For generated code: the graph that is running now, of those that were compiled to this code.
-
-    The same code may come out of a cache several times, and torch loads it as one module. Each compiled function has a
-    graph of its own all the same: if they shared one, whether it is there still would depend on when the collector ran
-    on a rank, and ranks would allocate differently.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.running = Graph(name)  # for a call from outside of a compiled function: nothing persists for long
-
-    def __call__(self) -> Graph:
-        """The graph."""
-        return self.running
-
-
-_references: dict[str, Reference] = {}
-
-
-def reference(name: str) -> Reference:
-    """The one reference of a name."""
-    return _references.setdefault(name, Reference(name))
-
-
-def bound(function: Callable[..., Any], graphs: Sequence[Graph]) -> Callable[..., Any]:
-    """A compiled function that runs with graphs of its own, and keeps them alive.
-
-    Raises:
-        UnsupportedError: It is called by an operator that it calls itself.
-    """
-    for graph in graphs:
-        function = _bound(function, reference(graph.name), graph)
-    return function
-
-
-def _bound(function: Callable[..., Any], known: Reference, graph: Graph) -> Callable[..., Any]:
-    turn, owner = threading.Lock(), 0
-
-    @functools.wraps(function)
-    def call(inputs: Any) -> Any:
-        nonlocal owner
-        if owner == threading.get_ident():
-            raise UnsupportedError(
-                "a compiled function with registered operators is called within its own call, and would overwrite "
-                "its buffers in symmetric memory",
-                hint="let the operator that calls it call another function, compiled by itself",
-            )
-        with turn:
-            owner, before = threading.get_ident(), known.running
-            known.running = graph
-            try:
-                return function(inputs)
-            finally:
-                owner, known.running = 0, before
-
-    return call
-
-
-# Operators by which the graph says what it does with an argument, so that the compiler orders it with all else. Code in
-# Python calls the functions themselves; these kernels are for code in C++.
-
-LIBRARY: Any = torch.library.Library("symmem", "FRAGMENT")  # type: ignore[no-untyped-call]  # so are its methods
-
-
-def write_back(x: torch.Tensor, placed: torch.Tensor) -> None:
-    """Copy what an operator has written to the copy of an argument to the argument itself."""
-    if placed.data_ptr() != x.data_ptr():
-        x.copy_(placed)
-
-
-def finish(tensors: Sequence[torch.Tensor], group: str) -> None:
-    """Wait for all ranks, on the stream: they have done with these arguments, which may then be written to again."""
-    handle = next((known for each in tensors if each.numel() and (known := find(each)) is not None), None)
-    if handle is not None:
-        handle.barrier(group=group_named(group))
-
-
-def _place(
-    x: torch.Tensor, name: str, index: int, group: str, backend: str | None, way: str, keep: bool, op: str
-) -> torch.Tensor:
-    placed = reference(name)().place(index, x, group, backend, way, keep, op)
-    return x.view_as(x) if placed is x else placed
-
-
-LIBRARY.define(
-    "_place(Tensor(a) x, str name, int index, str group, str? backend, str way, bool keep, str op) -> Tensor(a)"
-)
-LIBRARY.impl("_place", _place, "CompositeExplicitAutograd")
-torch.library.register_fake("symmem::_place", lambda x, *rest: x.view_as(x), lib=LIBRARY)
-LIBRARY.define("_write_back(Tensor(a!) x, Tensor placed) -> ()")
-LIBRARY.impl("_write_back", write_back, "CompositeExplicitAutograd")
-torch.library.register_fake("symmem::_write_back", lambda x, placed: None, lib=LIBRARY)
-LIBRARY.define("_finish(Tensor(a!)[] tensors, str group) -> ()")
-LIBRARY.impl("_finish", finish, "CompositeExplicitAutograd")
-torch.library.register_fake("symmem::_finish", lambda tensors, group: None, lib=LIBRARY)
+_NONE: tuple[int, Callable[[], Block | None]] = (-1, lambda: None)

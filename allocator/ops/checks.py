@@ -11,10 +11,11 @@ Where it is checked, and what that costs:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -133,10 +134,13 @@ def _setting(known: Registration, args: Sequence[Any], kwargs: Mapping[str, Any]
 def _misplaced(
     known: Registration, args: Sequence[Any], kwargs: Mapping[str, Any] | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    return (each for each in known.tensors_of(args, kwargs) if not _is_in_place(each[1]))
+    def group() -> str:
+        return known.group_of(args, kwargs).name
+
+    return (each for each in known.tensors_of(args, kwargs) if not _is_in_place(each[1], group))
 
 
-def _is_in_place(tensor: torch.Tensor) -> bool:
+def _is_in_place(tensor: torch.Tensor, group: Callable[[], str]) -> bool:
     """Whether a tensor lies in symmetric memory, or in none at all."""
     if tensor.device.type == "meta" or tensor.numel() == 0 or _dispatches(type(tensor)):
         return True
@@ -146,17 +150,34 @@ def _is_in_place(tensor: torch.Tensor) -> bool:
     block = block_at(address)
     if block is not None:
         return not block.closed and block.allocation.device == tensor.device
-    return is_torchs(tensor)
+    return is_torchs(tensor, group)
 
 
-def is_torchs(tensor: torch.Tensor) -> bool:
-    """Whether a tensor lies in symmetric memory that torch has allocated, and symmem knows nothing of."""
-    try:
-        from torch._C._distributed_c10d import _SymmetricMemory
+def is_torchs(tensor: torch.Tensor, group: Callable[[], str]) -> bool:
+    """Whether a tensor lies in symmetric memory that torch has allocated, and symmem knows nothing of.
 
-        return bool(_SymmetricMemory.is_symm_mem_tensor(tensor))
-    except (ImportError, AttributeError, RuntimeError):  # no distributed, an older torch, no allocator of the device
+    Local from torch 2.12 on. Until then torch tells only by a rendezvous, as the operator does that takes the tensor:
+    collective over the group the first time, of a tensor that is.
+
+    Args:
+        tensor: It has memory.
+        group: The name of the operator's group.
+    """
+    if not dist.is_available():
         return False
+    memory: Any = torch._C._distributed_c10d._SymmetricMemory
+    if hasattr(memory, "is_symm_mem_tensor"):
+        return bool(memory.is_symm_mem_tensor(tensor))
+    if not tensor.is_cuda:  # there is none elsewhere
+        return False
+    try:
+        return memory.rendezvous(tensor, group()) is not None
+    except GroupError:  # by which the operator does not find it either
+        return False
+    except RuntimeError as error:  # by the transports NVSHMEM and NCCL; CUDA returns None
+        if "not within any SymmetricMemory allocation" in str(error):
+            return False
+        raise
 
 
 def _error(known: Registration, place: str, tensor: torch.Tensor) -> NotSymmetricError:
@@ -186,7 +207,7 @@ class _Copies:
         """A value of the call with its plain tensors replaced."""
         if isinstance(value, list | tuple):
             return type(value)([self.placed(each) for each in value])
-        if not isinstance(value, torch.Tensor) or _is_in_place(value):
+        if not isinstance(value, torch.Tensor) or _is_in_place(value, lambda: self._group.name):
             return value
         key = _geometry(value)
         if key not in self._made:

@@ -32,7 +32,9 @@ class Part:
         return getattr(importlib.import_module(f"symmem.compile.{self._name}"), name)
 
 
-hook, runtime, explaining, control = Part("hook"), Part("runtime"), Part("explaining"), Part("control")
+hook, wrappers = Part("hook"), Part("wrappers")
+runtime, running = Part("runtime"), Part("running")
+explaining, control = Part("explaining"), Part("control")
 
 LIB = symmem.ops.Library("ct", "DEF")
 POINTERS: list[int] = []  # of the arguments that operators were given
@@ -312,11 +314,12 @@ def case_symmetric_inputs_that_change() -> None:
     tensors = [symmem.allocate((4, 6), dtype=torch.float32).tensor for _ in range(runtime.CHANGES + 3)]
     run = compiled(lambda x: ct.total(x, name))
     POINTERS.clear()
+    tensors.append(tensors[runtime.CHANGES - 1])  # which was used as it is, and is not any more
     for step, tensor in enumerate(tensors):
         tensor.copy_(values(4, 6, seed=step))
         torch.testing.assert_close(run(tensor), summed(tensor))
     used = [pointer == tensor.data_ptr() for pointer, tensor in zip(POINTERS, tensors, strict=True)]
-    assert used == [True] * runtime.CHANGES + [False] * 3
+    assert used == [True] * runtime.CHANGES + [False] * 4
 
 
 def case_one_rank_is_plain() -> None:
@@ -580,6 +583,67 @@ def case_own_operators() -> None:
     check(f, lambda step: (values(4, 4, seed=step),), expected)
 
 
+def case_own_operators_of_all_kinds() -> None:
+    """Compiled code calls them past the dispatcher, unless a profiler is to see them; of memory of any strides."""
+    name = group()
+
+    def f(x: torch.Tensor) -> Any:
+        return (
+            symmem.ops.all_reduce(x, name, "max"),
+            symmem.ops.all_gather(x * 2, name),
+            symmem.ops.reduce_scatter(x, name) + 1,
+            symmem.ops.all_to_all(x, name),
+            symmem.ops.broadcast(x + 1, name, 1),
+            torch.ops.symmem.all_reduce(group_name=name, reduction="min", x=x + 2),
+        )
+
+    torch._dynamo.reset()
+    run = compiled(f)
+    for step in range(3):
+        whole = values(4, 2, 5, seed=step)
+        for x in (whole[:2].contiguous(), whole[::2], whole[:2].transpose(1, 2)):
+            torch.testing.assert_close(run(x), f(x))
+    x = values(2, 3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        run(x)
+    events: Any = profiled.events()
+    assert "symmem::all_gather_out" in {each.name for each in events}
+    engine, sources = type(symmem.resolve_group().engines[device()]), []
+    with pytest.MonkeyPatch.context() as patch:
+        known = engine.all_gather
+        patch.setattr(engine, "all_gather", lambda self, x, out: (sources.append(x), known(self, x, out)))
+        compiled(lambda x: symmem.ops.all_gather(x, name))(values(2, 3).t())
+        assert sources.pop().is_contiguous()  # as an engine needs it
+    conjugate = torch.view_as_complex(values(2, 2, 2)).conj()
+    torch.testing.assert_close(
+        compiled(lambda x: symmem.ops.all_gather(x, name))(conjugate), symmem.ops.all_gather(conjugate, name)
+    )
+
+
+def case_own_operators_of_a_group_that_changes() -> None:
+    """Shapes depend on the number of ranks: code for another number is neither run, nor taken from a cache (G2)."""
+    rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
+
+    def made(size: int) -> symmem.Group:
+        prefix = "changing" if size == 2 else f"changing, {rank} alone"
+        return symmem.Group.from_store(rank % size, size, dist.PrefixStore(prefix, store), "changing")
+
+    torch._dynamo.reset()
+    f = lambda x: symmem.ops.all_gather(x + 1, "changing")  # noqa: E731
+    run, x = compiled(f), values(3)
+    both = made(2)
+    assert torch.equal(run(x), symmem.ops.all_gather(x + 1, both))
+    both.close()
+    with pytest.raises(GroupError):
+        run(x)
+    alone = made(1)
+    with pytest.raises(GroupError, match="compiled for the group 'changing' of 2 ranks, which has 1 now"):
+        run(x)
+    torch._dynamo.reset()
+    assert torch.equal(compiled(f)(x), x.add(1).unsqueeze(0))
+    alone.close()
+
+
 def case_nothing_registered() -> None:
     torch._dynamo.reset()
     with explaining.reporting() as report:
@@ -798,6 +862,25 @@ def case_memory_goes_with_the_function() -> None:
     assert [graph() for graph in graphs] == [None]
 
 
+def case_each_function_has_a_graph_of_its_own() -> None:
+    """Of functions that run one module; within one another as well, and the graph goes with the function."""
+
+    def now(inputs: Any) -> Any:
+        return running.running.graph
+
+    def seen() -> list[Any]:
+        outside, inner = now([]), running.bound(now)
+        first, second, third = running.bound(lambda inputs: (now(inputs), inner(inputs), now(inputs)))([])
+        assert first is third is not second
+        assert inner([]) is second
+        assert now([]) is outside not in (first, second)
+        return [weakref.ref(first), weakref.ref(second)]
+
+    graphs = seen()
+    gc.collect()
+    assert [graph() for graph in graphs] == [None, None]
+
+
 def case_options() -> None:
     with pytest.raises(InvalidArgumentError, match="a mode or options, not both"):
         control.backend(None, [], mode="default", options={})  # type: ignore
@@ -815,12 +898,12 @@ def case_cuda_graphs_know_symmetric_inputs() -> None:
         calls.append((tuple(static_input_idxs), options))
         return lambda inputs: [*inputs, "ran"]
 
-    wrapped = hook._cudagraphify(stock)
+    wrapped = wrappers._cudagraphify(stock)
     kept, runtime_module = runtime.is_kept, importlib.import_module("symmem.compile.runtime")
     runtime_module.is_kept = lambda value: value == "symmetric"  # type: ignore[attr-defined]
     try:
         assert wrapped(None, (2,), device_index=0)([1]) == [1, "ran"]
-        with hook._captured(True):
+        with wrappers._captured(True):
             run = wrapped(None, (2,), device_index=0)
         assert len(calls) == 1
         inputs = ["symmetric", "plain", "weight", "symmetric"]
@@ -833,7 +916,7 @@ def case_cuda_graphs_know_symmetric_inputs() -> None:
 def case_cuda_graphs_are_captured_without_the_look_at_inputs() -> None:
     """The node that looks where an input lies is left out of the capture; others are torch's to judge."""
     hook.install()
-    judged = hook._should_partition(lambda self, node: "torch's")
+    judged = wrappers._should_partition(lambda self, node: "torch's")
 
     class Node:
         node: Any = None
@@ -850,7 +933,7 @@ def case_unknown_torch() -> None:
 
     def changed(self: Any, target: Any, args: Any) -> None: ...
 
-    lowering = hook.GraphLowering
+    lowering = wrappers.GraphLowering
     known, lowering.call_function = lowering.call_function, changed
     try:
         with pytest.raises(UnsupportedError, match=r"GraphLowering.call_function takes \('self', 'target', 'args'\)"):

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from compile_cases import check, compiled, ct, define, explaining, group, handle_of, outcomes, runtime, summed, values
+from compile_cases import check, compiled, ct, define, explaining, group, handle_of, outcomes, running, summed, values
 from torch.utils.checkpoint import checkpoint
 
 import symmem
 from symmem.compile.report import COPIED, PLACED
-from symmem.errors import UnsupportedError
+from symmem.errors import InvalidArgumentError, UnsupportedError
 
 
 def echo(x: torch.Tensor, group: str) -> torch.Tensor:
@@ -274,6 +274,32 @@ def case_inputs_that_share_memory() -> None:
         given = symmetric.copy_(whole) if step % 2 else whole
         torch.testing.assert_close(run(given[:4], given[2:]), (peer(wanted[2:]), peer(wanted[:4])))
         torch.testing.assert_close(given, wanted)
+
+
+def case_written_inputs_that_share_memory() -> None:
+    """Compiled for inputs that do not, and torch looks no more: one copy would overwrite the other (C1)."""
+    name = group()
+    f = lambda x, y: ct.pair_plus_(x, y, name)  # noqa: E731
+    refused = pytest.raises(
+        InvalidArgumentError, match="ct::pair_plus_ writes to several arguments, which share memory"
+    )
+    torch._dynamo.reset()
+    run = compiled(f)
+    one, other, whole = torch.zeros(5), torch.zeros(5), torch.zeros(10)
+    run(one, other)
+    run(whole[:5], whole[5:])
+    assert torch.cat((one, other, whole)).eq(1).all()
+    for offset in (0, 4):
+        with refused:
+            run(whole[:5], whole[offset : offset + 5])
+    assert whole.eq(1).all()
+    # Where they lie in symmetric memory nothing is copied, and they may.
+    torch._dynamo.reset()
+    run = compiled(f)
+    one, other, whole = (symmem.allocate(size, dtype=torch.float32).tensor.zero_() for size in (5, 5, 8))
+    run(one, other)
+    run(whole[:5], whole[3:])
+    assert whole.tolist() == [1, 1, 1, 2, 2, 1, 1, 1]
 
 
 def case_results_that_alias() -> None:
@@ -610,7 +636,7 @@ def case_within_itself() -> None:
     def function(inputs: Any) -> Any:
         return calls[0](inputs) if inputs else "done"
 
-    calls.append(runtime.bound(function, [runtime.Graph("within_itself")]))
+    calls.append(running.bound(function))
     with pytest.raises(UnsupportedError, match="within its own call"):
         calls[0]([1])
     assert calls[0]([]) == "done"

@@ -30,9 +30,7 @@ contenders, counts, costs, graphs = (Part(f"compiled_{name}") for name in ("cont
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    cache = tmp_path_factory.mktemp("inductor")
-    env = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+def pool(env: dict[str, str]) -> Iterator[RankPool]:
     with RankPool(2, env=env, timeout=100) as made:
         yield made
 
@@ -45,7 +43,7 @@ cpp_fused_add_0 = async_compile.cpp_pybinding(['const float*'], r'''
 extern "C" void kernel(const float* in_ptr0)
 ''')
 def call(self, args):
-    buf0 = symmem_0f().buffer(1, (8, 64), (64, 1), torch.bfloat16, 'cpu', ('0',), None, False)
+    buf0 = symmem_running.graph.buffer(symmem_1, (8, 64), (64, 1))
     cpp_fused_add_0(arg0_1, buf0)
     buf1 = empty_strided_cpu((8, 64), (64, 1), torch.bfloat16)
     torch.ops.symmem.all_reduce_out.default(x=buf0, reduction='sum', group_name='0', out=buf1)
@@ -66,9 +64,9 @@ def counted() -> tuple[int, ...]:
 
     within = partial(graphs.BENCH.total, handle.tensor.fill_(1), name)
     return (
-        counts.copies(eager, "cpu"),
-        counts.copies(within, "cpu"),
-        counts.copies(within, "cpu", CODE),
+        sum(counts.copies(eager, "cpu")),
+        sum(counts.copies(within, "cpu")),
+        sum(counts.copies(within, "cpu", CODE)),
         counts.allocations(lambda: dist.all_reduce(x @ x)),
         counts.buffers(CODE),
         counts.buffers(CODE.replace("empty_strided_p2p", "other")),
@@ -80,19 +78,24 @@ def test_what_is_counted(pool: RankPool) -> None:
 
 
 KERNELS = {
-    "Memcpy DtoD (Device -> Device)": True,
-    "void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)>": True,
-    "triton_poi_fused_clone_0": True,
-    "triton_tem_fused_mm_0": False,
-    "nvjet_tst_64x8_64x16_4x1_v_bz_NNT": False,
-    "void one_shot_all_reduce_kernel<c10::BFloat16, 16>": False,
-    "one_shot": False,
-    "ncclDevKernel_AllReduce_Sum_bf16_RING_LL": False,
+    "Memcpy DtoD (Device -> Device)": (True, False),
+    "Memcpy HtoD (Pageable -> Device)": (False, False),
+    "void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)>": (
+        False,
+        True,
+    ),
+    "triton_poi_fused_clone_0": (False, True),
+    "triton_tem_fused_mm_0": (False, False),
+    "nvjet_tst_64x8_64x16_4x1_v_bz_NNT": (False, False),
+    "void one_shot_all_reduce_kernel<c10::BFloat16, 16>": (False, False),
+    "one_shot": (False, False),
+    "ncclDevKernel_AllReduce_Sum_bf16_RING_LL": (False, False),
 }
+"""Whether it is a copy by the copy engine, and whether it is one by a kernel."""
 
 
-def copying() -> dict[str, bool]:
-    return {name: counts.is_copy(name) for name in KERNELS}
+def copying() -> dict[str, tuple[bool, bool]]:
+    return {name: (counts.is_engine_copy(name), counts.is_copy_kernel(name)) for name in KERNELS}
 
 
 def test_kernels_that_copy(pool: RankPool) -> None:
@@ -129,7 +132,40 @@ def attempt() -> Any:
 
 
 def test_a_peer_that_fails_on_one_rank_is_left_out_on_all(pool: RankPool) -> None:
-    assert pool.run(attempt) == [(None, ["inductor is left out: AssertionError: not here"])] * 2
+    assert pool.run(attempt) == [(False, ["inductor is left out: AssertionError: not here"])] * 2
+
+
+def failing_peer() -> tuple[list[str], list[str]]:
+    """Who is lined up, and what was called, where stock Inductor compiles but cannot run: it fails amid a call."""
+    module: Any = importlib.import_module("symmem.tools.bench.compiled_contenders")
+    before, called, x = module.compiled, [], torch.ones(2)
+
+    def compiled(function: Any, backend: str | None, mode: str | None, *args: Any) -> Any:
+        def call(*args: Any) -> torch.Tensor:
+            called.append(f"{backend}, {before_reset}")
+            if backend == "inductor" and function is torch.neg:
+                raise RuntimeError("no")
+            return x
+
+        before_reset = resets[0]
+        return counts.Compiled(call, "")
+
+    resets, forget = [0], module._forget
+    module._forget = lambda: (resets.__setitem__(0, resets[0] + 1), forget())
+    module.compiled = compiled
+    functions = {"": (torch.abs, "symmem"), "one": (torch.abs, "inductor"), "two": (torch.neg, "inductor")}
+    try:
+        found = contenders.line_up(functions, None, lambda name, step: (x,), lambda step: x)
+    finally:
+        module.compiled, module._forget = before, forget
+    return list(found), called
+
+
+def test_who_is_lined_up_was_compiled_after_the_last_failure(pool: RankPool) -> None:
+    """A failure ends the CUDA graphs of all that was compiled before."""
+    for found, called in pool.run(failing_peer):
+        assert found == ["", "one"]
+        assert called == ["inductor, 0"] * 4 + ["inductor, 1"] + ["symmem, 2"] * 4 + ["inductor, 2"] * 4
 
 
 # Figures.
@@ -153,16 +189,18 @@ def test_an_input_is_copied_unless_it_is_symmetric(pool: RankPool) -> None:
 def partial_input() -> dict[str, int]:
     """Without stock Inductor, which needs a C++ compiler here."""
     known = contenders.attempted
-    importlib.import_module("symmem.tools.bench.compiled_contenders").attempted = lambda name, make: None
+    importlib.import_module("symmem.tools.bench.compiled_contenders").attempted = lambda name, make: False
     try:
-        return {name: each.copies for name, each in contenders.graph_input("cpu", 64, None).items()}
+        return {name: sum(each.copies) for name, each in contenders.graph_input("cpu", 64, None).items()}
     finally:
         importlib.import_module("symmem.tools.bench.compiled_contenders").attempted = known
 
 
 def test_costs_are_of_what_is_placed(pool: RankPool) -> None:
     for found in pool.run(few_calls):
-        assert list(found) == [(kind, count) for count in (1, 2) for kind in ("placed", "input", "symmetric")]
+        kinds = ("placed", "input", "copy", "input_beside_copy", "symmetric")
+        assert list(found) == [(kind, count) for count in (1, 2) for kind in kinds]
+        assert all(found["copy", count] > 0 for count in (1, 2))
 
 
 def few_calls() -> dict[tuple[str, int], float]:

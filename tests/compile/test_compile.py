@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,18 +18,6 @@ from symmem.tools.ranks import RankPool
 
 HERE = Path(__file__).parent
 CASES = re.findall(r"^def (case_\w+)", (HERE / "compile_cases.py").read_text(), re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("inductor")
-
-
-@pytest.fixture(scope="module", params=["cold", "warm"])
-def pool(request: pytest.FixtureRequest, cache: Path) -> Iterator[RankPool]:
-    env = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    with RankPool(2, env=env, timeout=100) as made:
-        yield made
 
 
 def run_case(name: str) -> object:
@@ -43,13 +30,10 @@ def test_case(pool: RankPool, name: str) -> None:
     pool.run(run_case, name)
 
 
-def test_one_rank_alone_changes_its_tensor(cache: Path) -> None:
+def test_one_rank_alone_changes_its_tensor(env: dict[str, str]) -> None:
     """Both ranks learn of it (G2); neither gets a wrong result."""
-    env = {
-        "TORCHINDUCTOR_CACHE_DIR": str(cache),
-        "SYMMEM_ENABLE": "rendezvous_timeout(2s),signal_timeout(4s)",
-    }
-    with RankPool(2, env=env, timeout=60) as pool:
+    short = {"SYMMEM_ENABLE": "rendezvous_timeout(2s),signal_timeout(4s)"}
+    with RankPool(2, env={**env, **short}, timeout=60) as pool:
         results = pool.run(run_case, "one_changes")
     assert all("nothing" not in each for each in results), results
     assert PeerTimeoutError.__name__ in results[1]

@@ -19,18 +19,7 @@ from symmem.tools.ranks import RankPool
 
 HERE = Path(__file__).parent
 CASES = re.findall(r"^def (case_\w+)", (HERE / "fault_cases.py").read_text(), re.MULTILINE)
-ENV = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "SYMMEM_ENABLE": "rendezvous_timeout(10s),signal_timeout(10s)"}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("inductor")
-
-
-@pytest.fixture(scope="module", params=["cold", "warm"])
-def pool(request: pytest.FixtureRequest, cache: Path) -> Iterator[RankPool]:
-    with RankPool(2, env={**ENV, "TORCHINDUCTOR_CACHE_DIR": str(cache)}, timeout=100) as made:
-        yield made
+ENV = {"SYMMEM_ENABLE": "rendezvous_timeout(10s),signal_timeout(10s)"}
 
 
 def run_case(name: str) -> object:
@@ -44,13 +33,9 @@ def test_case(pool: RankPool, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def frail(cache: Path) -> Iterator[RankPool]:
-    env = {
-        **ENV,
-        "TORCHINDUCTOR_CACHE_DIR": str(cache),
-        "SYMMEM_ENABLE": "rendezvous_timeout(20s),signal_timeout(20s),arena_size(1MiB),arena_limit(2MiB)",
-    }
-    with RankPool(2, env=env, timeout=60) as made:
+def frail(env: dict[str, str]) -> Iterator[RankPool]:
+    settings = "rendezvous_timeout(20s),signal_timeout(20s),arena_size(1MiB),arena_limit(2MiB)"
+    with RankPool(2, env={**env, "SYMMEM_ENABLE": settings}, timeout=60) as made:
         yield made
 
 

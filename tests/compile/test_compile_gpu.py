@@ -43,8 +43,8 @@ ENV = {"SYMMEM_TEST_DEVICE": "cuda", "SYMMEM_ENABLE": "signal_timeout(20s),rende
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    with RankPool(2, env={**ENV, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor"))}) as made:
+def pool(env: dict[str, str]) -> Iterator[RankPool]:
+    with RankPool(2, env=env) as made:
         yield made
 
 

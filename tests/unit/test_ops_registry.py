@@ -14,7 +14,8 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ import symmem
 from symmem import ops
 from symmem.errors import ConfigError, GroupError, InvalidArgumentError, NotSymmetricError
 from symmem.ops import built_in, upstream
+from symmem.ops.checks import is_torchs
 from symmem.ops.collectives import KINDS
 from symmem.tools import cli
 from symmem.tools.ranks import RankPool
@@ -912,6 +914,33 @@ def test_memory_that_torch_allocated_is_symmetric(define: Define, monkeypatch: p
     ops.check(name, (x,))
     with pytest.raises(NotSymmetricError):
         ops.check(name, (torch.ones(2),))
+
+
+@pytest.mark.parametrize("transport", ["CUDA", "NVSHMEM"])
+def test_memory_that_an_older_torch_allocated_is_symmetric(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 tells by a rendezvous alone, and its transports do not tell alike of other memory."""
+    asked = []
+
+    class Older:
+        @staticmethod
+        def rendezvous(tensor: Any, group: str) -> Any:
+            asked.append(group)
+            if tensor is theirs:
+                return object()
+            if tensor is broken:
+                raise RuntimeError("CUDA error")
+            if transport == "CUDA":
+                return None
+            raise RuntimeError("Pointer not within any SymmetricMemory allocation, is the tensor allocated from it?")
+
+    monkeypatch.setattr("torch._C._distributed_c10d._SymmetricMemory", Older)
+    theirs, plain, broken = (cast("torch.Tensor", SimpleNamespace(is_cuda=True)) for _ in range(3))
+    assert is_torchs(theirs, lambda: "tp")
+    assert not is_torchs(plain, lambda: "tp")
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        is_torchs(broken, lambda: "tp")
+    assert not is_torchs(torch.ones(1), lambda: "tp")  # which no transport is for
+    assert asked == ["tp"] * 3
 
 
 def test_a_failed_op_leaves_the_callers_tensors(define: Define, group: str) -> None:

@@ -25,7 +25,7 @@ from symmem.tools.bench.progress import SILENT, Progress
 from symmem.tools.bench.timing import slowest
 from symmem.tools.ranks import RankPool
 
-__all__ = ["BATCH", "LAYERS", "PARTS", "Compiling", "Found", "measure", "run"]
+__all__ = ["BATCH", "LAYERS", "PARTS", "Compiling", "Copies", "Found", "measure", "run"]
 
 PARTS = ("overhead", "compile", "chain", "input")
 
@@ -38,11 +38,18 @@ _MODES: dict[str, tuple[tuple[str, str | None], ...]] = {
 """Ending of a figure's name, and mode of torch.compile."""
 
 
+class Copies(NamedTuple):
+    """Copies of one call: by the copy engine of a GPU, and by kernels; on the CPU, all count as the latter."""
+
+    engine: int
+    kernel: int
+
+
 class Found(NamedTuple):
     """Of one contender: buffers, copies, and seconds of one call in each round."""
 
     buffers: int
-    copies: int
+    copies: Copies
     seconds: list[float]
 
 
@@ -62,7 +69,8 @@ def _figures(part: str, backend: str, world: int, nbytes: int, ending: str, resu
     """Of a chain or an input: ours, each beside all peers. Of seconds, in each round those of the slowest rank."""
     first = results[0]
     measured: dict[tuple[str, str], dict[str, float]] = {
-        ("_copies", "count"): {name: first[name].copies for name in first},
+        ("_copies", "count"): {name: sum(first[name].copies) for name in first},
+        ("_engine_copies", "count"): {name: first[name].copies.engine for name in first},
         ("", "us"): {name: statistics.median(slowest([r[name].seconds for r in results])) * 1e6 for name in first},
     }
     if part == "chain":
@@ -96,7 +104,8 @@ def measure(
                 progress.step(f"host_overhead, {world} ranks")
                 results = pool.run(_on_rank, "costs", "overhead", device_type)
                 for kind, count in results[0]:
-                    value = max(each[kind, count] for each in results) * 1e6
+                    # Ranks do not wait for one another here: what disturbs one of them is no part of it.
+                    value = statistics.median(each[kind, count] for each in results) * 1e6
                     yield Figure(f"host_overhead_{kind}_{count}", backend, world, 0, value, "us")
             if "compile" in parts:
                 progress.step(f"compile_time, {world} ranks")

@@ -27,21 +27,25 @@ _ROUNDS = 15
 log = logging.getLogger("symmem.bench")
 
 
-def attempted(name: str, make: Callable[[], Compiled]) -> Compiled | None:
-    """What a peer makes of it; None, and a warning, if it cannot do it on some rank. Collective over all ranks."""
-    made, failure = None, ""
+def attempted(name: str, make: Callable[[], object]) -> bool:
+    """Whether a peer can do it on all ranks; a warning if not. Collective over all ranks."""
+    failure = ""
     try:
-        made = make()
+        make()
     except Exception as error:  # whatever it is: torch's compiler wraps what went wrong, and so it is told
         failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        if torch.cuda.is_available():
-            reset_cudagraph_trees()  # a failure amid a warm-up leaves them in a state that fails for all
     with symmem.resolve_group().collective(name) as collective:
         failures = [each.payload.decode() for each in collective.exchange("whether it compiles", failure.encode())]
     if any(failures):
         log.warning("%s is left out: %s", name, next(filter(None, failures)))
-        return None
-    return made
+    return not any(failures)
+
+
+def _forget() -> None:
+    """Compile anew what is compiled so far: a failure amid a warm-up of CUDA graphs leaves all of them unusable."""
+    torch._dynamo.reset()
+    if torch.cuda.is_available():
+        reset_cudagraph_trees()
 
 
 def line_up(
@@ -52,6 +56,9 @@ def line_up(
 ) -> dict[str, Compiled]:
     """Compile all, and check what they return, before anything is timed. Collective over all ranks.
 
+    Stock Inductor may fail, and a failure may end all CUDA graphs of this process. So it is attempted before the others
+    are compiled, and compiled anew with them if it can do it.
+
     Args:
         functions: What is compiled, and by what, by name.
         mode: Of torch.compile.
@@ -61,15 +68,22 @@ def line_up(
     Raises:
         WrongResultError: One returns something else.
     """
-    found = {}
-    for name, (function, backend) in functions.items():
-        make = partial(compiled, function, backend, mode, *arguments(name, 0))
-        made = attempted(f"{name}, mode {mode}", make) if backend == "inductor" else make()
-        if made is not None:
-            found[name] = made
-            for step in range(4):  # a CUDA graph is captured by the second call, and replayed by the third
-                graphs.compare(name, made.call(*arguments(name, step)), expected(step))
-    return found
+
+    def make(name: str, check: bool = True) -> Compiled:
+        function, backend = functions[name]
+        made = compiled(function, backend, mode, *arguments(name, 0))
+        for step in range(4):  # a CUDA graph is captured by the second call, and replayed by the third
+            result = made.call(*arguments(name, step))
+            if check:
+                graphs.compare(name, result, expected(step))
+        return made
+
+    unable = set()
+    for name in (each for each, (_function, backend) in functions.items() if backend == "inductor"):
+        if not attempted(f"{name}, mode {mode}", partial(make, name, check=False)):
+            unable.add(name)
+        _forget()
+    return {name: make(name) for name in functions if name not in unable}
 
 
 def sample(

@@ -6,7 +6,7 @@ import cProfile
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,10 @@ _ARGUMENTS = (1, 8)
 
 @torch.no_grad()
 def overhead(device_type: str) -> dict[tuple[str, int], float]:
-    """On each rank: seconds that a call takes more for each registered argument, by its kind and their number."""
+    """On each rank: seconds that a call takes more for each registered argument, by its kind and their number.
+
+    ``copy`` is what the copy of a plain input takes by itself, from tensor to tensor; ``input_beside_copy`` is without.
+    """
     torch._dynamo.reset()
     clock, found = clock_of(device_type), {}
     for count in _ARGUMENTS:
@@ -48,16 +51,27 @@ def overhead(device_type: str) -> dict[tuple[str, int], float]:
                 compiled(make(op), backend, None, argument)
                 for op, backend in ((BENCH.take, "symmem"), (BENCH.take_any, "inductor"))
             )
-            asked = ours.source.count("().buffer(" if kind == "placed" else "().place(")
+            asked = ours.source.count(".graph.buffer(" if kind == "placed" else ".graph.place(")
             if asked != count or "symmem_" in theirs.source.replace("symmem_bench", ""):
                 raise WrongResultError(f"{asked} of {count} arguments are placed in the code for {kind!r}")
-            runs = [repeated(partial(made.call, argument), _CALLS) for made in (ours, theirs)]
+            calls = [partial(made.call, argument) for made in (ours, theirs)]
+            calls += [partial(_copy_all, symmetric, plain)] * (kind == "input")
             clock.all_here()
-            ours_took, theirs_took = in_turns([partial(clock.seconds, each) for each in runs], _ROUNDS)
+            took = in_turns([partial(clock.seconds, repeated(each, _CALLS)) for each in calls], _ROUNDS)
             clock.all_here()
-            pairs = zip(ours_took, theirs_took, strict=True)
-            found[kind, count] = statistics.median(a.host - b.host for a, b in pairs) / _CALLS / count
+            rounds = [[each.host / _CALLS / count for each in times] for times in zip(*took, strict=True)]
+            found[kind, count] = statistics.median(mine - other for mine, other, *_copy in rounds)
+            if kind == "input":
+                found["copy", count] = statistics.median(copy for *_calls, copy in rounds)
+                found["input_beside_copy", count] = statistics.median(
+                    mine - other - copy for mine, other, copy in rounds
+                )
     return found
+
+
+def _copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 @torch.no_grad()

@@ -14,15 +14,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from symmem.compile import hook
 from symmem.errors import UnsupportedError
+from symmem.tools.bench.compile import Copies
 
-__all__ = ["Compiled", "Function", "allocations", "buffers", "compiled", "copies", "is_copy", "sources"]
+__all__ = [
+    "Compiled",
+    "Function",
+    "allocations",
+    "buffers",
+    "compiled",
+    "copies",
+    "is_copy_kernel",
+    "is_engine_copy",
+    "sources",
+]
 
 Function = Callable[..., Any]
 
-_ALLOCATED = re.compile(r"^\s*\w+ = (?:empty_strided\w*|symmem_\w+\(\)\.(?:buffer|fresh))\(", re.MULTILINE)
+_ALLOCATED = re.compile(r"^\s*\w+ = (?:empty_strided\w*|symmem_running\.graph\.(?:buffer|fresh))\(", re.MULTILINE)
 _RETURNED = re.compile(r"^\s*\w+ = torch\.ops\.(\w+)\.(\w+)\.(\w+)\(", re.MULTILINE)
 _FUSED = re.compile(r"^\s*(?:cpp_fused\w*|\w+\.run)\(", re.MULTILINE)
-_COPY_KERNEL = re.compile(r"Memcpy DtoD|[Cc]opy|^triton_(?!tem|mm)")
+_COPY_KERNEL = re.compile(r"^(?!Memcpy).*[Cc]opy|^triton_(?!tem|mm)")
 _OPERATOR = re.compile(r"^(?:symmem\w*|symm_mem|_c10d_functional|c10d)::")
 _OURS = ("symmem::_place",)  # an operator in whose name a copy is the compiler's
 
@@ -92,7 +103,7 @@ def allocations(call: Callable[[], object]) -> int:
     return int(counting.count)
 
 
-def copies(call: Callable[[], object], device_type: str, source: str = "") -> int:
+def copies(call: Callable[[], object], device_type: str, source: str = "") -> Copies:
     """Copies of one warm call of a function that has nothing to compute but products and sums over all ranks.
 
     On CUDA: what runs on the device and is a copy, or generated, in a CUDA graph or not. On the CPU: calls of the copy
@@ -114,18 +125,23 @@ def copies(call: Callable[[], object], device_type: str, source: str = "") -> in
     events: Any = profiled.events()
     if not cuda:
         called = sum(1 for each in events if each.name == "aten::copy_" and not _within(each))
-        return called + len(_FUSED.findall(source))
+        return Copies(0, called + len(_FUSED.findall(source)))
     names = [each.name for each in events if each.device_type.name == "CUDA"]
     if not names:
         raise UnsupportedError(
             "the profiler saw nothing on the device, so copies cannot be counted",
             hint="let processes use CUPTI: no other profiler at the same time, and see NVIDIA's ERR_NVGPUCTRPERM",
         )
-    return sum(map(is_copy, names))
+    return Copies(sum(map(is_engine_copy, names)), sum(map(is_copy_kernel, names)))
 
 
-def is_copy(name: str) -> bool:
-    """Whether what runs on a device by this name copies, or is a generated loop."""
+def is_engine_copy(name: str) -> bool:
+    """Whether what runs on a device by this name is a copy by its copy engine."""
+    return name.startswith("Memcpy DtoD")
+
+
+def is_copy_kernel(name: str) -> bool:
+    """Whether what runs on a device by this name is a kernel that copies, or a generated loop."""
     return _COPY_KERNEL.search(name) is not None
 
 

@@ -1,0 +1,248 @@
+"""The functions of Inductor that are wrapped while the hook is on, and what takes their place: see :mod:`.hook`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch._inductor import compile_fx, ir
+from torch._inductor import lowering as inductor_lowering
+from torch._inductor.codecache import FxGraphHashDetails
+from torch._inductor.codegen.wrapper import AllocateLine, PythonWrapperCodegen
+from torch._inductor.graph import GraphLowering
+from torch._inductor.output_code import CompiledFxGraph
+from torch._inductor.scheduler import Scheduler
+from torch._library.utils import get_layout_constraint_tag, is_builtin
+from torch._ops import OpOverload
+
+from symmem.compile import layout, lowering, producers, results, runtime, twins
+from symmem.compile.keys import key_of, operators
+from symmem.compile.layout import SymmetricLayout
+from symmem.compile.report import GraphReport, name_in, report_of
+from symmem.compile.running import bound
+from symmem.compile.switch import is_on, listeners, seen
+from symmem.config.settings import load_settings
+from symmem.ops import registry
+from symmem.ops.built_in import NAMESPACE
+
+__all__ = ["OPTIONAL", "WRAPPED"]
+
+_state = threading.local()
+
+
+def _call_function(original: Any) -> Any:
+    @functools.wraps(original)
+    def call_function(self: Any, target: Any, args: Any, kwargs: Any) -> Any:
+        if not isinstance(target, OpOverload) or not is_on():
+            return original(self, target, args, kwargs)
+        op = twins.original_of(target)
+        seen.add(op._name)
+        known = registry.lookup(op)
+        if known is not None:
+            made: Any = lowering.handler(known, target, op, _own_lowering(target))
+        elif _makes_its_result(op):
+            group = producers.fed(self.current_node)
+            made = producers.producer(op, group) if group is not None or op.namespace == "symmem" else None
+        else:
+            made = None
+        if made is None:
+            return original(self, target, args, kwargs)
+        with _lowered_by(target, made):
+            return original(self, target, args, kwargs)
+
+    return call_function
+
+
+def _own_lowering(op: OpOverload) -> Any:
+    """A lowering that somebody has written for an operator; those of torch for its own place with its own memory."""
+    known = inductor_lowering.lowerings.get(op)
+    if known is None or op.namespace == NAMESPACE or getattr(known, "_is_fallback_handler", False):
+        return None
+    return known
+
+
+def _makes_its_result(op: OpOverload) -> bool:
+    """Whether Inductor calls an operator as it is, to return memory of its own."""
+    known = inductor_lowering.lowerings.get(op)
+    return not is_builtin(op) and (known is None or getattr(known, "_is_fallback_handler", False))
+
+
+@contextlib.contextmanager
+def _lowered_by(op: OpOverload, made: Any) -> Iterator[None]:
+    """Let Inductor lower an operator by ``made``, once it has given the arguments the strides that it wants."""
+    table, constraints = inductor_lowering.lowerings, inductor_lowering._maybe_layout_constraints
+    known, constraint = table.get(op), constraints.get(op, ...)
+    table[op] = made
+    if constraint is ... and inductor_lowering.maybe_layout_constraints(op) is None:
+        constraints[op] = inductor_lowering.tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
+    try:
+        yield
+    finally:
+        if known is None:
+            del table[op]
+        else:
+            table[op] = known
+        if constraint is ...:
+            constraints.pop(op, None)
+
+
+def _output(original: Any) -> Any:
+    @functools.wraps(original)
+    def output(self: Any, target: Any, args: Any, kwargs: Any) -> Any:
+        if layout.state() is not None:
+            values = args[0]
+            if isinstance(values, tuple | list):
+                args = (type(values)(results.output(values)), *args[1:])
+            else:
+                args = (*results.output([values]), *args[1:])
+        return original(self, target, args, kwargs)
+
+    return output
+
+
+def _codegen_comm_buffer(original: Any) -> Any:
+    @functools.wraps(original)
+    def codegen_comm_buffer(self: Any, code: Any) -> None:
+        if isinstance(self.node.get_output_spec(), SymmetricLayout):
+            code.writeline(layout.allocation(self))
+        else:
+            original(self, code)
+
+    return codegen_comm_buffer
+
+
+def _can_reuse(original: Any) -> Any:
+    @functools.wraps(original)
+    def can_reuse(self: Any, input_buffer: Any, output_buffer: Any = None) -> bool:
+        if _lies_in_symmetric(input_buffer) or _lies_in_symmetric(output_buffer):
+            return False
+        return bool(original(self, input_buffer, output_buffer))
+
+    return can_reuse
+
+
+def _lies_in_symmetric(value: Any) -> bool:
+    """Whether a buffer, or any that a scheduler's node writes, is symmetric memory."""
+    if value is None:
+        return False
+    outputs = value.get_outputs() if hasattr(value, "get_outputs") else [value]
+    return any(
+        isinstance(buffer := getattr(each, "node", each), ir.Buffer)
+        and isinstance(buffer.get_output_spec(), SymmetricLayout)
+        for each in outputs
+    )
+
+
+def _realize(original: Any) -> Any:
+    function = original.__func__ if hasattr(original, "__func__") else original
+
+    @functools.wraps(function)
+    def maybe_realize(cls: Any, kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        return None if is_on() else function(cls, kernel, *args, **kwargs)
+
+    return classmethod(maybe_realize)
+
+
+def _hash_details(original: Any) -> Any:
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.symmem = None
+        if is_on():
+            called = list(operators(args[0] if args else kwargs["gm"]))
+            seen.update(op._name for op, _node in called)  # of what comes out of a cache, nothing is lowered
+            self.symmem = key_of(called)
+
+    return init
+
+
+def _post_compile(original: Any) -> Any:
+    @functools.wraps(original)
+    def post_compile(self: Any, *args: Any, **kwargs: Any) -> Any:
+        name = name_in(self.source_code or "")
+        with _captured(name is not None):
+            result = original(self, *args, **kwargs)
+        if name is not None:
+            self.current_callable = bound(self.current_callable)
+            report = report_of(name, self.source_code)
+            _write(report)
+            for listener in tuple(listeners):
+                listener(report)
+        return result
+
+    return post_compile
+
+
+@contextlib.contextmanager
+def _captured(symmetric: bool) -> Iterator[None]:
+    """Whether the graph that CUDA graphs are made for now has symmetric memory."""
+    before, _state.captured = getattr(_state, "captured", False), symmetric
+    try:
+        yield
+    finally:
+        _state.captured = before
+
+
+def _cudagraphify(original: Any) -> Any:
+    @functools.wraps(original)
+    def cudagraphify(model: Any, static_input_idxs: Sequence[int] = (), **options: Any) -> Any:
+        if not getattr(_state, "captured", False):
+            return original(model, static_input_idxs, **options)
+        made: Any = None
+
+        def run(inputs: Any) -> Any:
+            nonlocal made
+            if made is None:
+                # What lies in symmetric memory stays there: torch need not copy it into the graph's own memory, where
+                # peers would not find it. Should its address change, torch captures anew.
+                symmetric = [index for index, each in enumerate(inputs) if runtime.is_kept(each)]
+                made = original(model, sorted({*static_input_idxs, *symmetric}), **options)
+            return made(inputs)
+
+        return run
+
+    return cudagraphify
+
+
+def _should_partition(original: Any) -> Any:
+    @functools.wraps(original)
+    def should_partition(self: Any, node: Any) -> Any:
+        if getattr(node.node, "symmem_apart", False):
+            return "where an argument lies is looked at outside of CUDA graphs"
+        return original(self, node)
+
+    return should_partition
+
+
+def _write(report: GraphReport) -> None:
+    """Append a report to the file of the setting ``compile_report``, with ``.rankN`` behind if there are ranks."""
+    path = load_settings().compile_report
+    if path == "off":
+        return
+    rank = f".rank{dist.get_rank()}" if dist.is_available() and dist.is_initialized() else ""
+    with Path(path + rank).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(report.to_json()) + "\n")
+
+
+WRAPPED: tuple[tuple[Any, str, tuple[str, ...], Callable[[Any], Any]], ...] = (
+    (GraphLowering, "call_function", ("self", "target", "args", "kwargs"), _call_function),
+    (GraphLowering, "output", ("self", "target", "args", "kwargs"), _output),
+    (AllocateLine, "_codegen_comm_buffer", ("self", "code"), _codegen_comm_buffer),
+    (PythonWrapperCodegen, "can_reuse", ("self", "input_buffer", "output_buffer"), _can_reuse),
+    (Scheduler, "should_partition", ("self", "node"), _should_partition),
+    (FxGraphHashDetails, "__init__", ("self", "gm", "example_inputs", "fx_kwargs", "inputs_to_check"), _hash_details),
+    (CompiledFxGraph, "post_compile", ("self", "example_inputs", "constants", "graph_kwargs"), _post_compile),
+)
+"""Owner, name, parameters that it must have, and what makes what takes its place, of the original."""
+
+OPTIONAL = (
+    (ir.FallbackKernel, "_maybe_realize_symm_mem_args", _realize),
+    (compile_fx, "cudagraphify", _cudagraphify),
+)
+"""As those, where there are any."""

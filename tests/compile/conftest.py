@@ -1,0 +1,28 @@
+"""Two ranks with an empty compile cache, then two other ones with what these left in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from symmem.tools.ranks import RankPool
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("inductor")
+
+
+@pytest.fixture(scope="module")
+def env(request: pytest.FixtureRequest, cache: Path) -> dict[str, str]:
+    """The environment of ranks: what the module says in ENV, and the cache."""
+    own = getattr(request.module, "ENV", {})
+    return {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(cache), **own}
+
+
+@pytest.fixture(scope="module", params=["cold", "warm"])
+def pool(request: pytest.FixtureRequest, env: dict[str, str]) -> Iterator[RankPool]:
+    with RankPool(2, env=env, timeout=100) as made:
+        yield made
