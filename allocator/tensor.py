@@ -655,16 +655,28 @@ def _tensor(block: Block, layout: Layout, address: int) -> torch.Tensor:
         return layout.view(block.tensor())
     device, nbytes = block.allocation.device, block.nbytes
     storage = storage_at(address, nbytes, device, block)
-    tensor = _empty(layout.dtype, device).new()
+    empty = _empty(layout.dtype, device)
+    if empty is None:
+        parts = {"dtype": layout.dtype, "size": layout.sizes, "stride": layout.strides, "storage_offset": 0}
+        made: torch.Tensor = _on_cuda(parts, storage)
+        return made
+    tensor = empty.new()
     if layout.flat and nbytes == layout.nbytes:
         return tensor.set_(storage)  # in two thirds of the time
     return tensor.set_(storage, 0, layout.sizes, layout.strides)
 
 
+_on_cuda: Any = getattr(torch._C, "_construct_CUDA_Tensor_From_Storage_And_Metadata", None)
+"""Makes a tensor over a storage in half the time of ``new()`` and ``set_``; only in a torch that has CUDA."""
+
+
 @functools.lru_cache(256)
-def _empty(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of no elements, of which ``new()`` makes others in half the time that torch.empty takes."""
-    return torch.empty(0, dtype=dtype, device=device)
+def _empty(dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    """A tensor of no elements, of which ``new()`` makes others in half the time that torch.empty takes.
+
+    None where :data:`_on_cuda` does it.
+    """
+    return None if device.type == "cuda" and _on_cuda is not None else torch.empty(0, dtype=dtype, device=device)
 
 
 def find(tensor: torch.Tensor) -> SymmetricTensor | None:

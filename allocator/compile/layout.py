@@ -97,6 +97,7 @@ class State:
         name: For reports, and for code in C++.
         decisions: What became of each registered argument.
         memo: Arguments that were placed already, by graph, buffer, view and group.
+        apart: Names of inputs that are looked at outside of CUDA graphs.
         count: Buffers and arguments so far.
         told: Whether the generated code has the decisions.
     """
@@ -104,6 +105,7 @@ class State:
     name: str
     decisions: list[Decision] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
+    apart: set[str] = field(default_factory=set)
     count: int = 0
     told: bool = False
 

@@ -146,6 +146,8 @@ class _Call:
         placed.data.data.codegen_size_asserts = lambda wrapper: None  # it has those of x, or is x
         # Where it lies may change: CUDA graphs are captured without the look.
         kernel.symmem_apart = found.way in ("agree", "strict")
+        if kernel.symmem_apart and name in V.graph.graph_inputs:
+            self._state.apart.add(name)
 
         def code(args: Sequence[str]) -> str:
             record = layout.declare("symmem.compile.runtime", f"symmem_{argument.number}", repr(argument))

@@ -24,11 +24,11 @@ from symmem.context import use_symmetric_memory
 from symmem.errors import NotSymmetricError
 from symmem.group import Group
 from symmem.live import Block, block_at
-from symmem.ops.checks import is_torchs
+from symmem.ops.checks import asked_locally, is_torchs
 from symmem.ops.engines import group_named
 from symmem.tensor import SymmetricTensor, find
 
-__all__ = ["CHANGES", "Argument", "Buffer", "Graph", "is_kept"]
+__all__ = ["CHANGES", "Argument", "Buffer", "Graph"]
 
 log = logging.getLogger("symmem.compile")
 
@@ -160,11 +160,6 @@ def _block_of(tensor: torch.Tensor, group: Group) -> Block | None:
     return block
 
 
-def is_kept(value: Any) -> bool:
-    """Whether a value is a tensor on CUDA in symmetric memory."""
-    return isinstance(value, torch.Tensor) and value.is_cuda and block_at(value.data_ptr()) is not None
-
-
 def _identity(block: Block | None, tensor: torch.Tensor, group: Group) -> Any:
     """What is the same on all ranks of symmetric memory, and of nothing else."""
     if block is None:
@@ -183,6 +178,8 @@ class Graph:
         self._inputs: dict[int, _Input] = {}
         self._finished: dict[int, tuple[int, weakref.ref[Block]]] = {}
         self._kept: list[torch.Tensor] = []
+        self._torchs: dict[int, int] = {}  # addresses of arguments in torch's own memory
+        self._not_torchs: set[int] = set()
 
     def buffer(self, buffer: Buffer, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
         """The tensor of a buffer, the same one at each call while its shape stays. Collective when it is made or grows.
@@ -248,7 +245,7 @@ class Graph:
         if known is not None and known.holds(x.data_ptr()):
             return x
         # Of torch's own memory, its operators find out by themselves whether it is the same on all ranks.
-        if x.numel() == 0 or (backend is not None and is_torchs(x, lambda: name)):
+        if x.numel() == 0 or (backend is not None and self._is_torchs(number, x, name)):
             return x
         if way == "agree":
             if known is None:
@@ -268,6 +265,22 @@ class Graph:
         if copy is not None and copy.sizes == sizes and copy.strides == strides and not copy.group.closed:
             return copy.tensor.copy_(x)
         return self._make(Buffer(number, x.dtype, str(x.device), (name,), backend, keep), sizes, strides).copy_(x)
+
+    def _is_torchs(self, number: int, x: torch.Tensor, group: str) -> bool:
+        """Whether an argument lies in symmetric memory of torch's, as far as that is asked."""
+        if number in self._not_torchs or not is_torchs(x, lambda: group):
+            if not asked_locally():  # another time it would warn again; and what is copied is right as well
+                self._not_torchs.add(number)
+            return False
+        self._torchs[number] = x.data_ptr()
+        return True
+
+    def keeps(self, value: Any) -> bool:
+        """Whether a value is a tensor on CUDA in symmetric memory, so that it has to stay where it is."""
+        if not isinstance(value, torch.Tensor) or not value.is_cuda:
+            return False
+        address = value.data_ptr()
+        return block_at(address) is not None or address in self._torchs.values()
 
     def finish(self, number: int, tensors: Sequence[torch.Tensor], group: str) -> None:
         """Wait for all ranks, on the stream: they have done with these arguments, which may then be written to again.

@@ -15,17 +15,18 @@ from torch._inductor import compile_fx, ir
 from torch._inductor import lowering as inductor_lowering
 from torch._inductor.codecache import FxGraphHashDetails
 from torch._inductor.codegen.wrapper import AllocateLine, PythonWrapperCodegen
+from torch._inductor.dependencies import WeakDep
 from torch._inductor.graph import GraphLowering
 from torch._inductor.output_code import CompiledFxGraph
 from torch._inductor.scheduler import Scheduler
 from torch._library.utils import get_layout_constraint_tag, is_builtin
 from torch._ops import OpOverload
 
-from symmem.compile import layout, lowering, producers, results, runtime, twins
+from symmem.compile import layout, lowering, producers, results, twins
 from symmem.compile.keys import key_of, operators
 from symmem.compile.layout import SymmetricLayout
 from symmem.compile.report import GraphReport, name_in, report_of
-from symmem.compile.running import bound
+from symmem.compile.running import bound, running
 from symmem.compile.switch import is_on, listeners, seen
 from symmem.config.settings import load_settings
 from symmem.ops import registry
@@ -201,7 +202,7 @@ def _cudagraphify(original: Any) -> Any:
             if made is None:
                 # What lies in symmetric memory stays there: torch need not copy it into the graph's own memory, where
                 # peers would not find it. Should its address change, torch captures anew.
-                symmetric = [index for index, each in enumerate(inputs) if runtime.is_kept(each)]
+                symmetric = [index for index, each in enumerate(inputs) if running.graph.keeps(each)]
                 made = original(model, sorted({*static_input_idxs, *symmetric}), **options)
             return made(inputs)
 
@@ -220,6 +221,23 @@ def _should_partition(original: Any) -> Any:
     return should_partition
 
 
+def _partition_signature(original: Any) -> Any:
+    @functools.wraps(original)
+    def get_graph_partition_signature(self: Any, partitions: Any, skip_cudagraphs: Any) -> Any:
+        # What the look gives is, as far as torch knows, the input itself. So an operator that takes it would be the
+        # last to use the input, hence get that as well, and a CUDA graph would copy it at each call.
+        known = layout.state()
+        apart = known.apart if known is not None else set()
+        for partition in partitions if apart else ():
+            accesses = {dep for node in partition for dep in node.read_writes.reads | node.read_writes.writes}
+            unused = apart - {dep.name for dep in accesses if not isinstance(dep, WeakDep)}
+            for node in partition:
+                node.last_usage -= unused
+        return original(self, partitions, skip_cudagraphs)
+
+    return get_graph_partition_signature
+
+
 def _write(report: GraphReport) -> None:
     """Append a report to the file of the setting ``compile_report``, with ``.rankN`` behind if there are ranks."""
     path = load_settings().compile_report
@@ -236,6 +254,12 @@ WRAPPED: tuple[tuple[Any, str, tuple[str, ...], Callable[[Any], Any]], ...] = (
     (AllocateLine, "_codegen_comm_buffer", ("self", "code"), _codegen_comm_buffer),
     (PythonWrapperCodegen, "can_reuse", ("self", "input_buffer", "output_buffer"), _can_reuse),
     (Scheduler, "should_partition", ("self", "node"), _should_partition),
+    (
+        Scheduler,
+        "get_graph_partition_signature",
+        ("self", "partitions", "skip_cudagraphs"),
+        _partition_signature,
+    ),
     (FxGraphHashDetails, "__init__", ("self", "gm", "example_inputs", "fx_kwargs", "inputs_to_check"), _hash_details),
     (CompiledFxGraph, "post_compile", ("self", "example_inputs", "constants", "graph_kwargs"), _post_compile),
 )

@@ -28,7 +28,16 @@ from symmem.ops.registry import lookup
 from symmem.ops.schema import OpLike, find_op
 from symmem.tensor import SymmetricTensor, _address
 
-__all__ = ["check", "checked"]
+__all__ = ["asked_locally", "check", "checked", "is_torchs"]
+
+
+def asked_locally() -> bool:
+    """Whether this torch, from 2.12 on, tells what is its symmetric memory without a rendezvous."""
+    return hasattr(_torchs(), "is_symm_mem_tensor")
+
+
+def _torchs() -> Any:
+    return torch._C._distributed_c10d._SymmetricMemory if dist.is_available() else None
 
 
 def check(op: OpLike, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
@@ -163,12 +172,10 @@ def is_torchs(tensor: torch.Tensor, group: Callable[[], str]) -> bool:
         tensor: It has memory.
         group: The name of the operator's group.
     """
-    if not dist.is_available():
-        return False
-    memory: Any = torch._C._distributed_c10d._SymmetricMemory
-    if hasattr(memory, "is_symm_mem_tensor"):
+    memory = _torchs()
+    if asked_locally():
         return bool(memory.is_symm_mem_tensor(tensor))
-    if not tensor.is_cuda:  # there is none elsewhere
+    if memory is None or not tensor.is_cuda:  # there is none elsewhere
         return False
     try:
         return memory.rendezvous(tensor, group()) is not None

@@ -6,7 +6,6 @@ The conformance suite covers the rest. One rank a GPU, or two ranks on the only 
 from __future__ import annotations
 
 import gc
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -217,78 +216,3 @@ def out_of_memory() -> str:
 
 def test_too_much_memory_is_refused_by_name(pools: Any) -> None:
     assert "empty_cache" in pools.get(WORLD, "native").run(out_of_memory)[0]
-
-
-# Speed, beside PyTorch's CUDA transport in the same processes.
-
-
-def in_a_graph(barrier: Callable[[], None], count: int = 500) -> float:
-    """Microseconds of one barrier among ``count`` in a graph; median of 20 replays."""
-    barrier()
-    graph, times = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            barrier()
-    for _ in range(20):
-        meet()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / count)
-    return statistics.median(times)
-
-
-def set_up(make: Callable[[int], Any], nbytes: int) -> float:
-    """Microseconds to allocate and rendezvous fresh memory; median of 7."""
-    times = []
-    for _ in range(8):
-        meet()
-        begin = time.perf_counter()
-        kept = make(nbytes)
-        times.append((time.perf_counter() - begin) * 1e6)
-        meet()
-        del kept
-        gc.collect()
-    return statistics.median(times[1:])
-
-
-def figures() -> dict[str, tuple[float, float]]:
-    import torch.distributed._symmetric_memory as torch_symm_mem
-
-    def theirs(nbytes: int) -> Any:
-        tensor = torch_symm_mem.empty(nbytes, dtype=torch.uint8, device=f"cuda:{torch.cuda.current_device()}")
-        return tensor, torch_symm_mem.rendezvous(tensor, dist.group.WORLD)
-
-    def ours(nbytes: int) -> symmem.SymmetricTensor:
-        return symmem.allocate(nbytes, torch.uint8, backend="native", arena=False).rendezvous()
-
-    st, (_kept, handle) = ours(1024), theirs(1024)
-    found = {"barrier in a graph, us": (in_a_graph(st.barrier), in_a_graph(lambda: handle.barrier(0)))}
-    for nbytes in (64 << 20, 1 << 30):
-        found[f"allocate and rendezvous {nbytes >> 20} MiB, us"] = (set_up(ours, nbytes), set_up(theirs, nbytes))
-    launch, torchs = (launches(barrier) for barrier in (st.barrier, lambda: handle.barrier(0)))
-    return found | {"launch of a barrier, us": (launch, torchs)}
-
-
-def launches(barrier: Callable[[], None], count: int = 200) -> float:
-    """Microseconds of the host for one call, the device being busy with them meanwhile."""
-    meet()
-    begin = time.perf_counter()
-    for _ in range(count):
-        barrier()
-    spent = (time.perf_counter() - begin) * 1e6 / count
-    meet()
-    return spent
-
-
-@pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
-@pytest.mark.timeout(300)
-def test_speed_beside_torch(new_pool: Callable[..., RankPool]) -> None:
-    pool = new_pool(WORLD, timeout=200.0)
-    every = pool.run(figures)
-    medians = {name: [statistics.median(f[name][i] for f in every) for i in (0, 1)] for name in every[0]}
-    for name, (ours, theirs) in medians.items():
-        print(f"{name}: native {ours:.1f}, torch {theirs:.1f}, ratio {ours / theirs:.2f}")
-    assert all(ours <= 1.05 * theirs for ours, theirs in medians.values())

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import tempfile
+import types
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ class Part:
         return getattr(importlib.import_module(f"symmem.compile.{self._name}"), name)
 
 
-hook, wrappers = Part("hook"), Part("wrappers")
+hook, wrappers, layout = Part("hook"), Part("wrappers"), Part("layout")
 runtime, running = Part("runtime"), Part("running")
 explaining, control = Part("explaining"), Part("control")
 
@@ -899,8 +900,7 @@ def case_cuda_graphs_know_symmetric_inputs() -> None:
         return lambda inputs: [*inputs, "ran"]
 
     wrapped = wrappers._cudagraphify(stock)
-    kept, runtime_module = runtime.is_kept, importlib.import_module("symmem.compile.runtime")
-    runtime_module.is_kept = lambda value: value == "symmetric"  # type: ignore[attr-defined]
+    kept, runtime.Graph.keeps = runtime.Graph.keeps, lambda self, value: value == "symmetric"  # type: ignore[method-assign]
     try:
         assert wrapped(None, (2,), device_index=0)([1]) == [1, "ran"]
         with wrappers._captured(True):
@@ -909,8 +909,33 @@ def case_cuda_graphs_know_symmetric_inputs() -> None:
         inputs = ["symmetric", "plain", "weight", "symmetric"]
         assert run(inputs) == run(inputs) == [*inputs, "ran"]
     finally:
-        runtime_module.is_kept = kept  # type: ignore[attr-defined]
+        runtime.Graph.keeps = kept  # type: ignore[method-assign]
     assert calls == [((2,), {"device_index": 0}), ((0, 2, 3), {"device_index": 0})]
+
+
+def case_cuda_graphs_do_not_get_inputs_that_are_looked_at_outside() -> None:
+    """Else each replay would copy them, beside what the look gave."""
+    from torch._inductor.dependencies import StarDep
+    from torch._inductor.virtualized import V
+    from torch.utils._ordered_set import OrderedSet
+
+    hook.install()
+
+    def node(reads: set[Any], last: set[str]) -> Any:
+        deps = types.SimpleNamespace(reads={StarDep(name) for name in reads}, writes=set())
+        return types.SimpleNamespace(read_writes=deps, last_usage=OrderedSet(last))
+
+    def last_usage() -> list[set[str]]:
+        taken, user = node({"buf1"}, {"buf1", "arg0_1", "arg1_1"}), node({"arg1_1"}, {"arg0_1"})
+        seen: list[Any] = []
+        wrappers._partition_signature(lambda *args: seen.append(args))("scheduler", [[taken, user]], [False])
+        assert seen == [("scheduler", [[taken, user]], [False])]
+        return [set(each.last_usage) for each in (taken, user)]
+
+    with V.set_graph_handler(types.SimpleNamespace()):
+        assert last_usage() == [{"buf1", "arg0_1", "arg1_1"}, {"arg0_1"}]
+        layout.start("g").apart.update(("arg0_1", "arg1_1"))
+        assert last_usage() == [{"buf1", "arg1_1"}, set()]
 
 
 def case_cuda_graphs_are_captured_without_the_look_at_inputs() -> None:

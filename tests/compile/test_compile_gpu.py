@@ -169,6 +169,30 @@ def torch_operators(mode: str | None) -> None:
         torch.testing.assert_close(tuple(each.clone() for each in compiled(x)), wanted)
 
 
+def torchs_memory(mode: str | None) -> None:
+    """What a caller has in torch's own symmetric memory is not copied; a plain input is, by the copy engine, once."""
+    import torch.distributed._symmetric_memory as torchs
+
+    from symmem.tools.bench.compiled_counts import copies
+
+    name = dist.group.WORLD.group_name
+    mine = torchs.empty(64, 64, dtype=torch.float32, device="cuda")
+    torchs.rendezvous(mine, name)
+    for memory, wanted in ((mine, (0, 0)), (torch.empty(64, 64, device="cuda"), (1, 0))):
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda x: torch.ops.symm_mem.one_shot_all_reduce(x, "sum", name), backend="symmem", mode=mode
+        )
+        for step in range(6):
+            memory.copy_(cases.values(64, 64, seed=step))
+            total = cases.summed(memory)
+            if mode:
+                torch.compiler.cudagraph_mark_step_begin()
+            torch.testing.assert_close(compiled(memory).clone(), total)
+        counted = copies(lambda: compiled(memory), "cuda")  # noqa: B023  # called here and now
+        assert (counted.engine, counted.kernel) == wanted, memory is mine
+
+
 GRAPHS = [graphs_chain, graphs_inputs, graphs_in_place, graphs_own_operators]
 
 
@@ -180,6 +204,11 @@ def test_cuda_graphs(pool: RankPool, case: Callable[[], None]) -> None:
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_torch_operators(pool: RankPool, mode: str | None) -> None:
     pool.run(torch_operators, mode)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_torchs_own_memory(pool: RankPool, mode: str | None) -> None:
+    pool.run(torchs_memory, mode)
 
 
 def device_type() -> str:
