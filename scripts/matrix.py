@@ -21,7 +21,7 @@ def facts() -> None:
         "python": platform.python_version(),
         "Library.register_symm_mem_args": hasattr(torch.library.Library, "register_symm_mem_args"),
     }
-    for owner, name, _made in hook._OPTIONAL:
+    for owner, name, _made in hook.OPTIONAL:
         found[f"{owner.__name__}.{name}"] = hasattr(owner, name)
     print(json.dumps(found))
 
