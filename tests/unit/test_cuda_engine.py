@@ -35,6 +35,7 @@ from symmem.ops.checked_engine import CheckedEngine
 from symmem.ops.cuda_engine import CudaEngine, Piece, call_type, pieces
 from symmem.ops.cuda_kernels import KERNELS, OPERATORS, SOURCE, STEPS, TYPES, Layout
 from symmem.ops.engines import engine_for
+from symmem.tensor import SymmetricTensor
 from symmem.tools.tune import call_of, each_row
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -461,6 +462,34 @@ def test_addresses_are_kept_as_long_as_the_block(way: str, ranks: Ranks, monkeyp
         del blocks[0]
     assert engine._memory(tensor) is found[1]
     assert len(found) == 2
+
+
+def test_which_memory_is_that_of_all_ranks(driver: EmulatedDriver) -> None:
+    (group,) = make_groups(1, name="memories")
+    engine = CudaEngine(group, torch.device("cuda", 0))
+
+    def allocate(**options: Any) -> SymmetricTensor:
+        return SymmetricTensor.allocate((4096,), torch.uint8, group=group, backend="host", **options)
+
+    def mark(tensor: torch.Tensor) -> int:
+        found = engine._find_memory(tensor.data_ptr(), tensor.nbytes)
+        assert found is not None
+        assert found.outs == (tensor.data_ptr(),)
+        return found.mark
+
+    apart = [allocate(arena=False) for _ in range(2)]  # both at the beginning of their allocations
+    assert engine._memory(apart[0].tensor) is None  # nobody has met for it
+    for each in apart:
+        each.rendezvous(group)
+    carved = allocate()
+    tensors = [each.tensor for each in (*apart, carved)]
+    places = [part for each in tensors for part in (each, each[:2048], each[2048:])]
+    assert len({mark(part) for part in places}) == len(places)
+    assert mark(tensors[0]) == mark(tensors[0].view(64, 64))
+    assert engine._memory(tensors[0][8:]) is None
+    assert engine._find_memory(carved.tensor.data_ptr(), 4097) is None
+    apart[0].close()
+    assert engine._memory(tensors[0]) is None
 
 
 Operation = Callable[[CudaEngine, torch.Tensor, torch.Tensor], None]
