@@ -689,6 +689,23 @@ def test_the_first_operation_amid_a_capture_is_refused(driver: EmulatedDriver, m
         engine.all_gather(torch.zeros(4), torch.zeros(8, 4))
 
 
+def test_a_graph_keeps_what_its_kernels_store_to(alone: CudaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+    monkeypatch.setattr("symmem.capture.keep", kept.append)
+    block, out = StubBlock(), torch.zeros(8, 1 << 18)
+    memory = cuda_engine._Memory((0,) * 8, 0, weakref.ref(block))  # type: ignore[arg-type]
+    monkeypatch.setattr(alone, "_find_memory", lambda address, nbytes: memory if address == out.data_ptr() else None)
+    alone._workspace = SimpleNamespace(_block="workspace")  # type: ignore[assignment]
+    alone.all_gather(out[0].clone(), out)
+    assert kept == []
+    monkeypatch.setattr("torch._C._cuda_isCurrentStreamCapturing", lambda: True)
+    for nbytes in (1 << 20, (1 << 20) + 16):  # from the latter on it matters where the result lies
+        out = torch.zeros(8, nbytes // 4)
+        kept.clear()
+        alone.all_gather(out[0].clone(), out)
+        assert kept == ["workspace"] + [block] * (nbytes > 1 << 20)
+
+
 def test_a_launch_that_fails_is_named(alone: CudaEngine, driver: EmulatedDriver) -> None:
     driver.code = SimpleNamespace(name="CUDA_ERROR_NOT_PERMITTED", __bool__=lambda: True)  # type: ignore[assignment]
     with pytest.raises(UnsupportedError, match="collective kernel cannot be launched"):
