@@ -419,7 +419,8 @@ class Arena:
         number, total = agreed.bit_count(), self.quarantined_bytes
         if number != self.quarantined_blocks:
             total = sum(map(nbytes_of, self._entries_of(slots_of(agreed))))
-        self._unnoted.append((perf_counter(), agreed))
+        if agreed:  # else a program that only ever meets would add to what is remembered for ever
+            self._unnoted.append((perf_counter(), agreed))
         self.digest = hash((self.digest, number, agreed))
         self.quarantined_bytes -= total
         self.quarantined_blocks -= number

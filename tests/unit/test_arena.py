@@ -623,6 +623,23 @@ def test_many_blocks_at_once(rank: Rank) -> None:
     assert len(rank.arena._free_slots) == 750
 
 
+def test_meetings_for_nothing_leave_nothing(rank: Rank) -> None:
+    kept = [rank.allocate(8) for _ in range(1000)]
+    del kept[::2]
+    rank.collect()
+    arena = rank.arena
+    before, remembered = arena.collections, (len(arena.events), len(arena._unnoted))
+    for _ in range(3):
+        assert rank.collect() == 0
+    assert arena.agreed
+    assert (len(arena.events), len(arena._unnoted)) == remembered
+    assert arena.collections == before + 3
+    arena.absorb()
+    remembered = len(arena.events), 0
+    rank.collect()
+    assert (len(arena.events), len(arena._unnoted)) == remembered
+
+
 def test_the_book_after_much_use(rank: Rank) -> None:
     kept = [rank.allocate(n) for n in range(0, 3000, 100)]
     for turn in range(20):

@@ -35,6 +35,7 @@ from symmem.ops.checked_engine import CheckedEngine
 from symmem.ops.cuda_engine import CudaEngine, Piece, call_type, pieces
 from symmem.ops.cuda_kernels import KERNELS, OPERATORS, SOURCE, STEPS, TYPES, Layout
 from symmem.ops.engines import engine_for
+from symmem.tensor import SymmetricTensor
 from symmem.tools.tune import call_of, each_row
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -463,6 +464,34 @@ def test_addresses_are_kept_as_long_as_the_block(way: str, ranks: Ranks, monkeyp
     assert len(found) == 2
 
 
+def test_which_memory_is_that_of_all_ranks(driver: EmulatedDriver) -> None:
+    (group,) = make_groups(1, name="memories")
+    engine = CudaEngine(group, torch.device("cuda", 0))
+
+    def allocate(**options: Any) -> SymmetricTensor:
+        return SymmetricTensor.allocate((4096,), torch.uint8, group=group, backend="host", **options)
+
+    def mark(tensor: torch.Tensor) -> int:
+        found = engine._find_memory(tensor.data_ptr(), tensor.nbytes)
+        assert found is not None
+        assert found.outs == (tensor.data_ptr(),)
+        return found.mark
+
+    apart = [allocate(arena=False) for _ in range(2)]  # both at the beginning of their allocations
+    assert engine._memory(apart[0].tensor) is None  # nobody has met for it
+    for each in apart:
+        each.rendezvous(group)
+    carved = allocate()
+    tensors = [each.tensor for each in (*apart, carved)]
+    places = [part for each in tensors for part in (each, each[:2048], each[2048:])]
+    assert len({mark(part) for part in places}) == len(places)
+    assert mark(tensors[0]) == mark(tensors[0].view(64, 64))
+    assert engine._memory(tensors[0][8:]) is None
+    assert engine._find_memory(carved.tensor.data_ptr(), 4097) is None
+    apart[0].close()
+    assert engine._memory(tensors[0]) is None
+
+
 Operation = Callable[[CudaEngine, torch.Tensor, torch.Tensor], None]
 
 
@@ -658,6 +687,23 @@ def test_the_first_operation_amid_a_capture_is_refused(driver: EmulatedDriver, m
     engine = CudaEngine(StubGroup(1, 8), torch.device("cuda", 0))  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="the first all_gather of the group 'g' during the capture"):
         engine.all_gather(torch.zeros(4), torch.zeros(8, 4))
+
+
+def test_a_graph_keeps_what_its_kernels_store_to(alone: CudaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+    monkeypatch.setattr("symmem.capture.keep", kept.append)
+    block, out = StubBlock(), torch.zeros(8, 1 << 18)
+    memory = cuda_engine._Memory((0,) * 8, 0, weakref.ref(block))  # type: ignore[arg-type]
+    monkeypatch.setattr(alone, "_find_memory", lambda address, nbytes: memory if address == out.data_ptr() else None)
+    alone._workspace = SimpleNamespace(_block="workspace")  # type: ignore[assignment]
+    alone.all_gather(out[0].clone(), out)
+    assert kept == []
+    monkeypatch.setattr("torch._C._cuda_isCurrentStreamCapturing", lambda: True)
+    for nbytes in (1 << 20, (1 << 20) + 16):  # from the latter on it matters where the result lies
+        out = torch.zeros(8, nbytes // 4)
+        kept.clear()
+        alone.all_gather(out[0].clone(), out)
+        assert kept == ["workspace"] + [block] * (nbytes > 1 << 20)
 
 
 def test_a_launch_that_fails_is_named(alone: CudaEngine, driver: EmulatedDriver) -> None:
