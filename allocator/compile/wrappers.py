@@ -230,7 +230,8 @@ def _partition_signature(original: Any) -> Any:
         apart = known.apart if known is not None else set()
         for partition in partitions if apart else ():
             accesses = {dep for node in partition for dep in node.read_writes.reads | node.read_writes.writes}
-            unused = apart - {dep.name for dep in accesses if not isinstance(dep, WeakDep)}
+            used = {dep.name for dep in accesses if not isinstance(dep, WeakDep)}
+            unused = apart - {self.mutation_real_name.get(name, name) for name in used}  # what is written to is renamed
             for node in partition:
                 node.last_usage -= unused
         return original(self, partitions, skip_cudagraphs)
