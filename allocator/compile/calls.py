@@ -102,7 +102,9 @@ def _graph(name: str) -> Graph:
     """The graph of code in C++."""
     if name not in running.of_cpp:
         running.of_cpp[name] = Graph()
-    return running.of_cpp[name]
+    graph = running.of_cpp[name]
+    graph.begin()
+    return graph
 
 
 def _place(

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from symmem.backends.kernel_words import raise_failure
 from symmem.compile.runtime import Graph
 from symmem.errors import UnsupportedError
 
@@ -41,6 +42,7 @@ def bound(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
         UnsupportedError: It is called by an operator that it calls itself.
+        SymmemError: Why a kernel of ours has stopped, where torch finds that the GPU cannot be used any more.
     """
     graph, turn, owner = Graph(), threading.Lock(), 0
 
@@ -58,7 +60,11 @@ def bound(function: Callable[..., Any]) -> Callable[..., Any]:
             owner, before = thread, running.graph
             running.graph = graph
             try:
+                graph.begin()
                 return function(inputs)
+            except RuntimeError as error:  # of CUDA, which says only that a kernel has stopped
+                raise_failure(error)
+                raise
             finally:
                 owner, running.graph = 0, before
 

@@ -102,14 +102,14 @@ class _Made(NamedTuple):
         strides: Of the tensor, in elements.
         tensor: The tensor itself.
         capacity: Elements of its memory.
-        group: Of its memory.
+        keep: Whether a CUDA graph may go on using it: see :class:`Buffer`.
     """
 
     sizes: Sequence[int]
     strides: Sequence[int]
     tensor: torch.Tensor
     capacity: int
-    group: Group
+    keep: bool
 
 
 class _Input:
@@ -180,6 +180,20 @@ class Graph:
         self._kept: list[torch.Tensor] = []
         self._torchs: dict[int, int] = {}  # addresses of arguments in torch's own memory
         self._not_torchs: set[int] = set()
+        self._groups: dict[str, Group] = {}  # that have met for any of these
+
+    def begin(self) -> None:
+        """Called before each call: what groups have met for goes, if one of them was made anew under its name.
+
+        Raises:
+            GroupError: There is no group of that name any more.
+        """
+        for name, group in self._groups.items():
+            if group_named(name) is not group:
+                self._kept += [made.tensor for made in self._buffers.values() if made.keep]
+                for known in (self._buffers, self._inputs, self._finished, self._groups):
+                    known.clear()
+                return
 
     def buffer(self, buffer: Buffer, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
         """The tensor of a buffer, the same one at each call while its shape stays. Collective when it is made or grows.
@@ -190,17 +204,16 @@ class Graph:
             strides: In elements.
         """
         known = self._buffers.get(buffer.number)
-        if known is not None and known.sizes == sizes and known.strides == strides and not known.group.closed:
+        if known is not None and known.sizes == sizes and known.strides == strides:
             return known.tensor
         return self._make(buffer, sizes, strides)
 
     def _make(self, buffer: Buffer, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
-        home = group_named(buffer.groups[0])
         needed = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         # Compiled code runs with and without inference mode; a tensor made in it could not be written to outside.
         with torch.inference_mode(False), torch.no_grad():
             known = self._buffers.get(buffer.number)
-            if known is not None and known.group is home and needed <= known.capacity:
+            if known is not None and needed <= known.capacity:
                 tensor, capacity = known.tensor.as_strided(sizes, strides), known.capacity
             else:
                 if known is not None and buffer.keep:
@@ -211,7 +224,8 @@ class Graph:
                     lambda: buffer.allocate(sizes, strides, f"compiled {buffer.number}"),
                 )
                 capacity = needed
-        self._buffers[buffer.number] = _Made(tuple(sizes), tuple(strides), tensor, capacity, home)
+        self._groups.update((name, group_named(name)) for name in buffer.groups)
+        self._buffers[buffer.number] = _Made(tuple(sizes), tuple(strides), tensor, capacity, buffer.keep)
         return tensor
 
     def fresh(self, buffer: Buffer, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
@@ -249,7 +263,8 @@ class Graph:
             return x
         if way == "agree":
             if known is None:
-                known = self._inputs[number] = _Input(group_named(name))
+                group = self._groups[name] = group_named(name)
+                known = self._inputs[number] = _Input(group)
             if not known.copying and known.agree(x, group_named(name), op):
                 return x
         elif way != "copy" and _block_of(x, group_named(name)) is not None:
@@ -262,7 +277,7 @@ class Graph:
                 step=op,
             )
         sizes, strides, copy = x.shape, x.stride(), self._buffers.get(number)
-        if copy is not None and copy.sizes == sizes and copy.strides == strides and not copy.group.closed:
+        if copy is not None and copy.sizes == sizes and copy.strides == strides:
             return copy.tensor.copy_(x)
         return self._make(Buffer(number, x.dtype, str(x.device), (name,), backend, keep), sizes, strides).copy_(x)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -19,8 +20,9 @@ import torch
 import torch.distributed as dist
 
 import symmem
+from symmem.backends import kernel_words
 from symmem.compile.report import ALREADY, COPIED, PLACED, Report
-from symmem.errors import GroupError, InvalidArgumentError, NotSymmetricError, UnsupportedError
+from symmem.errors import GroupError, InvalidArgumentError, NotSymmetricError, PeerTimeoutError, UnsupportedError
 
 
 class Part:
@@ -842,6 +844,53 @@ def case_group_is_destroyed() -> None:
         run(x)
 
 
+def case_group_is_made_anew() -> None:
+    """What the ranks of the group before had met for is not used with the new one of that name (G2)."""
+    name, run = "anew", None
+    mine = symmem.allocate((3, 3), dtype=torch.float32)
+    for turn in range(2):
+        made = dist.new_group(list(range(dist.get_world_size())))
+        made._set_group_name(name)
+        dist.distributed_c10d._world.pg_names[made] = name
+        torch._C._distributed_c10d._register_process_group(name, made)
+        mine.rendezvous(made)
+        if run is None:
+            torch._dynamo.reset()
+            run = compiled(
+                lambda x, y: (
+                    *(ct.total(each, name) for each in (x @ x, x, y)),
+                    symmem.ops.all_gather(x + 1, name),
+                )
+            )
+        for step in range(2):
+            x, y = values(3, 3, seed=step), mine.tensor.copy_(values(3, 3, seed=step + 2 * turn))
+            gathered = symmem.ops.all_gather(x + 1, group())
+            torch.testing.assert_close(run(x, y), (summed(x @ x), summed(x), summed(y), gathered))
+        dist.destroy_process_group(made)
+
+
+def case_kernel_that_stopped_is_named() -> None:
+    """What torch finds out of a GPU whose kernel has stopped is told by the error of that kernel (G1)."""
+    error = RuntimeError("CUDA error: unspecified launch failure")
+
+    def fail(inputs: Any) -> None:
+        raise error
+
+    with pytest.raises(RuntimeError) as plain:
+        running.bound(fail)([])
+    assert plain.value is error
+    memory = (ctypes.c_uint32 * (kernel_words.NBYTES // 4))()
+    words = kernel_words.KernelWords(0, ctypes.addressof(memory), 0)
+    try:
+        number = words.enter(symmem.resolve_group())
+        memory[:4] = [1, 7, 1, number]
+        with pytest.raises(PeerTimeoutError, match="barrier on channel 7") as caught:
+            running.bound(fail)([])
+        assert caught.value.__cause__ is error
+    finally:
+        kernel_words._all.remove(words)
+
+
 def case_memory_goes_with_the_function() -> None:
     name = group()
     torch._dynamo.reset()
@@ -926,16 +975,17 @@ def case_cuda_graphs_do_not_get_inputs_that_are_looked_at_outside() -> None:
         return types.SimpleNamespace(read_writes=deps, last_usage=OrderedSet(last))
 
     def last_usage() -> list[set[str]]:
-        taken, user = node({"buf1"}, {"buf1", "arg0_1", "arg1_1"}), node({"arg1_1"}, {"arg0_1"})
+        taken, user = node({"buf1"}, {"buf1", "arg0_1", "arg1_1"}), node({"arg1_1", "buf2"}, {"arg0_1", "arg2_1"})
         seen: list[Any] = []
-        wrappers._partition_signature(lambda *args: seen.append(args))("scheduler", [[taken, user]], [False])
-        assert seen == [("scheduler", [[taken, user]], [False])]
+        scheduler = types.SimpleNamespace(mutation_real_name={"buf2": "arg2_1"})  # it was written to before
+        wrappers._partition_signature(lambda *args: seen.append(args))(scheduler, [[taken, user]], [False])
+        assert seen == [(scheduler, [[taken, user]], [False])]
         return [set(each.last_usage) for each in (taken, user)]
 
     with V.set_graph_handler(types.SimpleNamespace()):
-        assert last_usage() == [{"buf1", "arg0_1", "arg1_1"}, {"arg0_1"}]
-        layout.start("g").apart.update(("arg0_1", "arg1_1"))
-        assert last_usage() == [{"buf1", "arg1_1"}, set()]
+        assert last_usage() == [{"buf1", "arg0_1", "arg1_1"}, {"arg0_1", "arg2_1"}]
+        layout.start("g").apart.update(("arg0_1", "arg1_1", "arg2_1"))
+        assert last_usage() == [{"buf1", "arg1_1"}, {"arg2_1"}]
 
 
 def case_cuda_graphs_are_captured_without_the_look_at_inputs() -> None:
