@@ -5,24 +5,46 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.utils import _pytree as pytree
 
+from symmem.compile.layout import is_part
+from symmem.compile.twins import original_of
 from symmem.errors import GroupError
 from symmem.ops import registry
-from symmem.ops.built_in import OWN_NAMESPACE
+from symmem.ops.built_in import NAMESPACE, OWN_NAMESPACE
 from symmem.ops.engines import group_named
 
-__all__ = ["key_of", "operators"]
+__all__ = ["backend_of", "key_of", "operators"]
 
 
-def key_of(called: Iterable[tuple[OpOverload, torch.fx.Node]]) -> tuple[str, list[tuple[str, int]]]:
-    """The registry and the code of this package, and the groups of our own operators, by what a graph calls."""
-    return f"symmem {_fingerprint()} {registry.fingerprint()}", sorted(set(_worlds(called)))
+def key_of(called: Sequence[tuple[OpOverload, torch.fx.Node]]) -> Any:
+    """The registry and the code of this package; and what it makes of what a graph calls.
+
+    That depends on the groups: on the sizes of those of our own operators, and on which is part of which; on whose
+    memory torch's own operators need; and on what a twin, whose number each process gives, stands for.
+    """
+    ours = [each for each in called if each[0].namespace == OWN_NAMESPACE or registry.lookup(each[0]) is not None]
+    groups = [(op, name) for op, node in ours for name in _groups(node)]
+    sizes = {(name, group_named(name).size) for op, name in groups if op.namespace == OWN_NAMESPACE}
+    parts = [pair for pair in itertools.permutations(sorted({name for _op, name in groups}), 2) if is_part(*pair)]
+    needs = [(op._name, backend_of(op)) for op, _node in ours]
+    return f"symmem {_fingerprint()} {registry.fingerprint()}", sorted(sizes), parts, needs
+
+
+def backend_of(op: OpOverload) -> str | None:
+    """The backend whose memory an operator needs; None for any that the configuration chooses."""
+    if op.namespace != NAMESPACE:
+        return None
+    from torch.distributed import _symmetric_memory as torch_symmetric
+
+    return f"pytorch_{str(torch_symmetric.get_backend(torch.device('cuda'))).lower()}"
 
 
 @functools.cache
@@ -32,21 +54,25 @@ def _fingerprint() -> str:
 
 
 def operators(gm: torch.nn.Module) -> Iterator[tuple[OpOverload, torch.fx.Node]]:
-    """The operators that a graph calls, or may call."""
+    """The operators that a graph calls, or may call, in the order of its nodes; not the twins of any."""
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            if isinstance(node.target, OpOverload):
-                yield node.target, node
-            elif isinstance(node.target, OpOverloadPacket):
-                names: Any = node.target.overloads
-                yield from ((getattr(node.target, each), node) for each in names())
+            for target in (node.target, *node.args):  # until it is lowered, what writes is an argument of another
+                yield from ((original_of(op), node) for op in _overloads(target))
 
 
-def _worlds(called: Iterable[tuple[OpOverload, torch.fx.Node]]) -> Iterator[tuple[str, int]]:
-    """The groups of our own operators, and their numbers of ranks, on which shapes depend."""
-    for op, node in called:
-        if op.namespace == OWN_NAMESPACE:
-            names = (each.name for each in op._schema.arguments)
-            name = {**dict(zip(names, node.args, strict=False)), **node.kwargs}.get("group_name")
-            with contextlib.suppress(GroupError):  # which is told when it is lowered
-                yield str(name), group_named(str(name)).size
+def _overloads(target: Any) -> Iterator[OpOverload]:
+    """What this stands for, if it is called."""
+    if isinstance(target, OpOverload):
+        yield target
+    elif isinstance(target, OpOverloadPacket):
+        names: Any = target.overloads
+        yield from (getattr(target, each) for each in names())
+
+
+def _groups(node: torch.fx.Node) -> Iterator[str]:
+    """The groups that are named among the arguments of a node."""
+    for value in pytree.tree_leaves((node.args, node.kwargs)):
+        if isinstance(value, str):
+            with contextlib.suppress(GroupError):  # of another text; of a group that is not there it is told later
+                yield group_named(value).name

@@ -28,6 +28,7 @@ __all__ = [
     "declare",
     "emit_header",
     "imported",
+    "is_part",
     "keeps",
     "nbytes_of",
     "root_of",

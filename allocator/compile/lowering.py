@@ -23,13 +23,13 @@ from torch._inductor.virtualized import V
 from torch._ops import OpOverload
 
 from symmem.compile import calls, layout  # noqa: F401  # the former defines operators
+from symmem.compile.keys import backend_of
 from symmem.compile.layout import State, SymmetricLayout, can_place, nbytes_of, root_of
 from symmem.compile.outs import OutCall, out_variant
 from symmem.compile.reasons import producer_name, verdict, where
 from symmem.compile.report import PLACED, Decision
 from symmem.compile.runtime import Argument
 from symmem.errors import UnsupportedError
-from symmem.ops.built_in import NAMESPACE
 from symmem.ops.described import Registration
 from symmem.ops.engines import name_of
 
@@ -76,7 +76,7 @@ class _Call:
         self._known, self._op = known, op
         self._args, self._kwargs = list(args), dict(kwargs)
         self._group = name_of(known.group_of(args, kwargs))
-        self._backend = _backend(op)
+        self._backend = backend_of(op)
         self._state: State = layout.state() or layout.start(uuid.uuid4().hex[:12])
         self._placed: list[ir.TensorBox] = []
         self._back: list[tuple[ir.TensorBox, ir.TensorBox]] = []
@@ -210,15 +210,6 @@ class _Call:
             originals, placed = map(list, zip(*self._back, strict=True))
             kernel, _nothing = _kernel(OPS._write_back.default, originals, placed, self._known.op)
             _write_as(kernel, lambda args: f"{layout.imported('symmem.compile.calls')}.write_back({', '.join(args)})")
-
-
-def _backend(op: OpOverload) -> str | None:
-    """The backend whose memory an operator needs; None for any that the configuration chooses."""
-    if op.namespace != NAMESPACE:
-        return None
-    from torch.distributed import _symmetric_memory as torch_symmetric
-
-    return f"pytorch_{str(torch_symmetric.get_backend(torch.device('cuda'))).lower()}"
 
 
 def _realized(x: Any) -> Any:

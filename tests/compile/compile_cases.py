@@ -647,6 +647,53 @@ def case_own_operators_of_a_group_that_changes() -> None:
     alone.close()
 
 
+def case_code_for_other_groups_is_not_taken_from_a_cache() -> None:
+    """A buffer that two groups reach is in the memory of the larger one: which that is is not in the code (G2)."""
+    both, alone = [[0, 1]], [[0], [1]]
+    for members in ((both, alone), (alone, both)):
+        made = []
+        for name, parts in zip(("cached a", "cached b"), members, strict=True):
+            group = [dist.new_group(ranks) for ranks in parts][dist.get_rank() if parts is alone else 0]
+            group._set_group_name(name)
+            dist.distributed_c10d._world.pg_names[group] = name
+            torch._C._distributed_c10d._register_process_group(name, group)
+            made.append(group)
+        larger = "cached a" if members[0] is both else "cached b"
+        torch._dynamo.reset()
+        x = values(3, 3)
+        with explaining.reporting() as report:
+            run = compiled(lambda x: sum(ct.total(y, "cached a") + ct.total(y, "cached b") for y in (x @ x,)))
+            torch.testing.assert_close(run(x), x @ x + summed(x @ x))
+        assert [each.group for each in report.graphs[0].buffers] == [larger]
+        for group in made:
+            dist.destroy_process_group(group)
+
+
+def case_key_of_compiled_code() -> None:
+    """In it are operators that torch wraps, and what a twin stands for, whatever its number; and torch's backend."""
+    keys, graph = importlib.import_module("symmem.compile.keys"), torch.fx.Graph()
+    hook.install()
+    hook._prepare()
+    x = graph.placeholder("x")
+    wrapped = torch.ops.higher_order.auto_functionalized_v2
+    back, add = torch.ops.ct.add_peer_back_.default, torch.ops.ct.add_peer_.default
+    twins = importlib.import_module("symmem.compile.twins")._of_twins
+    twin = next(each for each, op in twins.items() if op is back)
+    for op in (twin, add):
+        graph.call_function(wrapped, (op,), {"tp": group(), "_x_base_index": 0, "_all_bases": [x]})
+    graph.call_function(torch.ops.aten.relu.default, (x,))
+    names = [op._name for op, _node in keys.operators(torch.fx.GraphModule({}, graph))]
+    assert names == ["ct::add_peer_back_", "ct::add_peer_", "aten::relu"]
+    ours = torch.fx.Graph()
+    ours.call_function(torch.ops.symm_mem.one_shot_all_reduce.default, (ours.placeholder("x"), "sum", group()))
+    called, found = list(keys.operators(torch.fx.GraphModule({}, ours))), []
+    for backend in ("CUDA", "NCCL"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("torch.distributed._symmetric_memory.get_backend", lambda device: backend)  # noqa: B023
+            found.append(keys.key_of(called))
+    assert found[0] != found[1]
+
+
 def case_nothing_registered() -> None:
     torch._dynamo.reset()
     with explaining.reporting() as report:
