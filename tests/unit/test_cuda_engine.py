@@ -589,6 +589,25 @@ def test_other_offsets_are_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) 
     assert caught.value.step == "broadcast"
 
 
+@pytest.mark.parametrize("plain", [{1}, {0, 2}])
+def test_results_outside_of_symmetric_memory_are_named(
+    plain: set[int], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for engine in ranks.engines:
+        rows = Row(WORLD, None, "put", 8, 1), Row(WORLD, None, "pull", 8, 1)
+        engine.use(engine.table._replace(move=rows))
+    rooms = [memory(1 << 12) for _ in range(WORLD)]
+    in_symmetric_memory(ranks, rooms, monkeypatch)
+    for rank in plain:
+        monkeypatch.setattr(ranks.engines[rank], "_find_memory", lambda address, nbytes: None)
+    outs = [room.view(torch.float32)[4:16].view(WORLD, 4) for room in rooms]
+    errors = ranks.run(lambda e, rank: e.all_gather(torch.ones(4), outs[rank]))
+    assert all(errors)
+    with pytest.raises(MismatchError, match="other memory") as caught:
+        ranks.engines[0].check()
+    assert caught.value.step == "all_gather"
+
+
 def test_a_missing_rank_is_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, libraries: dict[str, Any]) -> None:
     monkeypatch.setattr(StubGroup, "settings", SimpleNamespace(signal_timeout=0.3, algorithms="built-in"))
     tensors = [torch.ones(10) for _ in range(WORLD)]
