@@ -100,9 +100,9 @@ class KernelWords:
             )
         if operation in _steps and channel:
             return MismatchError(
-                f"rank {peer} takes part with other memory: at another place in symmetric memory, or of another size; "
+                f"rank {peer} takes part with other memory: elsewhere, in symmetric memory or not, or of another size; "
                 "this process's kernels were stopped",
-                hint="pass tensors of the same shape, at the same place in symmetric memory, on all ranks",
+                hint="pass tensors of the same shape on all ranks, at the same place in symmetric memory or outside",
                 rank=rank,
                 group=name,
                 step=_steps[operation],

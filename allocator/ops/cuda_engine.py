@@ -9,8 +9,8 @@ What all ranks must do alike, beside calling the same operations in the same ord
 * Calls of one engine on several streams must be ordered, by events; the replay of a graph counts as a call.
 * Large parts that are only moved are stored into the others' results where they lie, if that is symmetric memory. So
   the result of an all-gather, all-to-all or broadcast is in symmetric memory on all ranks, at the same offset of the
-  same allocation, or on none. Another place in symmetric memory ends in a MismatchError, other memory in a
-  PeerTimeoutError.
+  same allocation, or on none. Anything else ends in a MismatchError; with a table that runs `exchange` for what is so
+  large, in a PeerTimeoutError.
 """
 
 from __future__ import annotations
@@ -332,7 +332,7 @@ class CudaEngine:
         if mapping is None or not all(mapping.pointers):
             return None
         offset = address - block.allocation.pointer
-        mark = hash((mapping.serial, offset, nbytes)) & (2**64 - 1)  # of integers, so the same in every process
+        mark = hash((mapping.serial, offset, nbytes)) & (2**64 - 1) or 1  # of integers, so the same in every process
         return _Memory(tuple(pointer + offset for pointer in mapping.pointers), mark, weakref.ref(block))
 
     # Launching.

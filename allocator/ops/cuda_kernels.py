@@ -4,7 +4,7 @@ Each rank has a workspace that all others can load from and store to::
 
     control    turn         uint64: operations that the owner has finished; all of one engine are counted, 0 at first
                ticket       uint32: blocks of the running kernel that have read the turn
-               marks        [2 parities, source]: what a source takes part with (`put` only)
+               marks        [2 parities, source]: what memory a source takes part with; 0 in `pull`
                flags        uint64 [2 parities, 2 stages, block, source]: the turn in which that block of `source` came
     landing    [2 parities, source, SLOT bytes]: what `source` has pushed to the owner; all bytes 255 at rest
     stage      [2 parities, STAGE bytes]: what the owner lays out for others to pull
@@ -152,7 +152,7 @@ struct Call {
   u64 slice;            // bytes of a rank's part
   u64 stride;           // from one rank's part to the next, in the source
   u64 out_stride;       // and in the result
-  u64 mark;             // `put`: must be the same on all ranks
+  u64 mark;             // `put`: must be the same on all ranks, and not 0
   u64 limit;            // nanoseconds
   u32 *status;          // host memory: {step, reason, peer, group} of who gave up; then of those that wait
   u32 step, rank, group, root;
@@ -282,18 +282,18 @@ __device__ __forceinline__ u64 *mark(const Call &call, u32 at, u64 turn, u32 sou
   return (u64 *)(call.areas[at] + MARKS) + turn % 2 * WORLD + source;
 }
 
-// Wait for the same block of all ranks; what each has stored before is visible afterwards.
-__device__ __forceinline__ void meet(const Call &call, u64 turn, u32 phase, bool compare) {
+// Wait for the same block of all ranks; what each has stored before is visible afterwards. May compare a number.
+__device__ __forceinline__ void meet(const Call &call, u64 turn, u32 phase, bool compare = false, u64 mine = 0) {
   __syncthreads();
   const u32 peer = threadIdx.x;
   if (peer < WORLD && peer != call.rank) {
-    if (compare) store_relaxed(mark(call, peer, turn, call.rank), call.mark);
+    if (compare) store_relaxed(mark(call, peer, turn, call.rank), mine);
     fence();
     store_relaxed(flag(call, peer, turn, phase, call.rank), turn + 1);
     u64 began = 0;
     for (u32 spins = 1; load_acquire(flag(call, call.rank, turn, phase, peer)) != turn + 1; ++spins)
       if (spins % SPINS == 0) began = give_up_when_late(&call, LATE, peer, began);
-    if (compare && load_relaxed(mark(call, call.rank, turn, peer)) != call.mark)
+    if (compare && load_relaxed(mark(call, call.rank, turn, peer)) != mine)
       stop(&call, DIFFERS, peer);
   }
   __syncthreads();
@@ -677,7 +677,7 @@ extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ C
         if (call.stride == 0 || p == call.rank) save(call.out + call.rank * call.out_stride + at, unit, left);
       }
     }
-  meet(call, turn, 0, false);
+  meet(call, turn, 0, blockIdx.x == 0);  // with no mark: others may be about to `put`
   for (u32 u = FIRST; u < units; u += STEP) {
     const u64 at = u64(u) * 16, left = call.slice - at;
     Unit parts[WORLD];
@@ -699,7 +699,7 @@ extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ C
 extern "C" __global__ void __launch_bounds__(512) put(const __grid_constant__ Call call) {
   const u64 turn = read_turn(call);
   const u32 ticket = draw_ticket(call);
-  meet(call, turn, 0, blockIdx.x == 0);
+  meet(call, turn, 0, blockIdx.x == 0, call.mark);
   const u32 units = call.root == NOBODY || call.root == call.rank ? u32(call.slice / 16) : 0;
   for (u32 u = FIRST; u < units; u += STEP) {
     const u64 at = u64(u) * 16, place = call.rank * call.out_stride + at;
@@ -715,7 +715,7 @@ extern "C" __global__ void __launch_bounds__(512) put(const __grid_constant__ Ca
 #pragma unroll
     for (u32 k = 0; k < WORLD; ++k) save(call.outs[next(call, k)] + place, parts[k], 16);
   }
-  meet(call, turn, 1, false);
+  meet(call, turn, 1);
   advance(call, turn, ticket);
 }
 #endif

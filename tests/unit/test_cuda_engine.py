@@ -552,6 +552,29 @@ def test_results_in_symmetric_memory(
         assert {number for number, *_ in driver.launched} == {kernel}, n
 
 
+def test_a_size_may_go_to_one_place_and_then_to_another(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    for engine in ranks.engines:
+        rows = Row(WORLD, None, "put", 8, 1), Row(WORLD, None, "pull", 8, 1)
+        engine.use(engine.table._replace(move=rows))
+    rooms = [memory(1 << 12) for _ in range(WORLD)]
+    in_symmetric_memory(ranks, rooms, monkeypatch)
+    for engine in ranks.engines:
+        find = engine._find_memory
+        monkeypatch.setattr(engine, "_find_memory", lambda a, n, f=find: None if a in elsewhere else f(a, n))
+    first, second = (
+        [room.view(torch.float32)[start:][: WORLD * 4].view(WORLD, 4) for room in rooms] for start in (0, 64)
+    )
+    other = [memory(WORLD * 16).view(torch.float32).view(WORLD, 4) for _ in range(WORLD)]
+    elsewhere = {each.data_ptr() for each in other}
+    for turn, outs in enumerate((first, second, other, first, other, second)):
+        sources = [torch.full((4,), 10.0 * turn + rank) for rank in range(WORLD)]
+        before = [[each.clone() for each in place] for place in (first, second, other)]
+        assert ranks.run(lambda e, rank, s=sources, o=outs: e.all_gather(s[rank], o[rank])) == [None] * WORLD
+        assert all(torch.equal(out, torch.stack(sources)) for out in outs), turn
+        for place, were in zip((first, second, other), before, strict=True):
+            assert place is outs or all(map(torch.equal, place, were)), turn
+
+
 def test_other_offsets_are_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     for engine in ranks.engines:
         rows = Row(WORLD, None, "put", 8, 1), Row(WORLD, None, "pull", 8, 1)
@@ -564,6 +587,25 @@ def test_other_offsets_are_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(MismatchError, match="other memory") as caught:
         ranks.engines[0].check()
     assert caught.value.step == "broadcast"
+
+
+@pytest.mark.parametrize("plain", [{1}, {0, 2}])
+def test_results_outside_of_symmetric_memory_are_named(
+    plain: set[int], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for engine in ranks.engines:
+        rows = Row(WORLD, None, "put", 8, 1), Row(WORLD, None, "pull", 8, 1)
+        engine.use(engine.table._replace(move=rows))
+    rooms = [memory(1 << 12) for _ in range(WORLD)]
+    in_symmetric_memory(ranks, rooms, monkeypatch)
+    for rank in plain:
+        monkeypatch.setattr(ranks.engines[rank], "_find_memory", lambda address, nbytes: None)
+    outs = [room.view(torch.float32)[4:16].view(WORLD, 4) for room in rooms]
+    errors = ranks.run(lambda e, rank: e.all_gather(torch.ones(4), outs[rank]))
+    assert all(errors)
+    with pytest.raises(MismatchError, match="other memory") as caught:
+        ranks.engines[0].check()
+    assert caught.value.step == "all_gather"
 
 
 def test_a_missing_rank_is_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, libraries: dict[str, Any]) -> None:
