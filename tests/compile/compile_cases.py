@@ -632,10 +632,10 @@ def case_own_operators_of_a_group_that_changes() -> None:
         return symmem.Group.from_store(rank % size, size, dist.PrefixStore(prefix, store), "changing")
 
     torch._dynamo.reset()
-    f = lambda x: symmem.symmem.ops.all_gather(x + 1, "changing")  # noqa: E731
+    f = lambda x: symmem.ops.all_gather(x + 1, "changing")  # noqa: E731
     run, x = compiled(f), values(3)
     both = made(2)
-    assert torch.equal(run(x), symmem.symmem.ops.all_gather(x + 1, both))
+    assert torch.equal(run(x), symmem.ops.all_gather(x + 1, both))
     both.close()
     with pytest.raises(GroupError):
         run(x)
