@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from symmem.arena import Arena
     from symmem.live import Block
 
-__all__ = ["Pool", "sweep"]
+__all__ = ["Pool", "is_pooled", "sweep"]
 
 
 class _Torch:
@@ -95,6 +96,7 @@ _torch: _Torch | None = None
 _lock = threading.RLock()
 _over: list[Pool] = []  # pools that no thread is in, whose tensors may live
 _sweeping = threading.Lock()
+_pooled: weakref.WeakSet[Block] = weakref.WeakSet()
 
 
 def _allocator() -> _Torch:
@@ -182,6 +184,7 @@ class Pool:
             return 0
         self._failed = None
         self._blocks.append(block)
+        _pooled.add(block)
         return block.pointer
 
     def over(self) -> bool:
@@ -191,6 +194,11 @@ class Pool:
         self._pool = None  # torch gives up its pieces first: only then others may have them
         self._blocks.clear()
         return True
+
+
+def is_pooled(block: Block) -> bool:
+    """Whether it is a piece that torch's allocator gives tensors from: where one lies in it may differ among ranks."""
+    return block in _pooled
 
 
 def sweep() -> None:

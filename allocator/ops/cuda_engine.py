@@ -36,6 +36,7 @@ from symmem.ops.algorithms import BLOCKS, Choice, Table, grid, table_for
 from symmem.ops.alike import compare
 from symmem.ops.cuda_kernels import OPERATORS, STEPS, TYPES, Layout
 from symmem.ops.cuda_programs import program
+from symmem.pools import is_pooled
 from symmem.tensor import SymmetricTensor
 
 __all__ = ["CudaEngine", "Piece", "pieces"]
@@ -329,7 +330,7 @@ class CudaEngine:
         if block is None or block.closed or address % _UNIT or address + nbytes > block.pointer + block.nbytes:
             return None
         mapping = block.mappings.get(self._group)
-        if mapping is None or not all(mapping.pointers):
+        if mapping is None or not all(mapping.pointers) or is_pooled(block):
             return None
         offset = address - block.allocation.pointer
         mark = hash((mapping.serial, offset, nbytes)) & (2**64 - 1) or 1  # of integers, so the same in every process
