@@ -164,7 +164,8 @@ class Arena:
                     self.quarantined_bytes += nbytes
                     self.quarantined_blocks += 1
                     gone: Any = self.entries[slot]
-                    self.drops.append((when, gone))
+                    if gone is not None:  # else a signal handler has just collected, and the slot is free
+                        self.drops.append((when, gone))
                 else:
                     self.look()
             label = 0 if name is None else _label(name)
@@ -290,7 +291,9 @@ class Arena:
             with self._collective("allocate", proposed) as collective:
                 meeting.hold(collective)
             meeting.settle()
+        self.amid = True
         self.absorb()
+        self.amid = False
 
     def _make_room(self, proposed: Record) -> None:
         """Reclaim what all ranks have dropped, if there is no room; if that is not enough, grow. Collective."""

@@ -24,8 +24,8 @@ the CPU an operator is done when it returns, on CUDA it is work on the current s
 
 On CUDA, what ``all_gather``, ``all_to_all`` or ``broadcast`` moves in parts of more than 1 MiB goes straight into the
 peers' results where these are symmetric memory that was allocated as such, and not by any op within
-``use_symmetric_memory``. So there ``out`` is in symmetric memory on all ranks, at the same
-offset of the same allocation, or on none; anything else ends in a MismatchError.
+``use_symmetric_memory``. So there ``out`` is in symmetric memory on all ranks, at the same offset of the same
+allocation, or on none; anything else ends in a MismatchError.
 
 A rank whose arguments are refused raises InvalidArgumentError, and on the CPU the others raise MismatchError, which
 names it; ranks that do not call alike all raise MismatchError there. On CUDA ranks compare nothing, for that takes

@@ -835,6 +835,8 @@ def test_an_allocation_that_fails_is_not_taken_for_one(make: Make) -> None:
 
 def test_collecting_in_a_signal_handler(rank: Rank) -> None:
     """A handler may run between any two steps: it is told if that is amid the arena's work, else it works."""
+    rank.allocate()
+    rank.collect()  # both import modules, amid which a handler could not call them
     told: list[str] = []
 
     def handler(*_: Any) -> None:
@@ -867,6 +869,31 @@ def test_collecting_in_a_signal_handler(rank: Rank) -> None:
     assert all((st.tensor == value).all() for value, st in kept)
     spans = sorted(span(st) for _, st in kept)
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+
+
+def test_what_an_allocation_reclaims_is_entered_as_a_whole(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more than are entered at once: a signal handler that comes amid it is told, and leaves the books alone."""
+    kept = [rank.allocate(4096) for _ in range(300)]
+    told: list[str] = []
+    enter = suballocator.SubAllocator.free_many
+
+    def interrupted(self: suballocator.SubAllocator, offsets: Any) -> None:
+        with pytest.raises(GroupError, match="amid") as caught:
+            rank.collect()
+        told.append(str(caught.value))
+        enter(self, offsets)
+
+    monkeypatch.setattr(suballocator.SubAllocator, "free_many", interrupted)
+    others = [rank.allocate(1 << 20) for _ in rank.segments[1:]]  # which have been made for signal pads
+    segments = rank.segments
+    del kept
+    large = rank.allocate(3 << 19)
+    assert told
+    monkeypatch.undo()
+    assert rank.segments == segments
+    assert rank.collect() == 0
+    assert rank.arena.live_bytes == (3 << 19) + (len(others) << 20)
+    del large
 
 
 def test_finalizers_that_look_and_collect(rank: Rank) -> None:
