@@ -89,8 +89,7 @@ def collective(operation: str, group_name: str, world: int, *options: Any) -> Ca
                 hint="call torch._dynamo.reset(), and the function is compiled anew",
                 rank=group.rank,
             )
-        engine = group.engines.get(x.device) or engine_for(group, x.device)
-        getattr(engine, operation)(_plain(x), out, *options)
+        getattr(engine_for(group, x.device), operation)(_plain(x), out, *options)
 
     return call
 

@@ -70,7 +70,6 @@ _REDUCED = {
 
 Shape = Sequence[int]  # or symbolic integers
 
-_STRIDED = torch.strided
 _REDUCTION = "str reduction"
 
 
@@ -95,7 +94,7 @@ class Kind:
 
     def check(self, x: torch.Tensor, options: Sequence[Any], world: int, in_place: bool = False) -> None:
         """Raise unless a call is sound, as far as that shows without looking at memory."""
-        if x.layout is not _STRIDED:
+        if x.layout is not torch.strided:
             raise InvalidArgumentError(f"x must be a dense tensor, not {x.layout}")
         if self.option == _REDUCTION:
             if (x.dtype, options[0]) not in _REDUCED:
@@ -252,13 +251,13 @@ def in_place(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any]) 
     """What an operator does that puts its result in the place of x."""
     try:
         kind.check(x, options, group.size, in_place=True)
-        plain = x.is_contiguous() and not (x.is_conj() or x.is_neg())
+        plain = _is_plain(x)
         if not plain:
             _check_written(x, "x")
     except SymmemError as error:
         _refused(group, x.device, kind.name, error)
         raise
-    engine = group.engines.get(x.device) or engine_for(group, x.device)
+    engine = engine_for(group, x.device)
     target = x if plain else _plain(x)
     if kind.in_place is None:
         getattr(engine, kind.name)(target, target, *options)

@@ -52,8 +52,10 @@ def is_usual(x: torch.Tensor, out: torch.Tensor | None = None) -> bool:
         return False
     if _keys_of_thread().raw_repr() not in _OF_THREADS or _function_modes() or _is_profiling():
         return False
+    return _is_usual_tensor(x) and (out is None or out is x or _is_usual_tensor(out))
+
+
+def _is_usual_tensor(x: torch.Tensor) -> bool:
     if type(x) not in _CLASSES or (x.requires_grad and torch.is_grad_enabled()):
         return False
-    if _keys_of_tensor(x).raw_repr() not in _OF_TENSORS:
-        return False
-    return out is None or out is x or is_usual(out)
+    return _keys_of_tensor(x).raw_repr() in _OF_TENSORS

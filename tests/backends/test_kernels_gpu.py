@@ -23,7 +23,7 @@ from symmem.tools.ranks import RankPool
 
 HERE = Path(__file__).parent
 KERNELS = '#include "symmem.cuh"\n' + (HERE.parent / "unit" / "header_kernels.cu").read_text()
-BACKENDS = ("native", "pytorch_cuda", "nvshmem")
+BACKENDS = ("native", "pytorch_cuda", "nvshmem", "pytorch_nvshmem", "pytorch_nccl")
 WORLD = max(torch.cuda.device_count(), 2)
 THREADS, ROUNDS = 128, 20
 
@@ -163,7 +163,11 @@ def pool() -> Any:
 def test_kernels(task: Any, backend: str, pool: RankPool) -> None:
     if not (found := examine(backend)).available:
         pytest.skip(found.why_not)
-    pool.run(task, backend, timeout=60)
+    if backend in ("pytorch_nvshmem", "pytorch_nccl"):  # of torch's transports, a process has one
+        with RankPool(WORLD, env={"SYMMEM_ENABLE": "signal_timeout(20s)"}) as own:
+            own.run(task, backend, timeout=60)
+    else:
+        pool.run(task, backend, timeout=60)
 
 
 @pytest.mark.parametrize(

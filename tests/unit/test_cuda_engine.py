@@ -282,6 +282,11 @@ class Ranks:
             area[layout.landing : layout.stages] = 255
             engine.layout, engine._areas = layout, tuple(each.data_ptr() for each in self.areas)
 
+    def use(self, **rows: tuple[Row, ...]) -> None:
+        """Let all engines choose by these rows, of one operation or several."""
+        for engine in self.engines:
+            engine.use(engine.table._replace(**rows))
+
     def run(self, operation: Callable[[CudaEngine, int], object]) -> list[BaseException | None]:
         errors: list[BaseException | None] = [None] * len(self.engines)
 
@@ -339,8 +344,7 @@ def test_all_reduce_to_the_bit(ranks: Ranks) -> None:
         want = functools.reduce(torch.add, sources)
         outs = sources if rng.random() < 0.5 else [torch.empty_like(each) for each in sources]
         row = Row(WORLD, None, ("one_shot", "two_shot")[turn % 2], rng.choice((8, 16)), rng.choice((1, 3)))
-        for engine in ranks.engines:
-            engine.use(engine.table._replace(all_reduce=(row,)))
+        ranks.use(all_reduce=(row,))
         errors = ranks.run(lambda engine, rank, s=sources, o=outs: engine.all_reduce(s[rank], o[rank], "sum"))
         assert errors == [None] * WORLD
         for out in outs:
@@ -353,8 +357,7 @@ def test_numbers_that_look_like_nothing(ranks: Ranks) -> None:
     # 64 ones are what lies in a landing zone at rest; as floats they are NaNs.
     for kernel in ("one_shot", "two_shot"):
         tensors = [torch.full((50,), -1, dtype=torch.int32).view(torch.float32) for _ in range(WORLD)]
-        for engine in ranks.engines:
-            engine.use(engine.table._replace(all_reduce=(Row(WORLD, None, kernel, 8, 2),)))
+        ranks.use(all_reduce=(Row(WORLD, None, kernel, 8, 2),))
         ranks.run(lambda engine, rank, t=tensors: engine.all_reduce(t[rank], t[rank], "sum"))
         for tensor in tensors:
             assert tensor.isnan().all()
@@ -397,8 +400,7 @@ def test_a_rank_may_run_ahead(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("kernel", ["exchange", "pull"])
 def test_bytes_move_unchanged(kernel: str, ranks: Ranks) -> None:
-    for engine in ranks.engines:
-        engine.use(engine.table._replace(move=(Row(WORLD, None, kernel, 8, 3),)))
+    ranks.use(move=(Row(WORLD, None, kernel, 8, 3),))
     rng = random.Random(5)
     for n in (1, 3, 7, 8, 9, 16, 33, 500, 2047, 2048, 7003):
         given = [torch.randint(0, 256, (WORLD, n), dtype=torch.uint8) for _ in range(WORLD)]
@@ -521,9 +523,7 @@ def run_with_a_slow_rank(
 def test_results_in_symmetric_memory(
     blocks: int, ranks: Ranks, driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for engine in ranks.engines:
-        rows = Row(WORLD, None, "put", 8, blocks), Row(WORLD, None, "pull", 8, blocks)
-        engine.use(engine.table._replace(move=rows))
+    ranks.use(move=(Row(WORLD, None, "put", 8, blocks), Row(WORLD, None, "pull", 8, blocks)))
     rooms = [memory(1 << 16) for _ in range(WORLD)]
     in_symmetric_memory(ranks, rooms, monkeypatch)
     rng = random.Random(8)
@@ -556,9 +556,7 @@ def test_results_in_symmetric_memory(
 
 
 def test_a_size_may_go_to_one_place_and_then_to_another(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    for engine in ranks.engines:
-        rows = Row(WORLD, None, "put", 8, 1), Row(WORLD, None, "pull", 8, 1)
-        engine.use(engine.table._replace(move=rows))
+    ranks.use(move=(Row(WORLD, None, "put", 8, 1), Row(WORLD, None, "pull", 8, 1)))
     rooms = [memory(1 << 12) for _ in range(WORLD)]
     in_symmetric_memory(ranks, rooms, monkeypatch)
     for engine in ranks.engines:
@@ -579,9 +577,7 @@ def test_a_size_may_go_to_one_place_and_then_to_another(ranks: Ranks, monkeypatc
 
 
 def test_other_offsets_are_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    for engine in ranks.engines:
-        rows = Row(WORLD, None, "put", 8, 1), Row(WORLD, None, "pull", 8, 1)
-        engine.use(engine.table._replace(move=rows))
+    ranks.use(move=(Row(WORLD, None, "put", 8, 1), Row(WORLD, None, "pull", 8, 1)))
     rooms = [memory(1 << 12) for _ in range(WORLD)]
     in_symmetric_memory(ranks, rooms, monkeypatch)
     tensors = [room.view(torch.float32)[4 * (rank == 1) :][:100] for rank, room in enumerate(rooms)]
@@ -596,9 +592,7 @@ def test_other_offsets_are_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) 
 def test_results_outside_of_symmetric_memory_are_named(
     plain: set[int], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for engine in ranks.engines:
-        rows = Row(WORLD, None, "put", 8, 1), Row(WORLD, None, "pull", 8, 1)
-        engine.use(engine.table._replace(move=rows))
+    ranks.use(move=(Row(WORLD, None, "put", 8, 1), Row(WORLD, None, "pull", 8, 1)))
     rooms = [memory(1 << 12) for _ in range(WORLD)]
     in_symmetric_memory(ranks, rooms, monkeypatch)
     for rank in plain:
