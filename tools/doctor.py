@@ -12,6 +12,7 @@ import torch
 from symmem.backends import available_names, get_backend
 from symmem.backends.base import Capability
 from symmem.errors import SymmemError
+from symmem.ops import eager
 from symmem.tools.table import render
 from symmem.version import VERSION
 
@@ -56,6 +57,15 @@ def examine(name: str) -> Finding:
     return Finding(name, True, backend.device_type, flags)
 
 
+def _eager_calls() -> str:
+    """How collective operators are called on CUDA; compiles what is needed for that."""
+    try:
+        eager.compiled()
+    except (ImportError, OSError) as error:
+        return f"in Python, for there is no module in C ({error})"
+    return "in C"
+
+
 def run(*, as_json: bool) -> int:
     """Print the findings; the exit code is 0 if any backend works."""
     findings = [examine(name) for name in available_names()]
@@ -63,6 +73,7 @@ def run(*, as_json: bool) -> int:
         "symmem": VERSION,
         "torch": torch.__version__,
         "cuda devices": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "eager calls": _eager_calls(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
     }
     if as_json:

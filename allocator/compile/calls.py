@@ -15,7 +15,8 @@ import torch
 from symmem.compile.running import running
 from symmem.compile.runtime import Argument, Graph
 from symmem.errors import GroupError, InvalidArgumentError
-from symmem.ops.collectives import _plain
+from symmem.ops import eager
+from symmem.ops.collectives import KINDS, _plain
 from symmem.ops.engines import engine_for, group_named
 
 __all__ = ["LIBRARY", "collective", "write_back"]
@@ -75,9 +76,12 @@ def collective(operation: str, group_name: str, world: int, *options: Any) -> Ca
     Raises:
         GroupError: By the call: there is no such group any more, or it has another number of ranks.
     """
-    operator = getattr(torch.ops.symmem, f"{operation}_out").default
+    operator, kind = getattr(torch.ops.symmem, f"{operation}_out").default, KINDS[operation]
+    option = options[0] if options else None
 
     def call(x: torch.Tensor, out: torch.Tensor) -> None:
+        if eager.run(kind, x, group_name, option, out) is not None:
+            return
         if _is_profiling():  # which is told of operators by the dispatcher
             operator(x, *options, group_name, out=out)
             return
@@ -90,6 +94,7 @@ def collective(operation: str, group_name: str, world: int, *options: Any) -> Ca
                 rank=group.rank,
             )
         getattr(engine_for(group, x.device), operation)(_plain(x), out, *options)
+        eager.learn(kind, group, x, option, out, out)
 
     return call
 

@@ -110,6 +110,7 @@ class CudaEngine:
         self.layout = Layout.make(self._world, _LANDING, _STAGE, BLOCKS)
         self._state = device_of(self._ordinal)
         self._status = self._state.status
+        self.status_here = ctypes.addressof(self._status)
         self._number = self._state.enter(group)
         self._launch_kernel = self._state.driver.bindings.cuLaunchKernel
         self._lock = threading.Lock()  # from setting the addresses to the launch, which copies them
@@ -117,6 +118,7 @@ class CudaEngine:
         self._areas: tuple[int, ...] = ()
         self._plans: dict[Any, list[_Launch]] = {}
         self._memories: dict[tuple[int, int], _Memory] = {}
+        self.calls: Any = None
         self.use(table_for(self._world, group.settings.algorithms))
 
     def use(self, table: Table) -> None:
@@ -124,18 +126,21 @@ class CudaEngine:
         self.table = table
         self._beyond = table.symmetric_beyond()
         self._plans.clear()
+        if self.calls is not None:
+            self.calls.clear()
 
     # The operations.
 
     def all_reduce(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
         """See :meth:`symmem.ops.engine.Engine.all_reduce`."""
         nbytes = source.nbytes
-        plan = self._plans.get((nbytes, source.dtype, reduction))
+        key = ("all_reduce", nbytes, source.dtype, reduction)
+        plan = self._plans.get(key)
         if plan is None:
             if self._is_trivial(source, out, nbytes):
                 return
             plan = self._plan_all_reduce(nbytes, source.dtype, reduction)
-            self._remember((nbytes, source.dtype, reduction), plan)
+            self._remember(key, plan)
         address = source.data_ptr()
         self._run(plan, address, address if out is source else out.data_ptr())
 
@@ -163,6 +168,18 @@ class CudaEngine:
     def broadcast(self, source: torch.Tensor, out: torch.Tensor, root: int) -> None:
         """See :meth:`symmem.ops.engine.Engine.broadcast`."""
         self._move("broadcast", source, out, source.nbytes, 0, 0, root)
+
+    def sole_launch(self, operation: str, source: torch.Tensor, out: torch.Tensor, option: Any) -> _Launch | None:
+        """The one kernel that such a call launches wherever its tensors lie, after the first; None if it is not so."""
+        if operation in ("all_reduce", "reduce_scatter"):
+            key: Any = (operation, out.nbytes, out.dtype, option)
+        else:
+            nbytes = source.nbytes // self._world if operation == "all_to_all" else source.nbytes
+            if nbytes > self._beyond:
+                return None
+            key = (operation, nbytes, _NOBODY if option is None else option, True)
+        plan = self._plans.get(key, ())
+        return plan[0] if len(plan) == 1 else None
 
     def check(self) -> None:
         """Raise what a kernel of this process has failed with, if one has. Local and quick; does not wait.

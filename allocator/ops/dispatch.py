@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["is_usual", "is_usual_keyset"]
+__all__ = ["USUAL_THREADS", "is_usual", "is_usual_keyset"]
 
 
 def _keys(*names: str) -> int:
@@ -26,7 +26,8 @@ _OF_TENSORS = frozenset(
     for device in _DEVICES
     for more in ((f"Autograd{device}", "ADInplaceOrView"), ())  # the latter: of a tensor made in inference mode
 )
-_OF_THREADS = frozenset((_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect")))  # the latter: see above
+USUAL_THREADS = _keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect")
+"""The keys that a thread adds to each call where nothing else takes part; the latter in inference mode."""
 _CLASSES = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -50,7 +51,7 @@ def is_usual(x: torch.Tensor, out: torch.Tensor | None = None) -> bool:
     """
     if _is_compiling():  # which is to see the operators; asked first, since a compiler cannot follow the rest
         return False
-    if _keys_of_thread().raw_repr() not in _OF_THREADS or _function_modes() or _is_profiling():
+    if _keys_of_thread().raw_repr() not in USUAL_THREADS or _function_modes() or _is_profiling():
         return False
     return _is_usual_tensor(x) and (out is None or out is x or _is_usual_tensor(out))
 

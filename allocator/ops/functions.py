@@ -7,14 +7,12 @@ code that is compiled, name the group by a text, or leave it out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
 import symmem.ops.one_sided  # noqa: F401  # defines operators
 from symmem.backends.kernel_words import raise_failure
 from symmem.group import GroupLike
+from symmem.ops import eager
 from symmem.ops.collectives import KINDS, Kind, functional, in_place, into
 from symmem.ops.dispatch import is_usual
 from symmem.ops.engines import group_of, name_of
@@ -50,28 +48,46 @@ def _name(group: GroupLike) -> str:
 _name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+_is_compiling = torch.compiler.is_dynamo_compiling  # looked up once
+
+
 def _call(
-    kind: Kind, x: torch.Tensor, group: GroupLike, out: torch.Tensor | None, options: Sequence[Any] = ()
+    kind: Kind, x: torch.Tensor, group: GroupLike, out: torch.Tensor | None, option: str | int | None = None
 ) -> torch.Tensor:
     """The form that fits: by its kernel if nothing else takes part in the call, else as the operator."""
-    made: torch.Tensor
-    if is_usual(x, out):
-        try:
-            resolved = group_of(group)
+    if _is_compiling():  # asked first, since a compiler cannot follow the rest
+        return _dispatched(kind, x, group, out, option)
+    try:
+        made: torch.Tensor | None = eager.run(kind, x, group, option, out)
+        if made is None and is_usual(x, out):
+            resolved, options = group_of(group), _options(option)
             if out is None:
-                return functional(kind, resolved, x, options)
-            if out is x and kind.like_x:
+                made = functional(kind, resolved, x, options)
+            elif out is x and kind.like_x:
                 in_place(kind, resolved, x, options)
+                made = out
             else:
                 into(kind, resolved, x, options, out)
-        except RuntimeError as error:  # of torch, whose allocator asks CUDA
-            raise_failure(error)
-            raise
-        return out
-    rest = (*options, _name(group))
+                made = out
+            eager.learn(kind, resolved, x, option, out, made)
+    except RuntimeError as error:  # of torch, whose allocator asks CUDA
+        raise_failure(error)
+        raise
+    return _dispatched(kind, x, group, out, option) if made is None else made
+
+
+def _options(option: str | int | None) -> tuple[str | int, ...]:
+    return () if option is None else (option,)
+
+
+def _dispatched(
+    kind: Kind, x: torch.Tensor, group: GroupLike, out: torch.Tensor | None, option: str | int | None
+) -> torch.Tensor:
+    """The operator, by way of the dispatcher."""
+    rest = (*_options(option), _name(group))
     form, form_in_place, form_into = _OPERATORS[kind.name]
     if out is None:
-        made = form(x, *rest)
+        made: torch.Tensor = form(x, *rest)
         return made
     if out is x and kind.like_x:
         form_in_place(x, *rest)
@@ -97,7 +113,7 @@ def all_reduce(
     Raises:
         InvalidArgumentError, MismatchError, PeerTimeoutError, PeerLostError: See :mod:`symmem.ops.collectives`.
     """
-    return _call(_ALL_REDUCE, x, group, out, (reduction,))
+    return _call(_ALL_REDUCE, x, group, out, reduction)
 
 
 def all_gather(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -134,7 +150,7 @@ def reduce_scatter(
     Raises:
         InvalidArgumentError, MismatchError, PeerTimeoutError, PeerLostError: See :mod:`symmem.ops.collectives`.
     """
-    return _call(_REDUCE_SCATTER, x, group, out, (reduction,))
+    return _call(_REDUCE_SCATTER, x, group, out, reduction)
 
 
 def all_to_all(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -170,7 +186,7 @@ def broadcast(x: torch.Tensor, group: GroupLike = None, root: int = 0, out: torc
         RankError: ``root`` is not a rank of the group.
         InvalidArgumentError, MismatchError, PeerTimeoutError, PeerLostError: See :mod:`symmem.ops.collectives`.
     """
-    return _call(_BROADCAST, x, group, out, (root,))
+    return _call(_BROADCAST, x, group, out, root)
 
 
 def barrier(x: torch.Tensor | None = None, group: GroupLike = None, channel: int = 0) -> None:

@@ -1,7 +1,7 @@
-"""Compiled kernels on disk: one file a program, in the user's cache directory.
+"""Compiled programs on disk, kernels and a module for the host: one file each, in the user's cache directory.
 
 A file holds a digest of what follows, and is thrown away if that does not fit, whatever befell it. It is written beside
-and then renamed, so that another process sees it whole or not at all. Where the directory cannot be used, kernels are
+and then renamed, so that another process sees it whole or not at all. Where the directory cannot be used, they are
 compiled each time.
 """
 
@@ -42,7 +42,7 @@ def key_of(parts: Sequence[str]) -> str:
 
 def cached(key: str, compile_it: Callable[[], bytes], directory: Path | None) -> bytes:
     """The program of that key: from its file, or compiled now and kept there. Local; safe among processes."""
-    file = None if directory is None else directory / f"{key}.cubin"
+    file = None if directory is None else directory / f"{key}.bin"
     if file is None:
         return compile_it()
     code = _read(file)

@@ -138,7 +138,7 @@ def test_compiled_kernels_are_kept(tmp_path: Path) -> None:
     for _ in range(3):
         assert kernel_cache.cached(key, compile_it, folder) == b"code" * 100
     assert len(made) == 1
-    assert [file.name for file in folder.iterdir()] == [f"{key}.cubin"]
+    assert [file.name for file in folder.iterdir()] == [f"{key}.bin"]
     assert kernel_cache.cached(key, compile_it, None) == b"code" * 100
     assert len(made) == 2
 
@@ -147,7 +147,7 @@ def test_compiled_kernels_are_kept(tmp_path: Path) -> None:
 def test_a_damaged_file_is_compiled_anew(damage: str, tmp_path: Path) -> None:
     key = kernel_cache.key_of(["x"])
     kernel_cache.cached(key, lambda: b"good code", tmp_path)
-    file = tmp_path / f"{key}.cubin"
+    file = tmp_path / f"{key}.bin"
     content = file.read_bytes()
     changed = {
         "cut": content[:-1],
@@ -675,7 +675,7 @@ def alone(driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch) -> CudaEngine
 def test_arguments_are_laid_out_once(alone: CudaEngine, driver: EmulatedDriver) -> None:
     x, y = torch.zeros(1000), torch.zeros(1000)
     alone.all_reduce(x, y, "sum")
-    (launch,) = alone._plans[4000, torch.float32, "sum"]
+    (launch,) = alone._plans["all_reduce", 4000, torch.float32, "sum"]
     assert (launch.call.source, launch.call.out) == (x.data_ptr(), y.data_ptr())
     assert (launch.call.bytes, launch.call.rank, launch.call.limit) == (4000, 1, 20_000_000_000)
     alone.all_reduce(y, y, "sum")

@@ -86,6 +86,10 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> No
     assert {name.split("/")[0] for name in files} == {"symmem"}
 
 
+def test_wheel_has_the_source_in_c(wheel: zipfile.ZipFile) -> None:
+    assert wheel.read("symmem/ops/eager.c") == (ROOT / "allocator/ops/eager.c").read_bytes()
+
+
 def test_wheel_has_the_header(wheel: zipfile.ZipFile) -> None:
     assert wheel.read("symmem/include/symmem.cuh") == (ROOT / "allocator/include/symmem.cuh").read_bytes()
 

@@ -1,0 +1,484 @@
+// Collective operators on CUDA, called eagerly without Python: a call that is like one before, but for where its
+// tensors lie, is one kernel launch with the same arguments but for two addresses.
+//
+// Python makes the first call of each kind, checks all there is to check of shapes, dtypes and options, and leaves here
+// what was launched (Calls.add). What may differ from call to call is looked at for each: that nothing else takes part
+// in it (modes, gradients, a profiler, a capture), that group and device are as they were, and that the tensors are
+// plain memory, and apart. Where anything is not so, run() returns None, has done nothing, and Python does the call.
+//
+// Tensors are read, and the current stream is asked for, by torch's table of C functions for that purpose, the DLPack
+// C exchange API (dlpack.h 1.3; torch.Tensor.__dlpack_c_exchange_api__). Of a tensor that has no memory of its own, as
+// fake, batched and functional tensors, it gives an error or no address.
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+// Of the DLPack C exchange API, version 1.
+
+typedef struct {
+  int32_t type, ordinal;
+} Device;
+
+typedef struct {
+  void *data;
+  Device device;
+  int32_t ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+} Tensor;
+
+typedef struct {
+  uint32_t major, minor;
+  const void *previous;
+  const void *allocate, *export, *import;
+  int (*read)(void *object, Tensor *out);
+  int (*stream)(int32_t type, int32_t ordinal, void **out);
+} Exchange;
+
+// Of the CUDA driver API.
+
+typedef int (*LaunchKernel)(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                            unsigned block_y, unsigned block_z, unsigned shared, void *stream, void **arguments,
+                            void **extra);
+typedef int (*StreamIsCapturing)(void *stream, int *status);
+typedef int (*GetCurrentContext)(void **context);
+
+enum { CUDA = 2, MOST_DIMS = 8, MOST_ARGUMENTS = 4096, SLOTS = 1024, PROBES = 4 };
+enum { NEW, SAME, OTHER, FORMS };  // where a result goes: a new tensor, the place of x, another that is given
+
+typedef struct {
+  uint8_t code, bits;
+  int32_t ndim;
+  int64_t shape[MOST_DIMS];
+} Shape;  // zeroed behind its dimensions, so that bytes can be compared
+
+// What one kind of call launches.
+typedef struct {
+  int uses;  // the table's, and of calls that go on
+  uint32_t hash, form;
+  Shape x, out;
+  PyObject *kind, *option;
+  PyObject *new_shape;  // of a new result; NULL if it is like x
+  int may_be_same;      // whether out may be the memory of x
+  void *function;
+  unsigned blocks, threads;
+  size_t nbytes, source_at, out_at;  // of the arguments; where in them the two addresses are
+  char arguments[];
+} Entry;
+
+// The calls of one group on one device.
+typedef struct {
+  PyObject_HEAD
+  PyObject *group, *process_group;  // weak references; the latter NULL for a group that was made from a store
+  PyObject *name;
+  int32_t ordinal;
+  void *context;                    // that its kernels were launched in
+  const volatile uint32_t *status;  // not 0 once a kernel has failed
+  Entry *entries[SLOTS];
+} Calls;
+
+static struct {
+  const Exchange *exchange;
+  LaunchKernel launch;
+  StreamIsCapturing is_capturing;
+  GetCurrentContext context;
+  PyObject *tensor, *parameter, *keys_of_thread, *function_modes, *is_profiling, *is_grad_enabled;
+  PyObject *increment_version, *empty_like, *world, *process_groups;
+  unsigned long long usual_keys[2];
+} torch;
+
+static PyObject *known;  // list of all Calls
+static PyObject *s_raw_repr, *s_requires_grad, *s_is_neg, *s_is_inference, *s_new_empty, *s_closed, *s_default_pg, *zero;
+
+// Small things. None leaves an exception behind: what cannot be found out is not as it should be.
+
+static int no(void) {
+  PyErr_Clear();
+  return 0;
+}
+
+static int alike(PyObject *a, PyObject *b) {
+  if (a == b) return 1;
+  if (Py_TYPE(a) != Py_TYPE(b)) return 0;
+  const int same = PyObject_RichCompareBool(a, b, Py_EQ);
+  return same < 0 ? no() : same;
+}
+
+// Whether a call gave a value; takes the reference.
+static int gave(PyObject *result, PyObject *value) {
+  if (!result) return no();
+  const int is = alike(result, value);
+  Py_DECREF(result);
+  return is;
+}
+
+static PyObject *alive(PyObject *weak) {  // a new reference, or NULL if it is gone
+#if PY_VERSION_HEX >= 0x030D0000
+  PyObject *object;
+  return PyWeakref_GetRef(weak, &object) < 0 ? (PyErr_Clear(), NULL) : object;
+#else
+  PyObject *object = PyWeakref_GetObject(weak);
+  return object == Py_None ? NULL : Py_NewRef(object);
+#endif
+}
+
+// The thread.
+
+static int is_usual_thread(void) {
+  PyObject *keys = PyObject_CallNoArgs(torch.keys_of_thread);
+  PyObject *raw = keys ? PyObject_CallMethodNoArgs(keys, s_raw_repr) : NULL;
+  Py_XDECREF(keys);
+  if (!raw) return no();
+  const unsigned long long value = PyLong_AsUnsignedLongLong(raw);
+  Py_DECREF(raw);
+  if (PyErr_Occurred()) return no();
+  return (value == torch.usual_keys[0] || value == torch.usual_keys[1]) &&
+         gave(PyObject_CallNoArgs(torch.function_modes), zero) &&
+         gave(PyObject_CallNoArgs(torch.is_profiling), Py_False);
+}
+
+// Tensors.
+
+static size_t nbytes_of(const Shape *shape) {
+  size_t count = shape->bits / 8;
+  for (int dim = 0; dim < shape->ndim; ++dim) count *= (size_t)shape->shape[dim];
+  return count;
+}
+
+// Whether it is plain memory on a GPU, all elements one after the other, and what is in it.
+static int read_tensor(PyObject *object, Tensor *tensor, Shape *shape) {
+  PyObject *const type = (PyObject *)Py_TYPE(object);
+  if (type != torch.tensor && type != torch.parameter) return 0;
+  if (torch.exchange->read(object, tensor)) return no();
+  if (tensor->device.type != CUDA || !tensor->data || tensor->ndim > MOST_DIMS || tensor->lanes != 1) return 0;
+  memset(shape, 0, sizeof *shape);
+  shape->code = tensor->code, shape->bits = tensor->bits, shape->ndim = tensor->ndim;
+  int64_t step = 1;
+  for (int dim = tensor->ndim - 1; dim >= 0; --dim) {
+    const int64_t size = tensor->shape[dim];
+    if (size != 1 && tensor->strides && tensor->strides[dim] != step) return 0;
+    shape->shape[dim] = size;
+    step *= size;
+  }
+  tensor->data = (char *)tensor->data + tensor->byte_offset;
+  return 1;
+}
+
+static int has_no_gradient(PyObject *tensor) {
+  return gave(PyObject_GetAttr(tensor, s_requires_grad), Py_False) ||
+         gave(PyObject_CallNoArgs(torch.is_grad_enabled), Py_False);
+}
+
+static int is_plain(PyObject *tensor) {
+  return gave(PyObject_CallMethodNoArgs(tensor, s_is_neg), Py_False) && has_no_gradient(tensor);
+}
+
+// Calls.
+
+static void release(Entry *entry) {
+  if (!entry || --entry->uses) return;
+  Py_DECREF(entry->kind);
+  Py_DECREF(entry->option);
+  Py_XDECREF(entry->new_shape);
+  PyMem_Free(entry);
+}
+
+static PyObject *calls_clear(PyObject *self, PyObject *nothing) {
+  Calls *calls = (Calls *)self;
+  for (int slot = 0; slot < SLOTS; ++slot) {
+    Entry *entry = calls->entries[slot];
+    calls->entries[slot] = NULL;  // first, for what goes may run Python
+    release(entry);
+  }
+  Py_RETURN_NONE;
+}
+
+static void calls_dealloc(PyObject *self) {
+  Calls *calls = (Calls *)self;
+  calls_clear(self, NULL);
+  Py_XDECREF(calls->group);
+  Py_XDECREF(calls->process_group);
+  Py_XDECREF(calls->name);
+  Py_TYPE(self)->tp_free(self);
+}
+
+static PyObject *calls_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"group", "process_group", "name", "ordinal", "context", "status", NULL};
+  PyObject *group, *process_group, *name;
+  int ordinal;
+  unsigned long long context, status;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OUiKK", names, &_PyWeakref_RefType, &group, &process_group, &name, &ordinal, &context,
+                                   &status))
+    return NULL;
+  if (process_group != Py_None && !PyWeakref_CheckRef(process_group))
+    return PyErr_Format(PyExc_TypeError, "a process group is given as a weak reference, or None");
+  Calls *calls = (Calls *)type->tp_alloc(type, 0);
+  if (!calls) return NULL;
+  calls->group = Py_NewRef(group);
+  calls->process_group = process_group == Py_None ? NULL : Py_NewRef(process_group);
+  calls->name = Py_NewRef(name);
+  calls->ordinal = ordinal, calls->context = (void *)(uintptr_t)context;
+  calls->status = (const volatile uint32_t *)(uintptr_t)status;
+  if (PyList_Append(known, (PyObject *)calls)) Py_CLEAR(calls);
+  return (PyObject *)calls;
+}
+
+static uint32_t hash_of(const PyObject *kind, uint32_t form, const Shape *x) {
+  uint32_t hash = 2166136261u ^ (uint32_t)((uintptr_t)kind >> 4) ^ form;  // FNV-1a, of 4 bytes at a time
+  hash = (hash ^ x->code) * 16777619u, hash = (hash ^ x->bits) * 16777619u;
+  for (int dim = 0; dim < x->ndim; ++dim) {
+    hash = (hash ^ (uint32_t)x->shape[dim]) * 16777619u;
+    hash = (hash ^ (uint32_t)(x->shape[dim] >> 32)) * 16777619u;
+  }
+  return hash ^ hash >> 15;
+}
+
+static int fits(const Entry *entry, uint32_t hash, PyObject *kind, uint32_t form, const Shape *x, PyObject *option) {
+  return entry && entry->hash == hash && entry->kind == kind && entry->form == form &&
+         !memcmp(&entry->x, x, sizeof *x) && alike(entry->option, option);
+}
+
+// Where the entry of such a call is, or is to be.
+static Entry **slot_of(Calls *calls, PyObject *kind, uint32_t form, const Shape *x, PyObject *option) {
+  const uint32_t hash = hash_of(kind, form, x);
+  Entry **free = NULL;
+  for (int probe = 0; probe < PROBES; ++probe) {
+    Entry **slot = &calls->entries[(hash + probe) % SLOTS];
+    if (fits(*slot, hash, kind, form, x, option)) return slot;
+    if (!*slot && !free) free = slot;
+  }
+  return free ? free : &calls->entries[hash % SLOTS];
+}
+
+static PyObject *calls_add(PyObject *self, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"kind",     "option", "x",       "form",      "out",       "new_shape", "may_be_same",
+                          "function", "blocks", "threads", "arguments", "source_at", "out_at",    NULL};
+  PyObject *kind, *option, *x, *out, *new_shape;
+  int form, may_be_same;
+  unsigned blocks, threads;
+  unsigned long long function;
+  const char *arguments;
+  Py_ssize_t nbytes, source_at, out_at;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOiOOpKIIy#nn", names, &kind, &option, &x, &form, &out, &new_shape,
+                                   &may_be_same, &function, &blocks, &threads, &arguments, &nbytes, &source_at,
+                                   &out_at))
+    return NULL;
+  const Py_ssize_t last = nbytes - (Py_ssize_t)sizeof(void *);
+  if (form < 0 || form >= FORMS || nbytes > MOST_ARGUMENTS || source_at < 0 || source_at > last || out_at < 0 ||
+      out_at > last) {
+    PyErr_SetString(PyExc_ValueError, "the addresses are not within the arguments, or there is no such form");
+    return NULL;
+  }
+  Tensor tensor;
+  Shape shape, out_shape;
+  if (!read_tensor(x, &tensor, &shape) || !read_tensor(out, &tensor, &out_shape)) Py_RETURN_FALSE;
+  Entry *entry = PyMem_Calloc(1, sizeof *entry + nbytes);
+  if (!entry) return PyErr_NoMemory();
+  entry->uses = 1, entry->hash = hash_of(kind, form, &shape), entry->form = form;
+  entry->x = shape, entry->out = out_shape;
+  entry->kind = Py_NewRef(kind), entry->option = Py_NewRef(option);
+  entry->new_shape = new_shape == Py_None ? NULL : Py_NewRef(new_shape);
+  entry->may_be_same = may_be_same;
+  entry->function = (void *)(uintptr_t)function, entry->blocks = blocks, entry->threads = threads;
+  entry->nbytes = nbytes, entry->source_at = source_at, entry->out_at = out_at;
+  memcpy(entry->arguments, arguments, nbytes);
+  Entry **slot = slot_of((Calls *)self, kind, form, &shape, option), *before = *slot;
+  *slot = entry;
+  release(before);
+  Py_RETURN_TRUE;
+}
+
+// Whether a value names the group, which is as it was; -1 if the group is gone.
+static int means(Calls *calls, PyObject *value) {
+  PyObject *group = alive(calls->group), *process_group = NULL;
+  int is = 0;
+  if (!group) return -1;
+  if (!gave(PyObject_GetAttr(group, s_closed), Py_False)) {
+    is = 0;
+  } else if (value == group) {
+    is = 1;
+  } else if (calls->process_group && (process_group = alive(calls->process_group))) {
+    if (value == Py_None) {
+      PyObject *usual = PyObject_GetAttr(torch.world, s_default_pg);
+      is = usual == process_group;
+      Py_XDECREF(usual);
+    } else {
+      is = value == process_group || (PyUnicode_CheckExact(value) && alike(value, calls->name));
+    }
+    is = is && PyDict_Contains(torch.process_groups, process_group) == 1;
+  }
+  Py_XDECREF(process_group);
+  Py_DECREF(group);
+  PyErr_Clear();
+  return is;
+}
+
+static Calls *calls_of(PyObject *group, int32_t ordinal) {  // a new reference
+  for (Py_ssize_t index = PyList_GET_SIZE(known) - 1; index >= 0; --index) {
+    if (index >= PyList_GET_SIZE(known)) continue;  // it has become shorter meanwhile
+    Calls *calls = (Calls *)Py_NewRef(PyList_GET_ITEM(known, index));
+    const int is = means(calls, group);
+    if (is > 0 && calls->ordinal == ordinal) return calls;
+    if (is < 0 && index < PyList_GET_SIZE(known) && PyList_GET_ITEM(known, index) == (PyObject *)calls)
+      if (PyList_SetSlice(known, index, index + 1, NULL)) no();
+    Py_DECREF(calls);
+  }
+  return NULL;
+}
+
+// Whether results may go to out while x is read.
+static int are_apart(const Entry *entry, const char *x, const char *out) {
+  if (x + nbytes_of(&entry->x) <= out || out + nbytes_of(&entry->out) <= x) return 1;
+  return x == out && entry->may_be_same;
+}
+
+// Launch on the current stream, in the context that it was launched in before, unless that is being captured.
+static int launch(const Calls *calls, const Entry *entry, const void *source, const void *out) {
+  void *context = NULL, *stream = NULL;
+  int capturing = 1;
+  if (*calls->status || torch.context(&context) || context != calls->context) return 0;
+  if (torch.exchange->stream(CUDA, calls->ordinal, &stream)) return no();
+  if (torch.is_capturing(stream, &capturing) || capturing) return 0;
+  union {
+    uint64_t aligned;
+    char bytes[MOST_ARGUMENTS];
+  } arguments;
+  void *pointers[] = {arguments.bytes};
+  memcpy(arguments.bytes, entry->arguments, entry->nbytes);
+  memcpy(arguments.bytes + entry->source_at, &source, sizeof source);
+  memcpy(arguments.bytes + entry->out_at, &out, sizeof out);
+  void *const function = entry->function;
+  const unsigned blocks = entry->blocks, threads = entry->threads;
+  int code;
+  Py_BEGIN_ALLOW_THREADS  // for it waits where the stream is full
+  code = torch.launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, pointers, NULL);
+  Py_END_ALLOW_THREADS
+  return code == 0;
+}
+
+// run(kind, x, group, option, out) -> the result, or None if it is not a call like one before.
+static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+  if (count != 5) return PyErr_Format(PyExc_TypeError, "run() takes 5 arguments, not %zd", count);
+  PyObject *kind = args[0], *x = args[1], *group = args[2], *option = args[3], *out = args[4], *result = NULL;
+  if (!PyList_GET_SIZE(known)) Py_RETURN_NONE;
+  const int form = out == Py_None ? NEW : out == x ? SAME : OTHER;
+  Tensor source, target;
+  Shape x_shape, out_shape;
+  if (!read_tensor(x, &source, &x_shape) || !is_usual_thread()) Py_RETURN_NONE;
+  Calls *calls = calls_of(group, source.device.ordinal);
+  if (!calls) Py_RETURN_NONE;
+  Entry *entry = *slot_of(calls, kind, form, &x_shape, option);
+  if (!fits(entry, hash_of(kind, form, &x_shape), kind, form, &x_shape, option)) entry = NULL;
+  if (!entry) goto end;
+  ++entry->uses;
+  if (!is_plain(x)) goto end;
+  if (form == NEW) {
+    result = entry->new_shape ? PyObject_CallMethodOneArg(x, s_new_empty, entry->new_shape)
+                              : PyObject_CallOneArg(torch.empty_like, x);
+    if (!result) goto end;  // torch's error: there is no memory left
+  } else {
+    result = Py_NewRef(out);
+  }
+  if (form == SAME) {
+    target = source;
+  } else if (!read_tensor(result, &target, &out_shape) || memcmp(&out_shape, &entry->out, sizeof out_shape) ||
+             target.device.ordinal != source.device.ordinal || !are_apart(entry, source.data, target.data) ||
+             (form == OTHER && !is_plain(result))) {
+    Py_CLEAR(result);
+    goto end;
+  }
+  if (!launch(calls, entry, source.data, target.data)) {
+    Py_CLEAR(result);
+    goto end;
+  }
+  if (form != NEW && gave(PyObject_CallMethodNoArgs(result, s_is_inference), Py_False)) {
+    // So that a backward pass that needs what was there raises.
+    PyObject *both = PyTuple_Pack(1, result), *done = both ? PyObject_CallOneArg(torch.increment_version, both) : NULL;
+    Py_XDECREF(both);
+    if (!done) Py_CLEAR(result);
+    Py_XDECREF(done);
+  }
+end:
+  release(entry);
+  Py_DECREF(calls);
+  if (result || PyErr_Occurred()) return result;
+  Py_RETURN_NONE;
+}
+
+// begin(...): what run() needs of torch and of the driver; see the Python side.
+static PyObject *begin(PyObject *self, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"exchange",       "launch",       "is_capturing",   "context",      "usual_keys",
+                          "tensor",         "parameter",    "keys_of_thread", "function_modes", "is_profiling",
+                          "is_grad_enabled", "increment_version", "empty_like", "world", "process_groups", NULL};
+  PyObject *capsule, *objects[10];
+  unsigned long long launch_at, capturing_at, context_at, usual[2];
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OKKK(KK)OOOOOOOOOO!", names, &capsule, &launch_at, &capturing_at,
+                                   &context_at, &usual[0], &usual[1], &objects[0], &objects[1], &objects[2],
+                                   &objects[3], &objects[4], &objects[5], &objects[6], &objects[7], &objects[8],
+                                   &PyDict_Type, &objects[9]))
+    return NULL;
+  const Exchange *exchange = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+  if (!exchange) return NULL;
+  if (exchange->major != 1 || !exchange->read || !exchange->stream)
+    return PyErr_Format(PyExc_RuntimeError, "this is version %u.%u of DLPack's exchange API; 1.3 is known",
+                        exchange->major, exchange->minor);
+  torch.exchange = exchange;
+  torch.launch = (LaunchKernel)(uintptr_t)launch_at;
+  torch.is_capturing = (StreamIsCapturing)(uintptr_t)capturing_at;
+  torch.context = (GetCurrentContext)(uintptr_t)context_at;
+  torch.usual_keys[0] = usual[0], torch.usual_keys[1] = usual[1];
+  PyObject **const places[] = {
+      &torch.tensor,          &torch.parameter,         &torch.keys_of_thread, &torch.function_modes, &torch.is_profiling,
+      &torch.is_grad_enabled, &torch.increment_version, &torch.empty_like,     &torch.world, &torch.process_groups};
+  for (int index = 0; index < 10; ++index) Py_XSETREF(*places[index], Py_NewRef(objects[index]));
+  Py_RETURN_NONE;
+}
+
+static PyObject *current_context(PyObject *self, PyObject *nothing) {
+  void *context = NULL;
+  if (!torch.context || torch.context(&context)) context = NULL;
+  return PyLong_FromVoidPtr(context);
+}
+
+static PyMethodDef calls_methods[] = {
+    {"add", (PyCFunction)(void (*)(void))calls_add, METH_VARARGS | METH_KEYWORDS, "Keep what a call has launched."},
+    {"clear", calls_clear, METH_NOARGS, "Forget all."},
+    {NULL},
+};
+
+static PyTypeObject calls_type = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "_eager.Calls",
+    .tp_doc = "The calls of one group on one device.",
+    .tp_basicsize = sizeof(Calls),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_new = calls_new,
+    .tp_dealloc = calls_dealloc,
+    .tp_methods = calls_methods,
+};
+
+static PyMethodDef functions[] = {
+    {"begin", (PyCFunction)(void (*)(void))begin, METH_VARARGS | METH_KEYWORDS, "Say what run() needs to know."},
+    {"current_context", current_context, METH_NOARGS, "The CUDA context of this thread, as a number."},
+    {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, "Do a call that is like one before."},
+    {NULL},
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "_eager", .m_size = -1, .m_methods = functions};
+
+PyMODINIT_FUNC PyInit__eager(void) {
+  struct {
+    PyObject **name;
+    const char *text;
+  } texts[] = {{&s_raw_repr, "raw_repr"},   {&s_requires_grad, "requires_grad"}, {&s_is_neg, "is_neg"},
+               {&s_new_empty, "new_empty"}, {&s_is_inference, "is_inference"},   {&s_closed, "_closed"},
+               {&s_default_pg, "default_pg"}};
+  for (size_t index = 0; index < sizeof texts / sizeof *texts; ++index)
+    if (!(*texts[index].name = PyUnicode_InternFromString(texts[index].text))) return NULL;
+  PyObject *module = PyModule_Create(&definition);
+  if (!module || !(known = PyList_New(0)) || !(zero = PyLong_FromLong(0)) || PyModule_AddType(module, &calls_type)) Py_CLEAR(module);
+  return module;
+}

@@ -1,0 +1,179 @@
+"""Eager calls of the collective operators on CUDA without Python, where they are like one before.
+
+In Python a call takes 8 to 13 microseconds beside the launch of its kernel, more than small messages take on the GPU.
+So what a call has launched is left with a module in C (``eager.c``), which does the next call of the same shapes,
+dtype and options by itself, and hands back what is not quite the same. The module is compiled by the machine's C
+compiler when it is first needed, in a second, and kept beside the compiled kernels, as Triton does with its launchers.
+Where that cannot be, all is the same but for the time, and a warning says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import threading
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from symmem.group import Group
+from symmem.ops.dispatch import USUAL_THREADS
+from symmem.ops.kernel_cache import cache_directory, cached, key_of
+
+if TYPE_CHECKING:
+    from symmem.ops.collectives import Kind
+
+log = logging.getLogger("symmem.ops")
+
+__all__ = ["compiled", "learn", "run"]
+
+_SOURCE = Path(__file__).with_name("eager.c")
+_NEW, _SAME, _OTHER = range(3)  # where results go, as in eager.c
+
+
+def _nothing(kind: Kind, x: torch.Tensor, group: object, option: object, out: torch.Tensor | None, /) -> Any:
+    return None
+
+
+run = _nothing
+"""Do a call that is like one before: ``eager.run(kind, x, group, option, out)`` gives the result, or None.
+
+None means that it is not quite like one before, or that something else takes part in it, and nothing was done. It is
+that of the module in C from the first call on that can be done again.
+"""
+
+
+def learn(
+    kind: Kind, group: Group, x: torch.Tensor, option: object, out: torch.Tensor | None, result: torch.Tensor
+) -> None:
+    """Keep what a call has launched that was just made, if the next one like it can be made by that alone. Local.
+
+    Args:
+        kind: The operation.
+        group: Whose ranks took part.
+        x: The argument.
+        option: The argument between tensor and group, if there is one.
+        out: As it was given.
+        result: What the result is in.
+    """
+    engine: Any = group.engines.get(x.device)
+    if not hasattr(engine, "sole_launch") or (out is x and kind.in_place is not None):
+        return
+    launch = engine.sole_launch(kind.name, x, result, option)
+    if launch is None or (module := _begun()) is None:
+        return
+    if engine.calls is None:
+        process_group = group.process_group
+        engine.calls = module.Calls(
+            group=weakref.ref(group),
+            process_group=None if process_group is None else weakref.ref(process_group),
+            name=group.name,
+            ordinal=engine.device.index,
+            context=module.current_context(),
+            status=engine.status_here,
+        )
+    call = type(launch.call)
+    engine.calls.add(
+        kind=kind,
+        option=option,
+        x=x,
+        form=_NEW if out is None else _SAME if out is x else _OTHER,
+        out=result,
+        new_shape=None if kind.like_x else result.shape,
+        may_be_same=kind.in_place is None,
+        function=int(launch.function),
+        blocks=launch.blocks,
+        threads=launch.threads,
+        arguments=bytes(launch.call),
+        source_at=call.source.offset,
+        out_at=call.out.offset,
+    )
+
+
+def compiled() -> Any:
+    """The module in C. Local; takes a second the first time on a machine.
+
+    Raises:
+        OSError: There is no C compiler, or it fails; says why.
+        ImportError: What it made cannot be loaded.
+    """
+    parts = [_SOURCE.read_text(), sysconfig.get_config_var("EXT_SUFFIX"), sysconfig.get_path("include")]
+    code = cached(key_of(parts), _compile, cache_directory())
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        file.write(code)
+        file.flush()
+        loader = importlib.machinery.ExtensionFileLoader("_eager", file.name)
+        spec = importlib.util.spec_from_loader(loader.name, loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    return module
+
+
+def _compile() -> bytes:
+    found = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if found is None:
+        raise OSError("there is no C compiler")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "eager.so")
+        options = ["-shared", "-fPIC", "-O2", "-I", sysconfig.get_path("include"), "-o", str(out)]
+        done = subprocess.run([*shlex.split(found), *options, str(_SOURCE)], capture_output=True, text=True)
+        if done.returncode:
+            raise OSError(f"{found} fails: {done.stderr.strip()}")
+        return out.read_bytes()
+
+
+def _driver() -> dict[str, int]:
+    """The addresses of the driver's functions that the module calls."""
+    library = ctypes.CDLL("libcuda.so.1")
+    names = {"launch": "cuLaunchKernel", "is_capturing": "cuStreamIsCapturing", "context": "cuCtxGetCurrent"}
+    return {name: ctypes.cast(getattr(library, of), ctypes.c_void_p).value or 0 for name, of in names.items()}
+
+
+_lock = threading.Lock()
+_module: Any = None  # False if there is none
+
+
+def _begun() -> Any:
+    """The module, which has been told what it needs; None where it cannot be used."""
+    global _module, run
+    with _lock:
+        if _module is None:
+            try:
+                _module = _begin()
+                run = _module.run
+            except (AttributeError, ImportError, OSError, RuntimeError) as error:
+                log.warning("collective operators are called through Python, which takes longer: %s", error)
+                _module = False
+        return _module or None
+
+
+def _begin() -> Any:
+    module, world = compiled(), dist.distributed_c10d._world
+    module.begin(
+        exchange=torch.Tensor.__dlpack_c_exchange_api__,
+        **_driver(),
+        usual_keys=USUAL_THREADS,
+        tensor=torch.Tensor,
+        parameter=torch.nn.Parameter,
+        keys_of_thread=torch._C._dispatch_tls_local_include_set,
+        function_modes=torch._C._len_torch_function_stack,
+        is_profiling=torch._C._autograd._profiler_enabled,
+        is_grad_enabled=torch.is_grad_enabled,
+        increment_version=torch._C._increment_version,
+        empty_like=torch.empty_like,
+        world=world,
+        process_groups=world.pg_map,
+    )
+    return module
