@@ -187,6 +187,7 @@ class Group:
         places: What requests to allocate have led to; see :mod:`symmem.tensor`.
         mapped: Segments of other groups' arenas whose tensors this group has rendezvoused.
         process: The id of the one it was made in; a forked child is no rank.
+        closed: Whether :meth:`close` was called.
         engines: What runs this group's collective operations, by device; see :mod:`symmem.ops.engines`.
     """
 
@@ -225,7 +226,7 @@ class Group:
         self._identity: str | None = None  # the same on all ranks once they have met, and no other group's
         self._unsaid: deque[tuple[str, BaseException]] = deque()  # what `fail` left to the holder of the lock
         self.process = os.getpid()
-        self._closed = False
+        self.closed = False
         _groups.add(self)
         if self.settings.inspection == "on":
             inspection.begin()
@@ -249,11 +250,6 @@ class Group:
     def process_group(self) -> ProcessGroup | None:
         """The ``torch.distributed.ProcessGroup``; None if it was destroyed, or for a group made from a store."""
         return self._process_group()
-
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return self._closed
 
     def __repr__(self) -> str:
         return f"Group({self.name!r}, rank={self.rank}, size={self.size})"
@@ -319,16 +315,16 @@ class Group:
         Does not wait for a collective of another thread: that thread tells the error once it is done. Nothing is
         done if the error came out of a collective of this group: then all ranks have it.
         """
-        if self._closed or os.getpid() != self.process or getattr(error, "known_to", None) == self.name:
+        if self.closed or os.getpid() != self.process or getattr(error, "known_to", None) == self.name:
             return
         self._unsaid.append((operation, error))
         self._catch_up()
 
     def _catch_up(self) -> None:
         """Do what :meth:`fail` and :meth:`close` left to the thread that held the lock: each looks after it let go."""
-        while (self._unsaid or self._closed) and self._lock.acquire(blocking=False):
+        while (self._unsaid or self.closed) and self._lock.acquire(blocking=False):
             try:
-                if self._closed:
+                if self.closed:
                     self._unsaid.clear()
                     self._leave()
                     return
@@ -383,7 +379,7 @@ class Group:
 
     def _round(self, collective: Collective, step: str, contribution: Contribution) -> Received:
         """Exchange contributions; every error raised from here is known to all ranks (:class:`_Agreed`)."""
-        if self._closed:  # meanwhile
+        if self.closed:  # meanwhile
             raise GroupError(f"the group {self.name!r} is closed", rank=self.rank, step=collective.operation)
         message = self._message(collective, f"{collective.operation}: {step}", [contribution])
         if self.size == 1:
@@ -624,7 +620,7 @@ class Group:
             "identity": self._identity,
             "rank": self.rank,
             "size": self.size,
-            "closed": self._closed,
+            "closed": self.closed,
             "wire": "sockets" if wire else "store",
             "rounds": self._sequence,
             "lost": list(self.lost()),
@@ -642,7 +638,7 @@ class Group:
                 group=self.name,
                 step=operation,
             )
-        if self._closed:
+        if self.closed:
             raise GroupError(f"the group {self.name!r} is closed", rank=self.rank, step=operation)
 
     def _check_not_under_way(self, operation: str) -> None:
@@ -673,7 +669,7 @@ class Group:
         mapped stays, and its barriers go on to notice the death of a rank: the descriptors that watch for it are
         closed when the last reference to the group is gone.
         """
-        self._closed = True
+        self.closed = True
         if wire := self._socket_wire:
             wire.leave()
         self._catch_up()
@@ -744,7 +740,7 @@ def resolve_group(group: GroupLike = None) -> Group:
         return group
     process_group = _process_group(group)
     known = _by_process_group.get(process_group)
-    if known is None or known._closed:
+    if known is None or known.closed:
         from torch.distributed.distributed_c10d import _get_process_group_store
 
         rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
@@ -771,7 +767,7 @@ def default_group() -> Group | None:
         return None
     if _default is not None and _default[0]() is process_group:
         known = _default[1]()
-        if known is not None and not known._closed:
+        if known is not None and not known.closed:
             return known
     known = resolve_group(process_group)
     _default = weakref.ref(process_group), weakref.ref(known)

@@ -104,9 +104,10 @@ _is_profiling = torch._C._autograd._profiler_enabled
 
 def _graph(name: str) -> Graph:
     """The graph of code in C++."""
-    if name not in running.of_cpp:
-        running.of_cpp[name] = Graph()
-    graph = running.of_cpp[name]
+    known = running.here.of_cpp
+    if name not in known:
+        known[name] = Graph()
+    graph = known[name]
     graph.begin()
     return graph
 
@@ -114,7 +115,7 @@ def _graph(name: str) -> Graph:
 def _place(
     x: torch.Tensor, name: str, number: int, group: str, backend: str | None, way: str, keep: bool, op: str
 ) -> torch.Tensor:
-    placed = _graph(name).place(Argument(number, group, backend, way, keep, op), x)
+    placed = _graph(name).place(Argument(number, group, backend, way, keep, op), x, x.shape, x.stride())
     return x.view_as(x) if placed is x else placed
 
 

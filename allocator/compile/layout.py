@@ -33,6 +33,7 @@ __all__ = [
     "nbytes_of",
     "root_of",
     "root_wrapper",
+    "shape_of",
     "start",
     "state",
 ]
@@ -146,7 +147,7 @@ def emit_header() -> str:
         wrapper.add_import_once("from symmem.compile.running import running as symmem_running")
         for line in (f"{GRAPH}{known.name}", *(f"{MARK}{decision.line()}" for decision in known.decisions)):
             wrapper.imports.writeline(f"# {line}")
-    return "symmem_running.graph"
+    return "symmem_running.here.graph"
 
 
 def imported(module: str) -> str:
@@ -168,15 +169,20 @@ def root_wrapper() -> Any:
 
 def allocation(line: Any) -> str:
     """The code that allocates a buffer with a :class:`SymmetricLayout`."""
-    node, wrapper, known = line.node, line.wrapper, state()
+    node, known = line.node, state()
     assert known is not None
     layout = node.get_output_spec()
     device = node.get_device()
     buffer = Buffer(known.next_number(), node.get_dtype(), str(device), layout.groups, layout.backend, keeps(device))
     record = declare("symmem.compile.runtime", f"symmem_{buffer.number}", repr(buffer))
-    sizes, strides = (wrapper.codegen_shape_tuple(tuple(each)) for each in (node.get_size(), node.get_stride()))
     make = "fresh" if layout.escapes else "buffer"
-    return f"{node.get_name()} = {emit_header()}.{make}({record}, {sizes}, {strides})"
+    return f"{node.get_name()} = {emit_header()}.{make}({record}, {shape_of(node)})"
+
+
+def shape_of(x: Any) -> str:
+    """Sizes and strides of a tensor, as the arguments of a call in generated code."""
+    tuple_of = V.graph.wrapper_code.codegen_shape_tuple
+    return f"{tuple_of(tuple(x.get_size()))}, {tuple_of(tuple(x.get_stride()))}"
 
 
 def keeps(device: torch.device | None) -> bool:

@@ -151,7 +151,8 @@ class _Call:
 
         def code(args: Sequence[str]) -> str:
             record = layout.declare("symmem.compile.runtime", f"symmem_{argument.number}", repr(argument))
-            return f"{kernel.get_name()} = {layout.emit_header()}.place({record}, {args[0]})"
+            shape = layout.shape_of(x)
+            return f"{kernel.get_name()} = {layout.emit_header()}.place({record}, {args[0]}, {shape})"
 
         _write_as(kernel, code)
         self._note(x, placed, place, found.outcome, found.why, found.advice)

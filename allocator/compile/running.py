@@ -14,8 +14,8 @@ from symmem.errors import UnsupportedError
 __all__ = ["bound", "running"]
 
 
-class _Running(threading.local):
-    """For generated code.
+class _Here:
+    """What generated code of this thread means.
 
     The same code may come out of a cache several times, and torch loads it as one module, which it never lets go. So
     the module has no graph, and each compiled function has one of its own: if they shared one, whether it is there
@@ -26,12 +26,69 @@ class _Running(threading.local):
         of_cpp: Of code in C++, by its name: torch loads it as it is, and no function of ours runs it.
     """
 
+    __slots__ = ("graph", "of_cpp")
+
     def __init__(self) -> None:
         self.graph = Graph()  # for a call from outside of a compiled function
         self.of_cpp: dict[str, Graph] = {}
 
 
+class _Running(threading.local):
+    """For generated code: ``here``, of each thread. It is one object, for each look at what a thread has costs."""
+
+    def __init__(self) -> None:
+        self.here = _Here()
+
+
 running = _Running()
+
+
+class _Own(Graph):
+    """The graph of one compiled function, which threads run in turns.
+
+    A turn is taken by removing ``idle``, which one thread alone can do: a lock would cost as much as all else that is
+    done for a call. Only who has to wait uses one.
+
+    Attributes:
+        idle: There is such an attribute while no thread runs the function.
+        outer: What the thread that runs it ran when it called it.
+        waiting: Number of threads that wait for their turn.
+    """
+
+    idle: bool
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle, self.waiting = True, 0
+        self.outer: Graph | None = None
+        self._given_back = threading.Condition()
+
+    def wait(self) -> None:
+        """Until another thread has done.
+
+        Raises:
+            UnsupportedError: It is this thread that runs the function.
+        """
+        graph: Graph | None = running.here.graph
+        while isinstance(graph, _Own):
+            if graph is self:
+                raise UnsupportedError(
+                    "a compiled function with registered operators is called within its own call, and would overwrite "
+                    "its buffers in symmetric memory",
+                    hint="let the operator that calls it call another function, compiled by itself",
+                )
+            graph = graph.outer
+        with self._given_back:
+            self.waiting += 1
+            try:
+                self._given_back.wait_for(lambda: hasattr(self, "idle"))
+            finally:
+                self.waiting -= 1
+
+    def wake(self) -> None:
+        """The threads that wait."""
+        with self._given_back:
+            self._given_back.notify_all()
 
 
 def bound(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,28 +101,29 @@ def bound(function: Callable[..., Any]) -> Callable[..., Any]:
         UnsupportedError: It is called by an operator that it calls itself.
         SymmemError: Why a kernel of ours has stopped, where torch finds that the GPU cannot be used any more.
     """
-    graph, turn, owner = Graph(), threading.Lock(), 0
+    graph = _Own()
 
     @functools.wraps(function)
     def call(inputs: Any) -> Any:
-        nonlocal owner
-        thread = threading.get_ident()
-        if owner == thread:
-            raise UnsupportedError(
-                "a compiled function with registered operators is called within its own call, and would overwrite "
-                "its buffers in symmetric memory",
-                hint="let the operator that calls it call another function, compiled by itself",
-            )
-        with turn:
-            owner, before = thread, running.graph
-            running.graph = graph
+        here = running.here
+        before = here.graph
+        while True:
             try:
-                graph.begin()
-                return function(inputs)
-            except RuntimeError as error:  # of CUDA, which says only that a kernel has stopped
-                raise_failure(error)
-                raise
-            finally:
-                owner, running.graph = 0, before
+                del graph.idle
+                break
+            except AttributeError:
+                graph.wait()
+        # Nothing is called before the `try`, so that no signal handler can raise and leave the turn taken.
+        graph.outer, here.graph = before, graph
+        try:
+            graph.begin()
+            return function(inputs)
+        except RuntimeError as error:  # of CUDA, which says only that a kernel has stopped
+            raise_failure(error)
+            raise
+        finally:
+            graph.outer, here.graph, graph.idle = None, before, True
+            if graph.waiting:
+                graph.wake()
 
     return call

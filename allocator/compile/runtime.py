@@ -11,15 +11,15 @@ are not to be run on two streams at once.
 
 from __future__ import annotations
 
-import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from symmem import capture, live
-from symmem.config.settings import load_settings
+from symmem.compile.inputs import CHANGES, Input, Made, block_of, nothing
 from symmem.context import use_symmetric_memory
 from symmem.errors import NotSymmetricError
 from symmem.group import Group
@@ -29,11 +29,6 @@ from symmem.ops.engines import group_named
 from symmem.tensor import SymmetricTensor, find
 
 __all__ = ["CHANGES", "Argument", "Buffer", "Graph"]
-
-log = logging.getLogger("symmem.compile")
-
-CHANGES = 8
-"""How often the address of an input in symmetric memory may change before it is copied from then on."""
 
 
 class Buffer(NamedTuple):
@@ -94,93 +89,39 @@ class Argument(NamedTuple):
     op: str
 
 
-class _Made(NamedTuple):
-    """One persistent buffer, as it was last asked for.
+class _Known(NamedTuple):
+    """A group that has met, and how to see quickly that its name still means it.
 
     Attributes:
-        sizes: Of the tensor.
-        strides: Of the tensor, in elements.
-        tensor: The tensor itself.
-        capacity: Elements of its memory.
-        keep: Whether a CUDA graph may go on using it: see :class:`Buffer`.
+        group: The group.
+        process_group: Its process group, while it is there; none of a group made from a store.
+        registered: Where torch keeps process groups until they are destroyed.
     """
 
-    sizes: Sequence[int]
-    strides: Sequence[int]
-    tensor: torch.Tensor
-    capacity: int
-    keep: bool
+    group: Group
+    process_group: Callable[[], object]
+    registered: Container[object]
 
-
-class _Input:
-    """One place in a graph where an argument comes from memory that the compiler does not own.
-
-    Attributes:
-        copying: Whether it is copied at each call: from the first one on that the ranks did not all come with the same
-            piece of symmetric memory.
-        address: Of the argument that all ranks agreed on last; it is used as it is.
-        block: The memory that it lies in.
-        changes: How often the ranks have agreed on an address.
-        each: Whether the ranks compare at each call.
-    """
-
-    __slots__ = ("address", "block", "changes", "copying", "each")
-
-    def __init__(self, group: Group) -> None:
-        self.copying, self.address, self.changes = False, 0, 0
-        self.block: weakref.ref[Block] | None = None
-        self.each = load_settings(group=group.name).allocation_check == "each"
-
-    def holds(self, address: int) -> bool:
-        """Whether all ranks have agreed on an address, and its memory is there still."""
-        return address == self.address and self.block is not None and self.block() is not None and not self.each
-
-    def agree(self, tensor: torch.Tensor, group: Group, place: str) -> bool:
-        """Whether the argument is the same piece of symmetric memory on all ranks. Collective over the group."""
-        block = _block_of(tensor, group)
-        identity = repr(_identity(block, tensor, group)).encode()
-        with group.collective(place) as collective:
-            received = [each.payload for each in collective.exchange("where the argument lies", identity)]
-        self.changes += 1
-        alike = block is not None and len(set(received)) == 1
-        if not alike or (self.changes > CHANGES and not self.each):
-            self.copying, self.block = True, None
-            log.debug("%s: copied from now on, %s", place, "its address changes" if alike else "not alike on all ranks")
-            return False
-        assert block is not None
-        self.address, self.block = tensor.data_ptr(), weakref.ref(block)
-        return True
-
-
-def _block_of(tensor: torch.Tensor, group: Group) -> Block | None:
-    """The symmetric memory that a tensor lies in, if the group has met for it."""
-    block = block_at(tensor.data_ptr())
-    if block is None or block.closed or block.allocation.device != tensor.device or not block.mapping_for(group):
-        return None
-    return block
-
-
-def _identity(block: Block | None, tensor: torch.Tensor, group: Group) -> Any:
-    """What is the same on all ranks of symmetric memory, and of nothing else."""
-    if block is None:
-        return None
-    mapping = block.mapping_for(group)
-    assert mapping is not None
-    within = tensor.data_ptr() - block.allocation.pointer
-    return mapping.serial, within, tuple(tensor.shape), tensor.stride(), str(tensor.dtype)
+    @classmethod
+    def now(cls, group: Group) -> _Known:
+        """What there is to see now."""
+        found = group.process_group
+        if found is None:
+            return cls(group, nothing, ())
+        return cls(group, weakref.ref(found), dist.distributed_c10d._world.pg_map)
 
 
 class Graph:
     """The persistent memory of one compiled graph."""
 
     def __init__(self) -> None:
-        self._buffers: dict[int, _Made] = {}
-        self._inputs: dict[int, _Input] = {}
+        self._buffers: dict[int, Made] = {}
+        self._inputs: dict[int, Input] = {}
         self._finished: dict[int, tuple[int, weakref.ref[Block]]] = {}
         self._kept: list[torch.Tensor] = []
         self._torchs: dict[int, int] = {}  # addresses of arguments in torch's own memory
         self._not_torchs: set[int] = set()
-        self._groups: dict[str, Group] = {}  # that have met for any of these
+        self._groups: list[_Known] = []  # that have met for any of these
 
     def begin(self) -> None:
         """Called before each call: what groups have met for goes, if one of them was made anew under its name.
@@ -188,12 +129,19 @@ class Graph:
         Raises:
             GroupError: There is no group of that name any more.
         """
-        for name, group in self._groups.items():
-            if group_named(name) is not group:
+        for group, process_group, registered in self._groups:
+            if (group.closed or process_group() not in registered) and group_named(group.name) is not group:
                 self._kept += [made.tensor for made in self._buffers.values() if made.keep]
                 for known in (self._buffers, self._inputs, self._finished, self._groups):
                     known.clear()
                 return
+
+    def _enter(self, name: str) -> Group:
+        """The group of a name, which :meth:`begin` looks after."""
+        group = group_named(name)
+        if all(known.group is not group for known in self._groups):
+            self._groups.append(_Known.now(group))
+        return group
 
     def buffer(self, buffer: Buffer, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
         """The tensor of a buffer, the same one at each call while its shape stays. Collective when it is made or grows.
@@ -206,9 +154,9 @@ class Graph:
         known = self._buffers.get(buffer.number)
         if known is not None and known.sizes == sizes and known.strides == strides:
             return known.tensor
-        return self._make(buffer, sizes, strides)
+        return self._make(buffer, sizes, strides).tensor
 
-    def _make(self, buffer: Buffer, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+    def _make(self, buffer: Buffer, sizes: Sequence[int], strides: Sequence[int]) -> Made:
         needed = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         # Compiled code runs with and without inference mode; a tensor made in it could not be written to outside.
         with torch.inference_mode(False), torch.no_grad():
@@ -224,9 +172,10 @@ class Graph:
                     lambda: buffer.allocate(sizes, strides, f"compiled {buffer.number}"),
                 )
                 capacity = needed
-        self._groups.update((name, group_named(name)) for name in buffer.groups)
-        self._buffers[buffer.number] = _Made(tuple(sizes), tuple(strides), tensor, capacity, buffer.keep)
-        return tensor
+        for name in buffer.groups:
+            self._enter(name)
+        made = self._buffers[buffer.number] = Made(tuple(sizes), tuple(strides), tensor, capacity, buffer.keep)
+        return made
 
     def fresh(self, buffer: Buffer, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
         """A tensor that is returned, in memory that goes with it; see :meth:`buffer`. Collective if an arena grows."""
@@ -241,7 +190,7 @@ class Graph:
 
         return call
 
-    def place(self, argument: Argument, x: torch.Tensor) -> torch.Tensor:
+    def place(self, argument: Argument, x: torch.Tensor, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
         """An argument of an operator, in symmetric memory: itself if it lies there on all ranks, else a copy.
 
         Collective over the group at the first call, and when the address of what lies in symmetric memory changes.
@@ -249,25 +198,42 @@ class Graph:
         Args:
             argument: Which.
             x: The argument; dense.
+            sizes: Its shape: compiled code knows it.
+            strides: In elements.
 
         Raises:
             NotSymmetricError: It is plain memory, and a copy would be no use.
             PeerTimeoutError: A rank came with what was known already, and the others did not; names it.
         """
+        known = self._inputs.get(argument.number)
+        if known is not None:
+            copy = known.copy
+            if copy is None:
+                if x.data_ptr() == known.address and known.block() is not None:
+                    return x
+            elif copy.sizes == sizes and copy.strides == strides:
+                return copy.tensor.copy_(x)
+        return self._look(argument, known, x, sizes, strides)
+
+    def _look(
+        self,
+        argument: Argument,
+        known: Input | None,
+        x: torch.Tensor,
+        sizes: Sequence[int],
+        strides: Sequence[int],
+    ) -> torch.Tensor:
+        """What becomes of an argument that is not what it was in the call before; see :meth:`place`."""
         number, name, backend, way, keep, op = argument
-        known = self._inputs.get(number)
-        if known is not None and known.holds(x.data_ptr()):
-            return x
         # Of torch's own memory, its operators find out by themselves whether it is the same on all ranks.
         if x.numel() == 0 or (backend is not None and self._is_torchs(number, x, name)):
             return x
-        if way == "agree":
+        if way in ("agree", "copy"):
             if known is None:
-                group = self._groups[name] = group_named(name)
-                known = self._inputs[number] = _Input(group)
+                known = self._inputs[number] = Input(self._enter(name), copying=way == "copy")
             if not known.copying and known.agree(x, group_named(name), op):
                 return x
-        elif way != "copy" and _block_of(x, group_named(name)) is not None:
+        elif block_of(x, group_named(name)) is not None:
             return x
         if way == "strict":
             raise NotSymmetricError(
@@ -276,10 +242,12 @@ class Graph:
                 hint=f"allocate it with symmem.allocate({tuple(x.shape)}, {x.dtype}, {str(x.device)!r}).tensor",
                 step=op,
             )
-        sizes, strides, copy = x.shape, x.stride(), self._buffers.get(number)
-        if copy is not None and copy.sizes == sizes and copy.strides == strides:
-            return copy.tensor.copy_(x)
-        return self._make(Buffer(number, x.dtype, str(x.device), (name,), backend, keep), sizes, strides).copy_(x)
+        copy = self._buffers.get(number)
+        if copy is None or copy.sizes != sizes or copy.strides != strides:
+            copy = self._make(Buffer(number, x.dtype, str(x.device), (name,), backend, keep), sizes, strides)
+        if known is not None and backend is None:  # else it may be torch's memory the next time
+            known.copy = copy
+        return copy.tensor.copy_(x)
 
     def _is_torchs(self, number: int, x: torch.Tensor, group: str) -> bool:
         """Whether an argument lies in symmetric memory of torch's, as far as that is asked."""
@@ -324,4 +292,4 @@ class Graph:
             block.signals(mapping).barrier(0, resolved.settings.signal_timeout)
 
 
-_NONE: tuple[int, Callable[[], Block | None]] = (-1, lambda: None)
+_NONE: tuple[int, Callable[[], Block | None]] = (-1, nothing)

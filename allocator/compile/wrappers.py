@@ -202,7 +202,7 @@ def _cudagraphify(original: Any) -> Any:
             if made is None:
                 # What lies in symmetric memory stays there: torch need not copy it into the graph's own memory, where
                 # peers would not find it. Should its address change, torch captures anew.
-                symmetric = [index for index, each in enumerate(inputs) if running.graph.keeps(each)]
+                symmetric = [index for index, each in enumerate(inputs) if running.here.graph.keeps(each)]
                 made = original(model, sorted({*static_input_idxs, *symmetric}), **options)
             return made(inputs)
 

@@ -474,7 +474,7 @@ PyMODINIT_FUNC PyInit__eager(void) {
     PyObject **name;
     const char *text;
   } texts[] = {{&s_raw_repr, "raw_repr"},   {&s_requires_grad, "requires_grad"}, {&s_is_neg, "is_neg"},
-               {&s_new_empty, "new_empty"}, {&s_is_inference, "is_inference"},   {&s_closed, "_closed"},
+               {&s_new_empty, "new_empty"}, {&s_is_inference, "is_inference"},   {&s_closed, "closed"},
                {&s_default_pg, "default_pg"}};
   for (size_t index = 0; index < sizeof texts / sizeof *texts; ++index)
     if (!(*texts[index].name = PyUnicode_InternFromString(texts[index].text))) return NULL;

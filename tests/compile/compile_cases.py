@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import itertools
 import json
 import os
 import re
@@ -323,6 +324,17 @@ def case_symmetric_inputs_that_change() -> None:
         torch.testing.assert_close(run(tensor), summed(tensor))
     used = [pointer == tensor.data_ptr() for pointer, tensor in zip(POINTERS, tensors, strict=True)]
     assert used == [True] * runtime.CHANGES + [False] * 4
+
+
+def case_what_was_agreed_on_is_copied_from_then_on() -> None:
+    """Also if it may be torch's memory the next time, so that it is asked first where it lies."""
+    backend = symmem.allocate((2, 2), dtype=torch.float32).backend
+    for each in (None, backend):
+        record, shape = runtime.Argument(0, group(), each, "agree", False, "op"), ((2, 2), (2, 1))
+        graph = runtime.Graph()
+        tensors = [symmem.allocate((2, 2), dtype=torch.float32).tensor.fill_(1) for _ in range(runtime.CHANGES + 1)]
+        used = [graph.place(record, tensor, *shape) is tensor for tensor in (*tensors, *tensors[-2:])]
+        assert used == [True] * runtime.CHANGES + [False] * 3
 
 
 def case_one_rank_is_plain() -> None:
@@ -916,6 +928,41 @@ def case_group_is_made_anew() -> None:
         dist.destroy_process_group(made)
 
 
+def case_graph_knows_groups_made_anew() -> None:
+    """However they were made, and however they went; while they are there, its buffers stay (G2)."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store, count = dist.distributed_c10d._get_default_store(), itertools.count()
+
+    def of_store() -> symmem.Group:
+        prefix = f"known anew {next(count)}"
+        return symmem.Group.from_store(rank, size, dist.PrefixStore(prefix, store), "known anew")
+
+    def replaced(group: symmem.Group) -> None:
+        others.append(of_store())
+        assert symmem.ops.engines.name_of(others[-1]) == group.name
+
+    def closed(group: symmem.Group) -> None:
+        group.close()
+        if group.process_group is None:
+            others.append(of_store())
+
+    others: list[symmem.Group] = []
+    of_process_group = symmem.resolve_group(dist.new_group(list(range(size))))
+    for first, goes in ((of_store(), replaced), (of_store(), closed), (of_process_group, closed)):
+        graph = runtime.Graph()
+        if first.process_group is None:
+            symmem.ops.engines.name_of(first)
+        record = runtime.Buffer(0, torch.float32, str(device()), (first.name,), None, False)
+        made = graph.buffer(record, (2, 2), (2, 1))
+        graph.begin()
+        assert graph.buffer(record, (2, 2), (2, 1)) is made
+        goes(first)
+        graph.begin()
+        assert graph.buffer(record, (2, 2), (2, 1)) is not made
+        for each in (first, *others):
+            each.close()
+
+
 def case_kernel_that_stopped_is_named() -> None:
     """What torch finds out of a GPU whose kernel has stopped is told by the error of that kernel (G1)."""
     error = RuntimeError("CUDA error: unspecified launch failure")
@@ -963,7 +1010,7 @@ def case_each_function_has_a_graph_of_its_own() -> None:
     """Of functions that run one module; within one another as well, and the graph goes with the function."""
 
     def now(inputs: Any) -> Any:
-        return running.running.graph
+        return running.running.here.graph
 
     def seen() -> list[Any]:
         outside, inner = now([]), running.bound(now)

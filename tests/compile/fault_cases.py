@@ -629,17 +629,49 @@ def case_threads_of_one_function() -> None:
         torch.testing.assert_close(results[at], torch.eye(3) * at * at)
 
 
+def case_threads_wait_for_their_turn() -> None:
+    """Each gets it once another has done, also by an error; and nobody else's."""
+    begun, inside = threading.Event(), 0
+    failed: list[BaseException] = []
+
+    def function(waiting: int) -> None:
+        nonlocal inside
+        inside += 1
+        graph = running.running.here.graph
+        begun.set()
+        while graph.waiting < waiting:  # the others come only now
+            os.sched_yield()
+        assert inside == 1
+        inside -= 1
+        raise KeyError(waiting)
+
+    def work(waiting: int) -> None:
+        try:
+            call(waiting)
+        except BaseException as error:
+            failed.append(error)
+
+    call = running.bound(function)
+    first, *others = (threading.Thread(target=work, args=(waiting,)) for waiting in (2, 0, 0))
+    first.start()
+    begun.wait()
+    for each in others:
+        each.start()
+    for each in (first, *others):
+        each.join()
+    assert [repr(each) for each in failed] == ["KeyError(2)", "KeyError(0)", "KeyError(0)"]
+
+
 def case_within_itself() -> None:
     """An operator that calls what calls it would lose its arguments, or wait for its own turn for ever."""
     calls: list[Any] = []
-
-    def function(inputs: Any) -> Any:
-        return calls[0](inputs) if inputs else "done"
-
-    calls.append(running.bound(function))
-    with pytest.raises(UnsupportedError, match="within its own call"):
-        calls[0]([1])
-    assert calls[0]([]) == "done"
+    outer = running.bound(lambda inputs: calls[inputs.pop(0)](inputs) if inputs else "done")
+    inner = running.bound(lambda inputs: calls[inputs.pop(0)](inputs) if inputs else "done")
+    calls += [outer, inner]
+    for order in ([0], [1, 0], [1, 1]):
+        with pytest.raises(UnsupportedError, match="within its own call"):
+            outer(order)
+    assert outer([]) == outer([1]) == inner([0]) == "done"
 
 
 # What fails at run time.

@@ -43,7 +43,7 @@ cpp_fused_add_0 = async_compile.cpp_pybinding(['const float*'], r'''
 extern "C" void kernel(const float* in_ptr0)
 ''')
 def call(self, args):
-    buf0 = symmem_running.graph.buffer(symmem_1, (8, 64), (64, 1))
+    buf0 = symmem_running.here.graph.buffer(symmem_1, (8, 64), (64, 1))
     cpp_fused_add_0(arg0_1, buf0)
     buf1 = empty_strided_cpu((8, 64), (64, 1), torch.bfloat16)
     torch.ops.symmem.all_reduce_out.default(x=buf0, reduction='sum', group_name='0', out=buf1)

@@ -30,7 +30,7 @@ __all__ = [
 
 Function = Callable[..., Any]
 
-_ALLOCATED = re.compile(r"^\s*\w+ = (?:empty_strided\w*|symmem_running\.graph\.(?:buffer|fresh))\(", re.MULTILINE)
+_ALLOCATED = re.compile(r"^\s*\w+ = (?:empty_strided\w*|symmem_running\.here\.graph\.(?:buffer|fresh))\(", re.MULTILINE)
 _RETURNED = re.compile(r"^\s*\w+ = torch\.ops\.(\w+)\.(\w+)\.(\w+)\(", re.MULTILINE)
 _FUSED = re.compile(r"^\s*(?:cpp_fused\w*|\w+\.run)\(", re.MULTILINE)
 _COPY_KERNEL = re.compile(r"^(?!Memcpy).*[Cc]opy|^triton_(?!tem|mm)")
