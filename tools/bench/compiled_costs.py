@@ -34,7 +34,8 @@ _ARGUMENTS = (1, 8)
 def overhead(device_type: str) -> dict[tuple[str, int], float]:
     """On each rank: seconds that a call takes more for each registered argument, by its kind and their number.
 
-    ``copy`` is what the copy of a plain input takes by itself, from tensor to tensor; ``input_beside_copy`` is without.
+    ``copy`` is what copies of plain inputs take just before the call of an operator that takes any memory, and
+    ``input_beside_copy`` what ours takes more than both.
     """
     torch._dynamo.reset()
     clock, found = clock_of(device_type), {}
@@ -55,23 +56,23 @@ def overhead(device_type: str) -> dict[tuple[str, int], float]:
             if asked != count or "symmem_" in theirs.source.replace("symmem_bench", ""):
                 raise WrongResultError(f"{asked} of {count} arguments are placed in the code for {kind!r}")
             calls = [partial(made.call, argument) for made in (ours, theirs)]
-            calls += [partial(_copy_all, symmetric, plain)] * (kind == "input")
+            if kind == "input":
+                calls.append(partial(_copy_and_call, symmetric, plain, theirs.call))
             clock.all_here()
             took = in_turns([partial(clock.seconds, repeated(each, _CALLS)) for each in calls], _ROUNDS)
             clock.all_here()
             rounds = [[each.host / _CALLS / count for each in times] for times in zip(*took, strict=True)]
-            found[kind, count] = statistics.median(mine - other for mine, other, *_copy in rounds)
+            found[kind, count] = statistics.median(mine - other for mine, other, *_with_copies in rounds)
             if kind == "input":
-                found["copy", count] = statistics.median(copy for *_calls, copy in rounds)
-                found["input_beside_copy", count] = statistics.median(
-                    mine - other - copy for mine, other, copy in rounds
-                )
+                found["copy", count] = statistics.median(both - other for _mine, other, both in rounds)
+                found["input_beside_copy", count] = statistics.median(mine - both for mine, _other, both in rounds)
     return found
 
 
-def _copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+def _copy_and_call(targets: Sequence[torch.Tensor], sources: list[torch.Tensor], call: Function) -> None:
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
+    call(sources)
 
 
 @torch.no_grad()
