@@ -18,6 +18,7 @@ lies where only pads ever lie, and was zeroed when the ranks met last.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 import os
 import sys
@@ -53,7 +54,7 @@ from symmem.group import Collective, Group
 from symmem.live import record
 from symmem.marks import masks_of, slots_of
 from symmem.meeting import Meeting, compare
-from symmem.record import NOWHERE, PACKAGE, TOOLS, Entry, Record, Site, nbytes_of
+from symmem.record import NOWHERE, Entry, Record, Site, inside, nbytes_of
 from symmem.segment import GRANULE, GRANULE_BITS, SPARE, Carve, Segment, finish
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ _EXTENT = 2 << 20  # segments are multiples of this, the granularity of GPU memo
 _PADS_PART = 8  # one part in so many of the first segment, at most, is for signal pads of the arena's group
 _TYPICAL = 1 << 16  # bytes of a tensor: so that there are pads for as many as may fit
 _FEWEST_PADS = 16
+_MORE_SLOTS = 64  # that are made at once
 _SELDOM = 4096  # allocations between two meetings
 _AT_ONCE = 256  # blocks that are freed while the ranks meet: half a millisecond
 _MOST_STEPS = 64  # of growth; beyond, 1024 ** steps is more than a float can be
@@ -92,11 +94,11 @@ class Arena:
         count: Allocations so far.
         digest: Rolling hash of them.
         history: The last ones.
-        events: What happened last to many blocks at once: when (to all, or to each), what, which; see :meth:`note`.
-        drops: And single drops: when, which.
-        changes: And to segments: when, what, which, bytes.
+        drops: The last ones that were dropped: when, which, bytes; see :meth:`note`.
+        reclaims: Those that came free last: when, which; the same.
+        changes: What happened last to segments: when, what, which, bytes.
         marks: By slot, whether its block was dropped; see :mod:`symmem.marks`.
-        dropped: Slot and bytes of each that was not looked at yet, and when.
+        dropped: As ``drops``, what was not looked at yet.
         agreed: Mask of the slots that came free and are not entered into the books yet; with their ``agreed_bytes``.
         live_bytes: Of blocks that are neither in quarantine, which has ``quarantined_blocks``, nor free.
         peak_bytes: The most that ``live_bytes`` ever was.
@@ -108,13 +110,13 @@ class Arena:
         self.segments: list[Segment] = []
         self.count, self.digest = 0, 0
         self.history: deque[Entry] = deque(maxlen=_HISTORY)
-        self.events: deque[tuple[Sequence[float], str, Sequence[Entry]]] = deque()
-        self.drops: deque[tuple[float, Entry]] = deque(maxlen=_HISTORY)
+        self.drops: deque[tuple[float, Entry, int]] = deque(maxlen=_HISTORY)
+        self.reclaims: deque[tuple[float, Entry]] = deque(maxlen=_HISTORY)
         self.changes: deque[tuple[float, str, int, int]] = deque(maxlen=_HISTORY)
-        self._noted = 0  # entries in `events`
-        self._unnoted: list[tuple[float, int] | list[tuple[int, int, float]]] = []  # reclaimed: when, mask; or dropped
+        # Reclaimed: when, mask; or dropped at once.
+        self._unnoted: list[tuple[float, int] | list[tuple[float, Entry, int]]] = []
         self.marks = bytearray()
-        self.dropped: list[tuple[int, int, float]] = []
+        self.dropped: list[tuple[float, Entry, int]] = []
         self.agreed = self.agreed_bytes = 0
         self.live_bytes = self.peak_bytes = self.quarantined_bytes = self.quarantined_blocks = 0
         self.reclaimed_blocks = self.collections = self.growths = 0
@@ -149,29 +151,29 @@ class Arena:
                 ``arena_limit``. On all ranks.
             UnsupportedError: It must grow amid the capture of a CUDA graph.
         """
-        # The warm path, whose budget is 5 us: hence plain tuples, and no helpers; it begins as symmem.record.caller.
-        while frame is not None and (module := frame.f_globals.get("__name__", "")).startswith(PACKAGE):
-            if module.startswith(TOOLS):
-                break
+        # The warm path, whose budget is 3 us: hence plain tuples, and no helpers; it begins as symmem.record.caller.
+        while frame is not None and inside[frame.f_globals.get("__name__", "")]:
             frame = frame.f_back
         code, instruction = (frame.f_code, frame.f_lasti) if frame is not None else NOWHERE
-        size = layout.nbytes + GRANULE - 1 & -GRANULE or GRANULE
+        nbytes = layout.nbytes
+        size = nbytes + GRANULE - 1 & -GRANULE or GRANULE
         with self.lock:
             if self.dropped:
                 if len(self.dropped) == 1:
-                    slot, nbytes, when = self.dropped.pop()
-                    self.live_bytes -= nbytes
-                    self.quarantined_bytes += nbytes
+                    note = self.dropped.pop()
+                    gone = note[2]
+                    self.live_bytes -= gone
+                    self.quarantined_bytes += gone
                     self.quarantined_blocks += 1
-                    gone: Any = self.entries[slot]
-                    if gone is not None:  # else a signal handler has just collected, and the slot is free
-                        self.drops.append((when, gone))
+                    self.drops.append(note)
                 else:
                     self.look()
             label = 0 if name is None else _label(name)
             if self._unusual or self.amid:
                 self._check(self._proposed(size, layout, (code, instruction), name))
             self.amid = True
+            if not self._free_slots:
+                self._add_slots(self._proposed(size, layout, (code, instruction), name))
             for segment in self.segments:
                 offset = segment.space.allocate(size)
                 if offset is not None:
@@ -183,32 +185,20 @@ class Arena:
                 self._make_room(self._proposed(size, layout, (code, instruction), name))
                 self.amid = True
                 segment, offset = self._take(size)
-            if len(self.entries) == self._slots and not self._free_slots:
-                if self.agreed:
-                    self.absorb()
-                self.amid = False
-                self._add_pads(segment, offset, self._proposed(size, layout, (code, instruction), name))
-                self.amid = True
-            if self._free_slots:
-                slot = self._free_slots.pop()
-            else:
-                slot = len(self.entries)
-                self.entries.append(None)
-                self.blocks.append(None)
-                self.marks.append(0)
+            slot = self._free_slots.pop()
             self.count += 1
             # Where it is as well: so ranks whose books differ are told, whatever the reason.
             self.digest = digest = hash((self.digest, layout.fingerprint, label, segment.index, offset, slot))
             entry = (self.count, digest, perf_counter(), segment.index, offset, size, layout, code, instruction, name)
             self.entries[slot] = entry
             self.history.append(entry)
-            carve = Carve(self, segment, slot, layout, offset, size)
+            carve = Carve(self, segment, slot, offset, nbytes, layout, entry)
             self.blocks[slot] = ref(carve)
             segment.slots[offset] = slot
             segment.starts.add(offset >> GRANULE_BITS)
-            self.live_bytes += size
-            if self.live_bytes > self.peak_bytes:
-                self.peak_bytes = self.live_bytes
+            self.live_bytes = live = self.live_bytes + size
+            if live > self.peak_bytes:
+                self.peak_bytes = live
             self.amid = False
             return carve
 
@@ -228,7 +218,7 @@ class Arena:
             return
         batch = self.dropped[:number]
         del self.dropped[:number]
-        total = sum(map(operator.itemgetter(1), batch))
+        total = sum(map(operator.itemgetter(2), batch))
         self.live_bytes -= total
         self.quarantined_bytes += total
         self.quarantined_blocks += number
@@ -246,20 +236,17 @@ class Arena:
         return entries
 
     def note(self) -> None:
-        """Enter into ``events`` what was dropped or came free at once. It can wait until the slots are used again."""
-        for each in self._unnoted:
-            if isinstance(each, tuple):
-                self._enter([each[0]], "reclaim", slots_of(each[1])[-_SHOWN:])
-            else:
-                shown = each[-_SHOWN:]
-                self._enter([when for _, _, when in shown], "drop", [slot for slot, _, _ in shown])
-        self._unnoted.clear()
+        """Enter into ``drops`` and ``reclaims`` what was dropped or came free at once.
 
-    def _enter(self, times: Sequence[float], event: str, slots: Sequence[int]) -> None:
-        self.events.append((times, event, self._entries_of(slots)))
-        self._noted += len(slots)
-        while self._noted > _HISTORY and len(self.events) > 1:
-            self._noted -= len(self.events.popleft()[2])
+        It can wait until the slots are used again, so that the ranks need not wait for it.
+        """
+        for each in self._unnoted:
+            if isinstance(each, list):
+                self.drops += each
+            else:
+                when, agreed = each
+                self.reclaims += zip(itertools.repeat(when), self._entries_of(slots_of(agreed)[-_SHOWN:]), strict=False)
+        self._unnoted.clear()
 
     # Growing.
 
@@ -352,30 +339,45 @@ class Arena:
         with self.group.collective("grow an arena"):
             raise error
 
-    def _add_pads(self, segment: Segment, offset: int, proposed: Record) -> None:
+    def _add_slots(self, proposed: Record) -> None:
+        """Let there be a free slot, where there was none. Collective if there are no more signal pads."""
+        first = len(self.entries)
+        if first == self._slots:
+            if self.agreed:
+                self.absorb()
+            self.amid = False
+            if self.segments:
+                self._add_pads(proposed)
+            else:
+                self._grow(proposed)  # pads come along
+            self.amid = True
+        if not self._free_slots:
+            more = min(_MORE_SLOTS, self._slots - first)
+            self.entries += [None] * more
+            self.blocks += [None] * more
+            self.marks += bytes(more)
+            self._free_slots += range(first + more - 1, first - 1, -1)
+
+    def _add_pads(self, proposed: Record) -> None:
         """Let the arena have twice as many tensors, for each of which it needs a signal pad. Collective.
 
         Unless so many can be reclaimed that the ranks will not soon meet again for this, or pads would take more memory
         than tensors.
         """
-        try:
-            if self._slots and not self._free_slots:
-                self._reclaim(proposed)
-            seldom = self.count - self._short_at >= _SELDOM
-            self._short_at = self.count
-            reserved = sum(segment.nbytes for segment in self.segments)
-            enough = 4 * len(self._free_slots) > self._slots
-            if enough and (seldom or 4 * self._slots * self._pad > reserved):
-                return
-            least = round_up(self._slots * self._pad * SPARE // (SPARE - 1) + 2 * GRANULE, _EXTENT)
-            self._left(least, self._slots * self._pad)
-            added = self._add_segment(least, proposed)
-            added_at = added.space.allocate(self._slots * self._pad)
-            assert added_at is not None
-            self._enter_pads(added, added_at, self._slots)
-        except BaseException:
-            segment.space.free(offset)  # of the tensor that was to be allocated; on all ranks alike
-            raise
+        if not self._free_slots:
+            self._reclaim(proposed)
+        seldom = self.count - self._short_at >= _SELDOM
+        self._short_at = self.count
+        reserved = sum(segment.nbytes for segment in self.segments)
+        enough = 4 * len(self._free_slots) > self._slots
+        if enough and (seldom or 4 * self._slots * self._pad > reserved):
+            return
+        least = round_up(self._slots * self._pad * SPARE // (SPARE - 1) + 2 * GRANULE, _EXTENT)
+        self._left(least, self._slots * self._pad)
+        segment = self._add_segment(least, proposed)
+        offset = segment.space.allocate(self._slots * self._pad)
+        assert offset is not None
+        self._enter_pads(segment, offset, self._slots)
 
     def _enter_pads(self, segment: Segment, offset: int, count: int) -> None:
         self._pads.append((self._slots, segment, offset))

@@ -755,14 +755,14 @@ def known_groups() -> list[Group]:
     return sorted(_groups, key=lambda group: group.name)
 
 
-_AVAILABLE = dist.is_available()
+_c10d: Any = dist.distributed_c10d if dist.is_available() else None
 _default: tuple[weakref.ref[Any], weakref.ref[Group]] | None = None  # the default process group seen last, its group
 
 
 def default_group() -> Group | None:
     """The :class:`Group` of the default process group; None if there is none. Local."""
     global _default
-    process_group = dist.group.WORLD if _AVAILABLE else None
+    process_group = _c10d._world.default_pg if _c10d else None  # dist.group.WORLD, in half the time
     if process_group is None:
         return None
     if _default is not None and _default[0]() is process_group:

@@ -16,7 +16,6 @@ from symmem.errors import InvalidArgumentError
 
 __all__ = ["Layout", "integer"]
 
-_REMEMBERED = 4096  # layouts that need not be checked again
 _QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
 _MAX_NBYTES = 2**63 - 1 - 2**30  # what an int64 can address, less room for rounding up
 
@@ -39,21 +38,6 @@ class Layout:
 
     @classmethod
     def make(
-        cls, sizes: SupportsIndex | Iterable[int], dtype: torch.dtype | None, strides: Iterable[int] | None
-    ) -> Layout:
-        """Check what a user asked for; see :meth:`_make`. The usual request is remembered."""
-        if strides is None and dtype is not None:
-            plain = sizes if isinstance(sizes, tuple) else (sizes,) if type(sizes) is int else None
-            if plain is not None:
-                for size in plain:
-                    if type(size) is not int:  # True would be taken for the 1 that is remembered
-                        break
-                else:
-                    return _contiguous(plain, dtype)
-        return cls._make(sizes, dtype, strides)
-
-    @classmethod
-    def _make(
         cls, sizes: SupportsIndex | Iterable[int], dtype: torch.dtype | None, strides: Iterable[int] | None
     ) -> Layout:
         """Check what a user asked for.
@@ -151,11 +135,6 @@ class Layout:
         usable = (memory.numel() - self.offset) // self.dtype.itemsize * self.dtype.itemsize
         elements = memory[self.offset : self.offset + usable].view(self.dtype)
         return elements.as_strided((world, *self.sizes), (stride // self.dtype.itemsize, *self.strides))
-
-
-@functools.lru_cache(_REMEMBERED)
-def _contiguous(sizes: tuple[int, ...], dtype: torch.dtype) -> Layout:
-    return Layout._make(sizes, dtype, None)
 
 
 def integer(value: SupportsIndex) -> int:

@@ -36,7 +36,9 @@ class Block:
         name: What the program calls it.
 
     Attributes:
-        mappings: Every rank's memory, by the group that rendezvoused, the first one first.
+        pointer: Address of its first byte in this process.
+        mappings: Every rank's memory, by the group that rendezvoused.
+        first: The group that has met for it first, which is the one that is meant where none is named; None before.
         compared: What all ranks of a group are known to share: the group, for the layout of the block itself, or the
             group and another layout.
         process: Where it was allocated; a forked child is no rank.
@@ -48,11 +50,13 @@ class Block:
         "allocation",
         "closed",
         "compared",
+        "first",
         "layout",
         "mappings",
         "name",
         "nbytes",
         "offset",
+        "pointer",
         "process",
         "site",
     )
@@ -69,21 +73,23 @@ class Block:
         self.allocation, self.layout, self.offset = allocation, layout, offset
         self.site, self.name = site, name
         self.nbytes = allocation.nbytes if nbytes is None else nbytes
+        self.pointer = allocation.pointer + offset
         # Both are replaced, never changed: blocks of an arena begin with the same ones.
         self.mappings: dict[Group, Mapping] = {}
         self.compared: frozenset[Group | tuple[Group, Layout]] = frozenset()
+        self.first: Group | None = None
         self.process = _process
         self.closed = False
-
-    @property
-    def pointer(self) -> int:
-        """Address of its first byte in this process."""
-        return self.allocation.pointer + self.offset
 
     @property
     def end(self) -> int:
         """Bytes from the beginning of the allocation to the end of the block."""
         return self.offset + self.nbytes
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups that have rendezvoused it, the first one first; that of an arena has for all of its tensors."""
+        return sorted(self.mappings, key=lambda group: group is not self.first)
 
     @property
     def inherited(self) -> bool:
@@ -128,9 +134,6 @@ class Block:
     def enter(self, group: Group, mapping: Mapping, pads: Sequence[int]) -> None:
         """A group has met; ``pads`` is what each rank provides, if anything."""
         self.mappings = {**self.mappings, group: mapping}
-
-    def choose(self, group: Group) -> None:
-        """Note that a group has met, or that it had met already."""
 
     def signals(self, mapping: Mapping) -> Signals:
         """Who signals for it, within the group of one of its mappings."""

@@ -9,9 +9,8 @@ from typing import NamedTuple, TypeAlias
 
 from symmem.layout import Layout
 
-__all__ = ["NOWHERE", "PACKAGE", "TOOLS", "Entry", "Record", "Site", "caller", "nbytes_of"]
+__all__ = ["NOWHERE", "Entry", "Record", "Site", "caller", "inside", "nbytes_of"]
 
-PACKAGE, TOOLS = f"{__package__}.", f"{__package__}.tools."
 NOWHERE = (compile("", "<no caller>", "exec"), 0)
 
 
@@ -34,11 +33,20 @@ class Site(NamedTuple):
         return f"{self.code.co_filename}:{self.line} in {self.code.co_name}"
 
 
+class _Inside(dict[str, bool]):
+    def __missing__(self, module: str) -> bool:
+        package = f"{__package__}."
+        self[module] = known = module.startswith(package) and not module.startswith(f"{package}tools.")
+        return known
+
+
+inside = _Inside()
+"""Whether a module, by name, is of symmem, but for its tools."""
+
+
 def caller(frame: FrameType | None) -> Site:
     """The first frame from ``frame`` outwards that is not of symmem, but for its tools."""
-    while frame is not None and (module := frame.f_globals.get("__name__", "")).startswith(PACKAGE):
-        if module.startswith(TOOLS):
-            break
+    while frame is not None and inside[frame.f_globals.get("__name__", "")]:
         frame = frame.f_back
     return Site(frame.f_code, frame.f_lasti) if frame is not None else Site(*NOWHERE)
 

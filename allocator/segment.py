@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from collections.abc import Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from symmem.backends.base import Allocation, Mapping, Signals
     from symmem.group import Group
     from symmem.layout import Layout
+    from symmem.record import Entry
 
 __all__ = ["GRANULE", "GRANULE_BITS", "SPARE", "Carve", "Segment", "finish"]
 
@@ -140,32 +141,28 @@ _NONE: dict[Any, Any] = {}  # stands for the many dicts that stay empty; never c
 class Carve(Block):
     """A block of an arena. When nothing refers to it any more, it is in quarantine."""
 
-    __slots__ = ("_chosen", "_mark", "_signals", "_size", "_taken", "arena", "segment", "slot")
+    __slots__ = ("_entry", "_mark", "_signals", "_taken", "arena", "segment", "slot")
 
-    def __init__(self, arena: Arena, segment: Segment, slot: int, layout: Layout, offset: int, size: int) -> None:
+    def __init__(
+        self, arena: Arena, segment: Segment, slot: int, offset: int, nbytes: int, layout: Layout, entry: Entry
+    ) -> None:
         # All that Block.__init__ does, in a part of the time.
-        self.allocation, self.layout, self.offset, self.nbytes = segment.allocation, layout, offset, layout.nbytes
+        self.allocation, self.layout, self.offset, self.nbytes = segment.allocation, layout, offset, nbytes
+        self.pointer = segment.pointer + offset
         self.mappings, self.compared = segment.first
-        self.process, self.closed = arena.process, False
-        self.arena, self.segment, self.slot, self._size = arena, segment, slot, size
+        self.first, self.process, self.closed = None, arena.process, False
+        self.arena, self.segment, self.slot, self._entry = arena, segment, slot, entry
         self._signals: dict[Mapping, Signals] = _NONE
         self._taken: dict[Group, int] = _NONE  # offset of this rank's pad, of further groups
-        self._mark, self._chosen = DROPPED, False
+        self._mark = DROPPED
 
     def __del__(self) -> None:
         # Called by the collector as well, anywhere and on any thread: each of these is one step, and the mark the last.
         arena, slot = self.arena, self.slot
         if self._taken:
             arena.further[slot] = [(weakref.ref(group), pad) for group, pad in self._taken.items()]
-        arena.dropped.append((slot, self._size, time.perf_counter()))
+        arena.dropped.append((perf_counter(), self._entry, self._entry[5]))
         arena.marks[slot] = self._mark
-
-    def choose(self, group: Group) -> None:
-        """Let the group that meets first be the one that is meant where none is named, instead of the arena's."""
-        if not self._chosen:
-            self._chosen = True
-            if group is not self.arena.group:
-                self.mappings = {group: self.mappings[group], **self.mappings}
 
     @property
     def home(self) -> tuple[str, int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import socket
 import time
@@ -158,7 +157,7 @@ def _blocks(arena: Arena, segment: Segment, agreed: set[int], gone: set[int]) ->
                 **layout_of(record.layout),
                 "site": str(record.site),
                 "name": record.name,
-                "groups": [group.name for group in block.mappings] if block else [],
+                "groups": [group.name for group in block.groups] if block else [],
             }
     if (tail := segment.nbytes - segment.space.capacity) > 0:
         site = "signal pads of further groups"
@@ -180,12 +179,8 @@ def _events(arena: Arena) -> list[dict[str, Any]]:
     ]
     others = [
         {"time": when, "event": what, "segment": entry[3], "offset": entry[4], "nbytes": entry[5]}
-        for times, what, entries in arena.events
-        for when, entry in zip(itertools.cycle(times), entries, strict=False)
-    ]
-    others += [
-        {"time": when, "event": "drop", "segment": entry[3], "offset": entry[4], "nbytes": entry[5]}
-        for when, entry in arena.drops
+        for what, events in (("drop", arena.drops), ("reclaim", arena.reclaims))
+        for when, entry, *_ in events
     ]
     changes = [
         {"time": when, "event": what, "segment": segment, "nbytes": nbytes}
@@ -208,7 +203,7 @@ def _tensor(block: Block) -> dict[str, Any]:
         "device": str(block.allocation.device),
         "nbytes": block.nbytes,
         **layout_of(block.layout),
-        "groups": [group.name for group in block.mappings],
+        "groups": [group.name for group in block.groups],
     }
 
 

@@ -146,7 +146,7 @@ def _carved(arena: Arena) -> Iterator[dict[str, Any]]:
             "nbytes": record.layout.nbytes,
             "site": named(record.site),
             "group": group,
-            "groups": [each.name for each in block.mappings] if block else [],
+            "groups": [each.name for each in block.groups] if block else [],
             "backend": backend,
             "device": device,
         }

@@ -48,6 +48,7 @@ class SubAllocator:
         "_free",
         "_live",
         "_mask",
+        "_most",
         "_refused",
         "_shift",
         "_tail",
@@ -71,44 +72,36 @@ class SubAllocator:
         self._ends: dict[int, int] = {}  # offset of each free block, by its end
         self._bins: list[dict[int, int]] = [{} for _ in range(self._bin_of(self.capacity) + 1)]  # bytes, by offset
         self._bitmap = 0
+        self._most = 0  # no block in a bin is larger; less time is lost if this is close
         self._tail = 0  # from here to the end all is free
         self._refused = self.capacity + 1  # no block has room for this, or more, until one is freed
 
-    def allocate(self, nbytes: int, alignment: int = 0) -> int | None:
+    def allocate(self, nbytes: int) -> int | None:
         """Take a block.
 
         Args:
             nbytes: Bytes; rounded up to a multiple of the granularity, 0 to one granule.
-            alignment: What the offset shall be a multiple of: a power of two; 0 for the granularity.
 
         Returns:
             The offset; None only if no free block has room for it.
 
         Raises:
-            InvalidArgumentError: ``nbytes`` is negative; ``alignment`` is not a power of two.
+            InvalidArgumentError: ``nbytes`` is negative.
         """
         if nbytes < 0:
             raise InvalidArgumentError(f"cannot allocate {nbytes} bytes")
-        skew = 0  # the bits that the offset must not have
-        if alignment:
-            if alignment & (alignment - 1):
-                raise InvalidArgumentError(f"the alignment must be a power of two, not {alignment}")
-            skew = max(alignment, self.granularity) - 1
         size = (nbytes + self._mask) & ~self._mask or self.granularity
         if size >= self._refused:
             return None
-        if self._bitmap and (offset := self._from_bins(size, skew)) is not None:
-            return offset
-        start = self._tail
-        offset = start + (-start & skew)
+        if self._bitmap and size <= self._most and (found := self._from_bins(size)) is not None:
+            return found
+        offset = self._tail
         end = offset + size
         if end > self.capacity:
-            found = self._search(size, skew)
-            if found is None and not skew:
+            found = self._search(size)
+            if found is None:
                 self._refused = size
             return found
-        if offset > start:
-            self._put(start, offset)
         self._tail = end
         self._live[offset] = size
         self.used += size
@@ -194,9 +187,9 @@ class SubAllocator:
         shift = max(size.bit_length() - _BITS, self._shift)
         return (shift - self._shift << _BITS - 1) + (size >> shift)
 
-    def _from_bins(self, size: int, skew: int) -> int | None:
+    def _from_bins(self, size: int) -> int | None:
         """Take a block out of a bin of which every block has room, or the last of its own bin; None if neither has."""
-        # _bin_of() and _put() are written out once each: calls would be a tenth of the time taken.
+        # _bin_of() is written out here, and in _put(): calls would be a tenth of the time taken.
         shift = size.bit_length() - _BITS
         if shift < self._shift:
             shift = self._shift
@@ -205,51 +198,48 @@ class SubAllocator:
         spare = -1
         if chosen:  # what came free last is often of this very size
             start, length = chosen.popitem()
-            spare = length - size - (-start & skew)
+            spare = length - size
             if spare < 0:
                 chosen[start] = length
         if spare < 0:
-            enough = self._bin_of(size + skew) if skew else index
-            above = self._bitmap >> enough + 1  # the bins of which every block has room
+            above = self._bitmap >> index + 1  # the bins of which every block has room
             if not above:
                 return None
-            index = enough + (above & -above).bit_length()
+            index += (above & -above).bit_length()
             chosen = self._bins[index]
             start, length = chosen.popitem()
-        return self._cut(index, start, length, size, skew)
+        return self._cut(index, start, length, size)
 
-    def _search(self, size: int, skew: int) -> int | None:
-        """Take a block out of bins in which some may have room and some not.
+    def _search(self, size: int) -> int | None:
+        """Take a block out of the bin in which some may have room and some not.
 
         This is linear in the blocks there, but giving up costs more: then all ranks must meet to get more memory.
         """
-        last = min(self._bin_of(size + skew) + 1, len(self._bins))
-        for index in range(self._bin_of(size), last):
-            for start, length in self._bins[index].items():
-                if length - size >= (-start & skew):
-                    del self._bins[index][start]
-                    return self._cut(index, start, length, size, skew)
+        index = self._bin_of(size)
+        for start, length in self._bins[index].items():
+            if length >= size:
+                del self._bins[index][start]
+                return self._cut(index, start, length, size)
         return None
 
-    def _cut(self, index: int, start: int, length: int, size: int, skew: int) -> int:
+    def _cut(self, index: int, start: int, length: int, size: int) -> int:
         """Make a block of a free one that was just taken out of a bin; returns its offset."""
         if not self._bins[index]:
             self._bitmap ^= 1 << index
         del self._free[start]
-        offset = start + (-start & skew)
-        if offset > start:
-            self._put(start, offset)
-        end = offset + size
-        if end < start + length:
+        end = start + size
+        if size < length:
             self._put(end, start + length)
         else:
             del self._ends[end]
-        self._live[offset] = size
+        self._live[start] = size
         self.used += size
-        return offset
+        return start
 
     def _put(self, start: int, end: int) -> None:
         size = end - start
+        if size > self._most or not self._bitmap:
+            self._most = size
         shift = size.bit_length() - _BITS
         if shift < self._shift:
             shift = self._shift

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
 
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SymmetricTensor", "allocate", "find"]
 
+_REMEMBERED = 4096  # requests of a group that need not be checked again
+
 
 class SymmetricTensor:
     """A tensor that every rank of a group has, at the same offset of memory that the others can reach.
@@ -49,13 +53,13 @@ class SymmetricTensor:
     there was none. Ranks are ranks of that group.
     """
 
-    def __init__(self, block: Block, layout: Layout, *, lazy: bool = False) -> None:
+    def __init__(self, block: Block, layout: Layout, tensor: torch.Tensor | None = None) -> None:
         """Use :meth:`allocate`, :meth:`wrap` or :func:`find`."""
         self._block = block
         self._layout = layout
         self._address = block.pointer + layout.offset
         # Making a tensor takes as long as a barrier of one rank; who finds a handle mostly wants peers, or signals.
-        self._tensor: torch.Tensor | None = None if lazy else _tensor(block, layout, self._address)
+        self._tensor = tensor
 
     @classmethod
     def allocate(
@@ -104,11 +108,8 @@ class SymmetricTensor:
         """
         known = default_group() if group is None else resolve_group(group)
         try:
-            layout = Layout.make(sizes, dtype, strides)
-            place = _place(known, backend, device)
-            if arena is None:
-                arena = place.arena is not None
-            if arena:
+            place, layout, make = _request(known, sizes, dtype, device, strides, backend)
+            if arena or (arena is None and place.arena is not None):
                 block: Block = (place.arena or _arena(place, known)).carve(layout, name, sys._getframe(1))
                 if place.cuda and capture.is_capturing_cuda():
                     capture.keep(block)
@@ -121,7 +122,7 @@ class SymmetricTensor:
             if known is not None and group is not None and getattr(error, "known_to", None) is None:
                 known.fail("allocate", error)
             raise
-        return cls(block, layout)
+        return cls(block, layout, make(block))
 
     @classmethod
     def wrap(cls, tensor: torch.Tensor, *, backend: str | None = None) -> SymmetricTensor:
@@ -164,7 +165,7 @@ class SymmetricTensor:
             failed("strides", f"with sizes {layout.sizes} and strides {layout.strides} elements share memory")
         if backend is not None and block.allocation.backend.name != backend:
             failed("backend", f"it is memory of {block.allocation.backend.name!r}, not of {backend!r}")
-        handle = cls(block, layout)
+        handle = cls(block, layout, _tensor(block, layout))
         handle._check_open("wrap")
         return handle
 
@@ -178,7 +179,7 @@ class SymmetricTensor:
         tensor = self._tensor
         if tensor is None:
             with torch.inference_mode(False):  # it is for later as well
-                tensor = self._tensor = _tensor(self._block, self._layout, self._address)
+                tensor = self._tensor = _tensor(self._block, self._layout)
         if tensor.data_ptr() != self._address and tensor.numel():
             raise NotSymmetricError(
                 "this handle's tensor was given other memory (by share_memory_(), sending it to another process, "
@@ -221,7 +222,7 @@ class SymmetricTensor:
     @property
     def groups(self) -> tuple[Group, ...]:
         """The groups that have rendezvoused it, the first one first."""
-        return tuple(self._block.mappings)
+        return tuple(self._block.groups)
 
     @property
     def closed(self) -> bool:
@@ -270,7 +271,8 @@ class SymmetricTensor:
         if group is None and timeout is None and self._layout is block.layout and not block.inherited:
             known = default_group()  # the usual case: a tensor of the default group's arena
             if known in block.compared:  # nothing is, once it is closed
-                block.choose(known)
+                if block.first is None:
+                    block.first = known
                 return self
         self._check_open("rendezvous")
         resolved = resolve_group(group)
@@ -280,7 +282,8 @@ class SymmetricTensor:
         if self._block.key(resolved, self._layout) not in self._block.compared:
             self._check_second(resolved)
             rendezvous(self._block, self._layout, resolved, timeout)
-        self._block.choose(resolved)
+        if block.first is None:
+            block.first = resolved
         return self
 
     def _check_second(self, group: Group) -> None:
@@ -304,7 +307,7 @@ class SymmetricTensor:
             capture.keep(self._block)
         mappings = self._block.mappings
         if group is None and mappings:
-            return next(iter(mappings.values()))
+            return mappings[self._block.first or next(iter(mappings))]
         resolved = resolve_group(group)
         if resolved not in mappings:
             raise NotRendezvousedError(
@@ -587,7 +590,8 @@ class SymmetricTensor:
 allocate = SymmetricTensor.allocate
 
 
-class _Place(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Place:
     """Where a request leads.
 
     Attributes:
@@ -649,21 +653,53 @@ def _arena(place: _Place, group: Group | None) -> Arena:
     return arena_for(group, place.backend, place.device)
 
 
-def _tensor(block: Block, layout: Layout, address: int) -> torch.Tensor:
-    """The tensor of a layout over a block's memory, which keeps the block alive."""
-    if layout.offset:
-        return layout.view(block.tensor())
-    device, nbytes = block.allocation.device, block.nbytes
-    storage = storage_at(address, nbytes, device, block)
-    empty = _empty(layout.dtype, device)
-    if empty is None:
-        parts = {"dtype": layout.dtype, "size": layout.sizes, "stride": layout.strides, "storage_offset": 0}
-        made: torch.Tensor = _on_cuda(parts, storage)
-        return made
-    tensor = empty.new()
-    if layout.flat and nbytes == layout.nbytes:
-        return tensor.set_(storage)  # in two thirds of the time
-    return tensor.set_(storage, 0, layout.sizes, layout.strides)
+_Request: TypeAlias = tuple[_Place, Layout, Callable[[Block], torch.Tensor]]
+"""Where a request leads, what is allocated, and what makes the tensor over its block."""
+
+
+def _request(
+    group: Group | None,
+    sizes: int | Iterable[int],
+    dtype: torch.dtype | None,
+    device: torch.device | str | int | None,
+    strides: Iterable[int] | None,
+    backend: str | Sequence[str] | None,
+) -> _Request:
+    """Check what a user asked for. What the usual request led to is remembered by the group."""
+    key = sizes, dtype, device, strides, backend
+    if group is None or dtype is None or strides is not None:
+        return _examine(group, *key)
+    for size in sizes if isinstance(sizes, tuple) else (sizes,):
+        if type(size) is not int:  # True would be taken for the 1 that is remembered
+            return _examine(group, *key)
+    try:
+        known: _Request | None = group.places.get(key)
+    except TypeError:  # a list of backends, which is not worth remembering, or what is no device at all
+        return _examine(group, *key)
+    if known is None or (known[0].moves and known[0].device.index != torch._C._cuda_getDevice()):
+        if len(group.places) >= _REMEMBERED:
+            group.places.clear()
+        known = group.places[key] = _examine(group, *key)
+    return known
+
+
+def _examine(
+    group: Group | None,
+    sizes: int | Iterable[int],
+    dtype: torch.dtype | None,
+    device: torch.device | str | int | None,
+    strides: Iterable[int] | None,
+    backend: str | Sequence[str] | None,
+) -> _Request:
+    layout = Layout.make(sizes, dtype, strides)
+    place = _place(group, backend, device)
+    return place, layout, _maker(layout, place.device)
+
+
+class _Memory(ctypes.c_ubyte * sys.maxsize):  # type: ignore[misc]
+    """Memory from an address on, of which a tensor takes as much as it has elements; it keeps the owner alive."""
+
+    __slots__ = ("owner",)
 
 
 _on_cuda: Any = getattr(torch._C, "_construct_CUDA_Tensor_From_Storage_And_Metadata", None)
@@ -671,12 +707,35 @@ _on_cuda: Any = getattr(torch._C, "_construct_CUDA_Tensor_From_Storage_And_Metad
 
 
 @functools.lru_cache(256)
-def _empty(dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-    """A tensor of no elements, of which ``new()`` makes others in half the time that torch.empty takes.
+def _maker(layout: Layout, device: torch.device) -> Callable[[Block], torch.Tensor]:
+    """What makes the tensor of a layout over all of a block, which the tensor keeps alive."""
+    nbytes, dtype, sizes, strides = layout.nbytes, layout.dtype, layout.sizes, layout.strides
+    if device.type == "cpu" and layout.flat:
 
-    None where :data:`_on_cuda` does it.
-    """
-    return None if device.type == "cuda" and _on_cuda is not None else torch.empty(0, dtype=dtype, device=device)
+        def flat(block: Block) -> torch.Tensor:  # in half the time of what is below
+            memory = _Memory.from_address(block.pointer)
+            memory.owner = block
+            return torch.frombuffer(memory, dtype=dtype, count=sizes[0])
+
+        return flat
+    if device.type == "cuda" and _on_cuda is not None:
+        parts = {"dtype": dtype, "size": sizes, "stride": strides, "storage_offset": 0}
+        return lambda block: _on_cuda(parts, storage_at(block.pointer, nbytes, device, block))
+    new: Any = _empty(dtype, device).new
+    return lambda block: new().set_(storage_at(block.pointer, nbytes, device, block), 0, sizes, strides)
+
+
+@functools.lru_cache(256)
+def _empty(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of no elements, of which ``new()`` makes others in half the time that torch.empty takes."""
+    return torch.empty(0, dtype=dtype, device=device)
+
+
+def _tensor(block: Block, layout: Layout) -> torch.Tensor:
+    """The tensor of a layout over a block's memory, which keeps the block alive."""
+    if layout.offset or layout.nbytes != block.nbytes:
+        return layout.view(block.tensor())
+    return _maker(layout, block.allocation.device)(block)
 
 
 def find(tensor: torch.Tensor) -> SymmetricTensor | None:
@@ -692,7 +751,7 @@ def find(tensor: torch.Tensor) -> SymmetricTensor | None:
     _check_tensor(tensor, "find")
     address = _address(tensor)
     block = None if address is None else block_at(address)
-    return None if block is None or block.closed else SymmetricTensor(block, block.layout, lazy=True)
+    return None if block is None or block.closed else SymmetricTensor(block, block.layout)
 
 
 def _address(tensor: torch.Tensor) -> int | None:

@@ -287,7 +287,7 @@ class Graph:
         mapping = block.mappings.get(resolved)
         capturing = tensors[0].is_cuda and capture.is_capturing(tensors[0].device)
         if mapping is None or capturing or block.process != live._process:
-            SymmetricTensor(block, block.layout, lazy=True).barrier(group=resolved)
+            SymmetricTensor(block, block.layout).barrier(group=resolved)
         else:  # that, in a third of the time
             block.signals(mapping).barrier(0, resolved.settings.signal_timeout)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import os
@@ -184,12 +185,24 @@ def test_the_call_site_is_the_users(rank: Rank) -> None:
     del st
 
 
+@pytest.mark.parametrize(
+    ("module", "named"), [("symmem.ops.some", False), ("symmem.tools.some", True), ("symmemory", True), ("a.b", True)]
+)
+def test_a_call_site_within_symmem_is_that_of_its_caller(module: str, named: bool, rank: Rank) -> None:
+    namespace: dict[str, Any] = {"__name__": module}
+    exec("def through(allocate, *args, **options):\n    return allocate(*args, **options)", namespace)
+    for _ in range(2):  # the second time it is known
+        namespace["through"](symmem.allocate, 8, torch.uint8, group=rank.group, backend="host")
+        found = rank.arena.records()[-1].site.code.co_name
+        assert found == ("through" if named else "test_a_call_site_within_symmem_is_that_of_its_caller")
+
+
 # Lifetime.
 
 KEEPERS: dict[str, Callable[[symmem.SymmetricTensor], object]] = {
     "handle": lambda st: st,
     "tensor": lambda st: st.tensor,
-    "view": lambda st: st.tensor[3:5].view(2, 1),
+    "view": lambda st: st.tensor[3:5].view(-1, 1),
     "alias": lambda st: st.tensor.detach(),
     "storage": lambda st: st.tensor.untyped_storage(),
     "remote view": lambda st: st.remote_tensor(0)[1:],
@@ -204,9 +217,10 @@ KEEPERS: dict[str, Callable[[symmem.SymmetricTensor], object]] = {
 }
 
 
+@pytest.mark.parametrize("shape", [(1000,), (10, 100)])
 @pytest.mark.parametrize("what", KEEPERS)
-def test_whatever_reaches_the_memory_keeps_it(what: str, rank: Rank) -> None:
-    st = rank.allocate(1000)
+def test_whatever_reaches_the_memory_keeps_it(what: str, shape: tuple[int, ...], rank: Rank) -> None:
+    st = rank.allocate(shape)
     st.tensor.fill_(5)
     pointer = st.tensor.data_ptr()
     kept = KEEPERS[what](st)
@@ -271,6 +285,44 @@ def test_what_a_finalizer_brings_back_to_life_is_not_in_quarantine(rank: Rank) -
     saved[0].tensor.fill_(3)
     saved.clear()
     assert rank.collect() == 2 * GRANULE
+
+
+def test_requests_that_are_equal_but_not_alike(rank: Rank) -> None:
+    """What is remembered of a request must not be taken for another one's."""
+    for sizes in (1, (1,), (1, 2)):
+        assert rank.allocate(sizes, torch.uint8).tensor.numel() in (1, 2)
+    for wrong in (True, (True,), 1.0, (1.0,), (1, 2.0), (True, 2)):
+        with pytest.raises(InvalidArgumentError, match="integers"):
+            rank.allocate(wrong, torch.uint8)
+    for right, dtype in (((1, 2), torch.int16), ([1, 2], torch.uint8), (torch.Size((1, 2)), torch.uint8)):
+        st = rank.allocate(right, dtype)
+        assert (st.tensor.shape, st.tensor.dtype, st._block.nbytes) == ((1, 2), dtype, 2 * dtype.itemsize)
+    assert rank.allocate((3, 2), torch.uint8, strides=(5, 1)).tensor.stride() == (5, 1)
+    assert rank.allocate((3, 2), torch.uint8).tensor.stride() == (2, 1)
+    assert rank.allocate((3, 2), torch.uint8, arena=False).groups == ()
+
+
+def test_many_requests_are_not_all_remembered(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("symmem.tensor._REMEMBERED", 8)
+    for size in range(40):
+        assert rank.allocate((size,)).tensor.shape == (size,)
+        assert len(rank.group.places) <= 9
+
+
+def test_a_request_for_the_current_device_follows_it(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it led to is remembered for one CUDA device only."""
+    asked: list[int] = []
+    choose = symmem.tensor._choose  # type: ignore[attr-defined]
+
+    def chosen(*args: Any) -> Any:
+        asked.append(torch._C._cuda_getDevice())
+        return dataclasses.replace(choose(*args), device=torch.device("cpu", asked[-1]), moves=True)
+
+    monkeypatch.setattr("symmem.tensor._choose", chosen)
+    for current in (0, 0, 1, 1, 0):
+        monkeypatch.setattr("torch._C._cuda_getDevice", itertools.repeat(current).__next__, raising=False)
+        assert rank.allocate((4,)).tensor.shape == (4,)
+    assert asked == [0, 1, 0]
 
 
 def test_close(rank: Rank) -> None:
@@ -595,9 +647,21 @@ def test_counters(rank: Rank) -> None:
     rank.collect()
     assert rank.book == (0, 0)
     assert [what for _, what, *_ in arena.changes] == ["grow"]
-    happened = [(what, len(entries)) for _, what, entries in arena.events]
-    assert len(arena.drops) + sum(n for what, n in happened if what == "drop") == 3
-    assert sum(n for what, n in happened if what == "reclaim") == 3
+    assert [[entry[5] for _, entry, *_ in events] for events in (arena.drops, arena.reclaims)] == [[1024, 256, 256]] * 2
+    assert all(one[0] < other[0] for one, other in zip(arena.drops, arena.reclaims, strict=True))
+
+
+def test_each_drop_is_noted(rank: Rank) -> None:
+    """One at a time, by the allocation that comes next, and many at a time."""
+    sizes = [*range(0, 1000, 100)]  # no more than there are signal pads
+    for size in sizes:
+        rank.allocate(size)
+    many = [rank.allocate(3000 + size) for size in sizes]
+    del many
+    assert rank.book == (0, sum(max(-(-size // 256), 1) * 256 for size in (*sizes, *(3000 + size for size in sizes))))
+    rank.arena.note()
+    assert sorted(entry[6].sizes[0] for _, entry, _ in rank.arena.drops) == [*sizes, *(3000 + size for size in sizes)]
+    assert rank.arena.quarantined_blocks == len(rank.arena.drops)
 
 
 def test_many_blocks_at_once(rank: Rank) -> None:
@@ -620,7 +684,7 @@ def test_many_blocks_at_once(rank: Rank) -> None:
     assert rank.collect() == 250 * GRANULE
     rank.arena.absorb()
     assert rank.book == (250 * GRANULE, 0)
-    assert len(rank.arena._free_slots) == 750
+    assert len(rank.arena._free_slots) == len(rank.arena.entries) - 250
 
 
 def test_meetings_for_nothing_leave_nothing(rank: Rank) -> None:
@@ -628,16 +692,16 @@ def test_meetings_for_nothing_leave_nothing(rank: Rank) -> None:
     del kept[::2]
     rank.collect()
     arena = rank.arena
-    before, remembered = arena.collections, (len(arena.events), len(arena._unnoted))
+    before, remembered = arena.collections, (len(arena.reclaims), len(arena._unnoted))
     for _ in range(3):
         assert rank.collect() == 0
     assert arena.agreed
-    assert (len(arena.events), len(arena._unnoted)) == remembered
+    assert (len(arena.reclaims), len(arena._unnoted)) == remembered
     assert arena.collections == before + 3
     arena.absorb()
-    remembered = len(arena.events), 0
+    remembered = len(arena.reclaims), 0
     rank.collect()
-    assert (len(arena.events), len(arena._unnoted)) == remembered
+    assert (len(arena.reclaims), len(arena._unnoted)) == remembered
 
 
 def test_the_book_after_much_use(rank: Rank) -> None:
@@ -683,6 +747,17 @@ def test_a_rendezvous_of_a_view_leaves_the_pads(rank: Rank) -> None:
     assert pads[0] != pads[1]
 
 
+def test_what_comes_free_when_pads_run_out_is_one_piece(rank: Rank) -> None:
+    """The tensor for which there was none goes to the beginning of it, and does not cut off what lies before it."""
+    first = rank.allocate(8)._block.offset
+    while not rank.arena.collections:
+        rank.allocate(8)
+    assert len(rank.arena.segments) == 1
+    space = rank.arena.segments[0].space
+    live = [(offset, offset + nbytes) for offset, nbytes, in_use in space.blocks() if in_use]
+    assert live == [(0, first), (first, first + GRANULE)]  # the pads, and the tensor; what is free lies behind them
+
+
 def test_a_pad_is_zero_when_it_is_used_again(rank: Rank) -> None:
     for _ in range(3):
         st = rank.allocate(40000)
@@ -715,6 +790,19 @@ def test_pads_of_two_groups_are_apart(make: Make) -> None:
     ]
     view = symmem.SymmetricTensor.wrap(one.tensor[8:]).rendezvous(second)
     assert pad_of(view, second) == pads[1]
+
+
+def test_the_group_that_meets_first_is_the_one_that_is_meant(make: Make) -> None:
+    rank = make(arena_size="2MiB")
+    second = symmem.Group.from_store(0, 1, dist.HashStore(), "second")
+    for order in ([second], [rank.group, second], [second, rank.group], [second, second]):
+        st = rank.allocate(64)
+        assert st.groups == (rank.group,)
+        for group in order:
+            st.rendezvous(group)
+        assert st.groups == (order[0], *({rank.group, second} - {order[0]}))
+        st.put_signal(0, 3)
+        assert [int(st.signal_pad(0, group=group).sum()) for group in st.groups] == [1, 0]
 
 
 def fill(rank: Rank, further: symmem.Group, live: list[symmem.SymmetricTensor]) -> None:

@@ -39,10 +39,6 @@ def gaps(live: dict[int, int], capacity: int) -> list[tuple[int, int]]:
     return found
 
 
-def fits(gap: tuple[int, int], size: int, alignment: int) -> bool:
-    return -(-gap[0] // alignment) * alignment + size <= sum(gap)
-
-
 def check(allocator: SubAllocator, live: dict[int, int]) -> None:
     """Whatever the allocator says of itself is what follows from the live blocks."""
     free = gaps(live, allocator.capacity)
@@ -83,19 +79,17 @@ class AgainstIntervals(RuleBasedStateMachine):
     @rule(
         granules=st.integers(0, 8) | st.integers(60, 140) | st.integers(0, 3001),
         less=st.integers(0, 255),
-        alignment=st.just(0) | st.integers(0, 13).map(lambda bits: 1 << bits),
     )
-    def allocate(self, granules: int, less: int, alignment: int) -> None:
+    def allocate(self, granules: int, less: int) -> None:
         nbytes = max(granules * self.granularity - less % self.granularity, 0)
         size = max(granules, 1) * self.granularity
-        alignment_taken = max(alignment, self.granularity)
-        offset = self.on_all(lambda rank: rank.allocate(nbytes, alignment))
-        room = [gap for gap in gaps(self.live, self.ranks[0].capacity) if fits(gap, size, alignment_taken)]
+        offset = self.on_all(lambda rank: rank.allocate(nbytes))
+        room = [gap for gap in gaps(self.live, self.ranks[0].capacity) if gap[1] >= size]
         if offset is None:
             assert not room
             return
         assert any(start <= offset and offset + size <= start + length for start, length in room)
-        assert offset % alignment_taken == 0
+        assert offset % self.granularity == 0
         assert self.on_all(lambda rank: rank.size_of(offset)) == size
         self.live[offset] = size
 
@@ -189,17 +183,16 @@ def test_a_long_run(draw: Callable[[random.Random], int], capacity: int, granula
     for operation in range(100_000):
         full = allocator.used > allocator.capacity * (0.5, 0.8, 1.0)[operation // 5000 % 3]
         if rng.random() < (0.3 if full else 0.7) or not live:
-            nbytes, alignment = draw(rng), rng.choice((0, 0, 0, 0, 1, 1024, 4096))
+            nbytes = draw(rng)
             size = max(-(-nbytes // granularity), 1) * granularity
-            offset = allocator.allocate(nbytes, alignment)
+            offset = allocator.allocate(nbytes)
             if offset is None:
                 refusals += 1
-                assert alignment > granularity or allocator.largest_free < size
+                assert allocator.largest_free < size
                 if refusals % 50 == 0:
-                    room = gaps(live, allocator.capacity)
-                    assert not any(fits(gap, size, max(alignment, granularity)) for gap in room)
+                    assert not any(length >= size for _, length in gaps(live, allocator.capacity))
             else:
-                assert offset % max(alignment, granularity) == 0
+                assert offset % granularity == 0
                 assert offset not in live
                 live[offset] = size
                 mark(offset, 1)
@@ -265,27 +258,6 @@ def test_a_block_that_is_not_the_last_of_its_bin_is_found() -> None:
     assert allocator.allocate(129 * 256) == large
 
 
-def test_an_aligned_block_takes_a_gap_that_is_just_right() -> None:
-    allocator = SubAllocator(4096 * 3)
-    assert [allocator.allocate(4096, 4096) for _ in range(4)] == [0, 4096, 8192, None]
-    allocator.free(4096)
-    assert allocator.allocate(256, 1 << 100) is None
-    assert allocator.allocate(256) == 4096
-    assert allocator.allocate(256, 1024) == 4096 + 1024
-    pieces = [(4096, 256, True), (4352, 768, False), (5120, 256, True), (5376, 2816, False)]
-    assert list(allocator.blocks())[1:-1] == pieces
-
-
-@pytest.mark.parametrize(("before", "gap", "expected"), [(3072, 5120, 4096), (3328, 4608, None), (256, 7680, None)])
-def test_a_gap_that_is_larger_may_be_too_small_for_an_alignment(before: int, gap: int, expected: int | None) -> None:
-    """In bins between that of the size and that of the size and the alignment, the last resort."""
-    allocator = SubAllocator(4096 * 3)
-    assert [allocator.allocate(nbytes) for nbytes in (before, gap)] == [0, before]
-    assert allocator.allocate(4096 * 3 - before - gap) == before + gap
-    allocator.free(before)
-    assert allocator.allocate(4096, 4096) == expected
-
-
 @pytest.mark.parametrize("capacity", [256, 257, 511, 63 * 256, 64 * 256, 65 * 256, (1 << 40) + 12345])
 def test_all_of_the_capacity_can_be_had_at_once(capacity: int) -> None:
     allocator = SubAllocator(capacity)
@@ -324,8 +296,6 @@ def test_bad_input_is_refused_with_the_place() -> None:
     assert [allocator.allocate(512), allocator.allocate(256)] == [0, 512]
     before = state(allocator)
     refused("cannot allocate -1 bytes", allocator.allocate, -1)
-    for alignment in (-256, 3, 257):
-        refused(f"the alignment must be a power of two, not {alignment}", allocator.allocate, 1, alignment)
     for call in (allocator.free, allocator.size_of, lambda offset: allocator.free_many([0, offset, 512])):
         refused("offset 256 lies within the block of 512 bytes at 0", call, 256)
         refused("offset 513 lies within the block of 256 bytes at 512", call, 513)
