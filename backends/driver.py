@@ -110,7 +110,8 @@ class Driver:
         return bool(self._call("cuDeviceCanAccessPeer", self._devices[ordinal], self._devices[peer]))
 
     @functools.cache  # noqa: B019  # there is one driver a process
-    def _context(self, ordinal: int) -> Any:
+    def context(self, ordinal: int) -> Any:
+        """A GPU's context, the one that torch uses."""
         return self._call("cuDevicePrimaryCtxRetain", self._devices[ordinal])
 
     @contextlib.contextmanager
@@ -120,7 +121,7 @@ class Driver:
         Within, calls that CUDA deems unsafe during a stream capture are allowed: none of them joins the capture.
         """
         modes = self.bindings.CUstreamCaptureMode
-        self._call("cuCtxPushCurrent", self._context(ordinal))
+        self._call("cuCtxPushCurrent", self.context(ordinal))
         try:
             before = self._call("cuThreadExchangeStreamCaptureMode", modes.CU_STREAM_CAPTURE_MODE_RELAXED)
             try:
@@ -132,7 +133,7 @@ class Driver:
 
     def enter(self, ordinal: int) -> None:
         """Make a GPU's context the current one of this thread, for good."""
-        self._call("cuCtxSetCurrent", self._context(ordinal))
+        self._call("cuCtxSetCurrent", self.context(ordinal))
 
     def quiesce(self, ordinal: int) -> bool:
         """Wait until a GPU has done all work of this process; False if that is not allowed, amid a stream capture.

@@ -129,6 +129,11 @@ class CudaEngine:
         if self.calls is not None:
             self.calls.clear()
 
+    @property
+    def context(self) -> int:
+        """The CUDA context that its kernels are launched in, whichever is current."""
+        return int(self._state.driver.context(self._ordinal))
+
     # The operations.
 
     def all_reduce(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:

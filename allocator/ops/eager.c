@@ -6,6 +6,9 @@
 // in it (modes, gradients, a profiler, a capture), that group and device are as they were, and that the tensors are
 // plain memory, and apart. Where anything is not so, run() returns None, has done nothing, and Python does the call.
 //
+// A function that asks whether something is so says 0 as well where it fails, with the exception set, which run() then
+// raises: it may be a KeyboardInterrupt, wherever Python runs. Only errors of torch's own C functions mean no.
+//
 // Tensors are read, and the current stream is asked for, by torch's table of C functions for that purpose, the DLPack
 // C exchange API (dlpack.h 1.3; torch.Tensor.__dlpack_c_exchange_api__). Of a tensor that has no memory of its own, as
 // fake, batched and functional tensors, it gives an error or no address.
@@ -47,14 +50,14 @@ typedef int (*LaunchKernel)(void *function, unsigned grid_x, unsigned grid_y, un
 typedef int (*StreamIsCapturing)(void *stream, int *status);
 typedef int (*GetCurrentContext)(void **context);
 
-enum { CUDA = 2, MOST_DIMS = 8, MOST_ARGUMENTS = 4096, SLOTS = 1024, PROBES = 4 };
+enum { CUDA = 2, COMPLEX = 5, MOST_DIMS = 8, MOST_ARGUMENTS = 4096, SLOTS = 1024, PROBES = 4 };
 enum { NEW, SAME, OTHER, FORMS };  // where a result goes: a new tensor, the place of x, another that is given
 
 typedef struct {
-  uint8_t code, bits;
+  uint16_t code, bits;
   int32_t ndim;
   int64_t shape[MOST_DIMS];
-} Shape;  // zeroed behind its dimensions, so that bytes can be compared
+} Shape;  // zeroed behind its dimensions, and without gaps, so that bytes can be compared
 
 // What one kind of call launches.
 typedef struct {
@@ -71,8 +74,9 @@ typedef struct {
 } Entry;
 
 // The calls of one group on one device.
-typedef struct {
+typedef struct Calls {
   PyObject_HEAD
+  struct Calls *before;             // made before this one
   PyObject *group, *process_group;  // weak references; the latter NULL for a group that was made from a store
   PyObject *name;
   int32_t ordinal;
@@ -91,35 +95,35 @@ static struct {
   unsigned long long usual_keys[2];
 } torch;
 
-static PyObject *known;  // list of all Calls
-static PyObject *s_raw_repr, *s_requires_grad, *s_is_neg, *s_is_inference, *s_new_empty, *s_closed, *s_default_pg, *zero;
+static Calls *newest;  // of all there are
+static PyObject *s_raw_repr, *s_requires_grad, *s_is_neg, *s_is_conj, *s_is_inference, *s_new_empty, *s_closed;
+static PyObject *s_default_pg, *zero;
 
-// Small things. None leaves an exception behind: what cannot be found out is not as it should be.
+// Small things.
 
 static int no(void) {
   PyErr_Clear();
   return 0;
 }
 
+// Whether they are the same object, text or integer. Does not run Python.
 static int alike(PyObject *a, PyObject *b) {
   if (a == b) return 1;
-  if (Py_TYPE(a) != Py_TYPE(b)) return 0;
-  const int same = PyObject_RichCompareBool(a, b, Py_EQ);
-  return same < 0 ? no() : same;
+  if (Py_TYPE(a) != Py_TYPE(b) || !(PyUnicode_CheckExact(a) || PyLong_CheckExact(a))) return 0;
+  return PyObject_RichCompareBool(a, b, Py_EQ) > 0;
 }
 
 // Whether a call gave a value; takes the reference.
 static int gave(PyObject *result, PyObject *value) {
-  if (!result) return no();
-  const int is = alike(result, value);
-  Py_DECREF(result);
+  const int is = result && alike(result, value);
+  Py_XDECREF(result);
   return is;
 }
 
 static PyObject *alive(PyObject *weak) {  // a new reference, or NULL if it is gone
 #if PY_VERSION_HEX >= 0x030D0000
   PyObject *object;
-  return PyWeakref_GetRef(weak, &object) < 0 ? (PyErr_Clear(), NULL) : object;
+  return PyWeakref_GetRef(weak, &object) > 0 ? object : NULL;
 #else
   PyObject *object = PyWeakref_GetObject(weak);
   return object == Py_None ? NULL : Py_NewRef(object);
@@ -132,10 +136,10 @@ static int is_usual_thread(void) {
   PyObject *keys = PyObject_CallNoArgs(torch.keys_of_thread);
   PyObject *raw = keys ? PyObject_CallMethodNoArgs(keys, s_raw_repr) : NULL;
   Py_XDECREF(keys);
-  if (!raw) return no();
+  if (!raw) return 0;
   const unsigned long long value = PyLong_AsUnsignedLongLong(raw);
   Py_DECREF(raw);
-  if (PyErr_Occurred()) return no();
+  if (PyErr_Occurred()) return 0;
   return (value == torch.usual_keys[0] || value == torch.usual_keys[1]) &&
          gave(PyObject_CallNoArgs(torch.function_modes), zero) &&
          gave(PyObject_CallNoArgs(torch.is_profiling), Py_False);
@@ -168,13 +172,11 @@ static int read_tensor(PyObject *object, Tensor *tensor, Shape *shape) {
   return 1;
 }
 
-static int has_no_gradient(PyObject *tensor) {
-  return gave(PyObject_GetAttr(tensor, s_requires_grad), Py_False) ||
-         gave(PyObject_CallNoArgs(torch.is_grad_enabled), Py_False);
-}
-
-static int is_plain(PyObject *tensor) {
-  return gave(PyObject_CallMethodNoArgs(tensor, s_is_neg), Py_False) && has_no_gradient(tensor);
+static int is_plain(PyObject *tensor, const Shape *shape) {
+  return gave(PyObject_CallMethodNoArgs(tensor, s_is_neg), Py_False) &&
+         (shape->code != COMPLEX || gave(PyObject_CallMethodNoArgs(tensor, s_is_conj), Py_False)) &&
+         (gave(PyObject_GetAttr(tensor, s_requires_grad), Py_False) ||
+          (!PyErr_Occurred() && gave(PyObject_CallNoArgs(torch.is_grad_enabled), Py_False)));
 }
 
 // Calls.
@@ -187,19 +189,24 @@ static void release(Entry *entry) {
   PyMem_Free(entry);
 }
 
-static PyObject *calls_clear(PyObject *self, PyObject *nothing) {
-  Calls *calls = (Calls *)self;
+static void forget(Calls *calls) {
   for (int slot = 0; slot < SLOTS; ++slot) {
     Entry *entry = calls->entries[slot];
     calls->entries[slot] = NULL;  // first, for what goes may run Python
     release(entry);
   }
+}
+
+static PyObject *calls_clear(PyObject *self, PyObject *nothing) {
+  forget((Calls *)self);
   Py_RETURN_NONE;
 }
 
 static void calls_dealloc(PyObject *self) {
-  Calls *calls = (Calls *)self;
-  calls_clear(self, NULL);
+  Calls *calls = (Calls *)self, **at = &newest;
+  while (*at && *at != calls) at = &(*at)->before;
+  if (*at) *at = calls->before;
+  forget(calls);
   Py_XDECREF(calls->group);
   Py_XDECREF(calls->process_group);
   Py_XDECREF(calls->name);
@@ -211,8 +218,8 @@ static PyObject *calls_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
   PyObject *group, *process_group, *name;
   int ordinal;
   unsigned long long context, status;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OUiKK", names, &_PyWeakref_RefType, &group, &process_group, &name, &ordinal, &context,
-                                   &status))
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OUiKK", names, &_PyWeakref_RefType, &group, &process_group, &name,
+                                   &ordinal, &context, &status))
     return NULL;
   if (process_group != Py_None && !PyWeakref_CheckRef(process_group))
     return PyErr_Format(PyExc_TypeError, "a process group is given as a weak reference, or None");
@@ -223,7 +230,8 @@ static PyObject *calls_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
   calls->name = Py_NewRef(name);
   calls->ordinal = ordinal, calls->context = (void *)(uintptr_t)context;
   calls->status = (const volatile uint32_t *)(uintptr_t)status;
-  if (PyList_Append(known, (PyObject *)calls)) Py_CLEAR(calls);
+  calls->before = newest;
+  newest = calls;
   return (PyObject *)calls;
 }
 
@@ -292,42 +300,30 @@ static PyObject *calls_add(PyObject *self, PyObject *args, PyObject *kwargs) {
   Py_RETURN_TRUE;
 }
 
-// Whether a value names the group, which is as it was; -1 if the group is gone.
-static int means(Calls *calls, PyObject *value) {
-  PyObject *group = alive(calls->group), *process_group = NULL;
-  int is = 0;
-  if (!group) return -1;
-  if (!gave(PyObject_GetAttr(group, s_closed), Py_False)) {
-    is = 0;
-  } else if (value == group) {
-    is = 1;
-  } else if (calls->process_group && (process_group = alive(calls->process_group))) {
-    if (value == Py_None) {
-      PyObject *usual = PyObject_GetAttr(torch.world, s_default_pg);
-      is = usual == process_group;
-      Py_XDECREF(usual);
-    } else {
-      is = value == process_group || (PyUnicode_CheckExact(value) && alike(value, calls->name));
-    }
-    is = is && PyDict_Contains(torch.process_groups, process_group) == 1;
+// The newest calls on a device of the group that a value names, and that group: new references. NULL if there are none,
+// or the group is not as it was.
+static Calls *calls_of(PyObject *value, int32_t ordinal, PyObject **group) {
+  PyObject *usual = value == Py_None ? PyObject_GetAttr(torch.world, s_default_pg) : Py_NewRef(value);
+  PyObject *process_group = NULL;
+  Calls *calls = usual ? newest : NULL;
+  for (; calls; calls = calls->before) {  // which runs no Python: these references are not the last ones
+    if (calls->ordinal != ordinal || !(*group = alive(calls->group))) continue;
+    if (usual == *group) break;
+    process_group = calls->process_group ? alive(calls->process_group) : NULL;
+    if (process_group && (usual == process_group || (PyUnicode_CheckExact(usual) && alike(usual, calls->name)))) break;
+    Py_XDECREF(process_group);
+    process_group = NULL;
+    Py_DECREF(*group);
+  }
+  Py_XINCREF(calls);
+  if (calls && (!gave(PyObject_GetAttr(*group, s_closed), Py_False) ||
+                (process_group && PyDict_Contains(torch.process_groups, process_group) != 1))) {
+    Py_CLEAR(calls);
+    Py_CLEAR(*group);
   }
   Py_XDECREF(process_group);
-  Py_DECREF(group);
-  PyErr_Clear();
-  return is;
-}
-
-static Calls *calls_of(PyObject *group, int32_t ordinal) {  // a new reference
-  for (Py_ssize_t index = PyList_GET_SIZE(known) - 1; index >= 0; --index) {
-    if (index >= PyList_GET_SIZE(known)) continue;  // it has become shorter meanwhile
-    Calls *calls = (Calls *)Py_NewRef(PyList_GET_ITEM(known, index));
-    const int is = means(calls, group);
-    if (is > 0 && calls->ordinal == ordinal) return calls;
-    if (is < 0 && index < PyList_GET_SIZE(known) && PyList_GET_ITEM(known, index) == (PyObject *)calls)
-      if (PyList_SetSlice(known, index, index + 1, NULL)) no();
-    Py_DECREF(calls);
-  }
-  return NULL;
+  Py_XDECREF(usual);
+  return calls;
 }
 
 // Whether results may go to out while x is read.
@@ -360,60 +356,63 @@ static int launch(const Calls *calls, const Entry *entry, const void *source, co
   return code == 0;
 }
 
+// Lets autograd know, so that a backward pass that needs what was there raises.
+static int note_written(PyObject *tensor) {
+  if (!gave(PyObject_CallMethodNoArgs(tensor, s_is_inference), Py_False)) return !PyErr_Occurred();
+  PyObject *all = PyTuple_Pack(1, tensor), *done = all ? PyObject_CallOneArg(torch.increment_version, all) : NULL;
+  Py_XDECREF(all);
+  Py_XDECREF(done);
+  return done != NULL;
+}
+
+// The result, or NULL: it is not a call like one before, or torch has no memory for the result.
+static PyObject *repeat(const Calls *calls, const Entry *entry, PyObject *x, const Tensor *source, PyObject *out) {
+  if (!is_plain(x, &entry->x)) return NULL;
+  PyObject *result = entry->form != NEW ? Py_NewRef(out)
+                     : entry->new_shape ? PyObject_CallMethodOneArg(x, s_new_empty, entry->new_shape)
+                                        : PyObject_CallOneArg(torch.empty_like, x);
+  if (!result) return NULL;
+  Tensor target = *source;
+  Shape shape;
+  const int sound = entry->form == SAME ||
+                    (read_tensor(result, &target, &shape) && !memcmp(&shape, &entry->out, sizeof shape) &&
+                     target.device.ordinal == source->device.ordinal && are_apart(entry, source->data, target.data) &&
+                     (entry->form == NEW || is_plain(result, &shape)));
+  if (!sound || !launch(calls, entry, source->data, target.data) || (entry->form != NEW && !note_written(result)))
+    Py_CLEAR(result);
+  return result;
+}
+
 // run(kind, x, group, option, out) -> the result, or None if it is not a call like one before.
 static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   if (count != 5) return PyErr_Format(PyExc_TypeError, "run() takes 5 arguments, not %zd", count);
-  PyObject *kind = args[0], *x = args[1], *group = args[2], *option = args[3], *out = args[4], *result = NULL;
-  if (!PyList_GET_SIZE(known)) Py_RETURN_NONE;
-  const int form = out == Py_None ? NEW : out == x ? SAME : OTHER;
-  Tensor source, target;
-  Shape x_shape, out_shape;
-  if (!read_tensor(x, &source, &x_shape) || !is_usual_thread()) Py_RETURN_NONE;
-  Calls *calls = calls_of(group, source.device.ordinal);
-  if (!calls) Py_RETURN_NONE;
-  Entry *entry = *slot_of(calls, kind, form, &x_shape, option);
-  if (!fits(entry, hash_of(kind, form, &x_shape), kind, form, &x_shape, option)) entry = NULL;
-  if (!entry) goto end;
-  ++entry->uses;
-  if (!is_plain(x)) goto end;
-  if (form == NEW) {
-    result = entry->new_shape ? PyObject_CallMethodOneArg(x, s_new_empty, entry->new_shape)
-                              : PyObject_CallOneArg(torch.empty_like, x);
-    if (!result) goto end;  // torch's error: there is no memory left
-  } else {
-    result = Py_NewRef(out);
+  PyObject *kind = args[0], *x = args[1], *option = args[3], *out = args[4], *group = NULL, *result = NULL;
+  const uint32_t form = out == Py_None ? NEW : out == x ? SAME : OTHER;
+  Tensor source;
+  Shape shape;
+  Calls *calls = NULL;
+  if (newest && read_tensor(x, &source, &shape) && is_usual_thread())
+    calls = calls_of(args[2], source.device.ordinal, &group);
+  if (calls) {
+    Entry *entry = *slot_of(calls, kind, form, &shape, option);
+    if (fits(entry, hash_of(kind, form, &shape), kind, form, &shape, option)) {
+      ++entry->uses;
+      result = repeat(calls, entry, x, &source, out);
+      release(entry);
+    }
+    Py_DECREF(calls);
+    Py_DECREF(group);  // kept until here, since what it owns is worked on
   }
-  if (form == SAME) {
-    target = source;
-  } else if (!read_tensor(result, &target, &out_shape) || memcmp(&out_shape, &entry->out, sizeof out_shape) ||
-             target.device.ordinal != source.device.ordinal || !are_apart(entry, source.data, target.data) ||
-             (form == OTHER && !is_plain(result))) {
-    Py_CLEAR(result);
-    goto end;
-  }
-  if (!launch(calls, entry, source.data, target.data)) {
-    Py_CLEAR(result);
-    goto end;
-  }
-  if (form != NEW && gave(PyObject_CallMethodNoArgs(result, s_is_inference), Py_False)) {
-    // So that a backward pass that needs what was there raises.
-    PyObject *both = PyTuple_Pack(1, result), *done = both ? PyObject_CallOneArg(torch.increment_version, both) : NULL;
-    Py_XDECREF(both);
-    if (!done) Py_CLEAR(result);
-    Py_XDECREF(done);
-  }
-end:
-  release(entry);
-  Py_DECREF(calls);
   if (result || PyErr_Occurred()) return result;
   Py_RETURN_NONE;
 }
 
 // begin(...): what run() needs of torch and of the driver; see the Python side.
 static PyObject *begin(PyObject *self, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"exchange",       "launch",       "is_capturing",   "context",      "usual_keys",
-                          "tensor",         "parameter",    "keys_of_thread", "function_modes", "is_profiling",
-                          "is_grad_enabled", "increment_version", "empty_like", "world", "process_groups", NULL};
+  static char *names[] = {"exchange",       "launch",          "is_capturing",      "context",        "usual_keys",
+                          "tensor",         "parameter",       "keys_of_thread",    "function_modes", "is_profiling",
+                          "is_grad_enabled", "increment_version", "empty_like",     "world",          "process_groups",
+                          NULL};
   PyObject *capsule, *objects[10];
   unsigned long long launch_at, capturing_at, context_at, usual[2];
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OKKK(KK)OOOOOOOOOO!", names, &capsule, &launch_at, &capturing_at,
@@ -432,16 +431,11 @@ static PyObject *begin(PyObject *self, PyObject *args, PyObject *kwargs) {
   torch.context = (GetCurrentContext)(uintptr_t)context_at;
   torch.usual_keys[0] = usual[0], torch.usual_keys[1] = usual[1];
   PyObject **const places[] = {
-      &torch.tensor,          &torch.parameter,         &torch.keys_of_thread, &torch.function_modes, &torch.is_profiling,
-      &torch.is_grad_enabled, &torch.increment_version, &torch.empty_like,     &torch.world, &torch.process_groups};
+      &torch.tensor,       &torch.parameter,       &torch.keys_of_thread,    &torch.function_modes,
+      &torch.is_profiling, &torch.is_grad_enabled, &torch.increment_version, &torch.empty_like,
+      &torch.world,        &torch.process_groups};
   for (int index = 0; index < 10; ++index) Py_XSETREF(*places[index], Py_NewRef(objects[index]));
   Py_RETURN_NONE;
-}
-
-static PyObject *current_context(PyObject *self, PyObject *nothing) {
-  void *context = NULL;
-  if (!torch.context || torch.context(&context)) context = NULL;
-  return PyLong_FromVoidPtr(context);
 }
 
 static PyMethodDef calls_methods[] = {
@@ -462,23 +456,23 @@ static PyTypeObject calls_type = {
 
 static PyMethodDef functions[] = {
     {"begin", (PyCFunction)(void (*)(void))begin, METH_VARARGS | METH_KEYWORDS, "Say what run() needs to know."},
-    {"current_context", current_context, METH_NOARGS, "The CUDA context of this thread, as a number."},
     {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, "Do a call that is like one before."},
     {NULL},
 };
 
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "_eager", .m_size = -1, .m_methods = functions};
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "_eager", .m_size = -1, .m_methods = functions};
 
 PyMODINIT_FUNC PyInit__eager(void) {
   struct {
     PyObject **name;
     const char *text;
-  } texts[] = {{&s_raw_repr, "raw_repr"},   {&s_requires_grad, "requires_grad"}, {&s_is_neg, "is_neg"},
-               {&s_new_empty, "new_empty"}, {&s_is_inference, "is_inference"},   {&s_closed, "closed"},
-               {&s_default_pg, "default_pg"}};
+  } texts[] = {{&s_raw_repr, "raw_repr"},         {&s_requires_grad, "requires_grad"}, {&s_is_neg, "is_neg"},
+               {&s_is_conj, "is_conj"},           {&s_new_empty, "new_empty"},         {&s_closed, "closed"},
+               {&s_is_inference, "is_inference"}, {&s_default_pg, "default_pg"}};
   for (size_t index = 0; index < sizeof texts / sizeof *texts; ++index)
     if (!(*texts[index].name = PyUnicode_InternFromString(texts[index].text))) return NULL;
   PyObject *module = PyModule_Create(&definition);
-  if (!module || !(known = PyList_New(0)) || !(zero = PyLong_FromLong(0)) || PyModule_AddType(module, &calls_type)) Py_CLEAR(module);
+  if (!module || !(zero = PyLong_FromLong(0)) || PyModule_AddType(module, &calls_type)) Py_CLEAR(module);
   return module;
 }

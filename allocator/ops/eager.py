@@ -80,7 +80,7 @@ def learn(
             process_group=None if process_group is None else weakref.ref(process_group),
             name=group.name,
             ordinal=engine.device.index,
-            context=module.current_context(),
+            context=engine.context,
             status=engine.status_here,
         )
     call = type(launch.call)

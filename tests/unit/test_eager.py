@@ -147,6 +147,9 @@ class Gpu:
     def on(self, ordinal: int) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    def context(self, ordinal: int) -> int:
+        return CONTEXT
+
     def pinned(self, nbytes: int) -> tuple[int, int]:
         return ctypes.addressof(self.words), ctypes.addressof(self.words)
 
@@ -282,6 +285,25 @@ def test_an_option_by_any_name(group: Any, gpu: Gpu) -> None:
         ops.all_reduce(x, group, "product")
 
 
+def test_an_option_with_its_own_equality(group: Any, gpu: Gpu) -> None:
+    """Is not asked, for it might change what is being searched."""
+
+    class Named(str):
+        asked = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            Named.asked += 1
+            return str.__eq__(self, other)
+
+    x, first = torch.ones(4), Named("sum")
+    ops.all_reduce(x, group, first)
+    Named.asked = 0
+    assert eager.run(KINDS["all_reduce"], x, group, first, None) is not None
+    assert eager.run(KINDS["all_reduce"], x, group, Named("sum"), None) is None
+    assert Named.asked == 0
+
+
 class Subclass(torch.Tensor):
     pass
 
@@ -349,6 +371,23 @@ def test_what_else_takes_part_is_left_to_python(group: Any, gpu: Gpu, monkeypatc
         assert gpu.launched == []
         monkeypatch.undo()
         monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", gpu.capsule)
+
+
+def test_what_is_conjugated_is_left_to_python(group: Any, gpu: Gpu) -> None:
+    """Such a view has the memory of the tensor, and other values."""
+    x, out = torch.ones(4, dtype=torch.complex64), torch.ones(4, dtype=torch.complex64)
+
+    def again(x: torch.Tensor, out: torch.Tensor | None) -> Any:
+        return eager.run(KINDS["broadcast"], x, group, 0, out)
+
+    for given in (None, out, x):
+        ops.broadcast(x, group, out=given)
+        assert again(x, given) is not None
+    gpu.launched.clear()
+    conjugated = x.conj()
+    for source, given in ((conjugated, None), (conjugated, out), (conjugated, conjugated), (x, out.conj())):
+        assert again(source, given) is None
+    assert gpu.launched == []
 
 
 def test_a_kernel_that_failed_is_told_of(group: Any, gpu: Gpu) -> None:
@@ -486,6 +525,59 @@ def test_who_means_a_process_group(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) ->
     gc.collect()
     assert gone() is None
     assert [meant(each) for each in (None, "g", a)] == [None] * 3
+
+
+def one_process_group(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, world: Any) -> tuple[Torchs, Any]:
+    """A process group, which ``world`` knows, and its group, which has done an operation."""
+    monkeypatch.setattr(eager.dist.distributed_c10d, "_world", world)
+    process_group, x = Torchs(), torch.ones(4)
+    group = with_engine(StubGroup(process_group))
+    world.pg_map[process_group] = 1
+    ops.functional(KINDS["all_reduce"], group, x, ("sum",))
+    eager.learn(KINDS["all_reduce"], group, x, "sum", None, torch.ones(4))
+    return process_group, group
+
+
+def test_an_interrupt_is_not_lost(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's table is a property in Python, in which a signal may be handled."""
+
+    class World:
+        pg_map: dict[Any, Any] = {}  # noqa: RUF012
+
+        @property
+        def default_pg(self) -> Any:
+            raise KeyboardInterrupt
+
+    held = one_process_group(gpu, monkeypatch, World())
+    gpu.launched.clear()
+    with pytest.raises(KeyboardInterrupt):
+        eager.run(KINDS["all_reduce"], torch.ones(4), None, "sum", None)
+    assert gpu.launched == []
+    del held
+
+
+def test_a_group_stays_while_it_is_used(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may drop it meanwhile; the kernel works on its memory."""
+    held = [one_process_group(gpu, monkeypatch, SimpleNamespace(default_pg=None, pg_map={}))]
+    group, there = weakref.ref(held[0][1]), []
+
+    def drop() -> None:
+        held.clear()
+        gc.collect()
+        there.append(group() is not None)
+
+    gpu.meanwhile = drop
+    assert eager.run(KINDS["all_reduce"], torch.ones(4), "g", "sum", None) is not None
+    assert there == [True]
+    gc.collect()
+    assert group() is None
+
+
+def test_the_first_call_while_another_device_is_current(group: Any, gpu: Gpu) -> None:
+    x = torch.ones(4)
+    for gpu.current in (CONTEXT + 1, CONTEXT, CONTEXT + 1):
+        ops.all_reduce(x, group)
+    assert gpu.by == ["Python", "C", "Python"]
 
 
 def test_another_device_of_the_group(group: Any, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
