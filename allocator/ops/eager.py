@@ -106,8 +106,10 @@ def compiled() -> Any:
 
     Raises:
         OSError: There is no C compiler, or it fails; says why.
-        ImportError: What it made cannot be loaded.
+        ImportError: What it made cannot be loaded, or not by a Python without the lock that guards it.
     """
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        raise ImportError("this Python has no global interpreter lock, which the module would bring back")
     parts = [_SOURCE.read_text(), sysconfig.get_config_var("EXT_SUFFIX"), sysconfig.get_path("include")]
     code = cached(key_of(parts), _compile, cache_directory())
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
@@ -122,15 +124,17 @@ def compiled() -> Any:
 
 
 def _compile() -> bytes:
-    found = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if found is None:
+    command = shlex.split(os.environ.get("CC", ""))
+    if not command:
+        command = [found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))][:1]
+    if not command:
         raise OSError("there is no C compiler")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "eager.so")
         options = ["-shared", "-fPIC", "-O2", "-I", sysconfig.get_path("include"), "-o", str(out)]
-        done = subprocess.run([*shlex.split(found), *options, str(_SOURCE)], capture_output=True, text=True)
+        done = subprocess.run([*command, *options, str(_SOURCE)], capture_output=True)
         if done.returncode:
-            raise OSError(f"{found} fails: {done.stderr.strip()}")
+            raise OSError(f"{shlex.join(command)} fails: {done.stderr.decode(errors='replace').strip()}")
         return out.read_bytes()
 
 
@@ -153,7 +157,7 @@ def _begun() -> Any:
             try:
                 _module = _begin()
                 run = _module.run
-            except (AttributeError, ImportError, OSError, RuntimeError) as error:
+            except Exception as error:  # the operator itself was done
                 log.warning("collective operators are called through Python, which takes longer: %s", error)
                 _module = False
         return _module or None

@@ -9,8 +9,11 @@ import contextlib
 import ctypes
 import gc
 import itertools
+import os
 import random
+import shutil
 import sys
+import sysconfig
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -668,7 +671,26 @@ def test_a_table_of_functions_that_is_not_known(group: Any, gpu: Gpu, caplog: py
     assert "version 2.3 of DLPack's exchange API; 1.3 is known" in record.getMessage()
 
 
-@pytest.mark.parametrize(("compiler", "why"), [("no-such-compiler", "No such file"), ("false", "false fails")])
+def test_a_table_by_another_name(group: Any, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = ctypes.create_string_buffer(b"another")
+    monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", _capsule_of(1, other, None))
+    for _ in range(3):
+        ops.all_reduce(torch.ones(4), group)
+    assert gpu.by == ["Python"] * 3
+
+
+def test_a_python_without_a_global_lock(group: Any, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = sysconfig.get_config_var
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: 1 if name == "Py_GIL_DISABLED" else known(name))
+    for _ in range(3):
+        ops.all_reduce(torch.ones(4), group)
+    assert gpu.by == ["Python"] * 3
+
+
+@pytest.mark.parametrize(
+    ("compiler", "why"),
+    [("no-such-compiler", "No such file"), ("false", "false fails"), ("gcc '", "No closing quotation")],
+)
 def test_without_a_compiler(
     compiler: str,
     why: str,
@@ -687,6 +709,16 @@ def test_without_a_compiler(
     (record,) = caplog.records
     assert "are called through Python" in record.getMessage()
     assert why in record.getMessage()
+
+
+def test_a_compiler_in_a_folder_with_a_blank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "my tools"
+    folder.mkdir()
+    (folder / "cc").symlink_to(shutil.which("cc") or shutil.which("gcc") or "nowhere")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert hasattr(eager.compiled(), "run")
 
 
 def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
