@@ -124,7 +124,10 @@ def compiled() -> Any:
 
 
 def _compile() -> bytes:
-    command = shlex.split(os.environ.get("CC", ""))
+    try:
+        command = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise OSError(f"the variable CC is no command: {error}") from error
     if not command:
         command = [found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))][:1]
     if not command:

@@ -130,6 +130,30 @@ def compiled_code() -> int:
     return counted.done
 
 
+def beside_another_device() -> tuple[int, int]:
+    """A group's first call while another GPU is current, if there is one; how many later ones are done in C, or not."""
+    group, own = dist.new_group(), torch.cuda.current_device()
+    x, world = torch.ones(9, device="cuda"), dist.get_world_size()
+    with torch.cuda.device((own + 1) % torch.cuda.device_count()):
+        assert (symmem.ops.all_reduce(x, group) == world).all()
+    with Counted() as counted:
+        for _ in range(3):
+            assert (symmem.ops.all_reduce(x, group) == world).all()
+    dist.destroy_process_group(group)
+    return counted.done, counted.left
+
+
+def conjugated() -> None:
+    """Views that are conjugated when they are read: these have the memory of their tensors, and other values."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for _ in range(3):
+        x = torch.full((5,), complex(rank, rank + 1), device="cuda")
+        for given, wanted in ((x, x), (x.conj(), x.conj())):
+            gathered = symmem.ops.all_gather(given)
+            assert torch.equal(gathered[rank], wanted.resolve_conj())
+            assert gathered.imag[:, 0].abs().tolist() == list(range(1, world + 1))
+
+
 def other_groups() -> list[str]:
     """Two groups of the same ranks, one destroyed and made anew."""
     x, seen = torch.ones(10, device="cuda"), []
@@ -157,6 +181,15 @@ def test_streams_and_graphs(pool: RankPool) -> None:
 def test_compiled_code(pool: RankPool) -> None:
     for done in pool.run(compiled_code, timeout=100):
         assert done >= 15
+
+
+def test_a_first_call_beside_another_device(pool: RankPool) -> None:
+    for seen in pool.run(beside_another_device, timeout=60):
+        assert seen == (3, 0)
+
+
+def test_conjugated_views(pool: RankPool) -> None:
+    pool.run(conjugated, timeout=60)
 
 
 def test_groups_that_go(pool: RankPool) -> None:

@@ -34,10 +34,11 @@ from symmem.ops import functions as ops
 from symmem.ops.collectives import KINDS
 from symmem.ops.cuda_engine import CudaEngine, call_type
 from symmem.ops.cuda_kernels import KERNELS
+from symmem.tools import doctor
 
 try:
     eager.compiled()
-except OSError as error:
+except (ImportError, OSError) as error:
     pytest.skip(f"there is no module in C: {error}", allow_module_level=True)
 
 WORLD, RANK = 4, 1
@@ -709,6 +710,7 @@ def test_without_a_compiler(
     (record,) = caplog.records
     assert "are called through Python" in record.getMessage()
     assert why in record.getMessage()
+    assert why in doctor._eager_calls()
 
 
 def test_a_compiler_in_a_folder_with_a_blank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
