@@ -17,6 +17,8 @@ all_to_all       [world, *shape]       as x            x                        
 broadcast        shape                 shape           x                                   on root the sum, else zeros
 ================ ===================== =============== =================================== =========================
 
+Gradients are those of reverse mode; derivatives in forward mode are refused.
+
 All ranks of the group call the same operators with the same shapes and dtypes, in the same order; that holds for
 backward passes as well. ``x`` is any memory, symmetric or not, of any strides: what is not contiguous is copied. Sums
 of float16, bfloat16 and float8 are made in float32; results are bitwise the same on all ranks and from run to run. On

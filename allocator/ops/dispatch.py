@@ -8,8 +8,9 @@ else there is, or will be, goes through the dispatcher.
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
-__all__ = ["USUAL_THREADS", "is_usual", "is_usual_keyset"]
+__all__ = ["USUAL_THREADS", "in_forward_mode", "is_usual", "is_usual_keyset"]
 
 
 def _keys(*names: str) -> int:
@@ -39,6 +40,11 @@ _function_modes = torch._C._len_torch_function_stack
 _is_profiling = torch._C._autograd._profiler_enabled
 
 
+def in_forward_mode() -> bool:
+    """Whether tensors may have tangents, which no key tells."""
+    return forward_ad._current_level >= 0
+
+
 def is_usual_keyset(keyset: torch._C.DispatchKeySet) -> bool:
     """Whether a kernel of an Autograd key, which was given these keys, may call that of the device itself."""
     return keyset.raw_repr() in _IN_AUTOGRAD
@@ -51,7 +57,7 @@ def is_usual(x: torch.Tensor, out: torch.Tensor | None = None) -> bool:
     """
     if _is_compiling():  # which is to see the operators; asked first, since a compiler cannot follow the rest
         return False
-    if _keys_of_thread().raw_repr() not in USUAL_THREADS or _function_modes() or _is_profiling():
+    if _keys_of_thread().raw_repr() not in USUAL_THREADS or _function_modes() or _is_profiling() or in_forward_mode():
         return False
     return _is_usual_tensor(x) and (out is None or out is x or _is_usual_tensor(out))
 

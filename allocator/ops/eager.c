@@ -91,13 +91,13 @@ static struct {
   StreamIsCapturing is_capturing;
   GetCurrentContext context;
   PyObject *tensor, *parameter, *keys_of_thread, *function_modes, *is_profiling, *is_grad_enabled;
-  PyObject *increment_version, *empty_like, *world, *process_groups;
+  PyObject *increment_version, *empty_like, *world, *process_groups, *forward_mode;
   unsigned long long usual_keys[2];
 } torch;
 
 static Calls *newest;  // of all there are
 static PyObject *s_raw_repr, *s_requires_grad, *s_is_neg, *s_is_conj, *s_is_inference, *s_new_empty, *s_closed;
-static PyObject *s_default_pg, *zero;
+static PyObject *s_default_pg, *s_current_level, *zero, *minus_one;
 
 // Small things.
 
@@ -142,7 +142,8 @@ static int is_usual_thread(void) {
   if (PyErr_Occurred()) return 0;
   return (value == torch.usual_keys[0] || value == torch.usual_keys[1]) &&
          gave(PyObject_CallNoArgs(torch.function_modes), zero) &&
-         gave(PyObject_CallNoArgs(torch.is_profiling), Py_False);
+         gave(PyObject_CallNoArgs(torch.is_profiling), Py_False) &&
+         gave(PyObject_GetAttr(torch.forward_mode, s_current_level), minus_one);
 }
 
 // Tensors.
@@ -303,14 +304,15 @@ static PyObject *calls_add(PyObject *self, PyObject *args, PyObject *kwargs) {
 // The newest calls on a device of the group that a value names, and that group: new references. NULL if there are none,
 // or the group is not as it was.
 static Calls *calls_of(PyObject *value, int32_t ordinal, PyObject **group) {
-  PyObject *usual = value == Py_None ? PyObject_GetAttr(torch.world, s_default_pg) : Py_NewRef(value);
+  PyObject *wanted = value == Py_None ? PyObject_GetAttr(torch.world, s_default_pg) : Py_NewRef(value);
   PyObject *process_group = NULL;
-  Calls *calls = usual ? newest : NULL;
+  Calls *calls = wanted ? newest : NULL;
   for (; calls; calls = calls->before) {  // which runs no Python: these references are not the last ones
     if (calls->ordinal != ordinal || !(*group = alive(calls->group))) continue;
-    if (usual == *group) break;
+    if (wanted == *group) break;
     process_group = calls->process_group ? alive(calls->process_group) : NULL;
-    if (process_group && (usual == process_group || (PyUnicode_CheckExact(usual) && alike(usual, calls->name)))) break;
+    if (process_group && (wanted == process_group || (PyUnicode_CheckExact(wanted) && alike(wanted, calls->name))))
+      break;
     Py_XDECREF(process_group);
     process_group = NULL;
     Py_DECREF(*group);
@@ -322,7 +324,7 @@ static Calls *calls_of(PyObject *value, int32_t ordinal, PyObject **group) {
     Py_CLEAR(*group);
   }
   Py_XDECREF(process_group);
-  Py_XDECREF(usual);
+  Py_XDECREF(wanted);
   return calls;
 }
 
@@ -412,13 +414,13 @@ static PyObject *begin(PyObject *self, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"exchange",       "launch",          "is_capturing",      "context",        "usual_keys",
                           "tensor",         "parameter",       "keys_of_thread",    "function_modes", "is_profiling",
                           "is_grad_enabled", "increment_version", "empty_like",     "world",          "process_groups",
-                          NULL};
-  PyObject *capsule, *objects[10];
+                          "forward_mode",   NULL};
+  PyObject *capsule, *objects[11];
   unsigned long long launch_at, capturing_at, context_at, usual[2];
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OKKK(KK)OOOOOOOOOO!", names, &capsule, &launch_at, &capturing_at,
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OKKK(KK)OOOOOOOOOO!O", names, &capsule, &launch_at, &capturing_at,
                                    &context_at, &usual[0], &usual[1], &objects[0], &objects[1], &objects[2],
                                    &objects[3], &objects[4], &objects[5], &objects[6], &objects[7], &objects[8],
-                                   &PyDict_Type, &objects[9]))
+                                   &PyDict_Type, &objects[9], &objects[10]))
     return NULL;
   const Exchange *exchange = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!exchange) return NULL;
@@ -433,8 +435,8 @@ static PyObject *begin(PyObject *self, PyObject *args, PyObject *kwargs) {
   PyObject **const places[] = {
       &torch.tensor,       &torch.parameter,       &torch.keys_of_thread,    &torch.function_modes,
       &torch.is_profiling, &torch.is_grad_enabled, &torch.increment_version, &torch.empty_like,
-      &torch.world,        &torch.process_groups};
-  for (int index = 0; index < 10; ++index) Py_XSETREF(*places[index], Py_NewRef(objects[index]));
+      &torch.world,        &torch.process_groups,  &torch.forward_mode};
+  for (int index = 0; index < 11; ++index) Py_XSETREF(*places[index], Py_NewRef(objects[index]));
   Py_RETURN_NONE;
 }
 
@@ -469,10 +471,12 @@ PyMODINIT_FUNC PyInit__eager(void) {
     const char *text;
   } texts[] = {{&s_raw_repr, "raw_repr"},         {&s_requires_grad, "requires_grad"}, {&s_is_neg, "is_neg"},
                {&s_is_conj, "is_conj"},           {&s_new_empty, "new_empty"},         {&s_closed, "closed"},
-               {&s_is_inference, "is_inference"}, {&s_default_pg, "default_pg"}};
+               {&s_is_inference, "is_inference"}, {&s_default_pg, "default_pg"},
+               {&s_current_level, "_current_level"}};
   for (size_t index = 0; index < sizeof texts / sizeof *texts; ++index)
     if (!(*texts[index].name = PyUnicode_InternFromString(texts[index].text))) return NULL;
   PyObject *module = PyModule_Create(&definition);
-  if (!module || !(zero = PyLong_FromLong(0)) || PyModule_AddType(module, &calls_type)) Py_CLEAR(module);
+  if (!module || !(zero = PyLong_FromLong(0)) || !(minus_one = PyLong_FromLong(-1)) ||
+      PyModule_AddType(module, &calls_type)) Py_CLEAR(module);
   return module;
 }

@@ -182,5 +182,6 @@ def _begin() -> Any:
         empty_like=torch.empty_like,
         world=world,
         process_groups=world.pg_map,
+        forward_mode=torch.autograd.forward_ad,
     )
     return module

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 from symmem.errors import UnsupportedError
-from symmem.ops.dispatch import is_usual_keyset
+from symmem.ops.dispatch import in_forward_mode, is_usual_keyset
 from symmem.ops.engines import group_named
 
 __all__ = ["GRADIENTS", "with_gradient", "without_gradient"]
@@ -23,6 +24,18 @@ def _beneath(op: OpOverload, keyset: torch._C.DispatchKeySet, *args: Any, **opti
     """Go on with the dispatch."""
     with torch._C._AutoDispatchBelowAutograd():
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
+
+
+def _refuse_tangents(op: OpOverload, *values: Any) -> None:
+    """Raise if derivatives in forward mode are wanted, which would be zeros."""
+    for value in values:
+        if not isinstance(value, torch.Tensor):
+            continue
+        if forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
+            raise UnsupportedError(
+                f"{op._name} has no derivative in forward mode",
+                hint="use reverse mode: backward(), torch.func.grad or torch.func.vjp",
+            )
 
 
 class _WithGradient(torch.autograd.Function):
@@ -46,6 +59,8 @@ def with_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> N
     """
 
     def run(keyset: torch._C.DispatchKeySet, x: torch.Tensor, *rest: Any) -> Any:
+        if in_forward_mode():
+            _refuse_tangents(op, x)
         if x.requires_grad and torch.is_grad_enabled():
             return _WithGradient.apply(op, keyset, x, *rest)  # type: ignore[no-untyped-call]
         return kernel(x, *rest) if is_usual_keyset(keyset) else _beneath(op, keyset, x, *rest)
@@ -58,6 +73,8 @@ def without_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -
     several = sum(isinstance(argument.type, torch.TensorType) for argument in op._schema.arguments) > 1
 
     def run(keyset: torch._C.DispatchKeySet, x: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        if in_forward_mode():
+            _refuse_tangents(op, x, *rest, *options.values())
         requires = torch._C._any_requires_grad(x, *rest, **options) if several else x.requires_grad
         if requires and torch.is_grad_enabled():
             raise UnsupportedError(

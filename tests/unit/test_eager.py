@@ -334,7 +334,8 @@ def test_what_else_takes_part_is_left_to_python(group: Any, gpu: Gpu, monkeypatc
     assert again(out=out) is out
     assert again(out=x) is x
     gpu.launched.clear()
-    for scope in (Functions(), Dispatches(), torch.autograd.profiler.profile(use_cpu=True)):
+    forward_mode = torch.autograd.forward_ad.dual_level()  # type: ignore[no-untyped-call]
+    for scope in (Functions(), Dispatches(), torch.autograd.profiler.profile(use_cpu=True), forward_mode):
         with scope:
             assert again() is None
     grad = torch.ones(4, requires_grad=True)

@@ -123,6 +123,21 @@ def test_extremes_have_no_gradient(name: str, group: symmem.Group) -> None:
         result.sum().backward()
 
 
+@pytest.mark.parametrize("form", ["", "_", "_out"])
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_derivatives_in_forward_mode_are_refused(name: str, form: str, group: symmem.Group) -> None:
+    """Else they would be zeros."""
+    rest, x = (*OPTIONS.get(name, ()), group.name), rows(name, in_place=form == "_")
+    out = {"out": torch.empty_like(op(name)(x, *rest))} if form == "_out" else {}
+    with torch.autograd.forward_ad.dual_level():
+        op(name + form)(x, *rest, **out)  # of plain tensors there are none
+        with pytest.raises(UnsupportedError, match=f"{name}{form} has no derivative in forward mode"):
+            op(name + form)(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), *rest, **out)
+    if form == "":
+        with pytest.raises(UnsupportedError, match="forward mode"):
+            torch.func.jvp(lambda x: getattr(ops, name)(x, group), (x,), (torch.ones_like(x),))
+
+
 def test_what_is_written_is_known_to_autograd(group: symmem.Group) -> None:
     x = torch.ones(3)
     y = (x.requires_grad_() * 2).exp()  # its backward needs y
