@@ -788,6 +788,12 @@ def _process_group(group: ProcessGroup | DeviceMesh | str | None) -> ProcessGrou
             raise GroupError(f"there is no process group {group!r} here; there are {names}")
         return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type, attr-defined]
     if isinstance(group, dist.ProcessGroup):
+        if group not in dist.distributed_c10d._world.pg_map:
+            raise GroupError(
+                "torch does not know the process group: it was destroyed, or made in another way than by "
+                "torch.distributed.new_group()",
+                hint="make it anew, and pass that",
+            )
         if dist.get_rank(group) < 0:
             raise GroupError("this process is not a member of the group")
         return group

@@ -18,10 +18,11 @@ from symmem.compile.layout import is_part
 from symmem.compile.twins import original_of
 from symmem.errors import GroupError
 from symmem.ops import registry
-from symmem.ops.built_in import NAMESPACE, OWN_NAMESPACE
+from symmem.ops.built_in import OWN_NAMESPACE
+from symmem.ops.checks import backend_of
 from symmem.ops.engines import group_named
 
-__all__ = ["backend_of", "key_of", "operators"]
+__all__ = ["key_of", "operators"]
 
 
 def key_of(called: Sequence[tuple[OpOverload, torch.fx.Node]]) -> Any:
@@ -34,17 +35,8 @@ def key_of(called: Sequence[tuple[OpOverload, torch.fx.Node]]) -> Any:
     groups = [(op, name) for op, node in ours for name in _groups(node)]
     sizes = {(name, group_named(name).size) for op, name in groups if op.namespace == OWN_NAMESPACE}
     parts = [pair for pair in itertools.permutations(sorted({name for _op, name in groups}), 2) if is_part(*pair)]
-    needs = [(op._name, backend_of(op)) for op, _node in ours]
+    needs = [(op._name, backend_of(op.namespace)) for op, _node in ours]
     return f"symmem {_fingerprint()} {registry.fingerprint()}", sorted(sizes), parts, needs
-
-
-def backend_of(op: OpOverload) -> str | None:
-    """The backend whose memory an operator needs; None for any that the configuration chooses."""
-    if op.namespace != NAMESPACE:
-        return None
-    from torch.distributed import _symmetric_memory as torch_symmetric
-
-    return f"pytorch_{str(torch_symmetric.get_backend(torch.device('cuda'))).lower()}"
 
 
 @functools.cache

@@ -23,13 +23,13 @@ from torch._inductor.virtualized import V
 from torch._ops import OpOverload
 
 from symmem.compile import calls, layout  # noqa: F401  # the former defines operators
-from symmem.compile.keys import backend_of
 from symmem.compile.layout import State, SymmetricLayout, can_place, nbytes_of, root_of
 from symmem.compile.outs import OutCall, out_variant
 from symmem.compile.reasons import producer_name, verdict, where
 from symmem.compile.report import PLACED, Decision
 from symmem.compile.runtime import Argument
 from symmem.errors import UnsupportedError
+from symmem.ops.checks import backend_of
 from symmem.ops.described import Registration
 from symmem.ops.engines import name_of
 
@@ -76,7 +76,7 @@ class _Call:
         self._known, self._op = known, op
         self._args, self._kwargs = list(args), dict(kwargs)
         self._group = name_of(known.group_of(args, kwargs))
-        self._backend = backend_of(op)
+        self._backend = backend_of(op.namespace)
         self._state: State = layout.state() or layout.start(uuid.uuid4().hex[:12])
         self._placed: list[ir.TensorBox] = []
         self._back: list[tuple[ir.TensorBox, ir.TensorBox]] = []

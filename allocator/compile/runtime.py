@@ -230,10 +230,11 @@ class Graph:
             return x
         if way in ("agree", "copy"):
             if known is None:
-                known = self._inputs[number] = Input(self._enter(name), copying=way == "copy")
+                # What torch's operators need is torch's memory, which was asked for above.
+                known = self._inputs[number] = Input(self._enter(name), copying=way == "copy" or backend is not None)
             if not known.copying and known.agree(x, group_named(name), op):
                 return x
-        elif block_of(x, group_named(name)) is not None:
+        elif backend is None and block_of(x, group_named(name)) is not None:
             return x
         if way == "strict":
             raise NotSymmetricError(

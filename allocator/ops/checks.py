@@ -21,19 +21,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from symmem.config import load_settings
 from symmem.errors import GroupError, NotSymmetricError
-from symmem.live import block_at
+from symmem.live import Block, block_at
 from symmem.moving import flags
+from symmem.ops.built_in import NAMESPACE
 from symmem.ops.described import Registration
 from symmem.ops.registry import lookup
 from symmem.ops.schema import OpLike, find_op
 from symmem.tensor import SymmetricTensor, _address
 
-__all__ = ["asked_locally", "check", "checked", "is_torchs"]
+__all__ = ["asked_locally", "backend_of", "check", "checked", "is_torchs"]
 
 
 def asked_locally() -> bool:
     """Whether this torch, from 2.12 on, tells what is its symmetric memory without a rendezvous."""
     return hasattr(_torchs(), "is_symm_mem_tensor")
+
+
+def backend_of(namespace: str) -> str | None:
+    """The backend whose memory an operator needs, by its namespace; None for any that the configuration chooses."""
+    if namespace != NAMESPACE:
+        return None
+    from torch.distributed import _symmetric_memory as torch_symmetric
+
+    transport = torch_symmetric.get_backend(torch.device("cuda"))
+    return f"pytorch_{transport.lower()}" if transport else "pytorch_cuda"  # which is the one without a choice
 
 
 def _torchs() -> Any:
@@ -146,11 +157,15 @@ def _misplaced(
     def group() -> str:
         return known.group_of(args, kwargs).name
 
-    return (each for each in known.tensors_of(args, kwargs) if not _is_in_place(each[1], group))
+    return (each for each in known.tensors_of(args, kwargs) if not _is_in_place(known, each[1], group))
 
 
-def _is_in_place(tensor: torch.Tensor, group: Callable[[], str]) -> bool:
-    """Whether a tensor lies in symmetric memory, or in none at all."""
+def _namespace(known: Registration) -> str:
+    return known.op.partition("::")[0]
+
+
+def _is_in_place(known: Registration, tensor: torch.Tensor, group: Callable[[], str]) -> bool:
+    """Whether a tensor lies in symmetric memory, where the operator finds it, or in none at all."""
     if tensor.device.type == "meta" or tensor.numel() == 0 or _dispatches(type(tensor)):
         return True
     address = _address(tensor)
@@ -158,12 +173,21 @@ def _is_in_place(tensor: torch.Tensor, group: Callable[[], str]) -> bool:
         return tensor.layout == torch.strided  # else it has memory, of several pieces
     block = block_at(address)
     if block is not None:
-        return not block.closed and block.allocation.device == tensor.device
+        there = not block.closed and block.allocation.device == tensor.device
+        return there and (_namespace(known) != NAMESPACE or _begins(tensor, block))
     return is_torchs(tensor, group)
 
 
+def _begins(tensor: torch.Tensor, block: Block) -> bool:
+    """Whether a tensor's storage begins where the allocation does."""
+    return tensor.untyped_storage().data_ptr() == block.allocation.pointer
+
+
 def is_torchs(tensor: torch.Tensor, group: Callable[[], str]) -> bool:
-    """Whether a tensor lies in symmetric memory that torch has allocated, and symmem knows nothing of.
+    """Whether a tensor lies in symmetric memory that torch has allocated, where torch's operators find it.
+
+    They take the allocation for the tensor's storage (those of torch 2.11), so the one must begin where the other does:
+    tensors of an arena, or of a pool, mostly do not.
 
     Local from torch 2.12 on. Until then torch tells only by a rendezvous, as the operator does that takes the tensor:
     collective over the group the first time, of a tensor that is.
@@ -174,11 +198,15 @@ def is_torchs(tensor: torch.Tensor, group: Callable[[], str]) -> bool:
     """
     memory = _torchs()
     if asked_locally():
-        return bool(memory.is_symm_mem_tensor(tensor))
+        if not memory.is_symm_mem_tensor(tensor):
+            return False
+        block = block_at(tensor.data_ptr())
+        return block is None or _begins(tensor, block)
     if memory is None or not tensor.is_cuda:  # there is none elsewhere
         return False
     try:
-        return memory.rendezvous(tensor, group()) is not None
+        handle = memory.rendezvous(tensor, group())
+        return handle is not None and handle.offset == 0
     except GroupError:  # by which the operator does not find it either
         return False
     except RuntimeError as error:  # by the transports NVSHMEM and NCCL; CUDA returns None
@@ -190,10 +218,15 @@ def is_torchs(tensor: torch.Tensor, group: Callable[[], str]) -> bool:
 def _error(known: Registration, place: str, tensor: torch.Tensor) -> NotSymmetricError:
     shape, device = tuple(tensor.shape), str(tensor.device)
     what = f"{known.op}: the argument {place!r} must be symmetric memory, and is a plain tensor of shape {shape}"
-    hint = (
-        f"allocate it with symmem.allocate({shape}, {tensor.dtype}, {device!r}).tensor, or make it within "
-        "`with symmem.use_symmetric_memory():`"
-    )
+    backend = backend_of(_namespace(known))
+    if backend is None:
+        hint = (
+            f"allocate it with symmem.allocate({shape}, {tensor.dtype}, {device!r}).tensor, or make it within "
+            "`with symmem.use_symmetric_memory():`"
+        )
+    else:
+        what = what.replace("is a plain tensor", "is not at the beginning of any that torch allocated: a tensor")
+        hint = f"allocate it with symmem.allocate({shape}, {tensor.dtype}, backend={backend!r}, arena=False).tensor"
     if not known.one_sided:
         hint += "; or have it copied at each call within symmem.ops.checked('copy')"
     return NotSymmetricError(f"{what}, {tensor.dtype}, on {device}", hint=hint, step=known.op)
@@ -214,7 +247,7 @@ class _Copies:
         """A value of the call with its plain tensors replaced."""
         if isinstance(value, list | tuple):
             return type(value)([self.placed(each) for each in value])
-        if not isinstance(value, torch.Tensor) or _is_in_place(value, lambda: self._group.name):
+        if not isinstance(value, torch.Tensor) or _is_in_place(self._known, value, lambda: self._group.name):
             return value
         key = _geometry(value)
         if key not in self._made:
@@ -223,8 +256,15 @@ class _Copies:
 
     def _copy(self, tensor: torch.Tensor) -> SymmetricTensor:
         strides = torch.empty_like(tensor, device="meta").stride()
+        backend = backend_of(_namespace(self._known))
         handle = SymmetricTensor.allocate(
-            tensor.shape, tensor.dtype, tensor.device, strides=strides, group=self._group
+            tensor.shape,
+            tensor.dtype,
+            tensor.device,
+            strides=strides,
+            group=self._group,
+            backend=backend,
+            arena=None if backend is None else False,
         ).rendezvous(self._group)
         handle.tensor.copy_(tensor)
         return handle

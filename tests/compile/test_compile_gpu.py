@@ -178,7 +178,15 @@ def torchs_memory(mode: str | None) -> None:
     name = dist.group.WORLD.group_name
     mine = torchs.empty(64, 64, dtype=torch.float32, device="cuda")
     torchs.rendezvous(mine, name)
-    for memory, wanted in ((mine, (0, 0)), (torch.empty(64, 64, device="cuda"), (1, 0))):
+    symmem.allocate(1000, torch.float32, backend="pytorch_cuda")  # so that the next does not begin the arena
+    carved = symmem.allocate((64, 64), torch.float32, backend="pytorch_cuda").rendezvous().tensor
+    with symmem.use_symmetric_memory(backend="pytorch_cuda"):
+        _first, pooled = torch.empty(1000, device="cuda"), torch.empty(64, 64, device="cuda")
+    # Of tensors within an allocation, torch's operators read what lies at its beginning.
+    for memory, wanted in (
+        (mine, (0, 0)),
+        *((each, (1, 0)) for each in (torch.empty(64, 64, device="cuda"), carved, pooled)),
+    ):
         torch._dynamo.reset()
         compiled = torch.compile(
             lambda x: torch.ops.symm_mem.one_shot_all_reduce(x, "sum", name), backend="symmem", mode=mode

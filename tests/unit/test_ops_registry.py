@@ -926,7 +926,9 @@ def test_memory_that_an_older_torch_allocated_is_symmetric(transport: str, monke
         def rendezvous(tensor: Any, group: str) -> Any:
             asked.append(group)
             if tensor is theirs:
-                return object()
+                return SimpleNamespace(offset=0)
+            if tensor is pooled:
+                return SimpleNamespace(offset=512)
             if tensor is broken:
                 raise RuntimeError("CUDA error")
             if transport == "CUDA":
@@ -934,13 +936,40 @@ def test_memory_that_an_older_torch_allocated_is_symmetric(transport: str, monke
             raise RuntimeError("Pointer not within any SymmetricMemory allocation, is the tensor allocated from it?")
 
     monkeypatch.setattr("torch._C._distributed_c10d._SymmetricMemory", Older)
-    theirs, plain, broken = (cast("torch.Tensor", SimpleNamespace(is_cuda=True)) for _ in range(3))
+    theirs, pooled, plain, broken = (cast("torch.Tensor", SimpleNamespace(is_cuda=True)) for _ in range(4))
     assert is_torchs(theirs, lambda: "tp")
+    assert not is_torchs(pooled, lambda: "tp")  # of which operators would take what lies 512 bytes before
     assert not is_torchs(plain, lambda: "tp")
     with pytest.raises(RuntimeError, match="CUDA error"):
         is_torchs(broken, lambda: "tp")
     assert not is_torchs(torch.ones(1), lambda: "tp")  # which no transport is for
-    assert asked == ["tp"] * 3
+    assert asked == ["tp"] * 4
+
+
+def test_a_process_group_that_was_destroyed(group: str) -> None:
+    made = dist.new_group([0])
+    assert symmem.resolve_group(made).size == 1
+    dist.destroy_process_group(made)
+    with pytest.raises(GroupError, match="torch does not know the process group: it was destroyed"):
+        symmem.resolve_group(made)
+
+
+def test_torchs_operators_take_what_begins_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take a storage for the allocation that it lies in: of an arena they would read other tensors."""
+    group = symmem.Group.from_store(0, 1, dist.HashStore(), "torchs operators")
+    carved = symmem.allocate(64, group=group).rendezvous(group).tensor
+    own = symmem.allocate(64, group=group, arena=False).rendezvous(group).tensor
+    monkeypatch.setattr(_SymmetricMemory, "is_symm_mem_tensor", staticmethod(lambda each: True), raising=False)
+    for name in ("symm_mem::one_shot_all_reduce", "symm_mem::two_shot_all_reduce_"):
+        for tensor in (own, own[3:]):
+            ops.check(name, (tensor, "sum", "tp"))
+            assert is_torchs(tensor, lambda: "tp")
+        for tensor in (carved, carved[3:]):
+            assert not is_torchs(tensor, lambda: "tp")
+            with pytest.raises(
+                NotSymmetricError, match=r"(?s)is not at the beginning.*backend='pytorch_cuda', arena=False"
+            ):
+                ops.check(name, (tensor, "sum", "tp"))
 
 
 def test_a_failed_op_leaves_the_callers_tensors(define: Define, group: str) -> None:
