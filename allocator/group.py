@@ -188,6 +188,7 @@ class Group:
         mapped: Segments of other groups' arenas whose tensors this group has rendezvoused.
         process: The id of the one it was made in; a forked child is no rank.
         closed: Whether :meth:`close` was called.
+        made_from_store: Whether there never was a process group: see :meth:`from_store`.
         engines: What runs this group's collective operations, by device; see :mod:`symmem.ops.engines`.
     """
 
@@ -206,6 +207,7 @@ class Group:
         if size < 1 or not 0 <= rank < size:
             raise GroupError(f"rank {rank} of {size} is not a rank of a group: 0 <= rank < size is needed")
         self.name, self.rank, self.size = name, rank, size
+        self.made_from_store = process_group is None
         # Weak, so that a destroyed process group and what hangs on it can go.
         self._process_group = weakref.ref(process_group) if process_group is not None else lambda: None
         self.settings: Settings = load_settings(group=name)

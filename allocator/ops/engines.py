@@ -77,7 +77,7 @@ def group_named(name: str) -> Group:
     if known is not None and not known.closed:
         return known
     if not _is_process_group(name):
-        made = [each for each in known_groups() if each.name == name and not each.closed]
+        made = [each for each in known_groups() if each.name == name and each.made_from_store and not each.closed]
         if len(made) == 1:
             return _remember(_of_stores, made[0])
         if made:

@@ -327,14 +327,14 @@ def case_symmetric_inputs_that_change() -> None:
 
 
 def case_what_was_agreed_on_is_copied_from_then_on() -> None:
-    """Also if it may be torch's memory the next time, so that it is asked first where it lies."""
+    """For operators that need torch's memory, what lies in other symmetric memory is copied from the first call on."""
     backend = symmem.allocate((2, 2), dtype=torch.float32).backend
     for each in (None, backend):
         record, shape = runtime.Argument(0, group(), each, "agree", False, "op"), ((2, 2), (2, 1))
         graph = runtime.Graph()
         tensors = [symmem.allocate((2, 2), dtype=torch.float32).tensor.fill_(1) for _ in range(runtime.CHANGES + 1)]
         used = [graph.place(record, tensor, *shape) is tensor for tensor in (*tensors, *tensors[-2:])]
-        assert used == [True] * runtime.CHANGES + [False] * 3
+        assert used == [each is None] * runtime.CHANGES + [False] * 3
 
 
 def case_one_rank_is_plain() -> None:

@@ -33,6 +33,7 @@ from symmem.errors import ConfigError, GroupError, InvalidArgumentError, NotSymm
 from symmem.ops import built_in, upstream
 from symmem.ops.checks import is_torchs
 from symmem.ops.collectives import KINDS
+from symmem.ops.engines import group_named
 from symmem.tools import cli
 from symmem.tools.ranks import RankPool
 
@@ -952,6 +953,8 @@ def test_a_process_group_that_was_destroyed(group: str) -> None:
     dist.destroy_process_group(made)
     with pytest.raises(GroupError, match="torch does not know the process group: it was destroyed"):
         symmem.resolve_group(made)
+    with pytest.raises(GroupError, match="there is no process group"):  # and not the one that is left of it
+        group_named(made.group_name)
 
 
 def test_torchs_operators_take_what_begins_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ T = TypeVar("T")
 Call = Callable[[], object]
 
 _RUN = 0.01  # seconds that a run of many calls should take
+_LEAD = 5  # calls before a run
 _HEAD_START = 1_000_000  # cycles, half a millisecond: by then the host has put all on the stream that is to be timed
 
 
@@ -145,17 +146,18 @@ def repeated(call: Call, count: int) -> Call:
 
 def enough(call: Call, clock: Clock) -> int:
     """How many calls make a run, the same on all ranks; warms up. Collective over all ranks."""
-    warm_up = 3
-    call()
-    clock.all_here()
-    seconds = torch.tensor(clock.seconds(repeated(call, warm_up)).device / warm_up, dtype=torch.float64)
+    seconds = torch.tensor(mean(clock, call, 3).device, dtype=torch.float64)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
     return max(3, min(200, int(_RUN / float(seconds))))
 
 
 def mean(clock: Clock, call: Call, count: int) -> Times:
-    """What one of ``count`` calls takes, which all ranks begin together. Collective over all ranks."""
+    """What one of ``count`` calls takes. Collective over all ranks.
+
+    Some calls go before: no rank is done with them until all have begun, by up to a millisecond one after the other.
+    """
     clock.all_here()
+    repeated(call, _LEAD)()
     took = clock.seconds(repeated(call, count))
     return Times(took.device / count, took.host / count)
 
