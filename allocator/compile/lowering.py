@@ -144,6 +144,7 @@ class _Call:
         argument = Argument(self._state.next_number(), self._group, self._backend, found.way, keep, described)
         kernel, placed = _kernel(OPS._place.default, x, self._state.name, *argument)
         placed.data.data.codegen_size_asserts = lambda wrapper: None  # it has those of x, or is x
+        V.graph.unaligned_buffers.add(placed.get_name())  # as x may be
         # Where it lies may change: CUDA graphs are captured without the look.
         kernel.symmem_apart = found.way in ("agree", "strict")
         if kernel.symmem_apart and name in V.graph.graph_inputs:

@@ -169,6 +169,17 @@ def torch_operators(mode: str | None) -> None:
         torch.testing.assert_close(tuple(each.clone() for each in compiled(x)), wanted)
 
 
+def unaligned_input() -> None:
+    """An argument that begins at no multiple of 16 bytes is taken where it lies."""
+    name, whole = cases.group(), symmem.allocate(1001, torch.float32).rendezvous().tensor
+    run = cases.compiled(lambda x: cases.ct.total(x, name))
+    cases.POINTERS.clear()
+    for step in range(3):
+        x = whole[1:].copy_(cases.values(1000, seed=step))
+        torch.testing.assert_close(run(x), cases.summed(x))
+    assert [whole[1:].data_ptr()] * 3 == cases.POINTERS
+
+
 def torchs_memory(mode: str | None) -> None:
     """What a caller has in torch's own symmetric memory is not copied; a plain input is, by the copy engine, once."""
     import torch.distributed._symmetric_memory as torchs
@@ -212,6 +223,10 @@ def test_cuda_graphs(pool: RankPool, case: Callable[[], None]) -> None:
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_torch_operators(pool: RankPool, mode: str | None) -> None:
     pool.run(torch_operators, mode)
+
+
+def test_an_input_that_is_not_aligned(pool: RankPool) -> None:
+    pool.run(unaligned_input)
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
