@@ -172,7 +172,8 @@ def torch_operators(mode: str | None) -> None:
 def unaligned_input() -> None:
     """An argument that begins at no multiple of 16 bytes is taken where it lies."""
     name, whole = cases.group(), symmem.allocate(1001, torch.float32).rendezvous().tensor
-    run = cases.compiled(lambda x: cases.ct.total(x, name))
+    total = cases.ct.total
+    run = cases.compiled(lambda x: total(x, name))
     cases.POINTERS.clear()
     for step in range(3):
         x = whole[1:].copy_(cases.values(1000, seed=step))
