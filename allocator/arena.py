@@ -303,9 +303,10 @@ class Arena:
         nbytes = max(least, min(wished, self._left(least, size) & -_EXTENT))
         try:
             segment = self._add_segment(nbytes, proposed)
-        except OutOfMemoryError:  # on all ranks
+        except OutOfMemoryError as error:  # on all ranks
             if nbytes == least:
                 raise
+            _let_go(error)
             segment = self._add_segment(least, proposed)
         if first and self._pad:
             # The first pads come along, so that the ranks meet once.
@@ -362,7 +363,7 @@ class Arena:
         """Let the arena have twice as many tensors, for each of which it needs a signal pad. Collective.
 
         Unless so many can be reclaimed that the ranks will not soon meet again for this, or pads would take more memory
-        than tensors.
+        than tensors; or some can be, and there is no memory for more.
         """
         if not self._free_slots:
             self._reclaim(proposed)
@@ -373,8 +374,14 @@ class Arena:
         if enough and (seldom or 4 * self._slots * self._pad > reserved):
             return
         least = round_up(self._slots * self._pad * SPARE // (SPARE - 1) + 2 * GRANULE, _EXTENT)
-        self._left(least, self._slots * self._pad)
-        segment = self._add_segment(least, proposed)
+        try:
+            self._left(least, self._slots * self._pad)
+            segment = self._add_segment(least, proposed)
+        except (OutOfMemoryError, ResourceLimitError) as error:  # on all ranks
+            if not self._free_slots:
+                raise
+            _let_go(error)
+            return  # those that were reclaimed are enough for now
         offset = segment.space.allocate(self._slots * self._pad)
         assert offset is not None
         self._enter_pads(segment, offset, self._slots)
@@ -533,6 +540,17 @@ class Arena:
         # A copy: with its traceback it would hold frames, and what those hold, for as long as the arena lives.
         self._broken, self._unusual = from_wire(to_wire(error)), True
         return error
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Let go of the frames that an error holds which was dealt with, and with them of the block that comes next.
+
+    They hold the error as well, so that the block would be dropped only when the collector runs.
+    """
+    if error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        _let_go(error.__cause__)
+        _let_go(error.__context__)
 
 
 def _label(name: str) -> int:

@@ -564,6 +564,40 @@ def test_the_limit(make: Make) -> None:
     assert rank.segments == before[3]
 
 
+def test_at_the_limit_slots_are_used_again(make: Make) -> None:
+    """Where there is no memory for more signal pads, what was dropped makes room, each time; and is dropped at once."""
+    rank = make(arena_size="2MiB", arena_limit="2MiB")
+    live = [rank.allocate(64)]
+    live += [rank.allocate(64) for _ in range(rank.arena._slots - 1)]
+    for _ in range(3):
+        live.pop()
+        live.append(rank.allocate(64))
+    with pytest.raises(ResourceLimitError):
+        rank.allocate(64)
+
+
+def test_what_follows_a_step_that_one_rank_had_no_memory_for_is_dropped_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The error that was dealt with must not hold it: its circle of references is for the collector to find."""
+    monkeypatch.setenv("SYMMEM_ENABLE", "arena_size(8MiB)")
+    ranks = [Rank(group) for group in make_groups(2)]
+    backend, real = get_backend("host"), type(get_backend("host")).allocate
+
+    def short(nbytes: int, *args: Any) -> Any:
+        if nbytes > 4 * MIB and threading.current_thread().name == "0":
+            raise OutOfMemoryError("planted")
+        return real(backend, nbytes, *args)  # type: ignore[arg-type]
+
+    def work(me: int) -> int:
+        ranks[me].allocate()
+        return ranks[me].book[0]
+
+    monkeypatch.setattr(backend, "allocate", short)
+    assert succeed(2, work) == [0, 0]
+    assert [rank.segments for rank in ranks] == [[2 * MIB]] * 2
+
+
 def test_out_of_memory_leaves_the_arena_as_it_was(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     keep = rank.allocate()
     before = rank.book, rank.segments, rank.arena.count
