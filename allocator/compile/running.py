@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any
+from weakref import WeakSet
 
 from symmem.backends.kernel_words import raise_failure
 from symmem.compile.runtime import Graph
@@ -43,25 +46,32 @@ class _Running(threading.local):
 running = _Running()
 
 
+_owned: WeakSet[_Own] = WeakSet()
+
+
 class _Own(Graph):
     """The graph of one compiled function, which threads run in turns.
 
     A turn is taken by removing ``idle``, which one thread alone can do: a lock would cost as much as all else that is
-    done for a call. Only who has to wait uses one.
+    done for a call. Who has to wait is told by ``given_back``: putting something there is one step, which no signal
+    handler can divide.
 
     Attributes:
         idle: There is such an attribute while no thread runs the function.
         outer: What the thread that runs it ran when it called it.
-        waiting: Number of threads that wait for their turn.
+        waiting: One object for each call that waits for its turn.
+        given_back: Where those look whether the turn may be theirs.
     """
 
     idle: bool
 
     def __init__(self) -> None:
         super().__init__()
-        self.idle, self.waiting = True, 0
+        self.idle = True
         self.outer: Graph | None = None
-        self._given_back = threading.Condition()
+        self.waiting: set[object] = set()
+        self.given_back: SimpleQueue[None] = SimpleQueue()
+        _owned.add(self)
 
     def wait(self) -> None:
         """Until another thread has done.
@@ -69,26 +79,43 @@ class _Own(Graph):
         Raises:
             UnsupportedError: It is this thread that runs the function.
         """
-        graph: Graph | None = running.here.graph
-        while isinstance(graph, _Own):
-            if graph is self:
-                raise UnsupportedError(
-                    "a compiled function with registered operators is called within its own call, and would overwrite "
-                    "its buffers in symmetric memory",
-                    hint="let the operator that calls it call another function, compiled by itself",
-                )
-            graph = graph.outer
-        with self._given_back:
-            self.waiting += 1
-            try:
-                self._given_back.wait_for(lambda: hasattr(self, "idle"))
-            finally:
-                self.waiting -= 1
+        if self in _run_here():
+            raise UnsupportedError(
+                "a compiled function with registered operators is called within its own call, and would overwrite "
+                "its buffers in symmetric memory",
+                hint="let the operator that calls it call another function, compiled by itself",
+            )
+        me = object()
+        try:
+            self.waiting.add(me)
+            while not hasattr(self, "idle"):
+                self.given_back.get()
+        finally:  # it may not come to take its turn; then another does
+            self.waiting.discard(me)
+            if self.waiting:
+                self.given_back.put(None)
 
-    def wake(self) -> None:
-        """The threads that wait."""
-        with self._given_back:
-            self._given_back.notify_all()
+
+def _run_here() -> list[Graph]:
+    """The graphs of the functions that this thread runs, the innermost first."""
+    found: list[Graph] = []
+    graph: Graph | None = running.here.graph
+    while isinstance(graph, _Own):
+        found.append(graph)
+        graph = graph.outer
+    return found
+
+
+def _give_back_in_child() -> None:
+    """In a forked child: the threads that ran or awaited a function at the fork are not there any more."""
+    mine = _run_here()
+    for graph in list(_owned):
+        graph.waiting, graph.given_back = set(), SimpleQueue()
+        if graph not in mine:
+            graph.outer, graph.idle = None, True
+
+
+os.register_at_fork(after_in_child=_give_back_in_child)
 
 
 def bound(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,6 +151,6 @@ def bound(function: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             graph.outer, here.graph, graph.idle = None, before, True
             if graph.waiting:
-                graph.wake()
+                graph.given_back.put(None)
 
     return call

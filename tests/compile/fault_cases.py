@@ -5,10 +5,14 @@ Little here needs a compiler of C++, which takes seconds for each kernel: operat
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import signal
+import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -639,7 +643,7 @@ def case_threads_wait_for_their_turn() -> None:
         inside += 1
         graph = running.running.here.graph
         begun.set()
-        while graph.waiting < waiting:  # the others come only now
+        while len(graph.waiting) < waiting:  # the others come only now
             os.sched_yield()
         assert inside == 1
         inside -= 1
@@ -660,6 +664,58 @@ def case_threads_wait_for_their_turn() -> None:
     for each in (first, *others):
         each.join()
     assert [repr(each) for each in failed] == ["KeyError(2)", "KeyError(0)", "KeyError(0)"]
+
+
+def case_child_takes_turns_of_threads_that_it_has_not() -> None:
+    """A forked child has none of its parent's other threads, which could give a function back."""
+    begun, over = threading.Event(), threading.Event()
+
+    def function(wait: bool) -> None:
+        if wait:
+            begun.set()
+            over.wait(60)
+
+    call = running.bound(function)
+    thread = threading.Thread(target=call, args=(True,))
+    thread.start()
+    begun.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(20)  # ends it, if it waits for ever
+        call(False)
+        os._exit(0)
+    over.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def case_interrupted_as_the_turn_is_given_back() -> None:
+    """A signal handler may raise where any function begins: who waits gets its turn all the same."""
+    begun = threading.Event()
+
+    def function(waiting: int) -> None:
+        graph = running.running.here.graph
+        begun.set()
+        while len(graph.waiting) < waiting:
+            os.sched_yield()
+
+    def interrupt(frame: types.FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_globals["__name__"] == running.__name__ and frame.f_code.co_name != "call":
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    call = running.bound(function)
+    other = threading.Thread(target=lambda: (begun.wait(), call(0)), daemon=True)
+    other.start()
+    assert running.running.here  # whose making calls a function, too
+    sys.setprofile(interrupt)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            call(1)
+    finally:
+        sys.setprofile(None)
+    other.join(20)
+    assert not other.is_alive()
 
 
 def case_within_itself() -> None:
