@@ -157,7 +157,8 @@ class Graph:
         return self._make(buffer, sizes, strides).tensor
 
     def _make(self, buffer: Buffer, sizes: Sequence[int], strides: Sequence[int]) -> Made:
-        needed = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+        reach = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+        needed = 0 if 0 in sizes else 1 + reach
         # Compiled code runs with and without inference mode; a tensor made in it could not be written to outside.
         with torch.inference_mode(False), torch.no_grad():
             known = self._buffers.get(buffer.number)

@@ -408,6 +408,15 @@ def case_empty() -> None:
     check(lambda x: x + ct.total(x[:0], name).sum() * 0, lambda step: (values(4, seed=step),), lambda x: x)
 
 
+def case_buffer_that_was_empty() -> None:
+    """Elements that are not there count for nothing in what it has room for, whatever its strides."""
+    graph, record = runtime.Graph(), runtime.Buffer(0, torch.float32, str(device()), (group(),), None, False)
+    for sizes in ((8, 0), (4, 1), (0, 9), (2, 2)):
+        strides = (max(sizes[1], 1), 1)
+        made = graph.buffer(record, sizes, strides).fill_(1)
+        assert (made.shape, made.stride(), made.sum()) == (sizes, strides, sizes[0] * sizes[1])
+
+
 # Operators that write to their arguments (C1, C2).
 
 
