@@ -108,7 +108,7 @@ class SymmetricTensor:
         """
         known = default_group() if group is None else resolve_group(group)
         try:
-            place, layout, make = _request(known, sizes, dtype, device, strides, backend)
+            place, layout, make = _request(known, (sizes, dtype, device, strides, backend))
             if arena or (arena is None and place.arena is not None):
                 block: Block = (place.arena or _arena(place, known)).carve(layout, name, sys._getframe(1))
                 if place.cuda and capture.is_capturing_cuda():
@@ -653,44 +653,40 @@ def _arena(place: _Place, group: Group | None) -> Arena:
     return arena_for(group, place.backend, place.device)
 
 
+_Asked: TypeAlias = tuple[
+    int | Iterable[int],
+    torch.dtype | None,
+    torch.device | str | int | None,
+    Iterable[int] | None,
+    str | Sequence[str] | None,
+]
+"""What a user asks for: sizes, dtype, device, strides, backend."""
+
 _Request: TypeAlias = tuple[_Place, Layout, Callable[[Block], torch.Tensor]]
-"""Where a request leads, what is allocated, and what makes the tensor over its block."""
+"""Where that leads, what is allocated, and what makes the tensor over its block."""
 
 
-def _request(
-    group: Group | None,
-    sizes: int | Iterable[int],
-    dtype: torch.dtype | None,
-    device: torch.device | str | int | None,
-    strides: Iterable[int] | None,
-    backend: str | Sequence[str] | None,
-) -> _Request:
+def _request(group: Group | None, asked: _Asked) -> _Request:
     """Check what a user asked for. What the usual request led to is remembered by the group."""
-    key = sizes, dtype, device, strides, backend
+    sizes, dtype, _device, strides, _backend = asked
     if group is None or dtype is None or strides is not None:
-        return _examine(group, *key)
+        return _examine(group, asked)
     for size in sizes if isinstance(sizes, tuple) else (sizes,):
         if type(size) is not int:  # True would be taken for the 1 that is remembered
-            return _examine(group, *key)
+            return _examine(group, asked)
     try:
-        known: _Request | None = group.places.get(key)
+        known: _Request | None = group.places.get(asked)
     except TypeError:  # a list of backends, which is not worth remembering, or what is no device at all
-        return _examine(group, *key)
+        return _examine(group, asked)
     if known is None or (known[0].moves and known[0].device.index != torch._C._cuda_getDevice()):
         if len(group.places) >= _REMEMBERED:
             group.places.clear()
-        known = group.places[key] = _examine(group, *key)
+        known = group.places[asked] = _examine(group, asked)
     return known
 
 
-def _examine(
-    group: Group | None,
-    sizes: int | Iterable[int],
-    dtype: torch.dtype | None,
-    device: torch.device | str | int | None,
-    strides: Iterable[int] | None,
-    backend: str | Sequence[str] | None,
-) -> _Request:
+def _examine(group: Group | None, asked: _Asked) -> _Request:
+    sizes, dtype, device, strides, backend = asked
     layout = Layout.make(sizes, dtype, strides)
     place = _place(group, backend, device)
     return place, layout, _maker(layout, place.device)

@@ -217,18 +217,19 @@ def is_torchs(tensor: torch.Tensor, group: Callable[[], str]) -> bool:
 
 def _error(known: Registration, place: str, tensor: torch.Tensor) -> NotSymmetricError:
     shape, device = tuple(tensor.shape), str(tensor.device)
-    what = f"{known.op}: the argument {place!r} must be symmetric memory, and is a plain tensor of shape {shape}"
     backend = backend_of(_namespace(known))
     if backend is None:
+        found = "is a plain tensor"
         hint = (
             f"allocate it with symmem.allocate({shape}, {tensor.dtype}, {device!r}).tensor, or make it within "
             "`with symmem.use_symmetric_memory():`"
         )
     else:
-        what = what.replace("is a plain tensor", "is not at the beginning of any that torch allocated: a tensor")
+        found = "is not at the beginning of any that torch allocated: a tensor"
         hint = f"allocate it with symmem.allocate({shape}, {tensor.dtype}, backend={backend!r}, arena=False).tensor"
     if not known.one_sided:
         hint += "; or have it copied at each call within symmem.ops.checked('copy')"
+    what = f"{known.op}: the argument {place!r} must be symmetric memory, and {found} of shape {shape}"
     return NotSymmetricError(f"{what}, {tensor.dtype}, on {device}", hint=hint, step=known.op)
 
 

@@ -110,7 +110,7 @@ class CudaEngine:
         self.layout = Layout.make(self._world, _LANDING, _STAGE, BLOCKS)
         self._state = device_of(self._ordinal)
         self._status = self._state.status
-        self.status_here = ctypes.addressof(self._status)
+        self.status_here = ctypes.addressof(self._status)  # of the host's words, whose other address kernels have
         self._number = self._state.enter(group)
         self._launch_kernel = self._state.driver.bindings.cuLaunchKernel
         self._lock = threading.Lock()  # from setting the addresses to the launch, which copies them
@@ -118,7 +118,7 @@ class CudaEngine:
         self._areas: tuple[int, ...] = ()
         self._plans: dict[Any, list[_Launch]] = {}
         self._memories: dict[tuple[int, int], _Memory] = {}
-        self.calls: Any = None
+        self.calls: Any = None  # that symmem.ops.eager can do again
         self.use(table_for(self._world, group.settings.algorithms))
 
     def use(self, table: Table) -> None:

@@ -252,8 +252,7 @@ static int fits(const Entry *entry, uint32_t hash, PyObject *kind, uint32_t form
 }
 
 // Where the entry of such a call is, or is to be.
-static Entry **slot_of(Calls *calls, PyObject *kind, uint32_t form, const Shape *x, PyObject *option) {
-  const uint32_t hash = hash_of(kind, form, x);
+static Entry **slot_of(Calls *calls, uint32_t hash, PyObject *kind, uint32_t form, const Shape *x, PyObject *option) {
   Entry **free = NULL;
   for (int probe = 0; probe < PROBES; ++probe) {
     Entry **slot = &calls->entries[(hash + probe) % SLOTS];
@@ -295,7 +294,7 @@ static PyObject *calls_add(PyObject *self, PyObject *args, PyObject *kwargs) {
   entry->function = (void *)(uintptr_t)function, entry->blocks = blocks, entry->threads = threads;
   entry->nbytes = nbytes, entry->source_at = source_at, entry->out_at = out_at;
   memcpy(entry->arguments, arguments, nbytes);
-  Entry **slot = slot_of((Calls *)self, kind, form, &shape, option), *before = *slot;
+  Entry **slot = slot_of((Calls *)self, entry->hash, kind, form, &shape, option), *before = *slot;
   *slot = entry;
   release(before);
   Py_RETURN_TRUE;
@@ -396,8 +395,9 @@ static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   if (newest && read_tensor(x, &source, &shape) && is_usual_thread())
     calls = calls_of(args[2], source.device.ordinal, &group);
   if (calls) {
-    Entry *entry = *slot_of(calls, kind, form, &shape, option);
-    if (fits(entry, hash_of(kind, form, &shape), kind, form, &shape, option)) {
+    const uint32_t hash = hash_of(kind, form, &shape);
+    Entry *entry = *slot_of(calls, hash, kind, form, &shape, option);
+    if (fits(entry, hash, kind, form, &shape, option)) {
       ++entry->uses;
       result = repeat(calls, entry, x, &source, out);
       release(entry);
