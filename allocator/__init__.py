@@ -14,20 +14,20 @@ import torch, so that the command line stays quick.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from symmem._lazy import lazy_exports
 from symmem.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from symmem.arena.collect import collect
+    from symmem.arena.statistics import memory_snapshot, memory_stats
     from symmem.backends.base import Capability
-    from symmem.collection import collect
-    from symmem.context import use_symmetric_memory
-    from symmem.device_view import DeviceView, include_path
     from symmem.errors import SymmemError
-    from symmem.group import Group, resolve_group
-    from symmem.statistics import memory_snapshot, memory_stats
-    from symmem.tensor import SymmetricTensor, allocate, find
+    from symmem.group.group import Group, resolve_group
+    from symmem.redirect.context import use_symmetric_memory
+    from symmem.tensor.device_view import DeviceView, include_path
+    from symmem.tensor.tensor import SymmetricTensor, allocate, find
 
 __all__ = [
     "Capability",
@@ -47,36 +47,24 @@ __all__ = [
     "use_symmetric_memory",
 ]
 
-_HOMES = {
-    "Capability": "symmem.backends.base",
-    "DeviceView": "symmem.device_view",
-    "Group": "symmem.group",
-    "SymmemError": "symmem.errors",
-    "SymmetricTensor": "symmem.tensor",
-    "allocate": "symmem.tensor",
-    "collect": "symmem.collection",
-    "find": "symmem.tensor",
-    "include_path": "symmem.device_view",
-    "memory_snapshot": "symmem.statistics",
-    "memory_stats": "symmem.statistics",
-    "register_symm_mem_args": "symmem.ops.registry",
-    "resolve_group": "symmem.group",
-    "use_symmetric_memory": "symmem.context",
-}
-
-
-# Not to be imported here, where names and types are checked: layers above this one, and one that needs Triton.
-_SUBPACKAGES = {"compile", "ops", "triton"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _SUBPACKAGES:
-        return importlib.import_module(f"symmem.{name}")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'symmem' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Capability": "symmem.backends.base",
+        "DeviceView": "symmem.tensor.device_view",
+        "Group": "symmem.group.group",
+        "SymmemError": "symmem.errors",
+        "SymmetricTensor": "symmem.tensor.tensor",
+        "allocate": "symmem.tensor.tensor",
+        "collect": "symmem.arena.collect",
+        "find": "symmem.tensor.tensor",
+        "include_path": "symmem.tensor.device_view",
+        "memory_snapshot": "symmem.arena.statistics",
+        "memory_stats": "symmem.arena.statistics",
+        "register_symm_mem_args": "symmem.ops.registry.registry",
+        "resolve_group": "symmem.group.group",
+        "use_symmetric_memory": "symmem.redirect.context",
+    },
+    # Layers above this one, and one that needs Triton: the type checker must not see imports of them here.
+    subpackages=frozenset({"compile", "ops", "triton"}),
+)

@@ -30,9 +30,9 @@ from symmem.backends import select_backend
 from symmem.backends.torch_transport import BACKENDS as _TORCH_NAMES
 from symmem.config import load_settings
 from symmem.errors import BackendUnavailableError, GroupError, InvalidArgumentError
-from symmem.group import GroupLike, resolve_group
-from symmem.tensor import SymmetricTensor, find
-from symmem.torch_handle import Handle, reserve
+from symmem.group.group import GroupLike, resolve_group
+from symmem.tensor.tensor import SymmetricTensor, find
+from symmem.tensor.torch_handle import Handle, reserve
 
 __all__ = [
     "Handle",

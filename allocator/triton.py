@@ -37,7 +37,7 @@ Memory order is that of the PTX ISA, "Memory Consistency Model"; all scopes are 
 import os
 import time
 
-from symmem.backends import cuda_kernels
+from symmem.backends import signal_kernels
 from symmem.errors import InvalidArgumentError, PeerTimeoutError, UnsupportedError
 
 try:
@@ -62,14 +62,14 @@ __all__ = [
     "wait_signal",
 ]
 
-# The operations as `symmem.backends.cuda_kernels` numbers them.
+# The operations as `symmem.backends.signal_kernels` numbers them.
 BARRIER = tl.constexpr(1)
 WAIT_SIGNAL = tl.constexpr(3)
 BAD_CHANNEL = tl.constexpr(4)
 
-# Where, and how often, a wait is told; see `symmem.backends.cuda_kernels.lateness`.
-BEAT, TICK = tl.constexpr(cuda_kernels.BEAT), tl.constexpr(cuda_kernels.TICK)
-PLACES, GROUP_SPREAD = tl.constexpr(cuda_kernels.PLACES), tl.constexpr(cuda_kernels.GROUP_SPREAD)
+# Where, and how often, a wait is told; see `symmem.backends.signal_kernels.lateness`.
+BEAT, TICK = tl.constexpr(signal_kernels.BEAT), tl.constexpr(signal_kernels.TICK)
+PLACES, GROUP_SPREAD = tl.constexpr(signal_kernels.PLACES), tl.constexpr(signal_kernels.GROUP_SPREAD)
 
 ACQ_REL = tl.constexpr("acq_rel")
 

@@ -1,6 +1,6 @@
 """Barrier and signals as work on a CUDA stream: three small kernels over the signal pads of all ranks.
 
-What the kernels do is in :mod:`symmem.backends.cuda_kernels`. They are compiled when they are first needed and launched
+What the kernels do is in :mod:`.signal_kernels`. They are compiled when they are first needed and launched
 with arguments that never change, so a captured CUDA graph can be replayed. A kernel whose time is up leaves word in
 host memory which peer it waited for, and :meth:`CudaSignals.check` turns that into an error by name.
 """
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from symmem.backends.base import SIGNAL_CHANNELS, Group
-from symmem.backends.cuda_kernels import OPERATIONS, SOURCE, pad_words
 from symmem.backends.driver import Driver, load_driver
 from symmem.backends.driver_errors import driver_error
 from symmem.backends.kernel_words import NBYTES, KernelWords, name_steps, raise_failure
+from symmem.backends.signal_kernels import OPERATIONS, SOURCE, pad_words
 from symmem.errors import UnsupportedError
 
 __all__ = ["CudaSignals", "Device", "device_of", "name_steps"]
@@ -202,7 +202,7 @@ class CudaSignals:
 
 @functools.cache
 def _call_type(world: int) -> type[ctypes.Structure]:
-    """``struct Call`` of :data:`symmem.backends.cuda_kernels.SOURCE`."""
+    """``struct Call`` of :data:`symmem.backends.signal_kernels.SOURCE`."""
     words = ("channel", "rank", "peer", "group")
     fields = [("pads", ctypes.c_uint64 * world), ("status", ctypes.c_uint64), ("limit", ctypes.c_uint64)]
     return type("Call", (ctypes.Structure,), {"_fields_": [*fields, *((word, ctypes.c_uint32) for word in words)]})

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from symmem.backends.base import Group
-from symmem.backends.cuda_kernels import BAD_CHANNEL, BEAT, OPERATIONS, PLACES, TICK
-from symmem.backends.waits import Wait
+from symmem.backends.pending_waits import Wait
+from symmem.backends.signal_kernels import BAD_CHANNEL, BEAT, OPERATIONS, PLACES, TICK
 from symmem.errors import InvalidArgumentError, MismatchError, PeerLostError, PeerTimeoutError, SymmemError
 
 __all__ = ["NBYTES", "KernelWords", "failure", "gpu_waits", "name_steps", "named", "raise_failure"]
@@ -57,7 +57,7 @@ class KernelWords:
         ordinal: The GPU.
         status: What a kernel has left before it trapped: {operation, channel, peer, group}, or zeros.
         status_address: Its address for kernels; behind it are the places of those that wait, as
-            :func:`symmem.backends.cuda_kernels.lateness` lays them out.
+            :func:`symmem.backends.signal_kernels.lateness` lays them out.
     """
 
     def __init__(self, ordinal: int, host: int, device: int) -> None:

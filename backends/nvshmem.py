@@ -18,10 +18,10 @@ import torch
 from symmem.backends import gpu
 from symmem.backends.base import Allocation, Backend, Capability, Collective, Group, tensor_at
 from symmem.backends.collective_heap import CollectiveHeap, job_group
-from symmem.backends.cuda_kernels import pad_words
 from symmem.backends.nvshmem_job import start
 from symmem.backends.nvshmem_library import NvshmemLibrary, Staging
 from symmem.backends.pads import PaddedMapping, PadSlots, padded
+from symmem.backends.signal_kernels import pad_words
 from symmem.errors import InvalidArgumentError, OutOfMemoryError
 
 __all__ = ["NvshmemAllocation", "NvshmemBackend", "NvshmemMapping"]

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from symmem.backends.base import Backend, Collective, Group, Mapping
-from symmem.backends.cuda_kernels import pad_words
 from symmem.backends.libc import round_up
+from symmem.backends.signal_kernels import pad_words
 from symmem.errors import ResourceLimitError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ MAX_RANKS = 72
 """The largest group that has signals: as many GPUs as NVLink joins today, and what torch's own pads are made for."""
 
 SLOT_NBYTES = round_up(4 * pad_words(MAX_RANKS), 256)
-"""Bytes of a slot; see :mod:`symmem.backends.cuda_kernels`."""
+"""Bytes of a slot; see :mod:`symmem.backends.signal_kernels`."""
 
 SLOTS = 8
 """Groups that may rendezvous one allocation."""

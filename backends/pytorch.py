@@ -28,8 +28,8 @@ import torch.distributed as dist
 from symmem.backends import gpu
 from symmem.backends.base import Allocation, Backend, Capability, Collective, Group
 from symmem.backends.collective_heap import CollectiveHeap, job_group
-from symmem.backends.cuda_kernels import pad_words
 from symmem.backends.pads import PaddedMapping, PadSlots, padded
+from symmem.backends.signal_kernels import pad_words
 from symmem.backends.torch_transport import BACKENDS, Transport, backend_of, connect
 from symmem.errors import GroupError, OutOfMemoryError, RendezvousError
 

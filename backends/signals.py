@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 
 from symmem.backends.base import SIGNAL_CHANNELS, Group
 from symmem.backends.libc import fence, futex_wait, futex_wake
-from symmem.backends.waits import Wait, forget, note
+from symmem.backends.pending_waits import Wait, forget, note
 from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError
 
 __all__ = ["SharedSignals"]

@@ -14,8 +14,8 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from symmem.config.algorithms import ALGORITHMS, BUILT_IN
 from symmem.config.cluster import Cluster, parse_cluster, read_file
+from symmem.config.kernel_tables import ALGORITHMS, BUILT_IN
 from symmem.config.kinds import (
     AUTO,
     BACKEND_ORDER,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from thread_ranks import descriptors
 
-from symmem import inspection
 from symmem.config import BACKENDS
+from symmem.service import server
 from symmem.tools.ranks import RankPool
 
 
@@ -53,9 +55,9 @@ def own_sockets() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="symmem-tests-") as folder:
         before = os.environ.get("XDG_RUNTIME_DIR")
         os.environ["XDG_RUNTIME_DIR"] = folder
-        inspection.begin()
+        server.begin()
         yield
-        inspection.end()
+        server.end()
         if before is None:
             del os.environ["XDG_RUNTIME_DIR"]
         else:
@@ -97,3 +99,20 @@ def new_pool() -> Iterator[Callable[..., RankPool]]:
     yield make
     for pool in made:
         pool.close()
+
+
+@pytest.fixture(scope="module")
+def what_stays() -> Iterator[None]:
+    """What is old is not looked at by each collection."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def nothing_leaks() -> Iterator[None]:
+    before = descriptors()
+    yield
+    gc.collect()  # exceptions and their frames go in circles
+    assert descriptors() == before

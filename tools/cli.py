@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from symmem.errors import SymmemError
-from symmem.tools import config_command, live_command, ops_command, tune_command
-from symmem.tools.bench import command as bench_command
+from symmem.tools.commands import bench as bench_command
+from symmem.tools.commands import config, live, ops, tune
 from symmem.tools.numbers import positive
 from symmem.tools.outcomes import RanksFailedError
 from symmem.version import VERSION
@@ -69,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     include_path = commands.add_parser("include-path", help="print the folder of symmem.cuh, for nvcc -I")
     include_path.set_defaults(run=_include_path)
 
-    config_command.add_parser(commands)
-    ops_command.add_parser(commands)
-    tune_command.add_parser(commands)
-    live_command.add_parsers(commands)
+    config.add_parser(commands)
+    ops.add_parser(commands)
+    tune.add_parser(commands)
+    live.add_parsers(commands)
 
     args = parser.parse_args(argv)
     try:
@@ -101,13 +101,13 @@ def _some_names(text: str) -> list[str]:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from symmem.tools import doctor
+    from symmem.tools.commands import doctor
 
     return doctor.run(as_json=args.json)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from symmem.tools import demo
+    from symmem.tools.commands import demo
 
     return demo.run(args.ranks, args.backend, as_json=args.json)
 
@@ -116,7 +116,7 @@ def _validate(args: argparse.Namespace) -> int:
     import torch
 
     from symmem.backends import available_names, get_backend
-    from symmem.tools import validate
+    from symmem.tools.commands import validate
 
     backends, required = (
         list(available_names()) if names == ["all"] else names for names in (args.backends, args.require)
@@ -128,13 +128,13 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _memory_map(args: argparse.Namespace) -> int:
-    from symmem.tools import memory_map
+    from symmem.tools.commands import memory_map
 
     return memory_map.run(args.snapshots, args.output)
 
 
 def _include_path(args: argparse.Namespace) -> int:
-    from symmem.device_view import include_path
+    from symmem.tensor.device_view import include_path
 
     print(include_path())
     return 0

@@ -1,4 +1,4 @@
-"""The page around the pictures of :mod:`symmem.tools.memory_map`: style, script, and how texts and units are written.
+"""The page around the pictures of the memory map: style, script, and how texts and units are written.
 
 It is well-formed XML as well, so that pictures can be cut out and read by any tool.
 """

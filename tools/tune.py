@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 
 import symmem
-from symmem.config.algorithms import Row
+from symmem.config.kernel_tables import Row
 from symmem.errors import UnsupportedError
-from symmem.ops.algorithms import Table, built_in
-from symmem.ops.checked_engine import CheckedEngine
-from symmem.ops.engine import Engine
-from symmem.ops.engines import engine_for
+from symmem.ops.engines.base import Engine
+from symmem.ops.engines.checked import CheckedEngine
+from symmem.ops.engines.cuda_tuning import Table, built_in
+from symmem.ops.engines.select import engine_for
 from symmem.tools.bench.figures import Figure
 from symmem.tools.ranks import RankPool
 from symmem.tools.table import render
@@ -119,7 +119,7 @@ def run(world: int | None, operations: Sequence[str], sizes: Sequence[int], outp
 
     Args:
         world: Ranks; None for all GPUs.
-        operations: Of :data:`symmem.config.algorithms.KERNELS`.
+        operations: Of :data:`symmem.config.kernel_tables.KERNELS`.
         sizes: Bytes, growing, even.
         output: The file; what it says of other operations or numbers of ranks stays.
         as_json: Whether to print a JSON object a line, as benchmarks do.

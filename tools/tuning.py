@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from symmem.config.algorithms import Row, Rows, parse_algorithms, read_algorithms
+from symmem.config.kernel_tables import Row, Rows, parse_algorithms, read_algorithms
 from symmem.config.kinds import SIZE
 from symmem.errors import ConfigError
 
@@ -71,7 +71,7 @@ def search(operation: str, world: int, known: Sequence[Row], sizes: Sequence[int
     """Measure the candidates, and what a known table has, at each size.
 
     Args:
-        operation: Of :data:`symmem.config.algorithms.KERNELS`.
+        operation: Of :data:`symmem.config.kernel_tables.KERNELS`.
         world: Ranks.
         known: The rows to compare with.
         sizes: Bytes, growing.

@@ -10,7 +10,7 @@ import torch
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-from symmem.compile import hook, switch
+from symmem.compile import hook, scope
 from symmem.errors import InvalidArgumentError
 
 __all__ = ["backend", "disable", "enable", "enabled"]
@@ -29,21 +29,21 @@ def enable() -> None:
         UnsupportedError: This torch is not one that the hook knows; compiled code then does not place, and operators
             get what they are given.
     """
-    if not switch.is_on():
+    if not scope.is_on():
         hook.on()
         torch._dynamo.reset()
 
 
 def disable() -> None:
     """Undo :func:`enable`. Functions are compiled anew at their next call, without symmetric memory."""
-    if switch.is_on():
+    if scope.is_on():
         hook.off()
         torch._dynamo.reset()
 
 
 def enabled() -> bool:
     """Whether :func:`enable` counts."""
-    return switch.is_on()
+    return scope.is_on()
 
 
 def backend(

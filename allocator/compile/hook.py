@@ -27,11 +27,12 @@ from typing import Any
 
 import torch
 
-from symmem.compile import switch, twins
+from symmem.compile import scope as compile_scope
+from symmem.compile.plan import mutable_ops
 from symmem.compile.wrappers import OPTIONAL, WRAPPED
 from symmem.errors import UnsupportedError
-from symmem.ops import registry
-from symmem.ops.schema import find_op, known_op
+from symmem.ops.registry import registry
+from symmem.ops.registry.schema import find_op, known_op
 
 __all__ = ["install", "off", "on", "scope", "uninstall"]
 
@@ -45,12 +46,12 @@ def on() -> None:
     """Place from now on, whatever is compiled on any thread."""
     install()
     _prepare()
-    switch.turn(on=True)
+    compile_scope.turn(on=True)
 
 
 def off() -> None:
     """Undo :func:`on`."""
-    switch.turn(on=False)
+    compile_scope.turn(on=False)
 
 
 @contextlib.contextmanager
@@ -58,14 +59,14 @@ def scope() -> Iterator[None]:
     """Place what is compiled within, on this thread."""
     install()
     _prepare()
-    with switch.within():
+    with compile_scope.within():
         yield
 
 
 def _prepare() -> None:
     """Let torch trace what is registered."""
     for known in registry.registered():
-        twins.prepare(find_op(known.op))
+        mutable_ops.prepare(find_op(known.op))
 
 
 def _changed(name: str) -> None:
@@ -74,8 +75,8 @@ def _changed(name: str) -> None:
         return
     op = known_op(name)
     if op is not None:
-        twins.prepare(op)
-    if name in switch.seen:
+        mutable_ops.prepare(op)
+    if name in compile_scope.seen:
         log.debug("%s is registered otherwise than when it was compiled: compiled functions are compiled anew", name)
         torch._dynamo.reset()
 

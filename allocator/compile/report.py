@@ -181,7 +181,7 @@ def _bytes(nbytes: int | None) -> str:
 _GRAPH = re.compile(rf"^# {re.escape(GRAPH)}(\w+)$", re.MULTILINE)
 _DECISION = re.compile(rf"^(?:#|//) {re.escape(MARK)}(.*)$", re.MULTILINE)
 _TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_RECORD = re.compile(rf"^(symmem_\w+) = symmem\.compile\.runtime\.Buffer\(.*\bgroups=\(({_TEXT}),", re.MULTILINE)
+_RECORD = re.compile(rf"^(symmem_\w+) = symmem\.compile\.run\.graph\.Buffer\(.*\bgroups=\(({_TEXT}),", re.MULTILINE)
 _ALLOCATED = re.compile(r"^\s*(\w+) = symmem_running\.here\.graph\.(?:buffer|fresh)\((\w+),", re.MULTILINE)
 _REUSED = re.compile(r"^\s*(\w+) = (?:reinterpret_tensor\()?(\w+)\b[^#\n]*;[^#\n]*# reuse", re.MULTILINE)
 

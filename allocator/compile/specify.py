@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-from symmem.ops.described import Registration
-from symmem.ops.registry import FROM_SCHEMA, enter, register_symm_mem_args, registration, restore
-from symmem.ops.schema import OpLike
+from symmem.ops.registry.registration import Registration
+from symmem.ops.registry.registry import FROM_SCHEMA, enter, register_symm_mem_args, registration, restore
+from symmem.ops.registry.schema import OpLike
 
 __all__ = ["specify_symmetric_memory"]
 

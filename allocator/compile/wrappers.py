@@ -22,15 +22,15 @@ from torch._inductor.scheduler import Scheduler
 from torch._library.utils import get_layout_constraint_tag, is_builtin
 from torch._ops import OpOverload
 
-from symmem.compile import layout, lowering, producers, results, twins
-from symmem.compile.keys import key_of, operators
-from symmem.compile.layout import SymmetricLayout
+from symmem.compile.cache_keys import key_of, operators
+from symmem.compile.plan import graph_outputs, lowering, mutable_ops, producers, symmetric_layout
+from symmem.compile.plan.symmetric_layout import SymmetricLayout
 from symmem.compile.report import GraphReport, name_in, report_of
-from symmem.compile.running import bound, running
-from symmem.compile.switch import is_on, listeners, seen
+from symmem.compile.run.current_graph import bound, running
+from symmem.compile.scope import is_on, listeners, seen
 from symmem.config.settings import load_settings
-from symmem.ops import registry
-from symmem.ops.built_in import NAMESPACE
+from symmem.ops.registry import registry
+from symmem.ops.registry.built_in import NAMESPACE
 
 __all__ = ["OPTIONAL", "WRAPPED"]
 
@@ -42,7 +42,7 @@ def _call_function(original: Any) -> Any:
     def call_function(self: Any, target: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(target, OpOverload) or not is_on():
             return original(self, target, args, kwargs)
-        op = twins.original_of(target)
+        op = mutable_ops.original_of(target)
         seen.add(op._name)
         known = registry.lookup(op)
         if known is not None:
@@ -96,12 +96,12 @@ def _lowered_by(op: OpOverload, made: Any) -> Iterator[None]:
 def _output(original: Any) -> Any:
     @functools.wraps(original)
     def output(self: Any, target: Any, args: Any, kwargs: Any) -> Any:
-        if layout.state() is not None:
+        if symmetric_layout.state() is not None:
             values = args[0]
             if isinstance(values, tuple | list):
-                args = (type(values)(results.output(values)), *args[1:])
+                args = (type(values)(graph_outputs.output(values)), *args[1:])
             else:
-                args = (*results.output([values]), *args[1:])
+                args = (*graph_outputs.output([values]), *args[1:])
         return original(self, target, args, kwargs)
 
     return output
@@ -111,7 +111,7 @@ def _codegen_comm_buffer(original: Any) -> Any:
     @functools.wraps(original)
     def codegen_comm_buffer(self: Any, code: Any) -> None:
         if isinstance(self.node.get_output_spec(), SymmetricLayout):
-            code.writeline(layout.allocation(self))
+            code.writeline(symmetric_layout.allocation(self))
         else:
             original(self, code)
 
@@ -226,7 +226,7 @@ def _partition_signature(original: Any) -> Any:
     def get_graph_partition_signature(self: Any, partitions: Any, skip_cudagraphs: Any) -> Any:
         # What the look gives is, as far as torch knows, the input itself. So an operator that takes it would be the
         # last to use the input, hence get that as well, and a CUDA graph would copy it at each call.
-        known = layout.state()
+        known = symmetric_layout.state()
         apart = known.apart if known is not None else set()
         for partition in partitions if apart else ():
             accesses = {dep for node in partition for dep in node.read_writes.reads | node.read_writes.writes}

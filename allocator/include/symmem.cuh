@@ -35,7 +35,7 @@ struct View {
   u32 rank, world, channels;
   u32 group;              // number of the group, for the status
 };
-static_assert(sizeof(View) == 56, "View is not laid out as symmem.device_view writes it");
+static_assert(sizeof(View) == 56, "View is not laid out as symmem.tensor.device_view writes it");
 
 enum Operation : u32 { BARRIER = 1, WAIT_SIGNAL = 3, BAD_CHANNEL = 4 };  // in the status
 
@@ -75,7 +75,7 @@ __device__ __noinline__ void fail(const View &view, u32 operation, u32 channel, 
   __trap();
 }
 
-// As symmem.backends.cuda_kernels has them, where it is said how a wait is told.
+// As symmem.backends.signal_kernels has them, where it is said how a wait is told.
 enum : u32 { BEAT = 26, TICK = 20, PLACES = 512, GROUP_SPREAD = 61 };
 
 __device__ __noinline__ void tell(const View &view, u32 operation, u32 channel, u32 peer, u64 waited) {

@@ -14,12 +14,11 @@ And operators of our own, ``torch.ops.symmem``, with a function each:
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from symmem._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from symmem.ops.checks import check, checked
-    from symmem.ops.described import Registration
     from symmem.ops.functions import (
         all_gather,
         all_reduce,
@@ -32,8 +31,10 @@ if TYPE_CHECKING:
         reduce_scatter,
         wait_signal,
     )
-    from symmem.ops.library import Library
-    from symmem.ops.registry import (
+    from symmem.ops.registry.eager_checks import check, checked
+    from symmem.ops.registry.library import Library
+    from symmem.ops.registry.registration import Registration
+    from symmem.ops.registry.registry import (
         fingerprint,
         lookup,
         register_symm_mem_args,
@@ -67,29 +68,21 @@ __all__ = [
     "wait_signal",
 ]
 
-_HOMES = {
-    "Library": "symmem.ops.library",
-    "Registration": "symmem.ops.described",
-    "check": "symmem.ops.checks",
-    "checked": "symmem.ops.checks",
-    **dict.fromkeys(
-        ("all_gather", "all_reduce", "all_to_all", "barrier", "broadcast", "reduce_scatter"),
-        "symmem.ops.functions",
-    ),
-    **dict.fromkeys(("get", "put", "put_signal", "wait_signal"), "symmem.ops.functions"),
-    **dict.fromkeys(
-        ("fingerprint", "lookup", "register_symm_mem_args", "registered", "registration", "unregister", "version"),
-        "symmem.ops.registry",
-    ),
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'symmem.ops' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Library": "symmem.ops.registry.library",
+        "Registration": "symmem.ops.registry.registration",
+        "check": "symmem.ops.registry.eager_checks",
+        "checked": "symmem.ops.registry.eager_checks",
+        **dict.fromkeys(
+            ("all_gather", "all_reduce", "all_to_all", "barrier", "broadcast", "reduce_scatter"),
+            "symmem.ops.functions",
+        ),
+        **dict.fromkeys(("get", "put", "put_signal", "wait_signal"), "symmem.ops.functions"),
+        **dict.fromkeys(
+            ("fingerprint", "lookup", "register_symm_mem_args", "registered", "registration", "unregister", "version"),
+            "symmem.ops.registry.registry",
+        ),
+    },
+)

@@ -48,9 +48,9 @@ from typing import Any, NoReturn
 import torch
 
 from symmem.errors import InvalidArgumentError, RankError, SymmemError
-from symmem.group import Group
-from symmem.ops.engine import REDUCTIONS, Engine
-from symmem.ops.engines import engine_for, group_named
+from symmem.group.group import Group
+from symmem.ops.engines.base import REDUCTIONS, Engine
+from symmem.ops.engines.select import engine_for, group_named
 from symmem.ops.gradients import with_gradient, without_gradient
 
 __all__ = ["KINDS", "LIBRARY", "Kind", "functional", "in_place", "into"]

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from symmem.group import Group
+from symmem.backends.kernel_cache import cache_directory, cached, key_of
+from symmem.group.group import Group
 from symmem.ops.dispatch import USUAL_THREADS
-from symmem.ops.kernel_cache import cache_directory, cached, key_of
 
 if TYPE_CHECKING:
     from symmem.ops.collectives import Kind

@@ -11,11 +11,11 @@ import torch
 
 import symmem.ops.one_sided  # noqa: F401  # defines operators
 from symmem.backends.kernel_words import raise_failure
-from symmem.group import GroupLike
+from symmem.group.group import GroupLike
 from symmem.ops import eager
 from symmem.ops.collectives import KINDS, Kind, functional, in_place, into
 from symmem.ops.dispatch import is_usual
-from symmem.ops.engines import group_of, name_of
+from symmem.ops.engines.select import group_of, name_of
 
 __all__ = [
     "all_gather",

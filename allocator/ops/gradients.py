@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from symmem.errors import UnsupportedError
 from symmem.ops.dispatch import in_forward_mode, is_usual_keyset
-from symmem.ops.engines import group_named
+from symmem.ops.engines.select import group_named
 
 __all__ = ["GRADIENTS", "with_gradient", "without_gradient"]
 

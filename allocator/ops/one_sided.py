@@ -28,9 +28,9 @@ from typing import Any
 import torch
 
 from symmem.ops.collectives import LIBRARY
-from symmem.ops.engines import group_named
+from symmem.ops.engines.select import group_named
 from symmem.ops.gradients import without_gradient
-from symmem.tensor import SymmetricTensor
+from symmem.tensor.tensor import SymmetricTensor
 
 __all__ = ["OPERATORS"]
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from symmem.backends import cuda_signals, kernel_words
-from symmem.backends.cuda_kernels import OPERATIONS, SOURCE
 from symmem.backends.cuda_signals import CudaSignals
 from symmem.backends.kernel_words import NBYTES
+from symmem.backends.signal_kernels import OPERATIONS, SOURCE
 from symmem.errors import OutOfMemoryError, PeerLostError, PeerTimeoutError, UnsupportedError
 
 WORLD = 3

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from emulated_gpu import COMPILER, WAITING, emulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from symmem import capture, group
 from symmem.backends import gpu, kernel_words
-from symmem.backends.cuda_kernels import BEAT, GROUP_SPREAD, OPERATIONS, PLACES, SOURCE, TICK, lateness
 from symmem.backends.cuda_signals import _call_type
 from symmem.backends.driver_errors import driver_error
 from symmem.backends.kernel_words import NBYTES, KernelWords, failure, gpu_waits
+from symmem.backends.signal_kernels import BEAT, GROUP_SPREAD, OPERATIONS, PLACES, SOURCE, TICK, lateness
 from symmem.errors import OutOfMemoryError, PeerTimeoutError, UnsupportedError
-from symmem.ops.cuda_kernels import STEPS
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from emulated_gpu import COMPILER, WAITING, emulate
+from symmem.group import group
+from symmem.memory import cuda_graphs
+from symmem.ops.engines.collective_kernels import STEPS
 
 WORLD = 3
 
@@ -391,7 +387,7 @@ def a_device(patch: pytest.MonkeyPatch) -> None:
 
 def a_capture(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("torch._C._cuda_isCurrentStreamCapturing", fail, raising=False)
-    capture.is_capturing(torch.device("cuda", 0))
+    cuda_graphs.is_capturing(torch.device("cuda", 0))
 
 
 def a_call_of_the_driver(patch: pytest.MonkeyPatch) -> None:

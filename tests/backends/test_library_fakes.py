@@ -6,12 +6,12 @@ import dataclasses
 import gc
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from fake_libraries import FakeNvshmem, FakeTorch, install
 
 import symmem
 from symmem.backends import get_backend, nvshmem_job, nvshmem_library
@@ -30,9 +30,6 @@ from symmem.errors import (
 from symmem.tools.conformance import CASES, run_case
 from symmem.tools.conformance.case import _warm
 from symmem.tools.ranks import rank_store
-
-sys.path.append(str(Path(__file__).parent))  # the ranks load this file by its path
-from fake_libraries import FakeNvshmem, FakeTorch, install
 
 FAKED = ("nvshmem", "pytorch_cuda", "pytorch_nccl", "pytorch_nvshmem")
 

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fake_driver import GRANULARITY, FakeDriver, descriptors, install
 
 import symmem
 from symmem.backends import get_backend, native
@@ -35,9 +35,6 @@ from symmem.errors import (
 from symmem.tools.conformance import CASES, run_case
 from symmem.tools.conformance.case import _warm
 from symmem.tools.ranks import RankPool, rank_store
-
-sys.path.append(str(Path(__file__).parent))  # the ranks load this file by its path
-from fake_driver import GRANULARITY, FakeDriver, descriptors, install
 
 NOTHING = (0, 0, 0, 0)
 
@@ -691,7 +688,7 @@ def test_freeing_on_a_failed_device_is_silent(pools: Any) -> None:
 
 @pytest.mark.parametrize("world", [1, 8, 72, 480])
 def test_kernels_compile(world: int, tmp_path: Path) -> None:
-    from symmem.backends.cuda_kernels import SOURCE
+    from symmem.backends.signal_kernels import SOURCE
 
     nvcc = shutil.which("nvcc")
     if nvcc is None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import symmem
 from symmem.errors import OutOfMemoryError, PeerTimeoutError
-from symmem.tools.doctor import examine
+from symmem.tools.commands.doctor import examine
 from symmem.tools.ranks import RankPool
 
 GPUS = torch.cuda.device_count()

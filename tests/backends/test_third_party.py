@@ -15,8 +15,8 @@ import torch
 import symmem
 from symmem.backends import available_names, get_backend
 from symmem.errors import BackendUnavailableError, ConfigError, UnsupportedError
+from symmem.tools.commands.doctor import examine
 from symmem.tools.conformance import CASES, run_case
-from symmem.tools.doctor import examine
 from symmem.tools.ranks import RankPool
 
 WORLD = 3
@@ -33,7 +33,7 @@ def join(folder: str) -> list[str]:
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What installing a third party's package leaves on sys.path."""
     folder = tmp_path_factory.mktemp("site")
-    shutil.copy(Path(__file__).with_name("toy_backend.py"), folder)
+    shutil.copy(Path(__file__).parents[1] / "support" / "toy_backend.py", folder)
     info = folder / "toy-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")

@@ -36,9 +36,9 @@ class Part:
         return getattr(importlib.import_module(f"symmem.compile.{self._name}"), name)
 
 
-hook, wrappers, layout = Part("hook"), Part("wrappers"), Part("layout")
-runtime, running = Part("runtime"), Part("running")
-explaining, control = Part("explaining"), Part("control")
+hook, wrappers, layout = Part("hook"), Part("wrappers"), Part("plan.symmetric_layout")
+runtime, running = Part("run.graph"), Part("run.current_graph")
+explaining, control = Part("explanation"), Part("control")
 
 LIB = symmem.ops.Library("ct", "DEF")
 POINTERS: list[int] = []  # of the arguments that operators were given
@@ -274,7 +274,7 @@ def case_fallback_producers() -> None:
 
 def case_producer_within() -> None:
     """A custom operator with no ``out`` variant runs within use_symmetric_memory, where that is worth its time (E2)."""
-    name, producers = group(), importlib.import_module("symmem.compile.producers")
+    name, producers = group(), importlib.import_module("symmem.compile.plan.producers")
     known, producers._pays = producers._pays, lambda made: True  # type: ignore[attr-defined]
     try:
         with torch._inductor.config.patch(force_disable_caches=True):
@@ -692,13 +692,13 @@ def case_code_for_other_groups_is_not_taken_from_a_cache() -> None:
 
 def case_key_of_compiled_code() -> None:
     """In it are operators that torch wraps, and what a twin stands for, whatever its number; and torch's backend."""
-    keys, graph = importlib.import_module("symmem.compile.keys"), torch.fx.Graph()
+    keys, graph = importlib.import_module("symmem.compile.cache_keys"), torch.fx.Graph()
     hook.install()
     hook._prepare()
     x = graph.placeholder("x")
     wrapped = torch.ops.higher_order.auto_functionalized_v2
     back, add = torch.ops.ct.add_peer_back_.default, torch.ops.ct.add_peer_.default
-    twins = importlib.import_module("symmem.compile.twins")._of_twins
+    twins = importlib.import_module("symmem.compile.plan.mutable_ops")._of_twins
     twin = next(each for each, op in twins.items() if op is back)
     for op in (twin, add):
         graph.call_function(wrapped, (op,), {"tp": group(), "_x_base_index": 0, "_all_bases": [x]})
@@ -948,7 +948,7 @@ def case_graph_knows_groups_made_anew() -> None:
 
     def replaced(group: symmem.Group) -> None:
         others.append(of_store())
-        assert symmem.ops.engines.name_of(others[-1]) == group.name
+        assert symmem.ops.engines.select.name_of(others[-1]) == group.name
 
     def closed(group: symmem.Group) -> None:
         group.close()
@@ -960,7 +960,7 @@ def case_graph_knows_groups_made_anew() -> None:
     for first, goes in ((of_store(), replaced), (of_store(), closed), (of_process_group, closed)):
         graph = runtime.Graph()
         if first.process_group is None:
-            symmem.ops.engines.name_of(first)
+            symmem.ops.engines.select.name_of(first)
         record = runtime.Buffer(0, torch.float32, str(device()), (first.name,), None, False)
         made = graph.buffer(record, (2, 2), (2, 1))
         graph.begin()

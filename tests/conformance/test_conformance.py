@@ -6,8 +6,8 @@ import functools
 
 import pytest
 
+from symmem.tools.commands.doctor import examine
 from symmem.tools.conformance import CASES, run_case
-from symmem.tools.doctor import examine
 from symmem.tools.ranks import RanksFailedError
 
 

@@ -99,7 +99,7 @@ MODULES = {"symmem", "symmem.tensor", "symmem.ops.registry", "symmem.backends.ba
         ("symmem.config.options", "import symmem.backends"),
         ("symmem.config.options", "from symmem import __version__"),
         ("symmem.config.options", "from symmem import backends"),
-        ("symmem.backends.host", "from symmem.tensor import SymmetricTensor"),
+        ("symmem.backends.host", "from symmem.tensor.tensor import SymmetricTensor"),
         ("symmem.backends.host", "from symmem import tensor"),
         ("symmem.backends.host", "def f():\n    import symmem.tensor"),
         ("symmem.backends.host", "if TYPE_CHECKING:\n    from symmem.tensor import SymmetricTensor"),

@@ -22,7 +22,7 @@ from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.gpu import PEERS, check_gpus, fresh
 from symmem.tools.bench.progress import SILENT, Progress
 from symmem.tools.bench.timing import slowest
-from symmem.tools.doctor import examine
+from symmem.tools.commands.doctor import examine
 from symmem.tools.ranks import RankPool
 
 __all__ = ["measure", "run"]

@@ -18,10 +18,10 @@ import torch
 from symmem.backends.base import Allocation, Backend, Capability, Collective, Mapping
 from symmem.backends.base import Group as AnyGroup
 from symmem.errors import RendezvousError
-from symmem.group import Group
-from symmem.layout import Layout
-from symmem.live import Block
-from symmem.rendezvous import rendezvous
+from symmem.group.group import Group
+from symmem.memory.layout import Layout
+from symmem.memory.registry import Block
+from symmem.tensor.rendezvous import rendezvous
 from symmem.tools.bench.counting import Ledger, RankStore, Request
 from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.progress import SILENT, Progress

@@ -34,7 +34,7 @@ the requests of ours are counted.
 
 - A job of {ranks:,} ranks in {count} groups of up to {size}, which rendezvous one group after the other on one store.
 - Groups of {sizes} ranks, each alone on its store.
-- The code is that of a real job: `Group.from_store`, `symmem.rendezvous`, the wires and the sockets. The ranks of a
+- The code is that of a real job: `Group.from_store`, `rendezvous`, the wires and the sockets. The ranks of a
   group are threads. The backend maps nothing: in one exchange each rank gives {handle} bytes, like a fabric handle.
 - **One host**: all ranks have the same place. After two rounds over the store, sockets carry all others.
 - **Many hosts**: each rank has a host of its own, by `SYMMEM_HOST_ID`. The store carries every round. The 72 ranks of

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 import symmem
-from symmem.arena import carves
+from symmem.arena.arena import carves
 from symmem.backends import get_backend
 from symmem.backends.base import Backend, Capability
 from symmem.errors import SymmemError, UnsupportedError
-from symmem.group import Group, resolve_group
+from symmem.group.group import Group, resolve_group
 
 __all__ = ["CASES", "Case", "Context", "Resources", "case", "expect", "run_case"]
 

@@ -1,0 +1,36 @@
+"""Names that a package exports and that are loaded when they are first used."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["lazy_exports"]
+
+
+def lazy_exports(
+    package: str, homes: Mapping[str, str], subpackages: frozenset[str] = frozenset()
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Make ``__getattr__`` and ``__dir__`` of a package (PEP 562).
+
+    Args:
+        package: The package's ``__name__``.
+        homes: The module that defines each exported name.
+        subpackages: Names of subpackages that may be used without an import of their own.
+    """
+
+    def get(name: str) -> Any:
+        if name in subpackages:
+            return importlib.import_module(f"{package}.{name}")
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(homes[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    def names() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *homes})
+
+    return get, names

@@ -1,0 +1,70 @@
+"""What compiled code depends on, beside what torch knows: for the keys of torch's caches."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.utils import _pytree as pytree
+
+from symmem.compile.plan.mutable_ops import original_of
+from symmem.compile.plan.symmetric_layout import is_part
+from symmem.errors import GroupError
+from symmem.ops.engines.select import group_named
+from symmem.ops.registry import registry
+from symmem.ops.registry.built_in import OWN_NAMESPACE
+from symmem.ops.registry.eager_checks import backend_of
+
+__all__ = ["key_of", "operators"]
+
+
+def key_of(called: Sequence[tuple[OpOverload, torch.fx.Node]]) -> Any:
+    """The registry and the code of this package; and what it makes of what a graph calls.
+
+    That depends on the groups: on the sizes of those of our own operators, and on which is part of which; on whose
+    memory torch's own operators need; and on what a twin, whose number each process gives, stands for.
+    """
+    ours = [each for each in called if each[0].namespace == OWN_NAMESPACE or registry.lookup(each[0]) is not None]
+    groups = [(op, name) for op, node in ours for name in _groups(node)]
+    sizes = {(name, group_named(name).size) for op, name in groups if op.namespace == OWN_NAMESPACE}
+    parts = [pair for pair in itertools.permutations(sorted({name for _op, name in groups}), 2) if is_part(*pair)]
+    needs = [(op._name, backend_of(op.namespace)) for op, _node in ours]
+    return f"symmem {_fingerprint()} {registry.fingerprint()}", sorted(sizes), parts, needs
+
+
+@functools.cache
+def _fingerprint() -> str:
+    texts = [file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py"))]
+    return hashlib.sha256(b"".join(texts)).hexdigest()
+
+
+def operators(gm: torch.nn.Module) -> Iterator[tuple[OpOverload, torch.fx.Node]]:
+    """The operators that a graph calls, or may call, in the order of its nodes; not the twins of any."""
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            for target in (node.target, *node.args):  # until it is lowered, what writes is an argument of another
+                yield from ((original_of(op), node) for op in _overloads(target))
+
+
+def _overloads(target: Any) -> Iterator[OpOverload]:
+    """What this stands for, if it is called."""
+    if isinstance(target, OpOverload):
+        yield target
+    elif isinstance(target, OpOverloadPacket):
+        names: Any = target.overloads
+        yield from (getattr(target, each) for each in names())
+
+
+def _groups(node: torch.fx.Node) -> Iterator[str]:
+    """The groups that are named among the arguments of a node."""
+    for value in pytree.tree_leaves((node.args, node.kwargs)):
+        if isinstance(value, str):
+            with contextlib.suppress(GroupError):  # of another text; of a group that is not there it is told later
+                yield group_named(value).name

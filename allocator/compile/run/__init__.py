@@ -1,0 +1,1 @@
+"""Code that compiled functions call at run time."""

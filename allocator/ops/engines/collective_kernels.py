@@ -1,0 +1,724 @@
+"""The kernels of the collective operations, in CUDA C++.
+
+Each rank has a workspace that all others can load from and store to::
+
+    control    turn         uint64: operations that the owner has finished; all of one engine are counted, 0 at first
+               ticket       uint32: blocks of the running kernel that have read the turn
+               marks        [2 parities, source]: what memory a source takes part with; 0 in `pull`
+               flags        uint64 [2 parities, 2 stages, block, source]: the turn in which that block of `source` came
+    landing    [2 parities, source, SLOT bytes]: what `source` has pushed to the owner; all bytes 255 at rest
+    stage      [2 parities, STAGE bytes]: what the owner lays out for others to pull
+
+**Pushing, with no barrier.** A rank stores units of 16 bytes into the landing zones of its peers and polls its own. A
+unit consists of two words of 8 bytes, each of which arrives whole, and is there once it is not the word of 64 ones that
+lies there at rest; the reader puts that back. So no flag and no fence is needed: a word is its own flag. Of float
+reductions, 64 ones are NaNs, which the sender replaces by other NaNs. Where bits must pass unchanged, a word is 4 bytes
+of data and 32 zeros: twice the traffic, as in NCCL's LL protocol, which relies on words of 8 bytes too. (PTX ISA,
+"Memory Consistency Model": a vector access is an access to each of its elements, in any order; elements of up to 64
+bits are single-copy atomic. The idea of data that is its own flag: "Lamport" kernels of TensorRT-LLM, NCCL's LL.)
+
+* `one_shot`: everything to everybody; one way over the link, (world - 1) x bytes of traffic.
+* `two_shot`: slice p of everybody to rank p, which reduces it and pushes the result to all; two ways, 2 x bytes. A
+  thread gives its next unit before it waits for the last, so that the links are busy throughout.
+* `reduce_scatter`: the first half of that. `exchange`: slices of plain bytes, for all other operations.
+
+**Why the landing zone can be used again.** Parities alternate with the turn. In every operation each rank waits for
+something that depends on every other rank having begun it. So a rank that is in turn t + 2 knows that all have begun
+turn t + 1, hence have ended the kernel of turn t, which had read, and put to rest, what the rank now overwrites. No
+rank is ever more than one turn ahead of another in what it stores. The turn is counted by the kernels, on the device,
+so a CUDA graph can be replayed, and mixed with eager operations.
+
+**Meeting, for large sizes.** Block b of each rank stores the turn into a flag of block b of all peers, after a fence,
+and waits for theirs; no block waits for other blocks of its GPU. Flags have 64 bits: they do not come round.
+
+* `pull`: each copies its part to its stage, meets, and loads what it needs from the others' stages.
+* `put`: for results in symmetric memory: each stores its part into everyone's, between two meetings.
+
+**Deterministic.** Every element is reduced in the order of ranks, in float32 (float64 for float64), and rounded once;
+in all algorithms alike. A result is rounded before it is passed on.
+
+**In place.** A thread reads all that it ever reads of the elements that it overwrites before it overwrites them.
+
+**Failure, and long waits.** As in :mod:`symmem.backends.signal_kernels`: who waits too long writes for whom it waited,
+and traps; who waits long says so meanwhile.
+
+One engine serves operations one after the other: from one stream, or from several that are ordered by events. Blocks
+wait for the block of the same number on the other ranks only, so kernels cannot block each other for want of room.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from symmem.backends.signal_kernels import lateness, memory_access
+
+__all__ = ["KERNELS", "OPERATORS", "SOURCE", "STEPS", "TYPES", "Layout"]
+
+STEPS = {16: "all_reduce", 17: "all_gather", 18: "reduce_scatter", 19: "all_to_all", 20: "broadcast"}
+"""How kernels name the operations in the status that they leave; numbers below are those of the signals."""
+
+TYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "E4M3",
+    torch.float8_e5m2: "E5M2",
+    torch.float64: "F64",
+}
+"""What can be reduced, and the name of it in the source. Float8 saturates instead of becoming infinite."""
+
+OPERATORS = {"sum": "SUM", "avg": "AVG", "min": "MIN", "max": "MAX"}
+"""The names of the reductions in the source. Minimum and maximum of a NaN are NaN."""
+
+KERNELS = {
+    "reduce": ("one_shot", "two_shot", "reduce_scatter"),
+    "move": ("exchange", "pull", "put"),
+}
+"""The kernels of each of the two modules: that of a type and a reduction, and the one for plain bytes."""
+
+_MARKS = 128  # offset of the marks; before them the turn and, in a line of its own, the ticket
+
+
+class Layout(NamedTuple):
+    """Where things are in a workspace.
+
+    Attributes:
+        world: Ranks.
+        blocks: Most blocks of a kernel.
+        slot: Bytes that one source can push in one turn; half of it in each way of `two_shot`.
+        stage: Bytes that can be laid out in one turn.
+    """
+
+    world: int
+    blocks: int
+    slot: int
+    stage: int
+
+    @classmethod
+    def make(cls, world: int, landing: int, stage: int, blocks: int) -> Layout:
+        """The layout with about so many bytes of landing zone and of stage, each of them twice."""
+        return cls(world, blocks, max(landing // world // 512 * 512, 512), -(-stage // 512) * 512)
+
+    @property
+    def flags(self) -> int:
+        """Offset of the flags."""
+        return _MARKS + 2 * self.world * 8
+
+    @property
+    def landing(self) -> int:
+        """Offset of the landing zones."""
+        return -(-(self.flags + 2 * 2 * self.blocks * self.world * 8) // 4096) * 4096
+
+    @property
+    def stages(self) -> int:
+        """Offset of the stages."""
+        return self.landing + 2 * self.world * self.slot
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a workspace."""
+        return self.stages + 2 * self.stage
+
+    def macros(self) -> dict[str, str]:
+        """What the source needs to know of it."""
+        numbers = {
+            "WORLD": self.world,
+            "BLOCKS": self.blocks,
+            "MARKS": _MARKS,
+            "FLAGS": self.flags,
+            "LANDING": self.landing,
+            "SLOT": self.slot,
+            "STAGES": self.stages,
+            "STAGE": self.stage,
+        }
+        return {name: str(number) for name, number in numbers.items()}
+
+
+SOURCE = (
+    r"""
+// Defined on the compiler's command line: WORLD, the layout, and for reductions REDUCES, TYPE_x and OPERATOR_x.
+typedef unsigned char u8;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct Call {
+  u8 *areas[WORLD];     // each rank's workspace, in this process's addresses
+  u8 *outs[WORLD];      // `put`: each rank's result
+  const u8 *source;
+  u8 *out;
+  u64 bytes;            // of the whole message
+  u64 slice;            // bytes of a rank's part
+  u64 stride;           // from one rank's part to the next, in the source
+  u64 out_stride;       // and in the result
+  u64 mark;             // `put`: must be the same on all ranks, and not 0
+  u64 limit;            // nanoseconds
+  u32 *status;          // host memory: {step, reason, peer, group} of who gave up; then of those that wait
+  u32 step, rank, group, root;
+  u32 nap, unused;      // nanoseconds between two looks, where many threads look
+};
+
+enum Reason { LATE = 0, DIFFERS = 1 };
+
+const u32 NOBODY = 0xffffffffu;
+const u64 ONES = ~0ull;
+
+struct Unit { u64 a, b; };
+
+// A set of ranks.
+#if WORLD <= 32
+typedef u32 Ranks;
+#else
+typedef u64 Ranks;
+#endif
+
+__device__ __forceinline__ constexpr Ranks bit(u32 rank) { return Ranks(1) << rank; }
+
+// Memory.
+"""
+    + memory_access(64)
+    + r"""
+// A unit of a landing zone, each word of it whole.
+__device__ __forceinline__ Unit peek(const u8 *at) {
+  Unit unit;
+  asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(unit.a), "=l"(unit.b) : "l"(at) : "memory");
+  return unit;
+}
+
+__device__ __forceinline__ void push(u8 *at, Unit unit) {
+  asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" : : "l"(at), "l"(unit.a), "l"(unit.b) : "memory");
+}
+
+// Up to 16 bytes of any alignment; what is not there is 0.
+__device__ __noinline__ Unit load_slowly(const u8 *at, u32 count) {
+  u64 words[2] = {0, 0};
+  if ((u64(at) | count) % 4 == 0) {
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i)
+      if (i * 4 < count) words[i / 2] |= u64(*(const volatile u32 *)(at + i * 4)) << (i % 2 * 32);
+  } else if ((u64(at) | count) % 2 == 0) {
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i)
+      if (i * 2 < count) words[i / 4] |= u64(*(const volatile unsigned short *)(at + i * 2)) << (i % 4 * 16);
+  } else {
+#pragma unroll
+    for (u32 i = 0; i < 16; ++i)
+      if (i < count) words[i / 8] |= u64(*(const volatile u8 *)(at + i)) << (i % 8 * 8);
+  }
+  return {words[0], words[1]};
+}
+
+__device__ __noinline__ void save_slowly(u8 *at, Unit unit, u32 count) {
+  const u64 words[2] = {unit.a, unit.b};
+  if ((u64(at) | count) % 4 == 0) {
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i)
+      if (i * 4 < count) *(volatile u32 *)(at + i * 4) = u32(words[i / 2] >> (i % 2 * 32));
+  } else if ((u64(at) | count) % 2 == 0) {
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i)
+      if (i * 2 < count)
+        *(volatile unsigned short *)(at + i * 2) = (unsigned short)(words[i / 4] >> (i % 4 * 16));
+  } else {
+#pragma unroll
+    for (u32 i = 0; i < 16; ++i)
+      if (i < count) *(volatile u8 *)(at + i) = u8(words[i / 8] >> (i % 8 * 8));
+  }
+}
+
+// 16 bytes at a multiple of 16. Where several are loaded, no branch lies between: they are under way together.
+__device__ __forceinline__ Unit load_whole(const u8 *at) {
+  Unit unit;
+  asm volatile("ld.global.v2.u64 {%0, %1}, [%2];" : "=l"(unit.a), "=l"(unit.b) : "l"(at) : "memory");
+  return unit;
+}
+
+__device__ __forceinline__ Unit load(const u8 *at, u64 left) {
+  if (left < 16 || u64(at) % 16 != 0) return load_slowly(at, left < 16 ? u32(left) : 16);
+  return load_whole(at);
+}
+
+__device__ __forceinline__ void save(u8 *at, Unit unit, u64 left) {
+  if (left < 16 || u64(at) % 16 != 0)
+    save_slowly(at, unit, left < 16 ? u32(left) : 16);
+  else
+    asm volatile("st.global.v2.u64 [%0], {%1, %2};" : : "l"(at), "l"(unit.a), "l"(unit.b) : "memory");
+}
+
+// Waiting.
+"""
+    + lateness("call->step", "what")
+    + r"""
+__device__ __forceinline__ u32 lane() {
+  u32 number;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(number));
+  return number;
+}
+
+__device__ __forceinline__ u64 *turn_word(const Call &call) { return (u64 *)call.areas[call.rank]; }
+
+__device__ __forceinline__ u64 read_turn(const Call &call) { return load_relaxed(turn_word(call)); }
+
+// All threads of the block have read the turn: with the last block's ticket it may be changed. The ticket is on its way
+// while the block waits for its peers.
+__device__ __forceinline__ u32 draw_ticket(const Call &call) {
+  __syncthreads();
+  if (threadIdx.x != 0 || gridDim.x == 1) return 0;
+  return atomicAdd((u32 *)(call.areas[call.rank] + 64), 1u);
+}
+
+__device__ __forceinline__ void advance(const Call &call, u64 turn, u32 ticket) {
+  if (threadIdx.x != 0 || ticket != gridDim.x - 1) return;
+  *(volatile u32 *)(call.areas[call.rank] + 64) = 0;
+  store_relaxed(turn_word(call), turn + 1);
+}
+
+__device__ __forceinline__ u64 *flag(const Call &call, u32 at, u64 turn, u32 phase, u32 source) {
+  return (u64 *)(call.areas[at] + FLAGS) + ((turn % 2 * 2 + phase) * BLOCKS + blockIdx.x) * WORLD + source;
+}
+
+__device__ __forceinline__ u64 *mark(const Call &call, u32 at, u64 turn, u32 source) {
+  return (u64 *)(call.areas[at] + MARKS) + turn % 2 * WORLD + source;
+}
+
+// Wait for the same block of all ranks; what each has stored before is visible afterwards. May compare a number.
+__device__ __forceinline__ void meet(const Call &call, u64 turn, u32 phase, bool compare = false, u64 mine = 0) {
+  __syncthreads();
+  const u32 peer = threadIdx.x;
+  if (peer < WORLD && peer != call.rank) {
+    if (compare) store_relaxed(mark(call, peer, turn, call.rank), mine);
+    fence();
+    store_relaxed(flag(call, peer, turn, phase, call.rank), turn + 1);
+    u64 began = 0;
+    for (u32 spins = 1; load_acquire(flag(call, call.rank, turn, phase, peer)) != turn + 1; ++spins)
+      if (spins % SPINS == 0) began = give_up_when_late(&call, LATE, peer, began);
+    if (compare && load_relaxed(mark(call, call.rank, turn, peer)) != mine)
+      stop(&call, DIFFERS, peer);
+  }
+  __syncthreads();
+}
+
+__device__ __forceinline__ u8 *slot(const Call &call, u32 at, u64 turn, u32 source) {
+  return call.areas[at] + LANDING + (turn % 2 * WORLD + source) * u64(SLOT);
+}
+
+// The k-th peer after this rank: so that not all begin with the same one.
+__device__ __forceinline__ u32 next(const Call &call, u32 k) {
+  const u32 peer = call.rank + k;
+  return peer < WORLD ? peer : peer - WORLD;
+}
+
+// What is left, at a unit of a rank's part, of that part; 0 beyond.
+__device__ __forceinline__ u64 left_of(const Call &call, u32 rank, u64 unit) {
+  const u64 start = rank * call.stride, at = start + unit * 16;
+  const u64 end = start + call.slice < call.bytes ? start + call.slice : call.bytes;
+  return at < end ? end - at : 0;
+}
+
+__device__ __forceinline__ bool is_whole(Unit unit) { return unit.a != ONES && unit.b != ONES; }
+
+// Whether of all parts this unit is there, and begins at a multiple of 16; the last part is the shortest.
+__device__ __forceinline__ bool is_regular(const Call &call, u64 unit) {
+  return (u64(call.source) | call.stride) % 16 == 0 && left_of(call, WORLD - 1, unit) >= 16;
+}
+
+// 8 bytes of data as a unit: 4 in each word.
+__device__ __forceinline__ bool is_split_whole(Unit unit) { return unit.a >> 32 == 0 && unit.b >> 32 == 0; }
+
+// One of the ranks; not the same one for all threads of a warp, so that others are told of as well.
+__device__ __forceinline__ u32 one_of(Ranks ranks) {
+  const Ranks later = ranks & (~Ranks(0) << lane() % WORLD);
+  return __ffsll(later ? later : ranks) - 1;
+}
+
+// Wait for a unit of each of the ranks `wanted`, and put to rest where it lay.
+template <bool SPLIT>
+__device__ __forceinline__ void receive(const Call &call, const u8 *own, Ranks wanted, Unit (&got)[WORLD]) {
+  u64 began = 0;
+  Ranks missing = wanted;
+  for (u32 spins = 1;; ++spins) {
+    // All loads, then all looks at them: they are under way together.
+#pragma unroll
+    for (u32 r = 0; r < WORLD; ++r)
+      if (missing & bit(r)) got[r] = peek(own + r * u64(SLOT));
+#pragma unroll
+    for (u32 r = 0; r < WORLD; ++r)
+      if (SPLIT ? is_split_whole(got[r]) : is_whole(got[r])) missing &= ~bit(r);
+    if (missing == 0) break;
+    if (call.nap) __nanosleep(call.nap);
+    if (spins % SPINS == 0) began = give_up_when_late(&call, LATE, one_of(missing), began);
+  }
+#pragma unroll
+  for (u32 r = 0; r < WORLD; ++r)
+    if (wanted & bit(r)) push((u8 *)own + r * u64(SLOT), {ONES, ONES});
+}
+
+__device__ __forceinline__ Ranks all_others(const Call &call) {
+  return Ranks(ONES >> (64 - WORLD)) & ~bit(call.rank);
+}
+
+__device__ __forceinline__ void clear(Unit (&got)[WORLD]) {
+#pragma unroll
+  for (u32 r = 0; r < WORLD; ++r) got[r] = {ONES, ONES};
+}
+
+#define FIRST (blockIdx.x * blockDim.x + threadIdx.x)
+#define STEP (gridDim.x * blockDim.x)
+
+#ifdef REDUCES
+#if TYPE_F64
+typedef double Wide;
+#define COUNT 2
+#define OTHER_NAN 0x7fffffffffffffffull
+#elif TYPE_F32
+typedef float Wide;
+#define COUNT 4
+#define OTHER_NAN 0x7fffffff7fffffffull
+#elif TYPE_F16 || TYPE_BF16
+typedef float Wide;
+#define COUNT 8
+#define OTHER_NAN 0x7fff7fff7fff7fffull
+#else
+typedef float Wide;
+#define COUNT 16
+#define OTHER_NAN 0x7f7f7f7f7f7f7f7full
+#endif
+
+__device__ __forceinline__ Unit guard(Unit unit) {
+  return {unit.a == ONES ? OTHER_NAN : unit.a, unit.b == ONES ? OTHER_NAN : unit.b};
+}
+
+__device__ __forceinline__ Wide combine(Wide a, Wide b) {
+#if OPERATOR_SUM || OPERATOR_AVG
+  return a + b;
+#elif TYPE_F64
+  if (a != a || b != b) return a + b;
+#if OPERATOR_MIN
+  return a < b || (a == b && __double_as_longlong(a) < 0) ? a : b;
+#else
+  return a > b || (a == b && __double_as_longlong(a) >= 0) ? a : b;
+#endif
+#elif OPERATOR_MIN
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
+  return a;
+#else
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
+  return a;
+#endif
+}
+
+#if TYPE_F64
+__device__ __forceinline__ void widen(Unit unit, Wide (&wide)[COUNT]) {
+  wide[0] = __longlong_as_double(unit.a);
+  wide[1] = __longlong_as_double(unit.b);
+}
+__device__ __forceinline__ Unit narrow(const Wide (&wide)[COUNT]) {
+  return {u64(__double_as_longlong(wide[0])), u64(__double_as_longlong(wide[1]))};
+}
+#else
+__device__ __forceinline__ void widen_word(u32 word, Wide *wide) {
+#if TYPE_F32
+  wide[0] = __uint_as_float(word);
+#elif TYPE_BF16
+  wide[0] = __uint_as_float(word << 16);
+  wide[1] = __uint_as_float(word & 0xffff0000u);
+#elif TYPE_F16
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+      : "=f"(wide[0]), "=f"(wide[1]) : "r"(word));
+#else
+#if TYPE_E4M3
+#define FLOAT8 "e4m3x2"
+#else
+#define FLOAT8 "e5m2x2"
+#endif
+  asm("{.reg .b16 l, h, a, b; .reg .b32 x, y; mov.b32 {l, h}, %4;"
+      "cvt.rn.f16x2." FLOAT8 " x, l; mov.b32 {a, b}, x; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;"
+      "cvt.rn.f16x2." FLOAT8 " y, h; mov.b32 {a, b}, y; cvt.f32.f16 %2, a; cvt.f32.f16 %3, b;}"
+      : "=f"(wide[0]), "=f"(wide[1]), "=f"(wide[2]), "=f"(wide[3]) : "r"(word));
+#endif
+}
+
+__device__ __forceinline__ u32 narrow_word(const Wide *wide) {
+  u32 word;
+#if TYPE_F32
+  word = __float_as_uint(wide[0]);
+#elif TYPE_BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(wide[1]), "f"(wide[0]));
+#elif TYPE_F16
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(wide[1]), "f"(wide[0]));
+#else
+  asm("{.reg .b16 l, h; cvt.rn.satfinite." FLOAT8 ".f32 l, %2, %1; cvt.rn.satfinite." FLOAT8 ".f32 h, %4, %3;"
+      "mov.b32 %0, {l, h};}"
+      : "=r"(word) : "f"(wide[0]), "f"(wide[1]), "f"(wide[2]), "f"(wide[3]));
+#endif
+  return word;
+}
+
+__device__ __forceinline__ void widen(Unit unit, Wide (&wide)[COUNT]) {
+  widen_word(u32(unit.a), wide);
+  widen_word(u32(unit.a >> 32), wide + COUNT / 4);
+  widen_word(u32(unit.b), wide + COUNT / 2);
+  widen_word(u32(unit.b >> 32), wide + COUNT / 4 * 3);
+}
+
+__device__ __forceinline__ Unit narrow(const Wide (&wide)[COUNT]) {
+  return {narrow_word(wide) | u64(narrow_word(wide + COUNT / 4)) << 32,
+          narrow_word(wide + COUNT / 2) | u64(narrow_word(wide + COUNT / 4 * 3)) << 32};
+}
+#endif
+
+// In the order of ranks, whoever does it.
+__device__ __forceinline__ Unit reduce(const Unit (&got)[WORLD]) {
+  Wide total[COUNT], wide[COUNT];
+  widen(got[0], total);
+#pragma unroll
+  for (u32 r = 1; r < WORLD; ++r) {
+    widen(got[r], wide);
+#pragma unroll
+    for (u32 i = 0; i < COUNT; ++i) total[i] = combine(total[i], wide[i]);
+  }
+#if OPERATOR_AVG
+#pragma unroll
+  for (u32 i = 0; i < COUNT; ++i) total[i] /= Wide(WORLD);
+#endif
+  return guard(narrow(total));
+}
+
+// The own unit, and that nothing has come yet. Selected word by word: an index that is known at run time only would put
+// the array into memory.
+__device__ __forceinline__ void begin(const Call &call, Unit mine, Unit (&got)[WORLD]) {
+#pragma unroll
+  for (u32 r = 0; r < WORLD; ++r) {
+    got[r].a = r == call.rank ? mine.a : ONES;
+    got[r].b = r == call.rank ? mine.b : ONES;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(512) one_shot(const __grid_constant__ Call call) {
+  const u64 turn = read_turn(call);
+  const u32 units = u32((call.bytes + 15) / 16);
+  const auto give = [&](u32 u) {
+    const Unit mine = guard(load(call.source + u64(u) * 16, call.bytes - u64(u) * 16));
+#pragma unroll
+    for (u32 k = 1; k < WORLD; ++k) push(slot(call, next(call, k), turn, call.rank) + u64(u) * 16, mine);
+  };
+  if (FIRST < units) give(FIRST);
+  const u32 ticket = draw_ticket(call);
+  const u8 *own = slot(call, call.rank, turn, 0);
+  for (u32 u = FIRST; u < units; u += STEP) {
+    if (u + STEP < units) give(u + STEP);
+    const u64 at = u64(u) * 16, left = call.bytes - at;
+    Unit got[WORLD];
+    begin(call, guard(load(call.source + at, left)), got);
+    receive<false>(call, own + at, all_others(call), got);
+    save(call.out + at, reduce(got), left);
+  }
+  advance(call, turn, ticket);
+}
+
+template <bool GATHER>
+__device__ __forceinline__ void by_slices(const Call &call) {
+  const u64 turn = read_turn(call);
+  const u32 units = u32((call.slice + 15) / 16);
+  const Ranks others = all_others(call);
+  const u8 *own = slot(call, call.rank, turn, 0);
+  // A unit of each peer's slice, to that peer.
+  const auto give = [&](u32 u) {
+    if (is_regular(call, u)) {
+      Unit units_of[WORLD];
+#pragma unroll
+      for (u32 k = 1; k < WORLD; ++k)
+        units_of[k] = load_whole(call.source + next(call, k) * call.stride + u64(u) * 16);
+#pragma unroll
+      for (u32 k = 1; k < WORLD; ++k)
+        push(slot(call, next(call, k), turn, call.rank) + u64(u) * 16, guard(units_of[k]));
+      return;
+    }
+    for (u32 k = 1; k < WORLD; ++k) {
+      const u32 peer = next(call, k);
+      const u64 left = left_of(call, peer, u);
+      if (left == 0) continue;
+      const Unit unit = load(call.source + peer * call.stride + u64(u) * 16, left);
+      push(slot(call, peer, turn, call.rank) + u64(u) * 16, guard(unit));
+    }
+  };
+  // A unit of the own slice, from everybody; the result to everybody.
+  const auto take = [&](u32 u) {
+    const u64 left = left_of(call, call.rank, u), at = u64(u) * 16;
+    if (left == 0) return;
+    Unit got[WORLD];
+    begin(call, guard(load(call.source + call.rank * call.stride + at, left)), got);
+    receive<false>(call, own + at, others, got);
+    const Unit result = reduce(got);
+    if (GATHER) {
+#pragma unroll
+      for (u32 k = 1; k < WORLD; ++k)
+        push(slot(call, next(call, k), turn, call.rank) + SLOT / 2 + at, result);
+    }
+    save(call.out + (GATHER ? call.rank * call.stride : 0) + at, result, left);
+  };
+  // A unit of each peer's result.
+  const auto fetch = [&](u32 u) {
+    Ranks wanted = 0;
+    Unit got[WORLD];
+    clear(got);
+#pragma unroll
+    for (u32 r = 0; r < WORLD; ++r)
+      if (left_of(call, r, u)) wanted |= bit(r);
+    receive<false>(call, own + SLOT / 2 + u64(u) * 16, wanted & others, got);
+#pragma unroll
+    for (u32 r = 0; r < WORLD; ++r)
+      if (wanted & others & bit(r)) save(call.out + r * call.stride + u64(u) * 16, got[r], left_of(call, r, u));
+  };
+  if (FIRST < units) give(FIRST);
+  const u32 ticket = draw_ticket(call);
+  for (u32 u = FIRST; u < units; u += STEP) {
+    if (u + STEP < units) give(u + STEP);
+    take(u);
+    if (GATHER && u >= STEP) fetch(u - STEP);
+  }
+  if (GATHER && FIRST < units) fetch(FIRST + (units - 1 - FIRST) / STEP * STEP);
+  advance(call, turn, ticket);
+}
+
+extern "C" __global__ void __launch_bounds__(512) two_shot(const __grid_constant__ Call call) {
+  by_slices<true>(call);
+}
+
+extern "C" __global__ void __launch_bounds__(512) reduce_scatter(const __grid_constant__ Call call) {
+  by_slices<false>(call);
+}
+
+#else  // plain bytes
+
+// Of all operations that only move bytes: rank r's result has, as its part p, part r of rank p; or the only part of p,
+// where the stride is 0; or only that of the root.
+
+__device__ __forceinline__ Unit split(u64 data) { return {data & 0xffffffffu, data >> 32}; }
+
+__device__ __forceinline__ u64 load_line(const u8 *at, u64 left) {
+  if (left < 8 || u64(at) % 8 != 0) return load_slowly(at, left < 8 ? u32(left) : 8).a;
+  return *(const volatile u64 *)at;
+}
+
+__device__ __forceinline__ void save_line(u8 *at, u64 data, u64 left) {
+  if (left < 8 || u64(at) % 8 != 0)
+    save_slowly(at, {data, 0}, left < 8 ? u32(left) : 8);
+  else
+    *(volatile u64 *)at = data;
+}
+
+extern "C" __global__ void __launch_bounds__(512) exchange(const __grid_constant__ Call call) {
+  const u64 turn = read_turn(call);
+  const u32 lines = u32((call.slice + 7) / 8);  // 8 bytes of data in a unit of 16
+  const bool gives = call.root == NOBODY || call.root == call.rank;
+  // From who has nothing to give, one line: that it has begun this turn.
+  for (u32 u = FIRST; u < (gives ? lines : 1); u += STEP) {
+    const u64 at = u64(u) * 8, left = call.slice - at;
+    if (call.stride == 0 || !gives) {
+      const u64 data = gives ? load_line(call.source + at, left) : 0;
+#pragma unroll
+      for (u32 k = 1; k < WORLD; ++k)
+        push(slot(call, next(call, k), turn, call.rank) + u64(u) * 16, split(data));
+      if (gives) save_line(call.out + call.rank * call.out_stride + at, data, left);
+      continue;
+    }
+    if (left >= 8 && (u64(call.source) | call.stride) % 8 == 0) {
+      u64 parts[WORLD];
+#pragma unroll
+      for (u32 k = 0; k < WORLD; ++k)
+        parts[k] = *(const volatile u64 *)(call.source + next(call, k) * call.stride + at);
+#pragma unroll
+      for (u32 k = 1; k < WORLD; ++k)
+        push(slot(call, next(call, k), turn, call.rank) + u64(u) * 16, split(parts[k]));
+      save_line(call.out + call.rank * call.out_stride + at, parts[0], left);
+      continue;
+    }
+    for (u32 k = 0; k < WORLD; ++k) {
+      const u32 peer = next(call, k);
+      const u64 data = load_line(call.source + peer * call.stride + at, left);
+      if (k == 0)
+        save_line(call.out + peer * call.out_stride + at, data, left);
+      else
+        push(slot(call, peer, turn, call.rank) + u64(u) * 16, split(data));
+    }
+  }
+  const u32 ticket = draw_ticket(call);
+  const Ranks others = all_others(call);
+  const u8 *own = slot(call, call.rank, turn, 0);
+  for (u32 u = FIRST; u < lines; u += STEP) {
+    const u64 at = u64(u) * 8, left = call.slice - at;
+    const Ranks wanted = call.root == NOBODY || u == 0 ? others : others & bit(call.root);
+    Unit got[WORLD];
+    clear(got);
+    receive<true>(call, own + u64(u) * 16, wanted, got);
+#pragma unroll
+    for (u32 r = 0; r < WORLD; ++r)
+      if ((others & bit(r)) && (call.root == NOBODY || call.root == r))
+        save_line(call.out + r * call.out_stride + at, got[r].a | got[r].b << 32, left);
+  }
+  advance(call, turn, ticket);
+}
+
+extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ Call call) {
+  const u64 turn = read_turn(call);
+  const u32 ticket = draw_ticket(call);
+  const u32 units = u32((call.slice + 15) / 16);
+  const u64 pitch = call.stride == 0 ? 0 : u64(units) * 16;  // of the parts in the stage
+  u8 *stage = call.areas[call.rank] + STAGES + turn % 2 * u64(STAGE);
+  if (call.root == NOBODY || call.root == call.rank)
+    for (u32 u = FIRST; u < units; u += STEP) {
+      const u64 at = u64(u) * 16, left = call.slice - at;
+      const u32 parts = call.stride == 0 ? 1 : WORLD;
+      for (u32 p = 0; p < parts; ++p) {
+        const Unit unit = load(call.source + p * call.stride + at, left);
+        save(stage + p * pitch + at, unit, 16);
+        if (call.stride == 0 || p == call.rank) save(call.out + call.rank * call.out_stride + at, unit, left);
+      }
+    }
+  meet(call, turn, 0, blockIdx.x == 0);  // with no mark: others may be about to `put`
+  for (u32 u = FIRST; u < units; u += STEP) {
+    const u64 at = u64(u) * 16, left = call.slice - at;
+    Unit parts[WORLD];
+#pragma unroll
+    for (u32 k = 1; k < WORLD; ++k) {
+      const u32 peer = next(call, k);
+      if (call.root == NOBODY || call.root == peer)
+        parts[k] = load_whole(call.areas[peer] + STAGES + turn % 2 * u64(STAGE) + call.rank * pitch + at);
+    }
+#pragma unroll
+    for (u32 k = 1; k < WORLD; ++k) {
+      const u32 peer = next(call, k);
+      if (call.root == NOBODY || call.root == peer) save(call.out + peer * call.out_stride + at, parts[k], left);
+    }
+  }
+  advance(call, turn, ticket);
+}
+
+extern "C" __global__ void __launch_bounds__(512) put(const __grid_constant__ Call call) {
+  const u64 turn = read_turn(call);
+  const u32 ticket = draw_ticket(call);
+  meet(call, turn, 0, blockIdx.x == 0, call.mark);
+  const u32 units = call.root == NOBODY || call.root == call.rank ? u32(call.slice / 16) : 0;
+  for (u32 u = FIRST; u < units; u += STEP) {
+    const u64 at = u64(u) * 16, place = call.rank * call.out_stride + at;
+    if (call.stride == 0) {
+      const Unit unit = load(call.source + at, 16);
+#pragma unroll
+      for (u32 k = 1; k <= WORLD; ++k) save(call.outs[next(call, k % WORLD)] + place, unit, 16);
+      continue;
+    }
+    Unit parts[WORLD];
+#pragma unroll
+    for (u32 k = 0; k < WORLD; ++k) parts[k] = load(call.source + next(call, k) * call.stride + at, 16);
+#pragma unroll
+    for (u32 k = 0; k < WORLD; ++k) save(call.outs[next(call, k)] + place, parts[k], 16);
+  }
+  meet(call, turn, 1);
+  advance(call, turn, ticket);
+}
+#endif
+"""
+)
+"""For NVRTC: sm_80 or newer (sm_89 for float8), at most 64 ranks, no header needed."""

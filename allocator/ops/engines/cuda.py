@@ -1,0 +1,433 @@
+"""Collective operations of a group on one GPU: what is launched for each call. The kernels: :mod:`.cuda_kernels`.
+
+The engine of a group has one workspace, which all ranks rendezvous at the first operation, and which then serves one
+operation after the other. A call only chooses kernels, by shape, and launches them on the current stream: their
+arguments are laid out once for each dtype, size and kind, and only the addresses change.
+
+What all ranks must do alike, beside calling the same operations in the same order:
+
+* Calls of one engine on several streams must be ordered, by events; the replay of a graph counts as a call.
+* Large parts that are only moved are stored into the others' results where they lie, if that is symmetric memory. So
+  the result of an all-gather, all-to-all or broadcast is in symmetric memory on all ranks, at the same offset of the
+  same allocation, or on none. Anything else ends in a MismatchError; with a table that runs `exchange` for what is so
+  large, in a PeerTimeoutError.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from symmem.backends.cuda_signals import device_of, name_steps
+from symmem.backends.driver_errors import driver_error
+from symmem.backends.gpu import finish_stream
+from symmem.backends.kernel_words import raise_failure
+from symmem.errors import SymmemError, UnsupportedError
+from symmem.group.compare import compare
+from symmem.group.group import Group
+from symmem.memory import cuda_graphs
+from symmem.memory.registry import Block, block_at
+from symmem.ops.engines.collective_kernels import OPERATORS, STEPS, TYPES, Layout
+from symmem.ops.engines.cuda_programs import program
+from symmem.ops.engines.cuda_tuning import BLOCKS, Choice, Table, grid, table_for
+from symmem.redirect.cuda_pool import is_pooled
+from symmem.tensor.tensor import SymmetricTensor
+
+__all__ = ["CudaEngine", "Piece", "pieces"]
+
+_LANDING = 64 << 20  # bytes, twice: what an operation can push to a rank
+_STAGE = 8 << 20  # bytes, twice: what it can lay out
+_LARGEST_WORLD = 64  # a set of ranks is 64 bits in the kernels
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not used CUDA yet
+_REMEMBERED = 4096  # plans that are kept
+_NOBODY = 0xFFFFFFFF
+_UNIT = 16
+
+name_steps(STEPS)
+_NUMBERS = {name: number for number, name in STEPS.items()}
+
+
+class Piece(NamedTuple):
+    """A part of an operation that one launch does: from ``start``, so many bytes."""
+
+    start: int
+    nbytes: int
+
+
+def pieces(nbytes: int, most: int) -> list[Piece]:
+    """Cut ``nbytes`` (more than 0) into pieces of at most ``most``, all but the last a multiple of 16, and alike."""
+    count = -(-nbytes // most)
+    size = -(-nbytes // count // _UNIT) * _UNIT
+    return [Piece(start, min(size, nbytes - start)) for start in range(0, nbytes, size)]
+
+
+@functools.cache
+def call_type(world: int) -> type[ctypes.Structure]:
+    """``struct Call`` of :data:`symmem.ops.engines.collective_kernels.SOURCE`."""
+    arrays = [(name, ctypes.c_uint64 * world) for name in ("areas", "outs")]
+    names = ("source", "out", "bytes", "slice", "stride", "out_stride", "mark", "limit", "status")
+    longs = [(name, ctypes.c_uint64) for name in names]
+    words = [(name, ctypes.c_uint32) for name in ("step", "rank", "group", "root", "nap", "unused")]
+    return type("Call", (ctypes.Structure,), {"_fields_": [*arrays, *longs, *words]})
+
+
+class _Launch:
+    """A kernel with its arguments; where in the tensors it begins is added to their addresses at each launch."""
+
+    __slots__ = ("_pointers", "arguments", "blocks", "call", "function", "memory", "out", "source", "threads")
+
+    def __init__(self, function: Any, blocks: int, threads: int, call: Any, source: int, out: int) -> None:
+        self.function, self.blocks, self.threads, self.call = function, blocks, threads, call
+        self.source, self.out = source, out
+        self.memory: _Memory | None = None  # whose addresses are in the call, if they are
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(call))
+        self.arguments = ctypes.addressof(self._pointers)
+
+
+class CudaEngine:
+    """See :class:`symmem.ops.engines.base.Engine`. Making one is local; the first operation is collective and waits.
+
+    Args:
+        group: Whose ranks take part.
+        device: This rank's GPU.
+
+    Raises:
+        UnsupportedError: By the first operation: it is amid the capture of a CUDA graph; a rank's memory cannot be
+            loaded from and stored to; there are more than 64 ranks; by any: a dtype that cannot be reduced.
+        MismatchError: By the first operation: ranks choose by different tables of algorithms.
+    """
+
+    def __init__(self, group: Group, device: torch.device) -> None:
+        self._group, self._rank, self._world = group, group.rank, group.size
+        self._ordinal = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", self._ordinal)
+        self.layout = Layout.make(self._world, _LANDING, _STAGE, BLOCKS)
+        self._state = device_of(self._ordinal)
+        self._status = self._state.status
+        self.status_here = ctypes.addressof(self._status)  # of the host's words, whose other address kernels have
+        self._number = self._state.enter(group)
+        self._launch_kernel = self._state.driver.bindings.cuLaunchKernel
+        self._lock = threading.Lock()  # from setting the addresses to the launch, which copies them
+        self._workspace: SymmetricTensor | None = None
+        self._areas: tuple[int, ...] = ()
+        self._plans: dict[Any, list[_Launch]] = {}
+        self._memories: dict[tuple[int, int], _Memory] = {}
+        self.calls: Any = None  # that symmem.ops.eager can do again
+        self.use(table_for(self._world, group.settings.algorithms))
+
+    def use(self, table: Table) -> None:
+        """Choose by this table from here on; all ranks must, before the same operation. Local."""
+        self.table = table
+        self._beyond = table.symmetric_beyond()
+        self._plans.clear()
+        if self.calls is not None:
+            self.calls.clear()
+
+    @property
+    def context(self) -> int:
+        """The CUDA context that its kernels are launched in, whichever is current."""
+        return int(self._state.driver.context(self._ordinal))
+
+    # The operations.
+
+    def all_reduce(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
+        """See :meth:`symmem.ops.engines.base.Engine.all_reduce`."""
+        nbytes = source.nbytes
+        key = ("all_reduce", nbytes, source.dtype, reduction)
+        plan = self._plans.get(key)
+        if plan is None:
+            if self._is_trivial(source, out, nbytes):
+                return
+            plan = self._plan_all_reduce(nbytes, source.dtype, reduction)
+            self._remember(key, plan)
+        address = source.data_ptr()
+        self._run(plan, address, address if out is source else out.data_ptr())
+
+    def reduce_scatter(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
+        """See :meth:`symmem.ops.engines.base.Engine.reduce_scatter`."""
+        nbytes = out.nbytes
+        if self._is_trivial(source, out, nbytes):
+            return
+        key = ("reduce_scatter", nbytes, out.dtype, reduction)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plan_reduce_scatter(nbytes, out.dtype, reduction)
+            self._remember(key, plan)
+        self._run(plan, source.data_ptr(), out.data_ptr())
+
+    def all_gather(self, source: torch.Tensor, out: torch.Tensor) -> None:
+        """See :meth:`symmem.ops.engines.base.Engine.all_gather`."""
+        self._move("all_gather", source, out, source.nbytes, 0, source.nbytes)
+
+    def all_to_all(self, source: torch.Tensor, out: torch.Tensor) -> None:
+        """See :meth:`symmem.ops.engines.base.Engine.all_to_all`."""
+        part = source.nbytes // self._world
+        self._move("all_to_all", source, out, part, part, part)
+
+    def broadcast(self, source: torch.Tensor, out: torch.Tensor, root: int) -> None:
+        """See :meth:`symmem.ops.engines.base.Engine.broadcast`."""
+        self._move("broadcast", source, out, source.nbytes, 0, 0, root)
+
+    def sole_launch(self, operation: str, source: torch.Tensor, out: torch.Tensor, option: Any) -> _Launch | None:
+        """The one kernel that such a call launches wherever its tensors lie, after the first; None if it is not so."""
+        if operation in ("all_reduce", "reduce_scatter"):
+            key: Any = (operation, out.nbytes, out.dtype, option)
+        else:
+            nbytes = source.nbytes // self._world if operation == "all_to_all" else source.nbytes
+            if nbytes > self._beyond:
+                return None
+            key = (operation, nbytes, _NOBODY if option is None else option, True)
+        plan = self._plans.get(key, ())
+        return plan[0] if len(plan) == 1 else None
+
+    def check(self) -> None:
+        """Raise what a kernel of this process has failed with, if one has. Local and quick; does not wait.
+
+        Raises:
+            PeerTimeoutError, PeerLostError: Which rank was waited for, in which operation.
+            MismatchError: A rank took part with other memory.
+        """
+        if self._status[0] and (error := self._state.failure()):
+            raise error
+
+    # Plans: what is launched, by shape.
+
+    def _plan_all_reduce(self, nbytes: int, dtype: torch.dtype, reduction: str) -> list[_Launch]:
+        choice = self.table.choose(nbytes)
+        functions = self._reducing("all_reduce", dtype, reduction)
+        half = self.layout.slot // 2 // _UNIT * _UNIT
+        most = {"one_shot": self.layout.slot, "two_shot": self._world * half}[choice.kernel]
+        plan = []
+        for start, size in pieces(nbytes, most):
+            part = size if choice.kernel == "one_shot" else -(-size // self._world // _UNIT) * _UNIT
+            sizes = {"bytes": size, "slice": part, "stride": part}
+            plan.append(self._launch("all_reduce", functions[choice.kernel], choice, part, (start, start), sizes))
+        return plan
+
+    def _plan_reduce_scatter(self, nbytes: int, dtype: torch.dtype, reduction: str) -> list[_Launch]:
+        choice = self.table.choose_reduce_scatter(nbytes)
+        functions = self._reducing("reduce_scatter", dtype, reduction)
+        plan = []
+        for start, size in pieces(nbytes, self.layout.slot):
+            sizes = {"bytes": (self._world - 1) * nbytes + size, "slice": size, "stride": nbytes}
+            function = functions[choice.kernel]
+            plan.append(self._launch("reduce_scatter", function, choice, size, (start, start), sizes))
+        return plan
+
+    def _move(
+        self,
+        step: str,
+        source: torch.Tensor,
+        out: torch.Tensor,
+        nbytes: int,
+        stride: int,
+        out_stride: int,
+        root: int = _NOBODY,
+    ) -> None:
+        if self._is_trivial(source, out, nbytes):
+            return
+        # Parts that are multiples of 16 bytes, so that each begins at one.
+        memory = None if nbytes <= self._beyond or nbytes % _UNIT else self._memory(out)
+        key = (step, nbytes, root, memory is None)
+        plan = self._plans.get(key)
+        if plan is None:
+            choice = self.table.choose_move(nbytes, memory is not None)
+            plan = self._plan_move(step, nbytes, stride, out_stride, root, choice)
+            self._remember(key, plan)
+        self._run(plan, source.data_ptr(), out.data_ptr(), memory)
+
+    def _plan_move(
+        self, step: str, nbytes: int, stride: int, out_stride: int, root: int, choice: Choice
+    ) -> list[_Launch]:
+        self._ready(step)
+        functions = program(self._state, "move", self.layout.macros()).functions
+        most = {
+            "exchange": self.layout.slot // 2 // _UNIT * _UNIT,  # since it takes twice the room
+            "pull": self.layout.stage // (self._world if stride else 1) // _UNIT * _UNIT,
+            "put": nbytes,
+        }[choice.kernel]
+        plan = []
+        for start, size in pieces(nbytes, most):
+            sizes = {"bytes": size, "slice": size, "stride": stride, "out_stride": out_stride, "root": root}
+            work = size * 2 if choice.kernel == "exchange" else size
+            plan.append(self._launch(step, functions[choice.kernel], choice, work, (start, start), sizes))
+        return plan
+
+    def _launch(
+        self,
+        step: str,
+        function: Any,
+        choice: Choice,
+        work: int,
+        starts: tuple[int, int],
+        sizes: dict[str, int],
+    ) -> _Launch:
+        call = call_type(self._world)(
+            areas=(ctypes.c_uint64 * self._world)(*self._areas),
+            limit=int(self._group.settings.signal_timeout * 1e9),
+            status=self._state.status_address,
+            step=_NUMBERS[step],
+            rank=self._rank,
+            group=self._number,
+            nap=choice.nap,
+            **{"root": _NOBODY, **sizes},
+        )
+        return _Launch(function, grid(choice, -(-work // _UNIT)), choice.threads, call, *starts)
+
+    def _remember(self, key: Any, plan: list[_Launch]) -> None:
+        if len(self._plans) >= _REMEMBERED:
+            self._plans.clear()
+        self._plans[key] = plan
+
+    def _reducing(self, step: str, dtype: torch.dtype, reduction: str) -> dict[str, Any]:
+        if dtype not in TYPES:
+            raise UnsupportedError(
+                f"{step} of {dtype} on CUDA: only {', '.join(str(each) for each in TYPES)} can be reduced",
+                hint="convert it first, or use torch.distributed for this dtype",
+                rank=self._rank,
+                group=self._group.name,
+                step=step,
+            )
+        self._ready(step)
+        macros = {"REDUCES": "1", f"TYPE_{TYPES[dtype]}": "1", f"OPERATOR_{OPERATORS[reduction]}": "1"}
+        return program(self._state, "reduce", self.layout.macros() | macros).functions
+
+    # The workspace.
+
+    def _ready(self, step: str) -> None:
+        """Make the workspace and let the ranks meet, the first time. Collective over the group."""
+        if self._areas:
+            return
+        cuda_graphs.refuse(self.device, f"the first {step} of the group {self._group.name!r}")
+        if self._world > _LARGEST_WORLD:
+            raise UnsupportedError(
+                f"{step} of {self._world} ranks: the kernels are for {_LARGEST_WORLD} at most",
+                rank=self._rank,
+                group=self._group.name,
+                step=step,
+            )
+        hint = "let the setting `algorithms` be the same on all ranks, or name files with the same rows"
+        compare(self._group, step, {"table of algorithms": self.table.fingerprint()}, hint)
+        layout = self.layout
+        workspace = SymmetricTensor.allocate(
+            (layout.nbytes,), torch.uint8, self.device, group=self._group, arena=False, name="collective operations"
+        )
+        workspace.tensor[layout.landing : layout.stages].fill_(255)
+        finish_stream(self.device)  # before the ranks have met, for then peers store there
+        workspace.rendezvous(self._group)
+        areas = tuple(int(pointer) for pointer in workspace.pointers_of(self._group).tolist())
+        unreachable = tuple(rank for rank, area in enumerate(areas) if not area)
+        if unreachable:
+            raise UnsupportedError(
+                f"no {step}: the memory of ranks {list(unreachable)} is not load/store reachable from here",
+                hint="use a group of ranks that reach each other, within one host or NVLink fabric",
+                rank=self._rank,
+                group=self._group.name,
+                step=step,
+                peers=unreachable,
+            )
+        self._workspace, self._areas = workspace, areas
+
+    def _memory(self, out: torch.Tensor) -> _Memory | None:
+        """All ranks' results, if they lie in symmetric memory that this group has rendezvoused."""
+        key = out.data_ptr(), out.nbytes
+        memory = self._memories.get(key)
+        if memory is None or (block := memory.block()) is None or block.closed:
+            memory = self._find_memory(*key)
+            if memory is None:
+                return None
+            if len(self._memories) >= _REMEMBERED:
+                self._memories.clear()
+            self._memories[key] = memory
+        return memory
+
+    def _find_memory(self, address: int, nbytes: int) -> _Memory | None:
+        block = block_at(address)
+        if block is None or block.closed or address % _UNIT or address + nbytes > block.pointer + block.nbytes:
+            return None
+        mapping = block.mappings.get(self._group)
+        if mapping is None or not all(mapping.pointers) or is_pooled(block):
+            return None
+        offset = address - block.allocation.pointer
+        mark = hash((mapping.serial, offset, nbytes)) & (2**64 - 1) or 1  # of integers, so the same in every process
+        return _Memory(tuple(pointer + offset for pointer in mapping.pointers), mark, weakref.ref(block))
+
+    # Launching.
+
+    def _is_trivial(self, source: torch.Tensor, out: torch.Tensor, nbytes: int) -> bool:
+        """Whether there is nothing to do, or nobody to do it with, which is then done."""
+        if nbytes == 0:
+            return True
+        if self._world == 1 and source.data_ptr() != out.data_ptr():
+            out.view(-1).copy_(source.reshape(-1))
+        return self._world == 1
+
+    def _run(self, plan: Sequence[_Launch], source: int, out: int, memory: _Memory | None = None) -> None:
+        # In one piece, since each call in Python costs as much as a step of it does.
+        if self._status[0]:
+            self.check()
+        try:
+            device, capturing = torch._C._cuda_getDevice(), torch._C._cuda_isCurrentStreamCapturing()
+        except RuntimeError as error:
+            raise_failure(error)
+            raise
+        if device != self._ordinal:
+            with torch.cuda.device(self._ordinal):
+                self._run(plan, source, out, memory)
+            return
+        stream = torch._C._cuda_getCurrentRawStream(self._ordinal)
+        if capturing:
+            self._keep(memory)
+        with self._lock:
+            for launch in plan:
+                call = launch.call
+                call.source, call.out = source + launch.source, out + launch.out
+                if memory is not None and memory is not launch.memory:
+                    call.outs[:], call.mark = memory.outs, memory.mark
+                    launch.memory = memory
+                (code,) = self._launch_kernel(
+                    launch.function, launch.blocks, 1, 1, launch.threads, 1, 1, 0, stream, launch.arguments, 0
+                )
+                if code:
+                    self._failed(launch, stream, code)
+
+    def _keep(self, memory: _Memory | None) -> None:
+        """Let the graph that is captured keep what its kernels work on: it may outlive this engine, and tensors."""
+        if self._workspace is not None:
+            cuda_graphs.keep(self._workspace._block)
+        block = memory.block() if memory else None
+        if block is not None:
+            cuda_graphs.keep(block)
+
+    def _failed(self, launch: _Launch, stream: int, code: Any) -> None:
+        """Launch again where that helps, else raise."""
+        if code == _INVALID_CONTEXT:
+            self._state.driver.enter(self._ordinal)
+            (code,) = self._launch_kernel(
+                launch.function, launch.blocks, 1, 1, launch.threads, 1, 1, 0, stream, launch.arguments, 0
+            )
+            if not code:
+                return
+        self.check()
+        error: SymmemError = driver_error(code.name, f"a collective kernel cannot be launched: {code.name}")
+        raise error.located(rank=self._rank, group=self._group.name, step="launch")
+
+
+class _Memory(NamedTuple):
+    """All ranks' results in symmetric memory.
+
+    Attributes:
+        outs: Their addresses, by rank.
+        mark: What must be the same on all ranks.
+        block: What they lie in on this rank; the addresses are right for as long as it is there, and open.
+    """
+
+    outs: tuple[int, ...]
+    mark: int
+    block: weakref.ref[Block]

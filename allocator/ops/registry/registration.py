@@ -1,0 +1,103 @@
+"""What is registered of one operator: :class:`Registration`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from symmem.errors import GroupError
+from symmem.group.group import Group, resolve_group
+from symmem.ops.registry.schema import Parameter
+
+__all__ = ["BUILT_IN", "UPSTREAM", "Registration"]
+
+BUILT_IN = "symmem"
+"""The source of what symmem registers itself: of torch.ops.symm_mem, and its own."""
+
+UPSTREAM = "torch.library"
+"""The source of what was registered through ``torch.library.Library.register_symm_mem_args``."""
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Which arguments of an operator must lie in symmetric memory.
+
+    Attributes:
+        op: Qualified name: ``"lib::op"`` for the default overload, else ``"lib::op.overload"``.
+        args: Names of the arguments. All tensors of one that is a list must be symmetric memory; None need not.
+        group_arg: Name of the argument that carries the group, as the name of a process group or as a process group;
+            None: the op works on the default process group.
+        exit_barrier: Whether peers have done with these arguments once the op is done on its stream, so that their
+            memory can be written to again at once.
+        one_sided: Whether ranks call it alone, for a peer's memory; a copy of its argument would be no use to anybody.
+        source: Who registered it: ``"module:line"``, ``"symmem"`` for what is built in, or ``"torch.library"``.
+        unclear_group: Arguments of which nobody has said whether they carry the group; then :meth:`group_of` raises.
+        schema: The op's ``torch.FunctionSchema``.
+        parameters: The op's arguments by name.
+    """
+
+    op: str
+    args: tuple[str, ...]
+    group_arg: str | None
+    exit_barrier: bool
+    one_sided: bool
+    source: str
+    unclear_group: tuple[str, ...] = ()
+    schema: Any = field(default=None, compare=False, repr=False)
+    parameters: Mapping[str, Parameter] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def mutated(self) -> tuple[str, ...]:
+        """Those of :attr:`args` that the op writes to."""
+        return tuple(name for name in self.args if self.parameters[name].mutated)
+
+    def value_of(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
+        """What an argument is in a call: as given, else its default, else None."""
+        if kwargs and name in kwargs:
+            return kwargs[name]
+        parameter = self.parameters[name]
+        if parameter.position < len(args):
+            return args[parameter.position]
+        return parameter.default
+
+    def tensors_of(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Iterator[tuple[str, Any]]:
+        """The tensors of a call that must lie in symmetric memory, each with its place, such as ``outs[1]``."""
+        for name in self.args:
+            yield from _tensors(name, self.value_of(name, args, kwargs))
+
+    def group_of(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Group:
+        """The group of a call: that of :attr:`group_arg`; the default process group if that is None. Local.
+
+        Args:
+            args: Of the call, as the op takes them.
+            kwargs: Of the call.
+
+        Raises:
+            GroupError: There is no such group, or nobody has said which argument carries it; names op and argument.
+        """
+        if self.unclear_group:
+            raise GroupError(
+                f"{self.op}: nobody has said which argument carries the group; it may be {self.unclear_group[0]!r}",
+                hint=f"call symmem.register_symm_mem_args({self.op!r}, {list(self.args)}, "
+                f"group_arg={self.unclear_group[0]!r}, replace=True), or group_arg=None for the default group",
+            )
+        value = None if self.group_arg is None else self.value_of(self.group_arg, args, kwargs)
+        if isinstance(value, torch.ScriptObject):
+            value = dist.ProcessGroup.unbox(value)
+        try:
+            return resolve_group(value)
+        except GroupError as error:
+            where = f"argument {self.group_arg!r}" if self.group_arg is not None else "the default process group"
+            raise GroupError(f"{self.op}: no group by {where}: {error.what}", hint=error.hint) from error
+
+
+def _tensors(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, torch.Tensor):
+        yield place, value
+    elif isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            yield from _tensors(f"{place}[{index}]", each)

@@ -1,0 +1,1 @@
+"""Redirect ordinary PyTorch allocations into an arena: `use_symmetric_memory`."""

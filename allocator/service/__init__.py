@@ -1,0 +1,1 @@
+"""Let other processes inspect this one: the socket, and the answers."""

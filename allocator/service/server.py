@@ -1,0 +1,235 @@
+"""A process that is a rank answers who asks what it does: ``symmem top``, ``symmem inspect`` and ``symmem dump``.
+
+One thread waits in accept(2), from the first group of the process on; it costs nothing else until somebody asks. It
+needs none of the locks that a rank may hold while it waits for others, and the interpreter lock only for the answer. A
+client is served for a limited time, one after the other. See :mod:`.socket_paths` for who may ask.
+
+A forked child has neither the thread nor the socket; if it makes a group, it gets its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from symmem.config.machine import peer_of
+from symmem.errors import InspectionError, InvalidArgumentError, SymmemError
+from symmem.service.socket_paths import PARTS, VERSION, Name, at, directories, job_id, opened
+
+__all__ = ["REQUEST_NBYTES", "Server", "begin", "end"]
+
+log = logging.getLogger("symmem.inspection")
+
+REQUEST_NBYTES = 4096
+"""The longest request."""
+
+_READING = 1.0  # seconds for the request to come
+_WRITING = 5.0  # seconds for the answer to be read
+_PAUSE = 1.0  # seconds, after a failure to accept, such as for want of descriptors
+_BACKLOG = 16
+
+
+class Server:
+    """A socket, and the thread that answers on it.
+
+    Args:
+        directory: Where to make it.
+        answer: Given the parts that are asked for, the answer: by name, what :mod:`json` can write.
+
+    Raises:
+        InspectionError: Others could come to it there.
+        OSError: The directory or the socket cannot be made.
+    """
+
+    def __init__(self, directory: Path, answer: Callable[[Sequence[str]], dict[str, Any]]) -> None:
+        self._directory, self._answer = directory, answer
+        self._name = str(Name(job_id(), os.getpid(), secrets.token_hex(4)))
+        self._client: socket.socket | None = None
+        self._over = threading.Event()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            with opened(directory, make=True) as folder:
+                _tidy(folder)
+                # Under another name until it listens: it would be taken for that of a dead process.
+                hidden = f".{self._name}"
+                self._socket.bind(at(folder, hidden))
+                os.chmod(hidden, 0o600, dir_fd=folder)
+                self._socket.listen(_BACKLOG)
+                os.rename(hidden, self._name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            self._socket.close()
+            raise
+        self._thread = threading.Thread(target=self._serve, name="symmem-inspection", daemon=True)
+        self._thread.start()
+
+    @property
+    def path(self) -> Path:
+        """Of the socket."""
+        return self._directory / self._name
+
+    def close(self) -> None:
+        """Stop answering, and remove the socket."""
+        self._over.set()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        with contextlib.suppress(OSError, InspectionError), opened(self._directory) as folder:
+            os.unlink(self._name, dir_fd=folder)
+        self._thread.join(_READING)
+        self._socket.close()
+
+    def leave(self) -> None:
+        """In a forked child: close its copies, and nothing else."""
+        self._socket.close()
+        if self._client is not None:
+            self._client.close()
+
+    def _serve(self) -> None:
+        while not self._over.is_set():
+            try:
+                client = self._socket.accept()[0]
+            except OSError as error:
+                if not self._over.is_set():
+                    log.warning("cannot accept a connection: %s", error)
+                    self._over.wait(_PAUSE)
+                continue
+            self._client = client
+            with client:
+                try:
+                    self._talk(client)
+                except OSError as error:  # a timeout is one as well
+                    log.debug("a client went away, or was too slow: %s", error)
+            self._client = None
+
+    def _talk(self, client: socket.socket) -> None:
+        pid, user = peer_of(client)
+        if user != os.geteuid():
+            log.warning("refused process %d: it is of user %d", pid, user)
+            return
+        line = _read_line(client)
+        if line is None:
+            return
+        try:
+            text = _encode(self._answer(_parts(line)))
+        except Exception as error:  # whatever it is: who asks is told, and the thread stays
+            if not isinstance(error, SymmemError):
+                log.exception("cannot answer process %d", pid)
+            text = _encode({"version": VERSION, "error": f"{type(error).__name__}: {error}"})
+        client.settimeout(_WRITING)
+        client.sendall(text)
+
+
+def _read_line(client: socket.socket) -> bytes | None:
+    """What comes up to the end of the line, or as much as is read of it; None if the client went away.
+
+    Raises:
+        TimeoutError: It does not come.
+    """
+    deadline, data = time.monotonic() + _READING, b""
+    while b"\n" not in data and len(data) <= REQUEST_NBYTES:
+        client.settimeout(max(deadline - time.monotonic(), 0.001))
+        chunk = client.recv(REQUEST_NBYTES + 1 - len(data))
+        if not chunk:
+            return None
+        data += chunk
+    return data
+
+
+def _parts(line: bytes) -> list[str]:
+    """What a request asks for.
+
+    Raises:
+        InvalidArgumentError: It is none, or of another version.
+    """
+    try:
+        request = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        request = None
+    if not isinstance(request, dict) or not isinstance(request.get("parts"), list):
+        raise InvalidArgumentError(f"this is no request: one line of at most {REQUEST_NBYTES} bytes is expected")
+    if request.get("version") != VERSION:
+        raise InvalidArgumentError(f"this process speaks version {VERSION}, not {request.get('version')!r}")
+    if unknown := [part for part in request["parts"] if part not in PARTS]:
+        raise InvalidArgumentError(f"there are no parts {unknown}, but {list(PARTS)}")
+    return list(request["parts"])
+
+
+def _encode(answer: dict[str, Any]) -> bytes:
+    """One line. The elements of lists one by one: within a call, no other thread of this process can run."""
+    fields = []
+    for name, value in answer.items():
+        text = f"[{', '.join([json.dumps(each) for each in value])}]" if isinstance(value, list) else json.dumps(value)
+        fields.append(f"{json.dumps(name)}: {text}")
+    return f"{{{', '.join(fields)}}}\n".encode()
+
+
+def _tidy(folder: int) -> None:
+    """Remove what processes left that did not come to their end: for where nobody uses the tools, which do as well."""
+    for text in os.listdir(folder):
+        name = Name.parse(text.removeprefix("."))
+        if name is None or os.path.exists(f"/proc/{name.pid}"):
+            continue
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(at(folder, text))  # it may be a process of a container
+            except ConnectionRefusedError:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(text, dir_fd=folder)
+            except OSError as error:
+                log.debug("left %s alone: %s", text, error)
+
+
+_lock = threading.RLock()  # a finalizer may make a group
+_server: Server | None = None
+_settled = False  # whether this process has a server, or will not have one
+
+
+def begin() -> None:
+    """Let this process answer, if it does not yet. Never fails: a process that cannot says so in the log."""
+    global _server, _settled
+    if _settled:
+        return
+    from symmem.service.status import answer  # which knows groups, and they this module
+
+    with _lock:
+        if _settled:
+            return
+        _settled = True
+        reasons = []
+        for directory in directories():
+            try:
+                _server = Server(directory, answer)
+                return
+            except (OSError, RuntimeError) as error:  # such as: no thread can be started any more
+                reasons.append(f"{directory}: {error}")
+    log.warning("this process cannot be inspected: %s", "; ".join(reasons))
+
+
+def end() -> None:
+    """Let this process answer no more, nor begin to."""
+    global _server, _settled
+    with _lock:
+        server, _server, _settled = _server, None, True
+        if server is not None:
+            server.close()
+
+
+def _leave_in_child() -> None:
+    global _lock, _server, _settled
+    if _server is not None:
+        _server.leave()
+    _lock, _server, _settled = threading.RLock(), None, False
+
+
+atexit.register(end)
+os.register_at_fork(after_in_child=_leave_in_child)

@@ -1,0 +1,344 @@
+"""Messages and descriptors over unix sockets, and who may join (mission G5)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from thread_ranks import run_ranks
+
+from symmem.backends import descriptors as scm
+from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError, ResourceLimitError
+
+pytestmark = pytest.mark.usefixtures("what_stays", "nothing_leaks")
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ends = socket.socketpair()
+    yield ends
+    for end in ends:
+        end.close()
+
+
+Pair = tuple[socket.socket, socket.socket]
+
+
+def soon(seconds: float = 5.0) -> float:
+    return time.monotonic() + seconds
+
+
+# Messages.
+
+
+@pytest.mark.parametrize("number", [0, 1, 199, 200, 201, 253, 254, 600])
+@pytest.mark.parametrize("nbytes", [0, 1, 3 << 20])
+def test_any_number_of_descriptors_and_bytes_pass(number: int, nbytes: int, pair: Pair) -> None:
+    """G5: the kernel takes 253 descriptors in one message; they come in order, and no exec'd program inherits them."""
+    files = [os.memfd_create(f"file{index}") for index in range(3)]
+    body = os.urandom(nbytes)
+    try:
+        sender = threading.Thread(
+            target=scm.send, args=(pair[0], {"a": [1]}, body, [files[i % 3] for i in range(number)], soon())
+        )
+        sender.start()
+        header, got, fds = scm.receive(pair[1], soon())
+        sender.join()
+        assert (header, got, len(fds)) == ({"a": [1]}, body, number)
+        for index, fd in enumerate(fds):
+            assert os.path.sameopenfile(fd, files[index % 3])
+            assert not os.get_inheritable(fd)
+        scm.close_all(fds)
+    finally:
+        scm.close_all(files)
+
+
+def test_messages_in_a_row_keep_their_bounds(pair: Pair) -> None:
+    """G5: what belongs to the next message is not read with this one."""
+    for turn in range(20):
+        scm.send(pair[0], {"turn": turn}, b"x" * turn, [0] * (turn % 3), soon())
+    for turn in range(20):
+        header, body, fds = scm.receive(pair[1], soon())
+        assert (header, body, len(fds)) == ({"turn": turn}, b"x" * turn, turn % 3)
+        scm.close_all(fds)
+
+
+@pytest.mark.parametrize("room", [0, 1, 200, 399])
+def test_descriptors_beyond_the_limit_are_an_error_and_the_next_message_is_whole(room: int, pair: Pair) -> None:
+    """G1: MSG_CTRUNC: RLIMIT_NOFILE lets only some in; they are closed, and the connection stays of use."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    scm.send(pair[0], {}, b"first", [0] * 400, soon())
+    scm.send(pair[0], {}, b"second", [0], soon())
+    filler = []
+    try:
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+        while not filler or filler[-1] < highest:
+            filler.append(os.dup(0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (filler[-1] + 1 + room, hard))
+        before = descriptors_by_fstat()
+        with pytest.raises(ResourceLimitError, match=rf"of 400 file descriptors .* {room} fit .*RLIMIT_NOFILE"):
+            scm.receive(pair[1], soon())
+        assert descriptors_by_fstat() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        scm.close_all(filler)
+    _header, body, fds = scm.receive(pair[1], soon())
+    assert (body, len(fds)) == (b"second", 1)
+    scm.close_all(fds)
+
+
+def descriptors_by_fstat() -> list[int]:
+    """Open descriptors, counted without opening one."""
+    found = []
+    for number in range(2000):
+        with contextlib.suppress(OSError):
+            os.fstat(number)
+            found.append(number)
+    return found
+
+
+@pytest.mark.parametrize("sent", [b"", b"\0", b"\0" * 11])
+def test_a_connection_that_ends_amid_a_message_says_so(sent: bytes, pair: Pair) -> None:
+    pair[0].sendall(sent)
+    pair[0].close()
+    with pytest.raises(EOFError):
+        scm.receive(pair[1], soon())
+
+
+def test_a_message_that_does_not_come_is_a_timeout(pair: Pair) -> None:
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError):
+        scm.receive(pair[1], soon(0.05))
+    assert time.monotonic() - begin < 3
+
+
+def test_a_peer_that_does_not_read_is_a_timeout(pair: Pair) -> None:
+    with pytest.raises(TimeoutError):
+        scm.send(pair[0], {}, bytes(8 << 20), [], soon(0.1))
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_a_message_or_a_named_error(data: bytes) -> None:
+    """G1: never another exception, and no room is made for what only is announced."""
+    mine, theirs = socket.socketpair()
+    with mine, theirs:
+        theirs.sendall(data)
+        theirs.shutdown(socket.SHUT_WR)
+        with pytest.raises((EOFError, RendezvousError)):
+            scm.receive(mine, soon())
+
+
+@given(st.binary(max_size=60))
+def test_a_header_is_a_dictionary_or_a_named_error(data: bytes) -> None:
+    header: object = None
+    with contextlib.suppress(RendezvousError):
+        header = scm.parse_header(data)
+    try:
+        expected = json.loads(data)
+    except ValueError:
+        expected = None
+    assert header == (expected if isinstance(expected, dict) else None)
+
+
+def test_a_deep_header_is_a_named_error() -> None:
+    with pytest.raises(RendezvousError):
+        scm.parse_header(b"[" * 100_000)
+
+
+def test_received_descriptors_are_closed_once() -> None:
+    """G5: ``close`` may be called again, and closes nothing that was opened since."""
+    first, second = os.dup(0), os.dup(0)
+    received = scm.Received([scm.Contribution(b"a", (first,)), scm.Contribution(b"b", (second,))])
+    assert (len(received), received[1].payload, [c.payload for c in received]) == (2, b"b", [b"a", b"b"])
+    with received:
+        pass
+    again = os.dup(0)
+    assert again in (first, second)
+    received.close()
+    os.fstat(again)
+    os.close(again)
+
+
+# Who may join.
+
+
+@pytest.fixture
+def listener() -> Iterator[scm.Listener]:
+    made = scm.Listener(3)
+    yield made
+    made.close()
+
+
+def test_all_followers_join_and_both_sides_are_shown_to_be_who_they_are(listener: scm.Listener) -> None:
+    """G5: in any order; the leader never waits."""
+    socks = {rank: scm.connect(listener.welcome, rank, soon()) for rank in (2, 1)}
+    members = listener.accept()
+    assert sorted(members) == [1, 2]
+    for rank, sock in socks.items():
+        scm.check_leader(sock, listener.welcome, soon())
+        sock.sendall(b"%d" % rank)
+        assert members[rank].recv(1) == b"%d" % rank
+        assert not os.get_inheritable(sock.fileno())
+        assert not os.get_inheritable(members[rank].fileno())
+        sock.close()
+        members[rank].close()
+
+
+def test_every_listener_has_its_own_name_and_secret() -> None:
+    """G5: abstract, random; nothing is left in the file system."""
+    made = [scm.Listener(2) for _ in range(20)]
+    assert len({listener.welcome.address for listener in made}) == 20
+    assert len({listener.welcome.secret for listener in made}) == 20
+    assert len(made[0].welcome.secret) == 128
+    lines = Path("/proc/net/unix").read_text()
+    assert all(f"@{listener.welcome.address}" in lines for listener in made)
+    for listener in made:
+        listener.close()
+    assert made[0].welcome.address not in Path("/proc/net/unix").read_text()
+
+
+def stranger(listener: scm.Listener, data: bytes) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect("\0" + listener.welcome.address)
+    sock.sendall(data)
+    return sock
+
+
+def test_strangers_are_turned_away_and_cost_no_time(listener: scm.Listener, caplog: pytest.LogCaptureFixture) -> None:
+    """G5: nothing, a part, garbage, a false secret, a right secret with a rank that is none or is taken."""
+    right, proof = listener.welcome.halves
+    hellos = [b"", b"a", b"b" * 500, scm._HELLO.pack(b"\0" * 32, 1), scm._HELLO.pack(proof, 1)]
+    hellos += [scm._HELLO.pack(right, rank) for rank in (0, 3, 2**31)]
+    strangers = [stranger(listener, hello) for hello in hellos]
+    gone = stranger(listener, b"x")
+    gone.close()
+    first = scm.connect(listener.welcome, 1, soon())
+    strangers.append(stranger(listener, scm._HELLO.pack(right, 1)))  # rank 1 again
+    second = scm.connect(listener.welcome, 2, soon())
+    begin = time.monotonic()
+    members = listener.accept()
+    assert time.monotonic() - begin < 2
+    assert sorted(members) == [1, 2]
+    first.sendall(b"me")
+    assert members[1].recv(2) == b"me"
+    assert caplog.text.count("refused a connection") == len(strangers) + 1
+    assert str(os.getpid()) in caplog.text
+    for sock in strangers[:-1]:
+        sock.settimeout(2)
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(1) == b""
+    for sock in (first, second, *strangers, *members.values()):
+        sock.close()
+
+
+def test_who_did_not_connect_is_named_at_once(listener: scm.Listener) -> None:
+    """G1: the queue holds all who came; nobody is waited for, and who was accepted is let go."""
+    sock = scm.connect(listener.welcome, 2, soon())
+    begin = time.monotonic()
+    with pytest.raises(PeerLostError, match=r"ranks \[1\]") as caught:
+        listener.accept()
+    assert time.monotonic() - begin < 2
+    assert caught.value.peers == (1,)
+    assert sock.recv(32) == listener.welcome.halves[1]
+    assert sock.recv(1) == b""
+    sock.close()
+
+
+def test_a_follower_that_died_in_the_queue_is_found_at_the_next_message(listener: scm.Listener) -> None:
+    """G1: it had shown its secret; that it is gone shows on its connection."""
+    for rank in (1, 2):
+        scm.connect(listener.welcome, rank, soon()).close()
+    members = listener.accept()
+    for sock in members.values():
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(1) == b""
+        sock.close()
+
+
+def test_a_queue_full_of_strangers_is_an_error_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G5: a flood before the followers came; no follower hangs in it."""
+    monkeypatch.setattr(scm, "_BACKLOG", 4)
+    listener = scm.Listener(3)
+    strangers = []
+    with contextlib.suppress(BlockingIOError):
+        while len(strangers) < 100:
+            strangers.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            strangers[-1].setblocking(False)
+            strangers[-1].connect("\0" + listener.welcome.address)
+    assert 4 <= len(strangers) < 100
+    with pytest.raises(RendezvousError, match="full of strangers"):
+        scm.connect(listener.welcome, 1, soon())
+    for sock in strangers:
+        sock.close()
+    listener.close()
+
+
+def test_there_is_room_for_hundreds_of_strangers(listener: scm.Listener) -> None:
+    """G5: and followers are found among them."""
+    strangers = [stranger(listener, b"?") for _ in range(300)]
+    socks = [scm.connect(listener.welcome, rank, soon()) for rank in (1, 2)]
+    begin = time.monotonic()
+    members = listener.accept()
+    assert time.monotonic() - begin < 2
+    for sock in (*strangers, *socks, *members.values()):
+        sock.close()
+
+
+def test_nobody_listens_any_more(listener: scm.Listener) -> None:
+    """G1: the leader died, or gave up."""
+    listener.close()
+    with pytest.raises(PeerLostError, match="nobody listens") as caught:
+        scm.connect(listener.welcome, 1, soon())
+    assert caught.value.peers == (0,)
+
+
+@pytest.mark.parametrize("answer", [b"", b"short", b"\0" * 32, b"right"])
+def test_a_false_leader_is_found_out(answer: bytes) -> None:
+    """G5: somebody else listens at the name; it cannot show the second half of the secret, whatever it was shown."""
+    real = scm.Listener(2)
+    welcome = real.welcome
+    real.close()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as false:
+        false.bind("\0" + welcome.address)
+        false.listen()
+
+        def rank(rank: int) -> None:
+            if rank == 0:
+                sock = false.accept()[0]
+                hello = sock.recv(100)
+                assert hello[:32] == welcome.halves[0]
+                sock.sendall(hello[:32] if answer == b"right" else answer)
+                sock.close()
+                return
+            sock = scm.connect(welcome, 1, soon())
+            try:
+                scm.check_leader(sock, welcome, soon())
+            finally:
+                sock.close()
+
+        served, refused = run_ranks(2, rank)
+    assert served is None
+    assert isinstance(refused, PeerLostError)
+    assert refused.peers == (0,)
+    assert ("not this group's leader" if len(answer) in (5, 32) and answer != b"short" else "did not accept") in str(
+        refused
+    )
+
+
+def test_a_leader_that_does_not_answer_is_a_timeout(listener: scm.Listener) -> None:
+    """G1: it is stopped: not the same as gone."""
+    sock = scm.connect(listener.welcome, 1, soon())
+    with pytest.raises(PeerTimeoutError) as caught:
+        scm.check_leader(sock, listener.welcome, soon(0.05))
+    assert caught.value.peers == (0,)
+    sock.close()

@@ -1,0 +1,84 @@
+"""The example under torchrun, under each documented way to choose a backend (mission A9, F2)."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from symmem.config import BACKENDS
+
+ROOT = Path(__file__).parents[2]
+LAPTOP = "examples/clusters/laptop.yaml"
+VARIABLES = ("SYMMEM_ENABLE", "NVFUSER_ENABLE", "SYMMEM_CONFIG")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to choose: options and environment."""
+
+    options: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    ranks: int = 2
+
+
+WAYS = {
+    "default": Way(ranks=4),
+    "argument": Way(("--backend", "host")),
+    "SYMMEM_ENABLE": Way(env={"SYMMEM_ENABLE": "symmetric_memory_backend(host)"}),
+    "NVFUSER_ENABLE": Way(env={"NVFUSER_ENABLE": "other_option(1),symmetric_memory_backend(host)"}),
+    "SYMMEM_CONFIG": Way(env={"SYMMEM_CONFIG": LAPTOP}),
+    # The argument is the stronger one, and wrong.
+    "wrong": Way(("--backend", "hots"), {"SYMMEM_CONFIG": LAPTOP}, ranks=1),
+}
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """All of them at once: most of the time each waits for its processes to start."""
+    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    started = {}
+    try:
+        for name, way in WAYS.items():
+            # --standalone: a free port each, so that they do not meet one another.
+            launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(way.ranks))
+            started[name] = subprocess.Popen(
+                [sys.executable, *launch, "examples/hello.py", *way.options],
+                cwd=ROOT,
+                env=clean | {"PYTHONUNBUFFERED": "1"} | way.env,  # each write at once, as it is made
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        yield started
+    finally:
+        for process in started.values():
+            with process:  # closes its pipes
+                process.terminate()
+
+
+@pytest.mark.parametrize("name", [name for name in WAYS if name != "wrong"])
+def test_hello_works(name: str, runs: dict[str, subprocess.Popen[str]]) -> None:
+    world = WAYS[name].ranks
+    out, err = runs[name].communicate(timeout=100)
+    assert runs[name].returncode == 0, err
+    told = sorted(re.findall(r"^rank (\d+) of (\d+): (\w+) memory, sum over all ranks (\d+)$", out, re.MULTILINE))
+    memory = {backend for _, _, backend, _ in told}
+    assert memory == {"host"} or (name == "default" and len(memory & set(BACKENDS)) == len(memory) == 1)
+    total = world * (world - 1) // 2
+    assert told == [(str(rank), str(world), *memory, str(total)) for rank in range(world)]
+
+
+def test_a_wrong_choice_is_an_error_that_lists_the_valid_ones(runs: dict[str, subprocess.Popen[str]]) -> None:
+    out, err = runs["wrong"].communicate(timeout=100)
+    assert runs["wrong"].returncode == 1
+    assert "memory" not in out
+    assert "ConfigError: argument backend: unknown backend 'hots'" in err
+    assert f"use one of: {', '.join(('auto', *BACKENDS))}" in err
+    assert "did you mean 'host'?" in err

@@ -1,0 +1,357 @@
+"""Interrupts, threads, forks and odd stores: what must not divide the ranks of a group, with ranks as threads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from thread_ranks import make_groups, meet, run_ranks, succeed
+
+import symmem.backends
+import symmem.group.group
+import symmem.memory.registry
+from symmem.errors import (
+    ClosedError,
+    GroupError,
+    InvalidArgumentError,
+    OutOfMemoryError,
+    PeerTimeoutError,
+    RendezvousError,
+)
+from symmem.group import transports
+from symmem.group.group import Group
+from symmem.group.transports import Message, SocketWire, StoreWire
+from symmem.tensor.tensor import SymmetricTensor, allocate
+
+
+@pytest.fixture(autouse=True)
+def sockets_are_closed() -> Iterator[None]:
+    """Not left to the collector: errors refer to groups, and it would warn of their sockets."""
+    yield
+    for group in list(symmem.group.group._groups):
+        group._disconnect()
+
+
+def met(size: int, **kwargs: Any) -> list[Group]:
+    groups = make_groups(size, **kwargs)
+    succeed(size, lambda rank: meet(groups[rank]))
+    return groups
+
+
+# Interrupts.
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, OverflowError])
+def test_an_interrupt_while_the_verdict_is_awaited_fails_that_round_everywhere(
+    interrupt: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G1: the follower withdraws in the round it has submitted to, so no rank passes it."""
+    groups = met(3)
+    interrupted = threading.Event()
+    wire = groups[1]._wire
+    original = wire.verdict
+
+    def verdict(*args: Any) -> Message:
+        monkeypatch.setattr(wire, "verdict", original)
+        interrupted.set()
+        raise interrupt("now")
+
+    monkeypatch.setattr(wire, "verdict", verdict)
+    passed = []
+
+    def rank(rank: int) -> None:
+        if rank == 0:
+            interrupted.wait(10)
+            time.sleep(0.1)
+        with groups[rank].collective("work", 15) as collective:
+            collective.exchange("step")
+            passed.append(rank)
+
+    results = run_ranks(3, rank)
+    assert passed == []
+    expected = interrupt if interrupt is KeyboardInterrupt else RendezvousError
+    assert [type(result) for result in results] == [RendezvousError, expected, RendezvousError]
+    assert interrupt.__name__ in str(results[0])
+    assert len({group._sequence for group in groups}) == 1
+    succeed(3, lambda rank: meet(groups[rank]))
+
+
+def test_an_interrupt_after_the_verdict_is_told_in_the_next_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G1: too late to withdraw: the others hear of it in the round they have come to."""
+    groups = met(2)
+    wire = groups[1]._wire
+    original = wire.verdict
+
+    def verdict(*args: Any) -> Message:
+        monkeypatch.setattr(wire, "verdict", original)
+        original(*args).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wire, "verdict", verdict)
+    results = run_ranks(2, lambda rank: meet(groups[rank], timeout=15))
+    assert results[0] is None
+    assert isinstance(results[1], KeyboardInterrupt)
+    results = run_ranks(2, lambda rank: meet(groups[rank], timeout=15) if rank == 0 else None)
+    assert "KeyboardInterrupt" in str(results[0])
+    succeed(2, lambda rank: meet(groups[rank]))
+
+
+@pytest.mark.parametrize("way", ["send", "receive"])
+def test_an_interrupt_amid_a_message_ends_the_connection(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G1: what follows on the stream would be taken for the rest of that message."""
+    ours, theirs = socket.socketpair()
+    wire = SocketWire({1: ours})
+    if way == "receive":
+        theirs.sendall(b"\0\0\0")
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transports.scm, way, interrupted)
+    soon = time.monotonic() + 1
+    call = (lambda: wire.publish(Message(1, "step", soon))) if way == "send" else (lambda: wire.collect(1, soon))
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    theirs.settimeout(1)
+    assert theirs.recv(1) == b""
+    wire.close()
+    theirs.close()
+
+
+def test_a_peer_that_does_not_read_does_not_hold_up_the_verdict_of_others() -> None:
+    """G1: who can be told is told first; the one that stopped is given up after a bounded time."""
+    pairs = {peer: socket.socketpair() for peer in (1, 2, 3)}
+    pairs[1][0].setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            pairs[1][0].send(b"x" * 4096)
+    wire = SocketWire({peer: pair[0] for peer, pair in pairs.items()})
+    begin = time.monotonic()
+    publishing = threading.Thread(target=wire.publish, args=(Message(1, "step", begin + 60),))
+    publishing.start()
+    for peer in (2, 3):
+        pairs[peer][1].settimeout(1)
+        assert pairs[peer][1].recv(1)
+    assert time.monotonic() - begin < 1
+    publishing.join(10)
+    assert not publishing.is_alive()
+    assert wire._gone == {1}
+    wire.close()
+    for _ours, theirs in pairs.values():
+        theirs.close()
+
+
+# A tensor that is mapped on some ranks only.
+
+
+def test_a_tensor_that_is_mapped_on_some_ranks_only_can_be_tried_again() -> None:
+    """A9: an interrupt after the agreement leaves one rank without the mapping; then all map anew."""
+    groups = make_groups(2)
+    tensors = [allocate(8, backend="host") for _ in range(2)]
+    succeed(2, lambda rank: tensors[rank].rendezvous(groups[rank]))
+    tensors[1]._block.mappings = {}
+    for tensor in tensors:
+        tensor._block.compared = frozenset()
+    succeed(2, lambda rank: tensors[rank].rendezvous(groups[rank]))
+
+    def rank(rank: int) -> None:
+        tensors[rank].tensor.fill_(rank + 1)
+        tensors[rank].barrier(timeout=5)
+        assert tensors[rank].remote_tensor(1 - rank)[0] == 2 - rank
+        tensors[rank].barrier(timeout=5)
+
+    succeed(2, rank)
+
+
+def test_a_tensor_closed_during_its_rendezvous_keeps_no_mapping() -> None:
+    """G3: closed by another thread, it lets go of peers' memory all the same."""
+    groups = met(2)
+    tensors: list[SymmetricTensor] = [allocate(8, backend="host") for _ in range(2)]
+
+    def rank(rank: int) -> None:
+        if rank == 0:
+            time.sleep(0.3)
+        tensors[rank].rendezvous(groups[rank])
+
+    closing = threading.Timer(0.1, tensors[1].close)
+    closing.start()
+    results = run_ranks(2, rank)
+    closing.join()
+    assert results[0] is tensors[0] or results[0] is None
+    assert isinstance(results[1], ClosedError)
+    assert tensors[1]._block.mappings == {}
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e9, True, "1"])
+def test_times_beyond_what_the_system_can_wait_are_refused(timeout: Any) -> None:
+    """A2: the same bounds as in the configuration."""
+    (group,) = make_groups(1)
+    tensor = allocate(8, backend="host").rendezvous(group)
+    calls: list[Callable[[], Any]] = [
+        lambda: tensor.rendezvous(group, timeout=timeout),
+        lambda: tensor.barrier(timeout=timeout),
+        lambda: meet(group, timeout=timeout),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidArgumentError, match="timeout"):
+            call()
+    meet(group, timeout=24 * 86400)
+
+
+# Threads.
+
+
+def test_many_threads_may_ask_who_is_lost_while_one_disconnects() -> None:
+    """G1: one poll object, asked by one thread at a time; nothing that is polled is closed meanwhile."""
+    groups = met(2)
+    errors = []
+    stop = threading.Event()
+
+    class SlowPoll:
+        """Polls with a pause, during which another thread would come."""
+
+        inner, busy = groups[0]._poll, False
+
+        def poll(self, timeout: int) -> list[tuple[int, int]]:
+            if SlowPoll.busy:
+                errors.append("two at a time")
+            SlowPoll.busy = True
+            time.sleep(0.001)
+            SlowPoll.busy = False
+            for descriptor in watched:
+                os.fstat(descriptor)
+            return self.inner.poll(timeout)
+
+    watched = list(groups[0]._watched)
+    groups[0]._poll = SlowPoll()  # type: ignore[assignment]
+
+    def ask() -> None:
+        while not stop.is_set():
+            try:
+                assert groups[0].lost() == ()
+            except BaseException as error:
+                errors.append(repr(error))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    groups[0]._disconnect()
+    assert isinstance(groups[0]._poll, select.poll().__class__)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+def test_fail_does_not_wait_for_a_collective_of_another_thread() -> None:
+    """G1: the thread that holds the group tells the error when it is done."""
+    groups = met(2)
+    inside, go = threading.Event(), threading.Event()
+
+    def rank(rank: int) -> None:
+        with groups[rank].collective("long", 10):
+            if rank == 1:
+                inside.set()
+                go.wait(10)
+
+    def failing() -> None:
+        inside.wait(10)
+        begin = time.monotonic()
+        groups[1].fail("allocate", OutOfMemoryError("full"))
+        took.append(time.monotonic() - begin)
+        go.set()
+
+    took: list[float] = []
+    thread = threading.Thread(target=failing)
+    thread.start()
+    succeed(2, rank)
+    thread.join(10)
+    assert max(took) < 1
+    results = run_ranks(2, lambda rank: meet(groups[rank], timeout=10) if rank == 0 else None)
+    assert isinstance(results[0], OutOfMemoryError)
+    succeed(2, lambda rank: meet(groups[rank]))
+
+
+def test_closing_ends_a_collective_of_another_thread_and_still_watches() -> None:
+    """G1: at once, with no descriptor closed under its poll; deaths are noticed after it."""
+    groups = met(2)
+    threading.Timer(0.2, groups[1].close).start()
+    begin = time.monotonic()
+    results = run_ranks(2, lambda rank: meet(groups[rank], timeout=15) if rank else time.sleep(1))
+    assert time.monotonic() - begin < 5
+    assert isinstance(results[1], (RendezvousError, GroupError))
+    assert groups[1]._socket_wire is None
+    assert groups[1]._watched
+    assert groups[1].lost() == ()
+
+
+def test_a_forked_child_does_not_wait_for_threads_of_its_parent() -> None:
+    """G4: locks that another thread held at the fork are renewed in the child."""
+    (group,) = make_groups(1)
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with group._lock, group._watch_lock, symmem.memory.registry._lock, symmem.backends._lock:
+            held.set()
+            release.wait(20)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(10)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(5)
+        group.lost()
+        group.close()
+        symmem.memory.registry.block_at(1)
+        symmem.backends.get_backend("host")
+        os._exit(0)
+    release.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# Stores.
+
+
+def test_a_group_meets_whatever_its_processes_did_on_other_stores() -> None:
+    """A4: the count of groups of a name belongs to the store, not to the process."""
+    first, second = dist.HashStore(), dist.HashStore()
+    with pytest.raises(RendezvousError):
+        meet(Group.from_store(1, 2, first, "default"), timeout=0.1)
+    groups = make_groups(2, second, "default")
+    succeed(2, lambda rank: meet(groups[rank], timeout=3))
+
+
+class _StoppedStore:
+    """A store whose server does not answer, as when its process is stopped, until ``go_on`` is set."""
+
+    def __init__(self, go_on: threading.Event) -> None:
+        self._go_on = go_on
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: self._go_on.wait(60)
+
+
+def test_a_store_that_does_not_answer_is_named_in_time() -> None:
+    """G1: no step of a collective is without limit, whoever serves the store."""
+    go_on = threading.Event()
+    group = Group.from_store(1, 2, dist.HashStore(), "stopped")
+    vars(group)["_store_wire"] = StoreWire(_StoppedStore(go_on), "stopped", 1, 2)  # type: ignore[arg-type]
+    begin = time.monotonic()
+    try:
+        with pytest.raises(PeerTimeoutError, match="the job's store does not answer"), group.collective("meet", 0.2):
+            pass
+        assert time.monotonic() - begin < 20
+    finally:
+        go_on.set()

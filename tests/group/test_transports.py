@@ -1,0 +1,320 @@
+"""Messages and the wires that carry them (mission G1): whatever comes in, the documented errors, and nothing leaks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from thread_ranks import descriptors, run_ranks
+
+from symmem.backends import descriptors as scm
+from symmem.backends.descriptors import Contribution
+from symmem.errors import (
+    OutOfMemoryError,
+    PeerLostError,
+    PeerTimeoutError,
+    RendezvousError,
+    ResourceLimitError,
+    to_wire,
+)
+from symmem.group.transports import Message, SocketWire, StoreWire
+
+pytestmark = pytest.mark.usefixtures("what_stays", "nothing_leaks")
+
+
+def message(sequence: int = 1, *payloads: bytes, error: Exception | None = None, seconds: float = 5.0) -> Message:
+    wired = to_wire(error) if error else None
+    return Message(sequence, "step", time.monotonic() + seconds, [Contribution(p) for p in payloads], wired)
+
+
+# Messages.
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(max_size=8), values, max_size=4),
+    max_leaves=8,
+)
+errors = st.none() | st.builds(
+    lambda what, hint, rank, peers: to_wire(OutOfMemoryError(what, hint=hint, rank=rank, peers=tuple(peers))),
+    st.text(),
+    st.none() | st.text(),
+    st.none() | st.integers(0, 99),
+    st.lists(st.integers(0, 99)),
+)
+
+
+@given(
+    st.integers(0, 2**40),
+    st.text(),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.lists(st.tuples(st.binary(), st.integers(0, 5))),
+    errors,
+)
+def test_a_message_comes_out_as_it_went_in(
+    sequence: int, step: str, deadline: float, parts: list[tuple[bytes, int]], error: dict[str, Any] | None
+) -> None:
+    numbers = iter(range(1000, 2000))
+    contributions = [Contribution(payload, tuple(next(numbers) for _ in range(n))) for payload, n in parts]
+    sent = Message(sequence, step, deadline, contributions, error)
+    header = json.loads(json.dumps(sent.header()))
+    got = Message.unpack(header, sent.body(), sent.descriptors())
+    assert (got.sequence, got.step, got.deadline, got.contributions) == (sequence, step, deadline, contributions)
+    assert (got.error is None) == (error is None)
+    assert error is None or got.error == json.loads(json.dumps(error))
+
+
+HEADER = Message(3, "x", 1.0, [Contribution(b"abc")]).header()
+
+
+@given(st.sampled_from(sorted(HEADER)), json_values, st.booleans())
+def test_a_header_with_a_wrong_value_is_the_named_error_and_closes_descriptors(
+    key: str, value: Any, drop: bool
+) -> None:
+    assume(drop or (key, value) != ("counts", [1]))  # the one value that counts the descriptor
+    header = {**HEADER, key: value}
+    if drop:
+        del header[key]
+    ends = os.pipe()
+    try:
+        with pytest.raises(RendezvousError, match="no message"):
+            Message.unpack(header, b"abc", (ends[0],))
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(ends[0])
+    finally:
+        os.close(ends[1])
+
+
+@given(json_values)
+def test_a_header_that_is_none_is_the_named_error(value: Any) -> None:
+    header = value if isinstance(value, dict) else {"sizes": value}
+    with pytest.raises(RendezvousError):
+        Message.unpack(header, b"")
+
+
+@given(st.dictionaries(st.sampled_from(sorted(HEADER)), json_values), st.binary(max_size=8))
+def test_any_header_is_taken_whole_or_refused(changed: dict[str, Any], body: bytes) -> None:
+    try:
+        got = Message.unpack({**HEADER, **changed}, body)
+    except RendezvousError:
+        return
+    assert got.body() == body
+    assert isinstance(got.sequence, int)
+    assert isinstance(got.step, str)
+    assert math.isfinite(got.deadline)
+
+
+# Sockets.
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[tuple[SocketWire, socket.socket]]:
+    """A leader, and the end of the socket where it takes rank 1 to be."""
+    mine, theirs = socket.socketpair()
+    wire = SocketWire({1: mine})
+    try:
+        yield wire, theirs
+    finally:
+        wire.close()
+        theirs.close()
+
+
+def leader_and(*ranks: int) -> tuple[SocketWire, dict[int, SocketWire]]:
+    pairs = {rank: socket.socketpair() for rank in ranks}
+    return SocketWire({rank: p[0] for rank, p in pairs.items()}), {
+        rank: SocketWire({0: p[1]}) for rank, p in pairs.items()
+    }
+
+
+def close(leader: SocketWire, followers: dict[int, SocketWire]) -> None:
+    for wire in (leader, *followers.values()):
+        wire.close()
+
+
+def soon(seconds: float = 5.0) -> float:
+    return time.monotonic() + seconds
+
+
+def test_a_withdrawal_replaces_what_was_submitted() -> None:
+    """G1: a rank whose time is up takes its message back, also when the others are all here."""
+    leader, followers = leader_and(1, 2)
+    followers[1].submit(message(1, b"here"))
+    followers[1].submit(message(1, error=PeerTimeoutError("gave up")))
+    followers[2].submit(message(1, b"here"))
+    got = leader.collect(1, soon())
+    assert got[1].error is not None
+    assert got[1].contributions == []
+    close(leader, followers)
+
+
+def test_what_is_left_of_earlier_rounds_is_dropped_and_later_ones_wait() -> None:
+    """G1: rounds are numbered; descriptors of what is dropped are closed."""
+    leader, followers = leader_and(1)
+    file = os.open("/dev/null", os.O_RDONLY)
+    before = descriptors()
+    for sequence in (1, 2, 3):
+        followers[1].submit(Message(sequence, "s", soon(), [Contribution(b"%d" % sequence, (file,))]))
+    got = leader.collect(2, soon())
+    assert got[1].contributions[0].payload == b"2"
+    got[1].close()
+    third = leader.collect(3, soon())[1]
+    assert third.contributions[0].payload == b"3"
+    assert descriptors() == before + 1
+    third.close()
+    with pytest.raises(PeerTimeoutError) as caught:
+        leader.collect(4, soon(0.05))
+    assert caught.value.peers == (1,)
+    followers[1].submit(Message(5, "s", soon(), [Contribution(b"", (file,))]))
+    leader._receive(soon())
+    assert descriptors() == before + 1
+    close(leader, followers)  # with it goes what nobody took
+    os.close(file)
+
+
+def test_a_lost_leader_is_told_after_what_it_said_last() -> None:
+    """G1: a verdict that came before the end is not lost with the connection, though sending fails by then."""
+    leader, followers = leader_and(1)
+    leader.publish(message(7, error=OutOfMemoryError("full")))
+    leader.close()
+    followers[1].submit(message(7, b"x"))
+    assert followers[1].verdict(7, soon()).error is not None
+    with pytest.raises(PeerLostError) as caught:
+        followers[1].verdict(8, soon())
+    assert caught.value.peers == (0,)
+    followers[1].close()
+
+
+def test_lost_followers_are_named_and_nobody_else() -> None:
+    """G1: at once; a lost rank that has submitted already does not count."""
+    leader, followers = leader_and(1, 2, 3)
+    followers[1].submit(message(1))
+    followers[1].close()
+    followers[3].close()
+    with pytest.raises(PeerLostError, match="rank 3 died") as caught:
+        leader.collect(1, soon(30))
+    assert caught.value.peers == (3,)
+    leader.publish(message(1))  # does not raise
+    close(leader, followers)
+
+
+def test_a_rank_that_does_not_read_is_cut_off() -> None:
+    """G1: half a message would be taken for the beginning of the next; so it gets no other."""
+    leader, followers = leader_and(1, 2)
+    begin = time.monotonic()
+    leader.publish(message(1, bytes(4 << 20), seconds=0.0))
+    assert time.monotonic() - begin < 20
+    with pytest.raises((PeerLostError, PeerTimeoutError)):
+        followers[1].verdict(1, soon(1))
+    with pytest.raises(PeerLostError) as caught:
+        leader.collect(2, soon())
+    assert caught.value.peers == (1, 2)
+    close(leader, followers)
+
+
+@given(st.binary(min_size=1, max_size=200))
+def test_garbage_on_a_socket_is_an_error_by_name(garbage: bytes) -> None:
+    """G1: truncated or false bytes; never a crash, a hang or a leak."""
+    with listening() as (wire, theirs):
+        before = descriptors()
+        theirs.sendall(garbage)
+        theirs.shutdown(socket.SHUT_WR)
+        with pytest.raises((PeerLostError, RendezvousError)):
+            wire.collect(1, soon())
+        assert descriptors() == before
+
+
+@given(st.binary(max_size=60), st.integers(0, 3), st.integers(0, 3), st.integers(-2, 2))
+def test_garbage_with_descriptors_closes_them(head: bytes, promised: int, sent: int, off: int) -> None:
+    """G5: a message that is none leaves no descriptor here."""
+    with listening() as (wire, theirs):
+        before = descriptors()
+        theirs.sendall(scm._PREFIX.pack(max(len(head) + off, 0), 0, promised))
+        socket.send_fds(theirs, [b"\0"], [0] * sent)
+        theirs.sendall(head)
+        theirs.shutdown(socket.SHUT_WR)
+        with pytest.raises((RendezvousError, PeerLostError, ResourceLimitError)):
+            wire.collect(1, soon())
+        assert descriptors() == before
+
+
+def test_a_message_that_stops_amid_is_a_timeout_that_names_the_rank() -> None:
+    """G1: and the connection is of no more use."""
+    with listening() as (wire, theirs):
+        theirs.sendall(scm._PREFIX.pack(1000, 0, 0) + b"{")
+        with pytest.raises(PeerTimeoutError, match="amid a message") as caught:
+            wire.collect(1, soon(0.05))
+        assert caught.value.peers == (1,)
+        with pytest.raises(BrokenPipeError):
+            theirs.sendall(bytes(20))
+        with pytest.raises(PeerLostError):
+            wire.collect(2, soon())
+
+
+# The store.
+
+
+@given(st.binary(max_size=80))
+def test_garbage_in_the_store_is_an_error_by_name(garbage: bytes) -> None:
+    """G1: a key that something else wrote."""
+    store = dist.HashStore()
+    wire = StoreWire(store, "p", 1, 2)
+    store.set("p/1/verdict", garbage)
+    with pytest.raises(RendezvousError, match="no message"):
+        wire.verdict(1, soon())
+
+
+def test_over_the_store_an_error_is_seen_before_all_have_come() -> None:
+    """G1: one message with an error ends the wait of the leader, at once."""
+    store = dist.HashStore()
+    leader, first = StoreWire(store, "p", 0, 3), StoreWire(store, "p", 1, 3)
+
+    def rank(rank: int) -> Any:
+        if rank == 0:
+            return leader.collect(1, soon(20))
+        return first.submit(message(1, error=OutOfMemoryError("full")))
+
+    begin = time.monotonic()
+    got = run_ranks(2, rank)[0]
+    assert time.monotonic() - begin < 5
+    assert list(got) == [1]
+    assert got[1].error["what"] == "full"
+
+
+def test_who_is_waited_for_at_the_store_is_named() -> None:
+    """G1: the ranks whose message is not there, or rank 0 if all are and it does not answer."""
+    store = dist.HashStore()
+    wires = [StoreWire(store, "p", rank, 4) for rank in range(4)]
+    wires[2].submit(message(1))
+    with pytest.raises(PeerTimeoutError) as caught:
+        wires[0].collect(1, soon(0.05))
+    assert caught.value.peers == (1, 3)
+    with pytest.raises(PeerTimeoutError) as caught:
+        wires[2].verdict(1, soon(0.05))
+    assert caught.value.peers == (1, 3)
+    for rank in (1, 3):
+        wires[rank].submit(message(1))
+    with pytest.raises(PeerTimeoutError, match="rank 0 did not answer") as caught:
+        wires[2].verdict(1, soon(0.05))
+    assert caught.value.peers == (0,)
+
+
+def test_a_store_that_fails_is_no_timeout() -> None:
+    """G1: it is told apart from ranks that do not come."""
+
+    class Broken(dist.HashStore):
+        def wait(self, keys: list[str], timeout: timedelta) -> None:
+            raise RuntimeError("Broken pipe")
+
+    with pytest.raises(RendezvousError, match="the job's store failed: Broken pipe") as caught:
+        StoreWire(Broken(), "p", 1, 2).verdict(1, soon())
+    assert type(caught.value) is RendezvousError

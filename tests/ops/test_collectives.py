@@ -1,0 +1,483 @@
+"""The collective operators as torch sees them (mission C1 to C3): schemas, fake kernels, gradients, compilation; and
+what they refuse. Of one rank, or of fake tensors in a larger group.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import symmem
+from symmem.errors import (
+    GroupError,
+    InvalidArgumentError,
+    NotRendezvousedError,
+    NotSymmetricError,
+    RankError,
+    UnsupportedError,
+)
+from symmem.ops import functions as ops
+from symmem.ops import gradients
+from symmem.ops.engines import select
+
+# What torch does, and what it imports, warns; some of it in 2.11 or 2.15 only.
+_WARNINGS = (
+    "ignore::DeprecationWarning:torch",
+    "ignore:.*Profiler clears events:UserWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+    "ignore:.torch.jit.trace. is deprecated:FutureWarning",
+    "ignore:There is a performance drop because we have not yet implemented the batching rule:UserWarning",
+)
+pytestmark = [pytest.mark.filterwarnings(each) for each in _WARNINGS]
+
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
+OPTIONS: dict[str, tuple[Any, ...]] = {"all_reduce": ("sum",), "reduce_scatter": ("avg",), "broadcast": (0,)}
+ONE_SIDED = ("put", "get", "get_out", "put_signal", "wait_signal", "barrier")
+numbers = itertools.count()
+
+
+@pytest.fixture
+def group() -> symmem.Group:
+    """Of one rank."""
+    return symmem.Group.from_store(0, 1, dist.HashStore(), f"one {next(numbers)}")
+
+
+@pytest.fixture
+def many() -> symmem.Group:
+    """Of three ranks, two of which never come."""
+    return symmem.Group.from_store(1, 3, dist.HashStore(), f"many {next(numbers)}")
+
+
+@pytest.fixture
+def symmetric(group: symmem.Group) -> Iterator[torch.Tensor]:
+    st = symmem.allocate(6, backend="host", arena=False).rendezvous(group)
+    yield st.tensor
+    st.close()
+
+
+def op(name: str) -> Any:
+    return getattr(torch.ops.symmem, name).default
+
+
+def rows(name: str, in_place: bool = False) -> torch.Tensor:
+    """A good x for a group of one rank."""
+    needs = name in ("reduce_scatter", "all_to_all") or (in_place and name == "all_gather")
+    return torch.randn(1, 5, 3) if needs else torch.randn(5, 3)
+
+
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_opcheck(name: str, group: symmem.Group) -> None:
+    rest = (*OPTIONS.get(name, ()), group.name)
+    for x in (rows(name), rows(name).requires_grad_(), rows(name).mT, rows(name)[..., 1]):
+        torch.library.opcheck(op(name), (x, *rest))
+    out = torch.empty_like(op(name)(rows(name), *rest))
+    torch.library.opcheck(op(f"{name}_out"), (rows(name), *rest), {"out": out})
+    torch.library.opcheck(op(f"{name}_"), (rows(name, in_place=True), *rest))
+
+
+def test_one_sided_operators_have_fake_kernels() -> None:
+    with FakeTensorMode():  # opcheck would pass copies, in other memory
+        x = torch.empty(3, 4)
+        assert torch.ops.symmem.get(x.mT, 1, "any").shape == (4, 3)
+        torch.ops.symmem.get_out(x, 1, "any", out=torch.empty(3, 4))
+        torch.ops.symmem.put(x, x, 1, "any")
+        torch.ops.symmem.barrier(x, 1, "any")
+
+
+@pytest.mark.parametrize("name", [*COLLECTIVES, *ONE_SIDED])
+def test_mutating_forms_return_nothing_and_refuse_gradients(name: str, group: symmem.Group) -> None:
+    packets = [name] if name in ONE_SIDED else [name, f"{name}_", f"{name}_out"]
+    for each in packets:
+        schema = op(each)._schema
+        assert schema.is_mutable == (len(schema.returns) == 0)
+    if name in COLLECTIVES:
+        x = rows(name, in_place=True).requires_grad_()
+        rest = (*OPTIONS.get(name, ()), group.name)
+        with pytest.raises(UnsupportedError, match="has no gradient"):
+            op(f"{name}_")(x, *rest)
+        with torch.no_grad():
+            op(f"{name}_")(x, *rest)
+
+
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_gradcheck(name: str, group: symmem.Group) -> None:
+    rest = (*OPTIONS.get(name, ()), group.name)
+    x = rows(name).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: op(name)(x, *rest), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: op(name)(x, *rest), (x,))
+
+
+@pytest.mark.parametrize("name", ["all_reduce", "reduce_scatter"])
+def test_extremes_have_no_gradient(name: str, group: symmem.Group) -> None:
+    result = op(name)(rows(name).requires_grad_(), "max", group.name)
+    with pytest.raises(UnsupportedError, match=f"{name} has no gradient for 'max'"):
+        result.sum().backward()
+
+
+@pytest.mark.parametrize("form", ["", "_", "_out"])
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_derivatives_in_forward_mode_are_refused(name: str, form: str, group: symmem.Group) -> None:
+    """Else they would be zeros."""
+    rest, x = (*OPTIONS.get(name, ()), group.name), rows(name, in_place=form == "_")
+    out = {"out": torch.empty_like(op(name)(x, *rest))} if form == "_out" else {}
+    with torch.autograd.forward_ad.dual_level():
+        op(name + form)(x, *rest, **out)  # of plain tensors there are none
+        with pytest.raises(UnsupportedError, match=f"{name}{form} has no derivative in forward mode"):
+            op(name + form)(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), *rest, **out)
+    if form == "":
+        with pytest.raises(UnsupportedError, match="forward mode"):
+            torch.func.jvp(lambda x: getattr(ops, name)(x, group), (x,), (torch.ones_like(x),))
+
+
+def test_what_is_written_is_known_to_autograd(group: symmem.Group) -> None:
+    x = torch.ones(3)
+    y = (x.requires_grad_() * 2).exp()  # its backward needs y
+    with torch.no_grad():
+        ops.all_reduce(y, group, out=y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_fake_kernels_know_shapes_and_refuse_what_is_bad(many: symmem.Group) -> None:
+    name = many.name
+    with FakeTensorMode():
+        x = torch.empty(3, 4, dtype=torch.bfloat16)
+        assert torch.ops.symmem.all_reduce(x.mT, "sum", name).shape == (4, 3)
+        assert torch.ops.symmem.all_gather(x, name).shape == (3, 3, 4)
+        assert torch.ops.symmem.reduce_scatter(x, "sum", name).shape == (4,)
+        assert torch.ops.symmem.all_to_all(x, name).shape == (3, 4)
+        assert torch.ops.symmem.broadcast(x, 2, name).dtype == torch.bfloat16
+        with pytest.raises(InvalidArgumentError, match="a row for each of 3 ranks"):
+            torch.ops.symmem.all_to_all(torch.empty(4, 3), name)
+        with pytest.raises(InvalidArgumentError, match=r"out must have shape \[4\]"):
+            torch.ops.symmem.reduce_scatter_out(x, "sum", name, out=torch.empty(3))
+    assert many.engines == {}  # nobody has met
+
+
+def program(x: torch.Tensor, weight: torch.Tensor, name: str) -> torch.Tensor:
+    """Functional forms with gradients, and mutating ones on what was made here."""
+    y = torch.ops.symmem.all_reduce(x @ weight, "avg", name)
+    z = torch.ops.symmem.all_gather(y.relu(), name)
+    z = torch.ops.symmem.reduce_scatter(z, "sum", name)
+    with torch.no_grad():
+        scale = z.detach() + 1
+        torch.ops.symmem.all_reduce_(scale, "sum", name)
+        room = torch.empty_like(scale)
+        torch.ops.symmem.broadcast_out(scale, 0, name, out=room)
+        room.mul_(2)
+        torch.ops.symmem.all_reduce_(room, "max", name)
+    return ops.all_reduce(z * room, name) + x.sum()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_programs_are_right(backend: str, group: symmem.Group) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(program, fullgraph=True, backend=backend)
+    x, weight = torch.randn(4, 8), torch.randn(8, 8)
+    results = []
+    for function in (program, compiled):
+        leaves = [each.clone().requires_grad_() for each in (x, weight)]
+        result = function(*leaves, group.name)
+        result.square().mean().backward()
+        results.append([result, *(each.grad for each in leaves)])
+    for wanted, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted)
+    compiled(torch.randn(5, 8), weight, group.name)  # another shape: dynamic from here on
+
+
+def test_the_compiler_takes_the_name_of_the_default_group_for_a_constant() -> None:
+    """And is not imported for that along with the functions."""
+    code = """
+import sys
+import torch, torch.distributed as dist
+from symmem.ops import all_reduce
+assert "torch._dynamo" not in sys.modules
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+compiled = torch.compile(lambda x: all_reduce(x), fullgraph=True, backend="eager")
+assert compiled(torch.ones(3)).tolist() == [1] * 3
+dist.destroy_process_group()
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=100)
+
+
+def test_compiled_code_changes_its_arguments_in_place(group: symmem.Group) -> None:
+    def double(x: torch.Tensor) -> None:
+        x.add_(x)
+        torch.ops.symmem.all_reduce_(x, "sum", group.name)
+
+    torch._dynamo.reset()
+    x = torch.ones(7)
+    torch.compile(double, fullgraph=True, backend="aot_eager")(x)
+    assert x.tolist() == [2] * 7
+
+
+def test_no_copy_is_made_for_forms_that_return_nothing(group: symmem.Group) -> None:
+    """Inductor hands the tensors themselves to the operators (C1)."""
+    from torch._inductor.utils import run_and_get_code
+
+    def chain(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        torch.ops.symmem.all_reduce_(y, "sum", group.name)
+        torch.ops.symmem.all_reduce_out(y, "sum", group.name, out=out)
+        return y
+
+    torch._dynamo.reset()
+    compiled = torch.compile(chain, fullgraph=True)
+    x, out = torch.randn(40), torch.empty(40)
+    result, code = run_and_get_code(compiled, x, out)
+    assert torch.equal(result, x * 2)
+    assert torch.equal(out, result)
+    assert "".join(code).count("cpp_fused_") - "".join(code).count("def cpp_fused_") < 5, code
+    assert "copy_" not in "".join(code).split("def call")[1].split("def benchmark")[0]
+
+
+def test_one_sided_operators_compile_with_inductor(symmetric: torch.Tensor, group: symmem.Group) -> None:
+    name = group.name
+
+    def exchange(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        torch.ops.symmem.put(x, source * 2, 0, name)
+        torch.ops.symmem.put_signal(x, 0, 1, name)
+        torch.ops.symmem.wait_signal(x, 0, 1, name)
+        torch.ops.symmem.barrier(x, 0, name)
+        return x + torch.ops.symmem.get(x, 0, name)
+
+    torch._dynamo.reset()
+    result = torch.compile(exchange, fullgraph=True)(symmetric, torch.arange(6.0))
+    assert result.tolist() == [0, 4, 8, 12, 16, 20]
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda x, g: ops.all_reduce(x, g, "product"), InvalidArgumentError, "reduction must be one of sum, avg"),
+        (lambda x, g: ops.all_reduce(x.bool(), g), InvalidArgumentError, "no 'sum' of torch.bool"),
+        (lambda x, g: ops.all_reduce(x.int(), g, "avg"), InvalidArgumentError, "no 'avg' of torch.int32"),
+        (lambda x, g: ops.all_reduce(x.cfloat(), g, "min"), InvalidArgumentError, "no 'min' of torch.complex64"),
+        (lambda x, g: ops.all_reduce(x.to_sparse(), g), InvalidArgumentError, "dense"),
+        (lambda x, g: ops.all_reduce(x, g, out=x.double()), InvalidArgumentError, "not shape .* torch.float64"),
+        (lambda x, g: ops.all_reduce(x, g, out=torch.ones(3)), InvalidArgumentError, "out must have shape"),
+        (lambda x, g: ops.all_reduce(x, g, out=torch.empty(2, 4, device="meta")), InvalidArgumentError, "device meta"),
+        (lambda x, g: ops.all_reduce(x[0], g, out=x.view(-1)[1:5]), InvalidArgumentError, "not the same"),
+        (lambda x, g: ops.all_gather(x, g, out=x[None]), InvalidArgumentError, "all_gather_ to work in place"),
+        (lambda x, g: ops.reduce_scatter(x[:1], g, out=x[0]), InvalidArgumentError, "share memory"),
+        (lambda x, g: ops.all_to_all(x[:1], g, out=x[:1].view(1, 4)), InvalidArgumentError, "share memory"),
+        (lambda x, g: ops.reduce_scatter(x, g), InvalidArgumentError, "a row for each of 1 ranks"),
+        (lambda x, g: ops.all_to_all(x[0, 0], g), InvalidArgumentError, "a row for each of 1 ranks"),
+        (lambda x, g: ops.broadcast(x, g, root=-1), RankError, "root -1"),
+        (lambda x, g: torch.ops.symmem.all_reduce_(x[:1].expand(3, 4), "sum", g.name), InvalidArgumentError, "share"),
+        (lambda x, g: ops.all_reduce(x, "nowhere"), GroupError, "not initialised"),
+        (lambda x, g: ops.get(x, 0, g), NotSymmetricError, "symmetric"),
+        (lambda x, g: ops.put(x, x, 0, g), NotSymmetricError, "symmetric"),
+    ],
+)
+def test_bad_input_is_refused_by_name(
+    call: Callable[..., object], error: type[Exception], match: str, group: symmem.Group
+) -> None:
+    x = torch.randn(2, 4)
+    before = x.clone()
+    with pytest.raises(error, match=match):
+        call(x, group)
+    assert torch.equal(x, before)
+    assert torch.equal(ops.all_reduce(x, group), x)  # nothing is left of it
+
+
+def test_other_groups_and_ranks_are_refused(symmetric: torch.Tensor, group: symmem.Group, many: symmem.Group) -> None:
+    with pytest.raises(NotRendezvousedError):
+        ops.get(symmetric, 0, many)
+    with pytest.raises(RankError):
+        ops.get(symmetric, 1, group)
+    with pytest.raises(InvalidArgumentError, match="shape"):
+        ops.put(symmetric, torch.ones(5), 0, group)
+
+
+def test_shared_elements_that_are_not_in_the_way_are_fine(group: symmem.Group) -> None:
+    x = torch.arange(8.0)
+    assert ops.all_reduce(x, group, out=x) is x
+    assert ops.all_reduce(x.view(2, 4), group, out=x.view(2, 4)).tolist() == x.view(2, 4).tolist()
+    ops.all_reduce(x[::2], group, out=x[1::2])
+    assert x.tolist() == [0, 0, 2, 2, 4, 4, 6, 6]
+    assert ops.all_reduce(x[:1].expand(3), group).tolist() == [0, 0, 0]
+    lazy = torch.tensor([1 + 2j]).conj()
+    assert ops.all_reduce(lazy, group).tolist() == [1 - 2j]
+    torch.ops.symmem.all_reduce_(lazy, "sum", group.name)
+    assert lazy.tolist() == [1 - 2j]
+    with torch.inference_mode():
+        y = torch.ones(3)
+        assert ops.all_reduce(y, group, out=y).tolist() == [1, 1, 1]
+
+
+# Names.
+
+
+def test_groups_of_one_name_are_told_apart_or_refused() -> None:
+    first, second = (symmem.Group.from_store(0, 1, dist.HashStore(), "twin") for _ in range(2))
+    with pytest.raises(GroupError, match="2 groups made from stores are named 'twin'"):
+        torch.ops.symmem.all_reduce(torch.ones(1), "sum", "twin")
+    assert ops.all_reduce(torch.ones(1), second).tolist() == [1]
+    assert select.name_of(second) == "twin"
+    assert select.group_named("twin") is second
+    second.close()
+    assert select.group_named("twin") is first
+
+
+def test_a_name_follows_its_process_group() -> None:
+    seen = []
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            assert ops.all_reduce(torch.ones(2)).tolist() == [1, 1]
+            seen.append(select.group_named(symmem.resolve_group().name))
+            assert seen[-1] is symmem.resolve_group()
+            double = symmem.Group.from_store(0, 1, dist.HashStore(), seen[-1].name)
+            with pytest.raises(GroupError, match="a process group is named"):
+                ops.all_reduce(torch.ones(2, requires_grad=True), double)  # whose backward pass goes by the name
+            assert ops.all_reduce(torch.ones(2), dist.group.WORLD).tolist() == [1, 1]
+        finally:
+            dist.destroy_process_group()
+    assert seen[0] is not seen[1]
+
+
+def test_a_closed_group_is_refused(group: symmem.Group) -> None:
+    group.close()
+    with pytest.raises(GroupError, match="is closed"):
+        ops.all_reduce(torch.ones(2), group)
+
+
+def test_groups_that_are_gone_are_forgotten() -> None:
+    for turn in range(3):
+        select.name_of(symmem.Group.from_store(0, 1, dist.HashStore(), f"gone {turn}"))
+    gc.collect()
+    select.name_of(symmem.Group.from_store(0, 1, dist.HashStore(), "here"))
+    assert not [name for name in select._of_stores if name.startswith("gone")]
+
+
+# The short way of the usual eager call, and what must go through the dispatcher.
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class FunctionRecorder(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Wrapped(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        seen.append(str(func))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+seen: list[str] = []
+
+
+@pytest.fixture
+def direct(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which operations went past the dispatcher."""
+    found: list[str] = []
+
+    def counting(work: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda kind, *args: (found.append(kind.name), work(kind, *args))[1]
+
+    for name in ("functional", "in_place", "into"):
+        monkeypatch.setattr(ops, name, counting(getattr(ops, name)))
+    return found
+
+
+def test_the_usual_call_is_short(direct: list[str], group: symmem.Group) -> None:
+    x = torch.ones(3)
+    ops.all_reduce(x, group)
+    ops.all_reduce(x, group, out=x)
+    ops.broadcast(x, group, out=torch.empty(3))
+    with torch.no_grad():
+        ops.all_gather(torch.nn.Parameter(torch.ones(3)), group)
+    with torch.inference_mode():
+        ops.all_reduce(torch.ones(3), group)
+    assert direct == ["all_reduce", "all_reduce", "broadcast", "all_gather", "all_reduce"]
+
+
+@pytest.mark.parametrize(
+    "around",
+    [Recorder, FunctionRecorder, lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])],
+)
+def test_what_looks_at_operators_sees_them(around: Any, direct: list[str], group: symmem.Group) -> None:
+    seen.clear()
+    x = torch.ones(3)
+    with around() as active:
+        ops.all_reduce(x, group)
+        ops.all_reduce(x, group, out=x)
+        ops.all_gather(x, group, out=torch.empty(1, 3))
+    if hasattr(active, "key_averages"):
+        seen.extend(each.key.replace("::", ".") for each in active.key_averages())
+    for form in ("all_reduce", "all_reduce_", "all_gather_out"):
+        assert any(each.removesuffix(".default") == f"symmem.{form}" for each in seen), seen
+    assert direct == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda: torch.ones(3, requires_grad=True),
+        lambda: torch.ones(3).as_subclass(Wrapped),
+        lambda: torch.ones(3, device="meta"),
+        lambda: torch._efficientzerotensor(3),
+        lambda: torch.ones(3, dtype=torch.cfloat).conj(),
+        lambda: torch._to_functional_tensor(torch.ones(3)),
+    ],
+)
+def test_unusual_tensors_go_through_the_dispatcher(
+    given: Callable[[], torch.Tensor], direct: list[str], group: symmem.Group
+) -> None:
+    assert ops.all_reduce(given(), group).shape == (3,)
+    with torch.no_grad():
+        ops.all_gather(torch.ones(3), group, out=torch.empty(1, 3, requires_grad=True))
+    assert direct == ["all_gather"]
+    with pytest.raises(UnsupportedError, match="has no gradient"):
+        ops.all_gather(torch.ones(3), group, out=torch.empty(1, 3, requires_grad=True))
+
+
+def test_tracers_and_transforms_see_the_operator(direct: list[str], group: symmem.Group) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(lambda x: ops.all_reduce(x, group))(torch.ones(3))
+    assert "symmem.all_reduce.default" in str(graph.code)
+    traced = torch.jit.trace(lambda x: ops.all_reduce(x, group) + 1, (torch.ones(3),), check_trace=False)
+    assert "symmem::all_reduce" in str(traced.graph)
+    assert torch.func.vmap(lambda x: ops.all_reduce(x, group))(torch.ones(2, 3)).shape == (2, 3)  # one by one
+    assert direct == []
+
+
+def test_operators_themselves_are_one_kernel_in_python(group: symmem.Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing requires a gradient; and two where something may come in between."""
+    again: list[str] = []
+    beneath = gradients._beneath
+    monkeypatch.setattr(
+        gradients, "_beneath", lambda op, *args, **options: (again.append(str(op)), beneath(op, *args, **options))[1]
+    )
+    x, name = torch.ones(3), group.name
+    torch.ops.symmem.all_reduce(x, "sum", name)
+    torch.ops.symmem.all_reduce_(x, "sum", name)
+    torch.ops.symmem.all_reduce_out(x, "sum", name, out=torch.empty(3))
+    assert again == []
+    with Recorder():
+        torch.ops.symmem.all_reduce(x, "sum", name)
+    torch.ops.symmem.all_reduce(x.requires_grad_(), "sum", name)
+    assert len(again) == 2

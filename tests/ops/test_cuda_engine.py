@@ -1,0 +1,853 @@
+"""The CUDA engine with no GPU: its tables, what it hands to a launch, its files, and its kernels run by CPU threads."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import itertools
+import math
+import random
+import shutil
+import subprocess
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from emulated_gpu import COMPILER, compile_kernels
+from thread_ranks import make_groups, run_ranks, succeed
+
+from symmem.backends import cuda_signals, kernel_cache, kernel_words
+from symmem.backends.kernel_words import NBYTES, gpu_waits
+from symmem.config.kernel_tables import KERNELS as CONFIGURED
+from symmem.errors import InvalidArgumentError, MismatchError, PeerTimeoutError, UnsupportedError
+from symmem.group.group import Group
+from symmem.ops import functions as ops
+from symmem.ops.engines import cuda
+from symmem.ops.engines.checked import CheckedEngine
+from symmem.ops.engines.collective_kernels import KERNELS, OPERATORS, SOURCE, STEPS, TYPES, Layout
+from symmem.ops.engines.cuda import CudaEngine, Piece, call_type, pieces
+from symmem.ops.engines.cuda_tuning import BLOCKS, OPERATIONS, Choice, Row, Table, built_in, grid
+from symmem.ops.engines.select import engine_for
+from symmem.redirect import cuda_pool
+from symmem.tensor.tensor import SymmetricTensor
+from symmem.tools.tune import call_of, each_row
+
+# Tables.
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8, 16, 64])
+def test_every_size_has_a_kernel(world: int) -> None:
+    table = built_in(world)
+    for nbytes in (1, 16, 2 << 10, 64 << 10, 1 << 20, 8 << 20, 1 << 33):
+        assert table.choose(nbytes).kernel in CONFIGURED["all_reduce"]
+        assert table.choose_move(nbytes).kernel in ("exchange", "pull")
+        assert table.choose_move(nbytes, True).kernel in CONFIGURED["move"]
+        assert table.choose_reduce_scatter(nbytes).kernel == "reduce_scatter"
+
+
+def test_the_tables_are_in_order() -> None:
+    for name, table in OPERATIONS.items():
+        assert {row.kernel for row in table} <= set(CONFIGURED[name])
+        for before, after in itertools.pairwise(table):
+            assert before.world <= after.world
+            if before.world == after.world and before.nbytes and after.nbytes:
+                assert before.nbytes < after.nbytes
+        assert table[-1].nbytes is None
+        assert not table[-1].symmetric
+        # A meeting needs a thread for each rank, and a flag for each block.
+        assert all(row.blocks <= BLOCKS and 64 <= row.threads <= 512 for row in table)
+
+
+def test_small_is_one_way_and_large_is_two() -> None:
+    assert built_in(8).choose(2 << 10).kernel == "one_shot"
+    assert built_in(8).choose(1 << 20).kernel == "two_shot"
+    assert built_in(8).choose_move(64 << 20, True).kernel == "put"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8, 64])
+def test_where_it_begins_to_matter_where_tensors_lie(world: int) -> None:
+    table = built_in(world)
+    most = int(table.symmetric_beyond())
+    assert table.choose_move(most, True) == table.choose_move(most, False)
+    assert table.choose_move(most + 1, True).kernel == "put"
+    assert table._replace(move=table.move[-1:]).symmetric_beyond() == float("inf")
+
+
+@pytest.mark.parametrize(("units", "blocks"), [(0, 1), (1, 1), (128, 1), (129, 2), (10**9, 64)])
+def test_blocks_of_a_launch(units: int, blocks: int) -> None:
+    assert grid(Choice("any", 128, 64), units) == blocks
+
+
+def test_pieces_cover_everything_once() -> None:
+    rng = random.Random(1)
+    for _ in range(2000):
+        most, nbytes = 16 * rng.randrange(1, 300), rng.randrange(1, 20000)
+        cut = pieces(nbytes, most)
+        assert [piece.start for piece in cut] == [sum(p.nbytes for p in cut[:index]) for index in range(len(cut))]
+        assert sum(piece.nbytes for piece in cut) == nbytes
+        assert all(0 < piece.nbytes <= most for piece in cut)
+        assert all(piece.nbytes % 16 == 0 for piece in cut[:-1])
+    assert pieces(100, 1600) == [Piece(0, 100)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8, 64])
+def test_nothing_of_a_workspace_overlaps(world: int) -> None:
+    layout = Layout.make(world, 16 << 20, 8 << 20, BLOCKS)
+    marks = int(layout.macros()["MARKS"])
+    assert marks >= 68
+    assert marks + 2 * world * 8 == layout.flags
+    assert layout.flags + 4 * BLOCKS * world * 8 <= layout.landing
+    assert layout.landing % 4096 == layout.slot % 512 == layout.stage % 512 == 0
+    assert layout.stages == layout.landing + 2 * world * layout.slot
+    assert layout.nbytes == layout.stages + 2 * layout.stage
+
+
+def test_the_arguments_are_those_of_the_source() -> None:
+    text = SOURCE[SOURCE.index("struct Call {") : SOURCE.index("};", SOURCE.index("struct Call {"))]
+    declared = [line.split("//")[0].strip(" ;\n").split(" ", 1)[1] for line in text.splitlines()[1:] if ";" in line]
+    names = [name.strip(" *").split("[")[0] for line in declared for name in line.replace("u8 *", "").split(",")]
+    assert names == [name for name, _kind in call_type(3)._fields_]  # type: ignore[misc]
+    assert ctypes.sizeof(call_type(8)) == 2 * 8 * 8 + 9 * 8 + 6 * 4
+    assert ctypes.sizeof(call_type(64)) <= 4096
+
+
+# Files.
+
+
+def test_compiled_kernels_are_kept(tmp_path: Path) -> None:
+    made = []
+
+    def compile_it() -> bytes:
+        made.append(1)
+        return b"code" * 100
+
+    folder = tmp_path / "a" / "b"
+    key = kernel_cache.key_of(["source", "sm_90"])
+    for _ in range(3):
+        assert kernel_cache.cached(key, compile_it, folder) == b"code" * 100
+    assert len(made) == 1
+    assert [file.name for file in folder.iterdir()] == [f"{key}.bin"]
+    assert kernel_cache.cached(key, compile_it, None) == b"code" * 100
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "changed", "other", "longer"])
+def test_a_damaged_file_is_compiled_anew(damage: str, tmp_path: Path) -> None:
+    key = kernel_cache.key_of(["x"])
+    kernel_cache.cached(key, lambda: b"good code", tmp_path)
+    file = tmp_path / f"{key}.bin"
+    content = file.read_bytes()
+    changed = {
+        "cut": content[:-1],
+        "empty": b"",
+        "changed": content[:-1] + b"?",
+        "other": b"something else",
+        "longer": content + b"!",
+    }
+    file.write_bytes(changed[damage])
+    assert kernel_cache.cached(key, lambda: b"good code", tmp_path) == b"good code"
+    assert file.read_bytes() == content
+
+
+def test_a_folder_that_cannot_be_used_is_no_failure(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert kernel_cache.cached("key", lambda: b"code", blocked) == b"code"
+    assert kernel_cache.cached("key", lambda: b"code", blocked / "below") == b"code"
+
+
+def test_a_failed_compilation_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> bytes:
+        raise UnsupportedError("no compiler")
+
+    with pytest.raises(UnsupportedError):
+        kernel_cache.cached("key", fail, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_tell_programs_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert kernel_cache.key_of(["ab", "c"]) != kernel_cache.key_of(["a", "bc"])
+    assert kernel_cache.key_of(["a"]) == kernel_cache.key_of(["a"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kernel_cache.cache_directory() == tmp_path / "symmem" / "kernels"
+
+
+# The compiler.
+
+
+def macros(world: int, dtype: torch.dtype | None = None, reduction: str = "sum") -> list[str]:
+    found = Layout.make(world, 16 << 20, 8 << 20, BLOCKS).macros()
+    if dtype is not None:
+        found |= {"REDUCES": "1", f"TYPE_{TYPES[dtype]}": "1", f"OPERATOR_{OPERATORS[reduction]}": "1"}
+    return [f"-D{name}={value}" for name, value in found.items()]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc here")
+@pytest.mark.parametrize(
+    "flags",
+    [macros(8), macros(2), *(macros(2, dtype, "sum") for dtype in TYPES), macros(3, torch.bfloat16, "max")],
+    ids=lambda flags: " ".join(flags[0:1] + flags[9:]),
+)
+def test_nvcc_takes_the_kernels(flags: list[str], tmp_path: Path) -> None:
+    source = tmp_path / "kernels.cu"
+    source.write_text(SOURCE)
+    command = ["nvcc", "-arch=sm_90", "-std=c++17", "-cubin", "-o", str(tmp_path / "out"), *flags, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+# The engine, with GPUs made of threads.
+
+
+class EmulatedDriver:
+    """Launches run here and now, in the thread that launches them."""
+
+    def __init__(self) -> None:
+        self.bindings = self
+        self.launched: list[tuple[str, int, int]] = []
+        self.code = 0
+        self._memory = (ctypes.c_uint32 * (NBYTES // 4))()
+
+    def cuLaunchKernel(self, *arguments: Any) -> tuple[Any]:
+        (library, number), blocks, threads = arguments[0], arguments[1], arguments[4]
+        call = ctypes.c_void_p.from_address(arguments[9]).value
+        self.launched.append((number, blocks, threads))
+        if library is not None and library.launch(number, ctypes.c_void_p(call), blocks, threads):
+            raise RuntimeError("unspecified launch failure")
+        return (self.code,)
+
+    def enter(self, ordinal: int) -> None:
+        """Nothing to do."""
+
+    def on(self, ordinal: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def pinned(self, nbytes: int) -> tuple[int, int]:
+        return ctypes.addressof(self._memory), ctypes.addressof(self._memory)
+
+
+class StubGroup:
+    name = "g"
+    settings = SimpleNamespace(signal_timeout=20.0, algorithms="built-in")
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def lost(self) -> tuple[int, ...]:
+        return ()
+
+
+WORLD = 3
+SMALL = Layout.make(WORLD, 3 * 4096, 3 * 2048, 8)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedDriver]:
+    stub = EmulatedDriver()
+    monkeypatch.setattr(cuda_signals, "load_driver", lambda: stub)
+    monkeypatch.setattr("torch._C._cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr("torch._C._cuda_getCurrentRawStream", lambda ordinal: 70 + ordinal, raising=False)
+    monkeypatch.setattr("torch._C._cuda_isCurrentStreamCapturing", lambda: False, raising=False)
+    cuda_signals.device_of.cache_clear()
+    yield stub
+    cuda_signals.device_of.cache_clear()
+    kernel_words._all.clear()
+
+
+def memory(nbytes: int) -> torch.Tensor:
+    """Zeros at a multiple of 4096."""
+    room = torch.zeros(nbytes + 4096, dtype=torch.uint8)
+    return room[-room.data_ptr() % 4096 :][:nbytes]
+
+
+class Ranks:
+    """An engine for each rank, in this process; an operation is run by a thread a rank."""
+
+    def __init__(self, world: int, layout: Layout) -> None:
+        self.engines = [CudaEngine(StubGroup(rank, world), torch.device("cuda", 0)) for rank in range(world)]  # type: ignore[arg-type]
+        self.areas = [memory(layout.nbytes) for _ in range(world)]
+        for engine, area in zip(self.engines, self.areas, strict=True):
+            area[layout.landing : layout.stages] = 255
+            engine.layout, engine._areas = layout, tuple(each.data_ptr() for each in self.areas)
+
+    def use(self, **rows: tuple[Row, ...]) -> None:
+        """Let all engines choose by these rows, of one operation or several."""
+        for engine in self.engines:
+            engine.use(engine.table._replace(**rows))
+
+    def run(self, operation: Callable[[CudaEngine, int], object]) -> list[BaseException | None]:
+        errors: list[BaseException | None] = [None] * len(self.engines)
+
+        def work(rank: int) -> None:
+            try:
+                operation(self.engines[rank], rank)
+            except BaseException as error:
+                errors[rank] = error
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(self.engines))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(50)
+            assert not thread.is_alive()
+        return errors
+
+
+@pytest.fixture
+def ranks(driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch, libraries: dict[str, Any]) -> Ranks:
+    def program(_state: Any, kind: str, _macros: dict[str, str]) -> Any:
+        functions = {name: (libraries[kind], number) for number, name in enumerate(KERNELS[kind])}
+        return SimpleNamespace(functions=functions)
+
+    monkeypatch.setattr(cuda, "program", program)
+    for library in libraries.values():
+        library.restart()
+    return Ranks(WORLD, SMALL)
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if COMPILER is None:
+        pytest.skip("there is no C++ compiler here")
+    folder, layout = tmp_path_factory.mktemp("kernels"), SMALL.macros()
+    reducing = {"REDUCES": "1", "TYPE_F32": "1", "OPERATOR_SUM": "1"}
+    return {
+        "reduce": compile_kernels("reduce", layout | reducing, folder),
+        "move": compile_kernels("move", layout, folder),
+    }
+
+
+def floats(n: int, rank: int, rng: random.Random) -> torch.Tensor:
+    """Numbers at any multiple of 4 bytes."""
+    start = rng.choice((0, 0, 1, 2))
+    generator = torch.Generator().manual_seed(rank * 1000 + n)
+    return torch.cat([torch.zeros(start), torch.randn(n, generator=generator)])[start:]
+
+
+def test_all_reduce_to_the_bit(ranks: Ranks) -> None:
+    rng = random.Random(3)
+    for turn in range(60):
+        n = rng.choice((1, 2, 3, 4, 5, 63, 64, 65, 1000, 1025, 3000, 7001))
+        sources = [floats(n, rank, rng) for rank in range(WORLD)]
+        want = functools.reduce(torch.add, sources)
+        outs = sources if rng.random() < 0.5 else [torch.empty_like(each) for each in sources]
+        row = Row(WORLD, None, ("one_shot", "two_shot")[turn % 2], rng.choice((8, 16)), rng.choice((1, 3)))
+        ranks.use(all_reduce=(row,))
+        errors = ranks.run(lambda engine, rank, s=sources, o=outs: engine.all_reduce(s[rank], o[rank], "sum"))
+        assert errors == [None] * WORLD
+        for out in outs:
+            assert torch.equal(out.view(torch.int32), want.view(torch.int32)), (turn, n, row)
+    for area in ranks.areas:  # all that was pushed was taken
+        assert (area[SMALL.landing : SMALL.stages] == 255).all()
+
+
+def test_numbers_that_look_like_nothing(ranks: Ranks) -> None:
+    # 64 ones are what lies in a landing zone at rest; as floats they are NaNs.
+    for kernel in ("one_shot", "two_shot"):
+        tensors = [torch.full((50,), -1, dtype=torch.int32).view(torch.float32) for _ in range(WORLD)]
+        ranks.use(all_reduce=(Row(WORLD, None, kernel, 8, 2),))
+        ranks.run(lambda engine, rank, t=tensors: engine.all_reduce(t[rank], t[rank], "sum"))
+        for tensor in tensors:
+            assert tensor.isnan().all()
+            assert torch.equal(tensor.view(torch.int32), tensors[0].view(torch.int32))
+
+
+class Alternating(Table):
+    """Takes turns by the number of bytes."""
+
+    def choose(self, nbytes: int) -> Choice:
+        return Choice("two_shot" if nbytes % 8 else "one_shot", 8, 2)
+
+    def choose_move(self, nbytes: int, symmetric: bool = False) -> Choice:
+        return Choice("pull" if nbytes % 8 else "exchange", 8, 2)
+
+
+def test_a_rank_may_run_ahead(ranks: Ranks) -> None:
+    rng = random.Random(4)
+    sizes = [rng.choice((1, 5, 64, 500, 2000)) for _ in range(40)]
+    for engine in ranks.engines:
+        engine.use(Alternating(*built_in(WORLD)))
+
+    def work(engine: CudaEngine, rank: int) -> None:
+        for turn, n in enumerate(sizes):
+            x = torch.arange(n, dtype=torch.float32) + rank * 100 + turn
+            if turn % 4 == 0:
+                root = turn // 4 % WORLD
+                engine.broadcast(x, x, root)
+                assert torch.equal(x, torch.arange(n) + root * 100.0 + turn)
+            elif turn % 4 == 1:
+                out = torch.empty(WORLD, n)
+                engine.all_gather(x, out)
+                assert torch.equal(out, torch.stack([torch.arange(n) + r * 100.0 + turn for r in range(WORLD)]))
+            else:
+                engine.all_reduce(x, x, "sum")
+                assert torch.equal(x, torch.arange(n) * WORLD + 100.0 * sum(range(WORLD)) + turn * WORLD)
+
+    assert ranks.run(work) == [None] * WORLD
+
+
+@pytest.mark.parametrize("kernel", ["exchange", "pull"])
+def test_bytes_move_unchanged(kernel: str, ranks: Ranks) -> None:
+    ranks.use(move=(Row(WORLD, None, kernel, 8, 3),))
+    rng = random.Random(5)
+    for n in (1, 3, 7, 8, 9, 16, 33, 500, 2047, 2048, 7003):
+        given = [torch.randint(0, 256, (WORLD, n), dtype=torch.uint8) for _ in range(WORLD)]
+        given[1][:] = 255  # as the landing zones at rest
+        start = rng.choice((0, 1, 4))
+        sources = [torch.cat([torch.zeros(start, dtype=torch.uint8), each.flatten()])[start:] for each in given]
+        outs = [torch.zeros(WORLD, n, dtype=torch.uint8) for _ in range(WORLD)]
+        errors = ranks.run(lambda e, rank, s=sources, o=outs, n=n: e.all_to_all(s[rank].view(WORLD, n), o[rank]))
+        assert errors == [None] * WORLD
+        for rank, out in enumerate(outs):
+            assert torch.equal(out, torch.stack([each[rank] for each in given])), n
+        errors = ranks.run(lambda e, rank, s=sources, o=outs, n=n: e.all_gather(s[rank][:n], o[rank]))
+        assert errors == [None] * WORLD
+        for out in outs:
+            assert torch.equal(out, torch.stack([each[0] for each in given])), n
+        for root in range(WORLD):
+            received = [each[:n].clone() for each in sources]
+            ranks.run(lambda e, rank, r=received, root=root: e.broadcast(r[rank], r[rank], root))
+            assert all(torch.equal(each, given[root][0]) for each in received), (n, root)
+
+
+def test_reduce_scatter(ranks: Ranks) -> None:
+    rng = random.Random(6)
+    for n in (1, 3, 4, 31, 500, 1024, 2500):
+        sources = [floats(WORLD * n, rank, rng).view(WORLD, n) for rank in range(WORLD)]
+        outs = [torch.empty(n) for _ in range(WORLD)]
+        assert ranks.run(lambda e, r, s=sources, o=outs: e.reduce_scatter(s[r], o[r], "sum")) == [None] * WORLD
+        for rank, out in enumerate(outs):
+            assert torch.equal(out, functools.reduce(torch.add, [each[rank] for each in sources])), n
+
+
+class StubBlock:
+    closed = False
+
+
+def in_symmetric_memory(ranks: Ranks, rooms: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every engine find the tensors of all ranks, each at its place within its room."""
+    block = StubBlock()
+
+    def find(rank: int, address: int, nbytes: int) -> Any:
+        offset = address - rooms[rank].data_ptr()
+        return cuda._Memory(tuple(room.data_ptr() + offset for room in rooms), offset, weakref.ref(block))  # type: ignore[arg-type]
+
+    for rank, engine in enumerate(ranks.engines):
+        monkeypatch.setattr(engine, "_find_memory", functools.partial(find, rank))
+
+
+@pytest.mark.parametrize("way", ["closed", "collected"])
+def test_addresses_are_kept_as_long_as_the_block(way: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, tensor, found = ranks.engines[0], torch.zeros(8), []
+    blocks = [StubBlock()]
+
+    def find(address: int, nbytes: int) -> Any:
+        found.append(cuda._Memory((len(found),) * WORLD, 0, weakref.ref(blocks[-1])))  # type: ignore[arg-type]
+        return found[-1]
+
+    monkeypatch.setattr(engine, "_find_memory", find)
+    assert engine._memory(tensor) is engine._memory(tensor) is found[0]
+    blocks[0].closed = way == "closed"
+    blocks.append(StubBlock())  # at the same address
+    if way == "collected":
+        del blocks[0]
+    assert engine._memory(tensor) is found[1]
+    assert len(found) == 2
+
+
+def test_which_memory_is_that_of_all_ranks(driver: EmulatedDriver) -> None:
+    (group,) = make_groups(1, name="memories")
+    engine = CudaEngine(group, torch.device("cuda", 0))
+
+    def allocate(**options: Any) -> SymmetricTensor:
+        return SymmetricTensor.allocate((4096,), torch.uint8, group=group, backend="host", **options)
+
+    def mark(tensor: torch.Tensor) -> int:
+        found = engine._find_memory(tensor.data_ptr(), tensor.nbytes)
+        assert found is not None
+        assert found.outs == (tensor.data_ptr(),)
+        return found.mark
+
+    apart = [allocate(arena=False) for _ in range(2)]  # both at the beginning of their allocations
+    assert engine._memory(apart[0].tensor) is None  # nobody has met for it
+    for each in apart:
+        each.rendezvous(group)
+    carved = allocate()
+    tensors = [each.tensor for each in (*apart, carved)]
+    places = [part for each in tensors for part in (each, each[:2048], each[2048:])]
+    assert len({mark(part) for part in places}) == len(places)
+    assert mark(tensors[0]) == mark(tensors[0].view(64, 64))
+    assert engine._memory(tensors[0][8:]) is None
+    assert engine._find_memory(carved.tensor.data_ptr(), 4097) is None
+    cuda_pool._pooled.add(carved._block)  # torch's allocator has it: tensors lie there by when the collector runs
+    assert engine._memory(carved.tensor) is None
+    apart[0].close()
+    assert engine._memory(tensors[0]) is None
+
+
+Operation = Callable[[CudaEngine, torch.Tensor, torch.Tensor], None]
+
+
+def run_with_a_slow_rank(
+    ranks: Ranks, operation: Operation, sources: list[torch.Tensor], outs: list[torch.Tensor], slow: int
+) -> list[torch.Tensor]:
+    """What each rank has when its own kernel ends. Up to its own begin, and after its own end, memory is its own."""
+    seen = [torch.empty(0)] * WORLD
+
+    def work(engine: CudaEngine, rank: int) -> None:
+        if rank == slow:
+            time.sleep(0.002)
+        if outs[rank] is not sources[rank]:
+            outs[rank].fill_(-2)
+        operation(engine, sources[rank], outs[rank])
+        seen[rank] = outs[rank].clone()
+        sources[rank].fill_(-1)
+
+    assert ranks.run(work) == [None] * WORLD
+    return seen
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_results_in_symmetric_memory(
+    blocks: int, ranks: Ranks, driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks.use(move=(Row(WORLD, None, "put", 8, blocks), Row(WORLD, None, "pull", 8, blocks)))
+    rooms = [memory(1 << 16) for _ in range(WORLD)]
+    in_symmetric_memory(ranks, rooms, monkeypatch)
+    rng = random.Random(8)
+
+    def results(*shape: int) -> list[torch.Tensor]:
+        return [room.view(torch.float32)[64:][: math.prod(shape)].view(shape) for room in rooms]
+
+    def run(operation: Operation, sources: list[torch.Tensor], outs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return run_with_a_slow_rank(ranks, operation, sources, outs, rng.randrange(WORLD))
+
+    for n in (4, 8, 100, 1000, 4004, 7, 501):  # of the last two, parts are no multiples of 16 bytes
+        driver.launched.clear()
+        rows_of = [floats(WORLD * n, rank, rng).view(WORLD, n) for rank in range(WORLD)]
+        columns = [torch.stack([each[rank] for each in rows_of]) for rank in range(WORLD)]
+        seen = run(CudaEngine.all_to_all, rows_of, results(WORLD, n))
+        assert all(map(torch.equal, seen, columns)), n
+        sources = [floats(n, rank, rng) for rank in range(WORLD)]
+        everyone = torch.stack(sources)
+        seen = run(CudaEngine.all_gather, sources, results(WORLD, n))
+        assert all(torch.equal(each, everyone) for each in seen), n
+        for root in range(WORLD):
+            sources = results(n)
+            for rank, source in enumerate(sources):
+                source[:] = floats(n, rank, rng)
+            wanted = sources[root].clone()
+            seen = run(functools.partial(CudaEngine.broadcast, root=root), sources, sources)
+            assert all(torch.equal(each, wanted) for each in seen), (n, root)
+        kernel = KERNELS["move"].index("put" if n % 4 == 0 else "pull")
+        assert {number for number, *_ in driver.launched} == {kernel}, n
+
+
+def test_a_size_may_go_to_one_place_and_then_to_another(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks.use(move=(Row(WORLD, None, "put", 8, 1), Row(WORLD, None, "pull", 8, 1)))
+    rooms = [memory(1 << 12) for _ in range(WORLD)]
+    in_symmetric_memory(ranks, rooms, monkeypatch)
+    for engine in ranks.engines:
+        find = engine._find_memory
+        monkeypatch.setattr(engine, "_find_memory", lambda a, n, f=find: None if a in elsewhere else f(a, n))
+    first, second = (
+        [room.view(torch.float32)[start:][: WORLD * 4].view(WORLD, 4) for room in rooms] for start in (0, 64)
+    )
+    other = [memory(WORLD * 16).view(torch.float32).view(WORLD, 4) for _ in range(WORLD)]
+    elsewhere = {each.data_ptr() for each in other}
+    for turn, outs in enumerate((first, second, other, first, other, second)):
+        sources = [torch.full((4,), 10.0 * turn + rank) for rank in range(WORLD)]
+        before = [[each.clone() for each in place] for place in (first, second, other)]
+        assert ranks.run(lambda e, rank, s=sources, o=outs: e.all_gather(s[rank], o[rank])) == [None] * WORLD
+        assert all(torch.equal(out, torch.stack(sources)) for out in outs), turn
+        for place, were in zip((first, second, other), before, strict=True):
+            assert place is outs or all(map(torch.equal, place, were)), turn
+
+
+def test_other_offsets_are_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks.use(move=(Row(WORLD, None, "put", 8, 1), Row(WORLD, None, "pull", 8, 1)))
+    rooms = [memory(1 << 12) for _ in range(WORLD)]
+    in_symmetric_memory(ranks, rooms, monkeypatch)
+    tensors = [room.view(torch.float32)[4 * (rank == 1) :][:100] for rank, room in enumerate(rooms)]
+    errors = ranks.run(lambda e, rank: e.broadcast(tensors[rank], tensors[rank], 0))
+    assert any(errors)
+    with pytest.raises(MismatchError, match="other memory") as caught:
+        ranks.engines[0].check()
+    assert caught.value.step == "broadcast"
+
+
+@pytest.mark.parametrize("plain", [{1}, {0, 2}])
+def test_results_outside_of_symmetric_memory_are_named(
+    plain: set[int], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks.use(move=(Row(WORLD, None, "put", 8, 1), Row(WORLD, None, "pull", 8, 1)))
+    rooms = [memory(1 << 12) for _ in range(WORLD)]
+    in_symmetric_memory(ranks, rooms, monkeypatch)
+    for rank in plain:
+        monkeypatch.setattr(ranks.engines[rank], "_find_memory", lambda address, nbytes: None)
+    outs = [room.view(torch.float32)[4:16].view(WORLD, 4) for room in rooms]
+    errors = ranks.run(lambda e, rank: e.all_gather(torch.ones(4), outs[rank]))
+    assert all(errors)
+    with pytest.raises(MismatchError, match="other memory") as caught:
+        ranks.engines[0].check()
+    assert caught.value.step == "all_gather"
+
+
+def test_a_missing_rank_is_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, libraries: dict[str, Any]) -> None:
+    monkeypatch.setattr(StubGroup, "settings", SimpleNamespace(signal_timeout=0.3, algorithms="built-in"))
+    tensors = [torch.ones(10) for _ in range(WORLD)]
+    errors = ranks.run(lambda e, rank: e.all_gather(tensors[rank], torch.empty(WORLD, 10)) if rank != 2 else None)
+    assert [type(error) for error in errors] == [RuntimeError, RuntimeError, type(None)]
+    for use in (ranks.engines[0].check, lambda: ranks.engines[1].all_reduce(tensors[1], tensors[1], "sum")):
+        with pytest.raises(PeerTimeoutError, match=r"step all_gather. rank 2 did not come") as caught:
+            use()
+        assert caught.value.peers == (2,)
+
+
+@pytest.mark.parametrize(
+    ("step", "kernel", "late"),
+    [
+        ("all_reduce", "one_shot", {2}),
+        ("all_reduce", "two_shot", {1, 2}),
+        ("all_gather", "exchange", {1}),
+        ("all_gather", "pull", {2}),
+        ("all_gather", "put", {0}),
+    ],
+)
+def test_who_waits_for_a_rank_says_so(
+    step: str, kernel: str, late: set[int], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the rank comes; see :mod:`symmem.backends.kernel_words`."""
+    rooms = [memory(1 << 12) for _ in range(WORLD)]
+    in_symmetric_memory(ranks, rooms, monkeypatch)
+    results = [room.view(torch.float32)[: WORLD * 100].view(WORLD, 100) for room in rooms]
+    rows = (Row(WORLD, None, kernel, 32, 1), Row(WORLD, None, "pull", 32, 1))
+    go, groups = threading.Event(), [engine._group for engine in ranks.engines]
+
+    def work(engine: CudaEngine, rank: int) -> None:
+        if rank in late:
+            assert go.wait(20)
+        if step == "all_reduce":
+            engine.use(engine.table._replace(all_reduce=rows))
+            engine.all_reduce(torch.ones(100), torch.empty(100), "sum")
+        else:
+            engine.use(engine.table._replace(move=rows))
+            engine.all_gather(torch.ones(100), results[rank])
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(ranks.run, work)
+        waiting = {(rank, step, tuple(sorted(late))) for rank in range(WORLD) if rank not in late}
+        deadline = time.monotonic() + 20
+        try:
+            while {(groups.index(each.group), each.step, each.missing()) for each in gpu_waits()} != waiting:  # type: ignore[arg-type]
+                assert time.monotonic() < deadline
+        finally:
+            go.set()
+        assert done.result() == [None] * WORLD
+    while gpu_waits():
+        assert time.monotonic() < deadline
+
+
+# What is left to the host.
+
+
+@pytest.fixture
+def alone(driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch) -> CudaEngine:
+    functions = {name: (None, name) for names in KERNELS.values() for name in names}
+    monkeypatch.setattr(cuda, "program", lambda *_: SimpleNamespace(functions=functions))
+    engine = CudaEngine(StubGroup(1, 8), torch.device("cuda", 0))  # type: ignore[arg-type]
+    engine._areas = tuple(range(4096, 4096 * 9, 4096))
+    return engine
+
+
+def test_arguments_are_laid_out_once(alone: CudaEngine, driver: EmulatedDriver) -> None:
+    x, y = torch.zeros(1000), torch.zeros(1000)
+    alone.all_reduce(x, y, "sum")
+    (launch,) = alone._plans["all_reduce", 4000, torch.float32, "sum"]
+    assert (launch.call.source, launch.call.out) == (x.data_ptr(), y.data_ptr())
+    assert (launch.call.bytes, launch.call.rank, launch.call.limit) == (4000, 1, 20_000_000_000)
+    alone.all_reduce(y, y, "sum")
+    assert (launch.call.source, launch.call.out) == (y.data_ptr(), y.data_ptr())
+    assert driver.launched == [("one_shot", 2, 128)] * 2
+    assert len(alone._plans) == 1
+
+
+def test_what_is_larger_than_the_workspace_is_cut(alone: CudaEngine, driver: EmulatedDriver) -> None:
+    x = torch.empty(20 << 20)
+    alone.all_reduce(x, x, "sum")
+    plan = next(iter(alone._plans.values()))
+    assert sum(launch.call.bytes for launch in plan) == x.nbytes
+    assert all(launch.call.slice <= alone.layout.slot // 2 for launch in plan)
+    assert all(launch.call.slice * 8 >= launch.call.bytes for launch in plan)
+    assert [name for name, _blocks, _threads in driver.launched] == ["two_shot"] * len(plan)
+
+
+def test_nothing_is_launched_for_nothing(alone: CudaEngine, driver: EmulatedDriver) -> None:
+    nothing = torch.empty(0)
+    alone.all_reduce(nothing, nothing, "sum")
+    alone.all_gather(nothing, torch.empty(8, 0))
+    alone.reduce_scatter(torch.empty(8, 0), nothing, "sum")
+    assert driver.launched == []
+
+
+def test_a_group_of_one(driver: EmulatedDriver) -> None:
+    engine = CudaEngine(StubGroup(0, 1), torch.device("cuda", 0))  # type: ignore[arg-type]
+    x, y = torch.arange(10.0), torch.zeros(10)
+    engine.all_reduce(x, y, "avg")
+    assert torch.equal(x, y)
+    z = torch.zeros(1, 10)
+    engine.all_gather(x, z)
+    assert torch.equal(z[0], x)
+    assert driver.launched == []
+
+
+def test_integers_are_refused(alone: CudaEngine) -> None:
+    x = torch.zeros(10, dtype=torch.int32)
+    with pytest.raises(UnsupportedError, match=r"all_reduce of torch\.int32") as caught:
+        alone.all_reduce(x, x, "sum")
+    assert caught.value.rank == 1
+    alone.all_gather(x, torch.zeros(8, 10, dtype=torch.int32))
+
+
+def test_the_first_operation_amid_a_capture_is_refused(driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("symmem.memory.cuda_graphs.is_capturing", lambda device: True)
+    engine = CudaEngine(StubGroup(1, 8), torch.device("cuda", 0))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="the first all_gather of the group 'g' during the capture"):
+        engine.all_gather(torch.zeros(4), torch.zeros(8, 4))
+
+
+def test_a_graph_keeps_what_its_kernels_store_to(alone: CudaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+    monkeypatch.setattr("symmem.memory.cuda_graphs.keep", kept.append)
+    block, out = StubBlock(), torch.zeros(8, 1 << 18)
+    memory = cuda._Memory((0,) * 8, 0, weakref.ref(block))  # type: ignore[arg-type]
+    monkeypatch.setattr(alone, "_find_memory", lambda address, nbytes: memory if address == out.data_ptr() else None)
+    alone._workspace = SimpleNamespace(_block="workspace")  # type: ignore[assignment]
+    alone.all_gather(out[0].clone(), out)
+    assert kept == []
+    monkeypatch.setattr("torch._C._cuda_isCurrentStreamCapturing", lambda: True)
+    for nbytes in (1 << 20, (1 << 20) + 16):  # from the latter on it matters where the result lies
+        out = torch.zeros(8, nbytes // 4)
+        kept.clear()
+        alone.all_gather(out[0].clone(), out)
+        assert kept == ["workspace"] + [block] * (nbytes > 1 << 20)
+
+
+def test_a_launch_that_fails_is_named(alone: CudaEngine, driver: EmulatedDriver) -> None:
+    driver.code = SimpleNamespace(name="CUDA_ERROR_NOT_PERMITTED", __bool__=lambda: True)  # type: ignore[assignment]
+    with pytest.raises(UnsupportedError, match="collective kernel cannot be launched"):
+        alone.all_reduce(torch.zeros(4), torch.zeros(4), "sum")
+
+
+def test_steps_do_not_clash_with_the_signals() -> None:
+    assert min(STEPS) > len(cuda_signals.OPERATIONS)
+
+
+# The checked mode.
+
+
+@pytest.fixture
+def checked(ranks: Ranks) -> list[Group]:
+    """Groups whose engines for tensors on the CPU are the emulated ones, checked."""
+    groups = make_groups(WORLD, name="checked")
+    for group, engine in zip(groups, ranks.engines, strict=True):
+        group.engines[torch.device("cpu")] = CheckedEngine(engine, group)
+    return groups
+
+
+@pytest.mark.parametrize(
+    ("call", "differs"),
+    [
+        (lambda g, odd: ops.all_reduce(torch.ones(4 + odd), g), "shape of x: [4] on ranks 0, 2, [5] on rank 1"),
+        (lambda g, odd: ops.all_reduce(torch.ones(6).view(2 + odd, -1), g), "shape of x"),
+        (lambda g, odd: ops.all_reduce(torch.ones(4), g, ("sum", "max")[odd]), "reduction: sum on ranks 0, 2, max on"),
+        (
+            lambda g, odd: ops.all_gather(torch.ones(4, dtype=(torch.float32, torch.int32)[odd]), g),
+            "dtype: torch.float",
+        ),
+        (lambda g, odd: ops.broadcast(torch.ones(4), g, root=int(odd)), "root: 0 on ranks 0, 2, 1 on rank 1"),
+        (
+            lambda g, odd: (ops.all_to_all if odd else ops.reduce_scatter)(torch.ones(3, 2), g),
+            "operation: reduce_scatter on ranks 0, 2, all_to_all on rank 1",
+        ),
+    ],
+)
+def test_ranks_that_do_not_call_alike_are_named_before_a_launch(
+    call: Callable[[Group, bool], object], differs: str, checked: list[Group], driver: EmulatedDriver
+) -> None:
+    for error in run_ranks(WORLD, lambda rank: call(checked[rank], rank == 1)):
+        assert isinstance(error, MismatchError)
+        assert f"ranks differ in {differs}" in str(error)
+        assert error.peers == (1,)
+    assert driver.launched == []
+    for rank, result in enumerate(run_ranks(WORLD, lambda rank: ops.all_reduce(torch.ones(4) * rank, checked[rank]))):
+        assert result.tolist() == [3] * 4, rank  # they go on
+
+
+def test_a_refusal_reaches_the_others_at_once(checked: list[Group], driver: EmulatedDriver) -> None:
+    def call(rank: int) -> object:
+        x = torch.ones(4)
+        return ops.all_reduce(x, checked[rank], out=torch.ones(5) if rank == 2 else None)
+
+    for error in run_ranks(WORLD, call):
+        assert isinstance(error, InvalidArgumentError)
+        assert error.rank == 2
+        assert "out must have shape [4]" in str(error)
+    assert driver.launched == []
+    assert all(
+        result.tolist() == [3] for result in succeed(WORLD, lambda rank: ops.all_reduce(torch.ones(1), checked[rank]))
+    )
+
+
+@pytest.mark.parametrize("check", ["each", "off"])
+def test_the_setting_decides(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYMMEM_ENABLE", f"collective_check({check})")
+    (group,) = make_groups(1, name="setting")
+    assert isinstance(engine_for(group, torch.device("cpu")), CheckedEngine) == (check == "each")
+    assert ops.all_reduce(torch.ones(2), group).tolist() == [1, 1]
+
+
+def test_ranks_compare_their_tables_before_they_map_memory(
+    driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("symmem.memory.cuda_graphs.is_capturing", lambda device: False)
+    groups = make_groups(2, name="tables")
+    engines = [CudaEngine(group, torch.device("cuda", 0)) for group in groups]
+    engines[1].use(engines[1].table._replace(move=(Row(2, None, "pull", 64, 1),)))
+    x = torch.ones(4)
+    for error in run_ranks(2, lambda rank: engines[rank].all_reduce(x, x, "sum")):
+        assert isinstance(error, MismatchError)
+        assert "ranks differ in table of algorithms" in str(error)
+
+
+@pytest.mark.parametrize("operation", sorted(CONFIGURED))
+def test_tuning_runs_each_row_and_nothing_else(
+    operation: str, ranks: Ranks, driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a timer that counts instead."""
+    n = 64
+    rooms = [memory(WORLD * n * 4) for _ in range(WORLD)]
+    in_symmetric_memory(ranks, rooms, monkeypatch)
+    kernels = CONFIGURED[operation]
+    rows = [Row(WORLD, None, kernel, 64, blocks) for kernel in kernels for blocks in (1, 2)]
+    others = [torch.empty(WORLD, n) for _ in range(WORLD)]
+    tables = [engine.table for engine in ranks.engines]
+    found: list[list[float]] = [[]] * WORLD
+
+    def work(engine: CudaEngine, rank: int) -> None:
+        call = call_of(engine, operation, rooms[rank].view(torch.float32).view(WORLD, n), others[rank])
+        found[rank] = each_row(engine, operation, rows, call, lambda call: (call(), 7.0)[1])
+
+    assert ranks.run(work) == [None] * WORLD
+    assert found == [[7.0] * len(rows)] * WORLD
+    wanted = [(list(KERNELS["move" if operation == "move" else "reduce"]).index(row.kernel), 1, 64) for row in rows]
+    assert sorted(driver.launched) == sorted(wanted * WORLD)
+    assert [engine.table for engine in ranks.engines] == tables

@@ -1,0 +1,197 @@
+"""Calls of operators that are done again in C, on GPUs: what they give, on which stream, and what is left to Python."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import symmem
+from symmem.ops import eager
+from symmem.tools.commands.doctor import examine
+from symmem.tools.ranks import RankPool
+
+FOUND = examine("native")
+WORLD = max(torch.cuda.device_count(), 2)
+
+pytestmark = pytest.mark.skipif(not FOUND.available, reason=FOUND.why_not)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Any:
+    with RankPool(WORLD, env={"SYMMEM_ENABLE": "signal_timeout(20s)"}) as pool:
+        yield pool
+
+
+class Counted:
+    """How many calls were done in C, and how many not."""
+
+    def __init__(self) -> None:
+        self.done, self.left = 0, 0
+        self._run: Any = None
+
+    def __call__(self, *args: Any) -> Any:
+        result = self._run(*args)
+        if result is None:
+            self.left += 1
+        else:
+            self.done += 1
+        return result
+
+    def __enter__(self) -> Counted:
+        symmem.ops.all_reduce(torch.ones(1, device="cuda"))  # the first call loads the module
+        self._run, eager.run = eager.run, self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        eager.run = self._run
+
+
+def numbers(shape: tuple[int, ...], dtype: torch.dtype, turn: int, rank: int) -> torch.Tensor:
+    count = torch.Size(shape).numel()
+    return ((torch.arange(count, device="cuda") * 7 + rank * 5 + turn) % 13).to(dtype).view(shape)
+
+
+def all_right() -> None:
+    """Each operator and form, shapes in turns, new tensors at each call."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    shapes, dtypes = ((3,), (5, 8), (64, 1024)), (torch.float32, torch.bfloat16)
+    with Counted() as counted:
+        for turn, shape, dtype in itertools.product(range(4), shapes, dtypes):
+            given = [numbers(shape, dtype, turn, each) for each in range(world)]
+            rows = [numbers((world, *shape), dtype, turn, each) for each in range(world)]
+            total = sum(each.double() for each in given).to(dtype)
+            column = [each[rank] for each in rows]
+            kept = []  # so that results lie elsewhere each time
+            for out in (None, torch.empty_like(given[0]), x := given[rank].clone()):
+                kept.append(symmem.ops.all_reduce(x if out is x else given[rank], out=out))
+                assert torch.equal(kept[-1], total), (turn, shape, dtype)
+            for out in (None, torch.empty(world, *shape, dtype=dtype, device="cuda")):
+                kept.append(symmem.ops.all_gather(given[rank], out=out))
+                assert torch.equal(kept[-1], torch.stack(given))
+                kept.append(symmem.ops.all_to_all(rows[rank], out=out))
+                assert torch.equal(kept[-1], torch.stack(column))
+            for out in (None, torch.empty_like(given[0])):
+                kept.append(symmem.ops.reduce_scatter(rows[rank], reduction="max", out=out))
+                assert torch.equal(kept[-1], torch.stack(column).amax(0))
+                kept.append(symmem.ops.broadcast(given[rank], root=world - 1, out=out))
+                assert torch.equal(kept[-1], given[world - 1])
+    kinds = len(shapes) * len(dtypes) * 11
+    assert (counted.left, counted.done) == (kinds, kinds * 3)
+
+
+def on_streams_and_in_graphs() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x, out = torch.full((1000,), rank + 1.0, device="cuda"), torch.empty(1000, device="cuda")
+    total = world * (world + 1) / 2
+    symmem.ops.all_reduce(x, out=out)
+    torch.cuda.synchronize()
+    side, later = torch.cuda.Stream(), torch.empty_like(out)
+    with Counted() as counted:
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
+            x.add_(1)
+            symmem.ops.all_reduce(x, out=out)  # on another stream it would read what was there before
+            later.copy_(out)
+        torch.cuda.current_stream().wait_stream(side)
+        assert (counted.done, counted.left) == (1, 0)
+        assert (later == total + world).all()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            symmem.ops.all_reduce(x, out=out)
+        assert (counted.done, counted.left) == (1, 1)
+        for turn in range(5):
+            x.fill_(turn + rank)
+            graph.replay()
+            assert (out == sum(range(world)) + turn * world).all()
+            symmem.ops.all_reduce(x, out=x)
+            assert torch.equal(x, out)
+
+
+def compiled_code() -> int:
+    """Code of the compiler comes here as well: how many of its calls were done in C."""
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = symmem.ops.all_reduce(torch.relu(x) + 1)
+        return x
+
+    made = torch.compile(chain, backend="symmem")
+    x = torch.zeros(100, device="cuda")
+    with torch.no_grad():
+        made(x)
+        with Counted() as counted:
+            for _ in range(3):
+                assert torch.equal(made(x), chain(x))
+    assert counted.left <= 1  # of the eager chain, whose results are new tensors
+    return counted.done
+
+
+def beside_another_device() -> tuple[int, int]:
+    """A group's first call while another GPU is current, if there is one; how many later ones are done in C, or not."""
+    group, own = dist.new_group(), torch.cuda.current_device()
+    x, world = torch.ones(9, device="cuda"), dist.get_world_size()
+    with torch.cuda.device((own + 1) % torch.cuda.device_count()):
+        assert (symmem.ops.all_reduce(x, group) == world).all()
+    with Counted() as counted:
+        for _ in range(3):
+            assert (symmem.ops.all_reduce(x, group) == world).all()
+    dist.destroy_process_group(group)
+    return counted.done, counted.left
+
+
+def conjugated() -> None:
+    """Views that are conjugated when they are read: these have the memory of their tensors, and other values."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for _ in range(3):
+        x = torch.full((5,), complex(rank, rank + 1), device="cuda")
+        for given, wanted in ((x, x), (x.conj(), x.conj())):
+            gathered = symmem.ops.all_gather(given)
+            assert torch.equal(gathered[rank], wanted.resolve_conj())
+            assert gathered.imag[:, 0].abs().tolist() == list(range(1, world + 1))
+
+
+def other_groups() -> list[str]:
+    """Two groups of the same ranks, one destroyed and made anew."""
+    x, seen = torch.ones(10, device="cuda"), []
+    for _ in range(2):
+        group = dist.new_group()
+        for each in (None, group, group.group_name) * 2:
+            assert (symmem.ops.all_reduce(x, each) == dist.get_world_size()).all()
+        dist.destroy_process_group(group)
+        for gone in (group, group.group_name):
+            try:
+                symmem.ops.all_reduce(x, gone)
+            except symmem.SymmemError as error:
+                seen.append(type(error).__name__)
+    return seen
+
+
+def test_all_results_are_right(pool: RankPool) -> None:
+    pool.run(all_right, timeout=100)
+
+
+def test_streams_and_graphs(pool: RankPool) -> None:
+    pool.run(on_streams_and_in_graphs, timeout=60)
+
+
+def test_compiled_code(pool: RankPool) -> None:
+    for done in pool.run(compiled_code, timeout=100):
+        assert done >= 15
+
+
+def test_a_first_call_beside_another_device(pool: RankPool) -> None:
+    for seen in pool.run(beside_another_device, timeout=60):
+        assert seen == (3, 0)
+
+
+def test_conjugated_views(pool: RankPool) -> None:
+    pool.run(conjugated, timeout=60)
+
+
+def test_groups_that_go(pool: RankPool) -> None:
+    for seen in pool.run(other_groups, timeout=60):
+        assert seen == ["GroupError"] * 4

@@ -1,0 +1,1 @@
+"""The subcommands of `symmem`, one module each."""
