@@ -14,9 +14,12 @@ import torch, so that the command line stays quick.
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 from symmem._lazy import lazy_exports
+from symmem.errors import PlatformError
 from symmem.version import VERSION as __version__
 
 if TYPE_CHECKING:
@@ -28,6 +31,16 @@ if TYPE_CHECKING:
     from symmem.redirect.context import use_symmetric_memory
     from symmem.tensor.device_view import DeviceView, include_path
     from symmem.tensor.tensor import SymmetricTensor, allocate, find
+
+_platform: str = sys.platform  # a variable, so that type checkers on other systems still see the names below
+if _platform != "linux":
+    _error = PlatformError(
+        f"only Linux is supported, and this is {_platform!r}",
+        hint="run it in WSL 2 or in a Linux container; docs/quickstart.md, 'Windows and macOS', shows how",
+    )
+    if os.path.splitext(os.path.basename(sys.argv[0] if sys.argv else ""))[0] == "symmem":
+        sys.exit(f"symmem: PlatformError: {_error}")  # the command prints no traceback
+    raise _error
 
 __all__ = [
     "Capability",

@@ -29,6 +29,7 @@ __all__ = [
     "OutOfMemoryError",
     "PeerLostError",
     "PeerTimeoutError",
+    "PlatformError",
     "RankError",
     "RendezvousError",
     "ResourceLimitError",
@@ -107,6 +108,10 @@ class RankError(SymmemError, IndexError):
 
 class GroupError(SymmemError, ValueError):
     """The group argument is not usable: unknown name, not a member, not initialised, more than one dimension."""
+
+
+class PlatformError(SymmemError, ImportError):
+    """symmem does not run on this operating system; it needs Linux."""
 
 
 class BackendUnavailableError(SymmemError, RuntimeError):

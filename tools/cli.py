@@ -1,4 +1,4 @@
-"""The ``symmem`` command. Each subcommand is a module that is imported when it is chosen, so that the rest is quick."""
+"""The ``symmem`` command. A subcommand's module is imported only when it runs, so that the rest is quick."""
 
 from __future__ import annotations
 
@@ -21,49 +21,84 @@ __all__ = ["main"]
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that takes no abbreviated options; the parsers of its subcommands are of its class."""
+    """A parser without abbreviated options. Parsers of subcommands have the same class."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``symmem ARGV``; returns the exit code: 0, 1 for what was found to be wrong, 2 for wrong usage.
+    """Run ``symmem ARGV``.
 
-    As for commands that a signal ends: 130 when interrupted, 141 when nobody reads the output any more.
+    Returns:
+        The exit code: 0 for success, 1 if something is wrong or failed, 2 for wrong usage, 130 after Ctrl-C, and 141
+        if the reader of the output has gone. Without a subcommand, the help goes to stderr and the code is 2.
     """
+    parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
+    args = parser.parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except (SymmemError, RanksFailedError) as error:
+        print(f"symmem: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        print(f"symmem: PyTorch is not installed for {sys.executable}: pip install 'torch>=2.11'", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("symmem: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Python flushes stdout again at exit; let that go to /dev/null.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = _Parser(prog="symmem", description="Symmetric memory for PyTorch.")
     parser.add_argument("--version", action="version", version=f"symmem {VERSION}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    doctor = commands.add_parser("doctor", help="which backends work here, why not, and how to fix it")
+    doctor = commands.add_parser("doctor", help="show which backends work here, and how to fix the others")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
 
-    demo = commands.add_parser("demo", help="let several processes share memory, and check what they see")
+    demo = commands.add_parser("demo", help="start processes that share memory, and check what they see")
     demo.add_argument("--ranks", type=positive, default=4, metavar="N", help="number of processes (default 4)")
-    demo.add_argument("--backend", metavar="NAME", help="backend (default: the configuration's)")
+    demo.add_argument("--backend", metavar="NAME", help="backend (default: from the configuration)")
     demo.add_argument("--json", action="store_true", help="print JSON")
     demo.set_defaults(run=_demo)
 
     bench_command.add_parser(commands)
 
-    validate = commands.add_parser("validate", help="run conformance suite, examples and figures, and write a report")
-    names = "comma-separated, or all"
+    validate = commands.add_parser(
+        "validate", help="run the conformance suite, examples and benchmarks; write a report"
+    )
+    names = "backends to test: comma-separated, or all (default all)"
     validate.add_argument("--backends", type=_some_names, default=["all"], metavar="NAMES", help=names)
-    validate.add_argument("--require", type=_names, default=[], metavar="NAMES", help="whose skips are failures")
-    validate.add_argument("--ranks", type=positive, metavar="N", help="number of ranks (default: GPUs, else 4)")
-    validate.add_argument("--report", type=Path, metavar="DIR", help="write validation-N.md and .json there")
-    validate.add_argument("--no-figures", action="store_true", help="only the conformance suite and the examples")
-    folder = "where the example programs are (examples)"
+    required = "backends that must not skip a case: comma-separated, or all"
+    validate.add_argument("--require", type=_names, default=[], metavar="NAMES", help=required)
+    validate.add_argument("--ranks", type=positive, metavar="N", help="number of ranks (default: all GPUs, else 4)")
+    validate.add_argument(
+        "--report", type=Path, metavar="DIR", help="write validation-N.md and validation-N.json to DIR"
+    )
+    validate.add_argument("--no-figures", action="store_true", help="skip the benchmarks")
+    folder = "folder of the example programs (default examples)"
     validate.add_argument("--examples", type=Path, default="examples", metavar="DIR", help=folder)
     validate.set_defaults(run=_validate)
 
-    memory_map = commands.add_parser("memory-map", help="draw the arenas of snapshots, as a page to open in a browser")
-    what = "what symmem.memory_snapshot() returned, as JSON; one a rank"
-    memory_map.add_argument("snapshots", type=Path, nargs="+", metavar="SNAPSHOT", help=what)
-    where = "write the page there (memory-map.html)"
-    memory_map.add_argument("-o", "--output", type=Path, default="memory-map.html", metavar="PATH", help=where)
+    memory_map = commands.add_parser("memory-map", help="draw the arenas of memory snapshots as an HTML page")
+    snapshots = "JSON file with the result of symmem.memory_snapshot(); one per rank"
+    memory_map.add_argument("snapshots", type=Path, nargs="+", metavar="SNAPSHOT", help=snapshots)
+    output = "the page to write (default memory-map.html)"
+    memory_map.add_argument("-o", "--output", type=Path, default="memory-map.html", metavar="PATH", help=output)
     memory_map.set_defaults(run=_memory_map)
 
     include_path = commands.add_parser("include-path", help="print the folder of symmem.cuh, for nvcc -I")
@@ -73,21 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ops.add_parser(commands)
     tune.add_parser(commands)
     live.add_parsers(commands)
-
-    args = parser.parse_args(argv)
-    try:
-        code: int = args.run(args)
-        sys.stdout.flush()
-        return code
-    except (SymmemError, RanksFailedError) as error:
-        print(f"symmem: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("symmem: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
-        return 128 + signal.SIGPIPE
+    return parser
 
 
 def _names(text: str) -> list[str]:

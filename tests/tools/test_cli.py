@@ -1,4 +1,4 @@
-"""The ``symmem`` command (mission F4, G4)."""
+"""The ``symmem`` command."""
 
 from __future__ import annotations
 
@@ -100,7 +100,6 @@ def test_demo_prints_a_table(capsys: Output) -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ([], "COMMAND"),
         (["nosuch"], "nosuch"),
         (["demo", "--ranks", "0"], "expected a whole number from 1, got '0'"),
         (["demo", "--ranks", "two"], "expected a whole number from 1, got 'two'"),
@@ -188,6 +187,41 @@ def test_version(capsys: Output) -> None:
         cli.main(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out == f"symmem {VERSION}\n"
+
+
+def test_no_command_prints_the_help(capsys: Output) -> None:
+    assert cli.main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: symmem")
+    assert "doctor" in err
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_doctor_without_torch_says_so_in_one_line() -> None:
+    done = python(
+        "import sys; sys.modules['torch'] = None; from symmem.tools import cli; sys.exit(cli.main(['doctor']))"
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"symmem: PyTorch is not installed for {sys.executable}: pip install 'torch>=2.11'\n"
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_other_systems_get_a_named_sentence(platform: str) -> None:
+    sentence = (
+        f"PlatformError: only Linux is supported, and this is {platform!r}\n  What to do: run it in WSL 2 or in a Linux"
+    )
+    done = python(f"import sys; sys.platform = {platform!r}; import symmem")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert sentence in done.stderr
+    done = python(
+        f"import sys; sys.platform, sys.argv = {platform!r}, ['bin/symmem', 'doctor']; import symmem.tools.cli"
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"symmem: {sentence}")
 
 
 def test_config_check_does_not_import_torch() -> None:

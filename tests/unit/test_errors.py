@@ -66,6 +66,7 @@ def test_every_class_is_public_and_documented() -> None:
         ("UnsupportedError", NotImplementedError),
         ("BackendUnavailableError", RuntimeError),
         ("PeerLostError", RuntimeError),
+        ("PlatformError", ImportError),
     ],
 )
 def test_standard_exceptions_of_the_same_meaning_catch_it(name: str, standard: type[Exception]) -> None:
