@@ -53,7 +53,7 @@ from symmem.ops.engines.base import REDUCTIONS, Engine
 from symmem.ops.engines.select import engine_for, group_named
 from symmem.ops.gradients import with_gradient, without_gradient
 
-__all__ = ["KINDS", "LIBRARY", "Kind", "functional", "in_place", "into"]
+__all__ = ["KINDS", "LIBRARY", "OperatorKind", "functional", "in_place", "into"]
 
 LIBRARY: Any = torch.library.Library("symmem", "FRAGMENT")  # type: ignore[no-untyped-call]  # so are its methods
 """Defines the operators; they are there as long as it is."""
@@ -76,7 +76,7 @@ _REDUCTION = "str reduction"
 
 
 @dataclass(frozen=True)
-class Kind:
+class OperatorKind:
     """One collective operation.
 
     Attributes:
@@ -162,11 +162,11 @@ def _as_x(shape: Shape, world: int) -> Shape:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("all_reduce", _REDUCTION, _as_x, None, (False, False)),
-        Kind("all_gather", "", lambda shape, world: [world, *shape], _gather, (False, True)),
-        Kind("reduce_scatter", _REDUCTION, lambda shape, world: shape[1:], _scatter, (True, True)),
-        Kind("all_to_all", "", _as_x, _transpose, (True, True)),
-        Kind("broadcast", "int root", _as_x, None, (False, False)),
+        OperatorKind("all_reduce", _REDUCTION, _as_x, None, (False, False)),
+        OperatorKind("all_gather", "", lambda shape, world: [world, *shape], _gather, (False, True)),
+        OperatorKind("reduce_scatter", _REDUCTION, lambda shape, world: shape[1:], _scatter, (True, True)),
+        OperatorKind("all_to_all", "", _as_x, _transpose, (True, True)),
+        OperatorKind("broadcast", "int root", _as_x, None, (False, False)),
     )
 }
 """The operations by name."""
@@ -202,7 +202,7 @@ def _check_written(tensor: torch.Tensor, name: str) -> None:
         )
 
 
-def _check_apart(kind: Kind, x: torch.Tensor, out: torch.Tensor) -> None:
+def _check_apart(kind: OperatorKind, x: torch.Tensor, out: torch.Tensor) -> None:
     """Raise if results would be written to memory that is still read. What is copied first cannot be."""
     begin, other = x.data_ptr(), out.data_ptr()
     if begin + x.nbytes <= other or other + out.nbytes <= begin or not (_is_plain(x) and _is_plain(out)):
@@ -215,7 +215,7 @@ def _check_apart(kind: Kind, x: torch.Tensor, out: torch.Tensor) -> None:
         )
 
 
-def functional(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any]) -> torch.Tensor:
+def functional(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[Any]) -> torch.Tensor:
     """What an operator that returns its result does; see the table above."""
     try:
         kind.check(x, options, group.size)
@@ -229,7 +229,7 @@ def functional(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any]
     return out
 
 
-def into(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any], out: torch.Tensor) -> None:
+def into(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[Any], out: torch.Tensor) -> None:
     """What an operator with ``out`` does."""
     try:
         kind.check(x, options, group.size)
@@ -249,7 +249,7 @@ def into(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any], out:
     _written(out)
 
 
-def in_place(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any]) -> None:
+def in_place(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[Any]) -> None:
     """What an operator does that puts its result in the place of x."""
     try:
         kind.check(x, options, group.size, in_place=True)
@@ -279,21 +279,21 @@ def _written(tensor: torch.Tensor) -> None:
 # Fake kernels: the same checks, as far as nothing lies in memory.
 
 
-def _fake_functional(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any]) -> torch.Tensor:
+def _fake_functional(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[Any]) -> torch.Tensor:
     kind.check(x, options, group.size)
     return x.new_empty(kind.shape(x.shape, group.size))
 
 
-def _fake_into(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any], out: torch.Tensor) -> None:
+def _fake_into(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[Any], out: torch.Tensor) -> None:
     kind.check(x, options, group.size)
     kind.check_out(x, out, group.size)
 
 
-def _fake_in_place(kind: Kind, group: Group, x: torch.Tensor, options: Sequence[Any]) -> None:
+def _fake_in_place(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[Any]) -> None:
     kind.check(x, options, group.size, in_place=True)
 
 
-def _by_name(work: Callable[..., Any], kind: Kind) -> Callable[..., Any]:
+def _by_name(work: Callable[..., Any], kind: OperatorKind) -> Callable[..., Any]:
     """A kernel: the arguments are x, the kind's option if it has one, and the group's name."""
 
     def kernel(x: torch.Tensor, *rest: Any, **out: torch.Tensor) -> Any:
@@ -302,7 +302,7 @@ def _by_name(work: Callable[..., Any], kind: Kind) -> Callable[..., Any]:
     return kernel
 
 
-def _define(kind: Kind) -> None:
+def _define(kind: OperatorKind) -> None:
     name, option = kind.name, f"{kind.option}, " if kind.option else ""
     forms: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
         (name, f"(Tensor x, {option}str group_name) -> Tensor", functional, _fake_functional),

@@ -32,7 +32,7 @@ from symmem.group.group import Group
 from symmem.ops.dispatch import USUAL_THREADS
 
 if TYPE_CHECKING:
-    from symmem.ops.collectives import Kind
+    from symmem.ops.collectives import OperatorKind
 
 log = logging.getLogger("symmem.ops")
 
@@ -42,7 +42,7 @@ _SOURCE = Path(__file__).with_name("eager.c")
 _NEW, _SAME, _OTHER = range(3)  # where results go, as in eager.c
 
 
-def _nothing(kind: Kind, x: torch.Tensor, group: object, option: object, out: torch.Tensor | None, /) -> Any:
+def _nothing(kind: OperatorKind, x: torch.Tensor, group: object, option: object, out: torch.Tensor | None, /) -> Any:
     return None
 
 
@@ -55,7 +55,7 @@ that of the module in C from the first call on that can be done again.
 
 
 def learn(
-    kind: Kind, group: Group, x: torch.Tensor, option: object, out: torch.Tensor | None, result: torch.Tensor
+    kind: OperatorKind, group: Group, x: torch.Tensor, option: object, out: torch.Tensor | None, result: torch.Tensor
 ) -> None:
     """Keep what a call has launched that was just made, if the next one like it can be made by that alone. Local.
 

@@ -13,7 +13,7 @@ import symmem.ops.one_sided  # noqa: F401  # defines operators
 from symmem.backends.kernel_words import raise_failure
 from symmem.group.group import GroupLike
 from symmem.ops import eager
-from symmem.ops.collectives import KINDS, Kind, functional, in_place, into
+from symmem.ops.collectives import KINDS, OperatorKind, functional, in_place, into
 from symmem.ops.dispatch import is_usual
 from symmem.ops.engines.select import group_of, name_of
 
@@ -52,7 +52,7 @@ _is_compiling = torch.compiler.is_dynamo_compiling  # looked up once
 
 
 def _call(
-    kind: Kind, x: torch.Tensor, group: GroupLike, out: torch.Tensor | None, option: str | int | None = None
+    kind: OperatorKind, x: torch.Tensor, group: GroupLike, out: torch.Tensor | None, option: str | int | None = None
 ) -> torch.Tensor:
     """The form that fits: by its kernel if nothing else takes part in the call, else as the operator."""
     if _is_compiling():  # asked first, since a compiler cannot follow the rest
@@ -81,7 +81,7 @@ def _options(option: str | int | None) -> tuple[str | int, ...]:
 
 
 def _dispatched(
-    kind: Kind, x: torch.Tensor, group: GroupLike, out: torch.Tensor | None, option: str | int | None
+    kind: OperatorKind, x: torch.Tensor, group: GroupLike, out: torch.Tensor | None, option: str | int | None
 ) -> torch.Tensor:
     """The operator, by way of the dispatcher."""
     rest = (*_options(option), _name(group))

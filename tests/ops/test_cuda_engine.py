@@ -32,8 +32,8 @@ from symmem.group.group import Group
 from symmem.ops import functions as ops
 from symmem.ops.engines import cuda
 from symmem.ops.engines.checked import CheckedEngine
-from symmem.ops.engines.collective_kernels import KERNELS, OPERATORS, SOURCE, STEPS, TYPES, Layout
-from symmem.ops.engines.cuda import CudaEngine, Piece, call_type, pieces
+from symmem.ops.engines.collective_kernels import KERNELS, OPERATORS, SOURCE, STEPS, TYPES, WorkspaceLayout
+from symmem.ops.engines.cuda import Chunk, CudaEngine, call_type, chunks
 from symmem.ops.engines.cuda_tuning import BLOCKS, OPERATIONS, Choice, Row, Table, built_in, grid
 from symmem.ops.engines.select import engine_for
 from symmem.redirect import cuda_pool
@@ -90,17 +90,17 @@ def test_pieces_cover_everything_once() -> None:
     rng = random.Random(1)
     for _ in range(2000):
         most, nbytes = 16 * rng.randrange(1, 300), rng.randrange(1, 20000)
-        cut = pieces(nbytes, most)
+        cut = chunks(nbytes, most)
         assert [piece.start for piece in cut] == [sum(p.nbytes for p in cut[:index]) for index in range(len(cut))]
         assert sum(piece.nbytes for piece in cut) == nbytes
         assert all(0 < piece.nbytes <= most for piece in cut)
         assert all(piece.nbytes % 16 == 0 for piece in cut[:-1])
-    assert pieces(100, 1600) == [Piece(0, 100)]
+    assert chunks(100, 1600) == [Chunk(0, 100)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8, 64])
 def test_nothing_of_a_workspace_overlaps(world: int) -> None:
-    layout = Layout.make(world, 16 << 20, 8 << 20, BLOCKS)
+    layout = WorkspaceLayout.make(world, 16 << 20, 8 << 20, BLOCKS)
     marks = int(layout.macros()["MARKS"])
     assert marks >= 68
     assert marks + 2 * world * 8 == layout.flags
@@ -184,7 +184,7 @@ def test_keys_tell_programs_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def macros(world: int, dtype: torch.dtype | None = None, reduction: str = "sum") -> list[str]:
-    found = Layout.make(world, 16 << 20, 8 << 20, BLOCKS).macros()
+    found = WorkspaceLayout.make(world, 16 << 20, 8 << 20, BLOCKS).macros()
     if dtype is not None:
         found |= {"REDUCES": "1", f"TYPE_{TYPES[dtype]}": "1", f"OPERATOR_{OPERATORS[reduction]}": "1"}
     return [f"-D{name}={value}" for name, value in found.items()]
@@ -246,7 +246,7 @@ class StubGroup:
 
 
 WORLD = 3
-SMALL = Layout.make(WORLD, 3 * 4096, 3 * 2048, 8)
+SMALL = WorkspaceLayout.make(WORLD, 3 * 4096, 3 * 2048, 8)
 
 
 @pytest.fixture
@@ -271,7 +271,7 @@ def memory(nbytes: int) -> torch.Tensor:
 class Ranks:
     """An engine for each rank, in this process; an operation is run by a thread a rank."""
 
-    def __init__(self, world: int, layout: Layout) -> None:
+    def __init__(self, world: int, layout: WorkspaceLayout) -> None:
         self.engines = [CudaEngine(StubGroup(rank, world), torch.device("cuda", 0)) for rank in range(world)]  # type: ignore[arg-type]
         self.areas = [memory(layout.nbytes) for _ in range(world)]
         for engine, area in zip(self.engines, self.areas, strict=True):
@@ -438,7 +438,7 @@ def in_symmetric_memory(ranks: Ranks, rooms: list[torch.Tensor], monkeypatch: py
 
     def find(rank: int, address: int, nbytes: int) -> Any:
         offset = address - rooms[rank].data_ptr()
-        return cuda._Memory(tuple(room.data_ptr() + offset for room in rooms), offset, weakref.ref(block))  # type: ignore[arg-type]
+        return cuda._SymmetricOut(tuple(room.data_ptr() + offset for room in rooms), offset, weakref.ref(block))  # type: ignore[arg-type]
 
     for rank, engine in enumerate(ranks.engines):
         monkeypatch.setattr(engine, "_find_memory", functools.partial(find, rank))
@@ -450,7 +450,7 @@ def test_addresses_are_kept_as_long_as_the_block(way: str, ranks: Ranks, monkeyp
     blocks = [StubBlock()]
 
     def find(address: int, nbytes: int) -> Any:
-        found.append(cuda._Memory((len(found),) * WORLD, 0, weakref.ref(blocks[-1])))  # type: ignore[arg-type]
+        found.append(cuda._SymmetricOut((len(found),) * WORLD, 0, weakref.ref(blocks[-1])))  # type: ignore[arg-type]
         return found[-1]
 
     monkeypatch.setattr(engine, "_find_memory", find)
@@ -728,7 +728,7 @@ def test_a_graph_keeps_what_its_kernels_store_to(alone: CudaEngine, monkeypatch:
     kept: list[object] = []
     monkeypatch.setattr("symmem.memory.cuda_graphs.keep", kept.append)
     block, out = StubBlock(), torch.zeros(8, 1 << 18)
-    memory = cuda._Memory((0,) * 8, 0, weakref.ref(block))  # type: ignore[arg-type]
+    memory = cuda._SymmetricOut((0,) * 8, 0, weakref.ref(block))  # type: ignore[arg-type]
     monkeypatch.setattr(alone, "_find_memory", lambda address, nbytes: memory if address == out.data_ptr() else None)
     alone._workspace = SimpleNamespace(_block="workspace")  # type: ignore[assignment]
     alone.all_gather(out[0].clone(), out)

@@ -54,7 +54,7 @@ import torch
 
 from symmem.backends.signal_kernels import lateness, memory_access
 
-__all__ = ["KERNELS", "OPERATORS", "SOURCE", "STEPS", "TYPES", "Layout"]
+__all__ = ["KERNELS", "OPERATORS", "SOURCE", "STEPS", "TYPES", "WorkspaceLayout"]
 
 STEPS = {16: "all_reduce", 17: "all_gather", 18: "reduce_scatter", 19: "all_to_all", 20: "broadcast"}
 """How kernels name the operations in the status that they leave; numbers below are those of the signals."""
@@ -81,7 +81,7 @@ KERNELS = {
 _MARKS = 128  # offset of the marks; before them the turn and, in a line of its own, the ticket
 
 
-class Layout(NamedTuple):
+class WorkspaceLayout(NamedTuple):
     """Where things are in a workspace.
 
     Attributes:
@@ -97,7 +97,7 @@ class Layout(NamedTuple):
     stage: int
 
     @classmethod
-    def make(cls, world: int, landing: int, stage: int, blocks: int) -> Layout:
+    def make(cls, world: int, landing: int, stage: int, blocks: int) -> WorkspaceLayout:
         """The layout with about so many bytes of landing zone and of stage, each of them twice."""
         return cls(world, blocks, max(landing // world // 512 * 512, 512), -(-stage // 512) * 512)
 

@@ -33,13 +33,13 @@ from symmem.group.compare import compare
 from symmem.group.group import Group
 from symmem.memory import cuda_graphs
 from symmem.memory.registry import Block, block_at
-from symmem.ops.engines.collective_kernels import OPERATORS, STEPS, TYPES, Layout
+from symmem.ops.engines.collective_kernels import OPERATORS, STEPS, TYPES, WorkspaceLayout
 from symmem.ops.engines.cuda_programs import program
 from symmem.ops.engines.cuda_tuning import BLOCKS, Choice, Table, grid, table_for
 from symmem.redirect.cuda_pool import is_pooled
 from symmem.tensor.tensor import SymmetricTensor
 
-__all__ = ["CudaEngine", "Piece", "pieces"]
+__all__ = ["CudaEngine", "Chunk", "chunks"]
 
 _LANDING = 64 << 20  # bytes, twice: what an operation can push to a rank
 _STAGE = 8 << 20  # bytes, twice: what it can lay out
@@ -53,18 +53,18 @@ name_steps(STEPS)
 _NUMBERS = {name: number for number, name in STEPS.items()}
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """A part of an operation that one launch does: from ``start``, so many bytes."""
 
     start: int
     nbytes: int
 
 
-def pieces(nbytes: int, most: int) -> list[Piece]:
+def chunks(nbytes: int, most: int) -> list[Chunk]:
     """Cut ``nbytes`` (more than 0) into pieces of at most ``most``, all but the last a multiple of 16, and alike."""
     count = -(-nbytes // most)
     size = -(-nbytes // count // _UNIT) * _UNIT
-    return [Piece(start, min(size, nbytes - start)) for start in range(0, nbytes, size)]
+    return [Chunk(start, min(size, nbytes - start)) for start in range(0, nbytes, size)]
 
 
 @functools.cache
@@ -77,7 +77,7 @@ def call_type(world: int) -> type[ctypes.Structure]:
     return type("Call", (ctypes.Structure,), {"_fields_": [*arrays, *longs, *words]})
 
 
-class _Launch:
+class _PreparedKernel:
     """A kernel with its arguments; where in the tensors it begins is added to their addresses at each launch."""
 
     __slots__ = ("_pointers", "arguments", "blocks", "call", "function", "memory", "out", "source", "threads")
@@ -85,7 +85,7 @@ class _Launch:
     def __init__(self, function: Any, blocks: int, threads: int, call: Any, source: int, out: int) -> None:
         self.function, self.blocks, self.threads, self.call = function, blocks, threads, call
         self.source, self.out = source, out
-        self.memory: _Memory | None = None  # whose addresses are in the call, if they are
+        self.memory: _SymmetricOut | None = None  # whose addresses are in the call, if they are
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(call))
         self.arguments = ctypes.addressof(self._pointers)
 
@@ -107,7 +107,7 @@ class CudaEngine:
         self._group, self._rank, self._world = group, group.rank, group.size
         self._ordinal = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", self._ordinal)
-        self.layout = Layout.make(self._world, _LANDING, _STAGE, BLOCKS)
+        self.layout = WorkspaceLayout.make(self._world, _LANDING, _STAGE, BLOCKS)
         self._state = device_of(self._ordinal)
         self._status = self._state.status
         self.status_here = ctypes.addressof(self._status)  # of the host's words, whose other address kernels have
@@ -116,8 +116,8 @@ class CudaEngine:
         self._lock = threading.Lock()  # from setting the addresses to the launch, which copies them
         self._workspace: SymmetricTensor | None = None
         self._areas: tuple[int, ...] = ()
-        self._plans: dict[Any, list[_Launch]] = {}
-        self._memories: dict[tuple[int, int], _Memory] = {}
+        self._plans: dict[Any, list[_PreparedKernel]] = {}
+        self._memories: dict[tuple[int, int], _SymmetricOut] = {}
         self.calls: Any = None  # that symmem.ops.eager can do again
         self.use(table_for(self._world, group.settings.algorithms))
 
@@ -174,7 +174,9 @@ class CudaEngine:
         """See :meth:`symmem.ops.engines.base.Engine.broadcast`."""
         self._move("broadcast", source, out, source.nbytes, 0, 0, root)
 
-    def sole_launch(self, operation: str, source: torch.Tensor, out: torch.Tensor, option: Any) -> _Launch | None:
+    def sole_launch(
+        self, operation: str, source: torch.Tensor, out: torch.Tensor, option: Any
+    ) -> _PreparedKernel | None:
         """The one kernel that such a call launches wherever its tensors lie, after the first; None if it is not so."""
         if operation in ("all_reduce", "reduce_scatter"):
             key: Any = (operation, out.nbytes, out.dtype, option)
@@ -198,23 +200,23 @@ class CudaEngine:
 
     # Plans: what is launched, by shape.
 
-    def _plan_all_reduce(self, nbytes: int, dtype: torch.dtype, reduction: str) -> list[_Launch]:
+    def _plan_all_reduce(self, nbytes: int, dtype: torch.dtype, reduction: str) -> list[_PreparedKernel]:
         choice = self.table.choose(nbytes)
         functions = self._reducing("all_reduce", dtype, reduction)
         half = self.layout.slot // 2 // _UNIT * _UNIT
         most = {"one_shot": self.layout.slot, "two_shot": self._world * half}[choice.kernel]
         plan = []
-        for start, size in pieces(nbytes, most):
+        for start, size in chunks(nbytes, most):
             part = size if choice.kernel == "one_shot" else -(-size // self._world // _UNIT) * _UNIT
             sizes = {"bytes": size, "slice": part, "stride": part}
             plan.append(self._launch("all_reduce", functions[choice.kernel], choice, part, (start, start), sizes))
         return plan
 
-    def _plan_reduce_scatter(self, nbytes: int, dtype: torch.dtype, reduction: str) -> list[_Launch]:
+    def _plan_reduce_scatter(self, nbytes: int, dtype: torch.dtype, reduction: str) -> list[_PreparedKernel]:
         choice = self.table.choose_reduce_scatter(nbytes)
         functions = self._reducing("reduce_scatter", dtype, reduction)
         plan = []
-        for start, size in pieces(nbytes, self.layout.slot):
+        for start, size in chunks(nbytes, self.layout.slot):
             sizes = {"bytes": (self._world - 1) * nbytes + size, "slice": size, "stride": nbytes}
             function = functions[choice.kernel]
             plan.append(self._launch("reduce_scatter", function, choice, size, (start, start), sizes))
@@ -244,7 +246,7 @@ class CudaEngine:
 
     def _plan_move(
         self, step: str, nbytes: int, stride: int, out_stride: int, root: int, choice: Choice
-    ) -> list[_Launch]:
+    ) -> list[_PreparedKernel]:
         self._ready(step)
         functions = program(self._state, "move", self.layout.macros()).functions
         most = {
@@ -253,7 +255,7 @@ class CudaEngine:
             "put": nbytes,
         }[choice.kernel]
         plan = []
-        for start, size in pieces(nbytes, most):
+        for start, size in chunks(nbytes, most):
             sizes = {"bytes": size, "slice": size, "stride": stride, "out_stride": out_stride, "root": root}
             work = size * 2 if choice.kernel == "exchange" else size
             plan.append(self._launch(step, functions[choice.kernel], choice, work, (start, start), sizes))
@@ -267,7 +269,7 @@ class CudaEngine:
         work: int,
         starts: tuple[int, int],
         sizes: dict[str, int],
-    ) -> _Launch:
+    ) -> _PreparedKernel:
         call = call_type(self._world)(
             areas=(ctypes.c_uint64 * self._world)(*self._areas),
             limit=int(self._group.settings.signal_timeout * 1e9),
@@ -278,9 +280,9 @@ class CudaEngine:
             nap=choice.nap,
             **{"root": _NOBODY, **sizes},
         )
-        return _Launch(function, grid(choice, -(-work // _UNIT)), choice.threads, call, *starts)
+        return _PreparedKernel(function, grid(choice, -(-work // _UNIT)), choice.threads, call, *starts)
 
-    def _remember(self, key: Any, plan: list[_Launch]) -> None:
+    def _remember(self, key: Any, plan: list[_PreparedKernel]) -> None:
         if len(self._plans) >= _REMEMBERED:
             self._plans.clear()
         self._plans[key] = plan
@@ -334,7 +336,7 @@ class CudaEngine:
             )
         self._workspace, self._areas = workspace, areas
 
-    def _memory(self, out: torch.Tensor) -> _Memory | None:
+    def _memory(self, out: torch.Tensor) -> _SymmetricOut | None:
         """All ranks' results, if they lie in symmetric memory that this group has rendezvoused."""
         key = out.data_ptr(), out.nbytes
         memory = self._memories.get(key)
@@ -347,7 +349,7 @@ class CudaEngine:
             self._memories[key] = memory
         return memory
 
-    def _find_memory(self, address: int, nbytes: int) -> _Memory | None:
+    def _find_memory(self, address: int, nbytes: int) -> _SymmetricOut | None:
         block = block_at(address)
         if block is None or block.closed or address % _UNIT or address + nbytes > block.pointer + block.nbytes:
             return None
@@ -356,7 +358,7 @@ class CudaEngine:
             return None
         offset = address - block.allocation.pointer
         mark = hash((mapping.serial, offset, nbytes)) & (2**64 - 1) or 1  # of integers, so the same in every process
-        return _Memory(tuple(pointer + offset for pointer in mapping.pointers), mark, weakref.ref(block))
+        return _SymmetricOut(tuple(pointer + offset for pointer in mapping.pointers), mark, weakref.ref(block))
 
     # Launching.
 
@@ -368,7 +370,7 @@ class CudaEngine:
             out.view(-1).copy_(source.reshape(-1))
         return self._world == 1
 
-    def _run(self, plan: Sequence[_Launch], source: int, out: int, memory: _Memory | None = None) -> None:
+    def _run(self, plan: Sequence[_PreparedKernel], source: int, out: int, memory: _SymmetricOut | None = None) -> None:
         # In one piece, since each call in Python costs as much as a step of it does.
         if self._status[0]:
             self.check()
@@ -397,7 +399,7 @@ class CudaEngine:
                 if code:
                     self._failed(launch, stream, code)
 
-    def _keep(self, memory: _Memory | None) -> None:
+    def _keep(self, memory: _SymmetricOut | None) -> None:
         """Let the graph that is captured keep what its kernels work on: it may outlive this engine, and tensors."""
         if self._workspace is not None:
             cuda_graphs.keep(self._workspace._block)
@@ -405,7 +407,7 @@ class CudaEngine:
         if block is not None:
             cuda_graphs.keep(block)
 
-    def _failed(self, launch: _Launch, stream: int, code: Any) -> None:
+    def _failed(self, launch: _PreparedKernel, stream: int, code: Any) -> None:
         """Launch again where that helps, else raise."""
         if code == _INVALID_CONTEXT:
             self._state.driver.enter(self._ordinal)
@@ -419,7 +421,7 @@ class CudaEngine:
         raise error.located(rank=self._rank, group=self._group.name, step="launch")
 
 
-class _Memory(NamedTuple):
+class _SymmetricOut(NamedTuple):
     """All ranks' results in symmetric memory.
 
     Attributes:
