@@ -46,7 +46,7 @@ try:
 except ImportError as error:
     raise UnsupportedError(
         f"symmem.triton needs Triton: {error}",
-        hint="pip install 'symmem[triton]'; torch for CUDA brings it; the interpreter needs numpy as well",
+        hint="pip install triton; torch for CUDA brings it; the interpreter needs numpy as well",
     ) from error
 
 __all__ = [

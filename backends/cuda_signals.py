@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from symmem.backends.base import SIGNAL_CHANNELS, Group
+from symmem.backends.cuda_compile import CompiledKernels
 from symmem.backends.driver import Driver, load_driver
 from symmem.backends.driver_errors import driver_error
 from symmem.backends.kernel_words import NBYTES, KernelWords, name_steps, raise_failure
@@ -50,37 +51,23 @@ class Device(KernelWords):
         with self.driver.on(ordinal):
             host, device = self.driver.pinned(NBYTES)
         super().__init__(ordinal, host, device)
-        self._kernels: dict[int, dict[str, Any]] = {}
+        self._kernels: dict[int, CompiledKernels] = {}
         self._lock = threading.Lock()
 
     def kernels(self, world: int) -> dict[str, Any]:
         """The functions for so many ranks; compiled when they are first asked for, in about 60 ms."""
         with self._lock:
             if world not in self._kernels:
-                self._kernels[world] = self._compile(world)
-            return self._kernels[world]
-
-    def _compile(self, world: int) -> dict[str, Any]:
-        try:
-            from cuda.core import Program, ProgramOptions
-        except ImportError as error:
-            raise UnsupportedError(
-                f"barrier and signals on CUDA need cuda.core to compile their kernels: {error}",
-                hint="pip install 'symmem[cuda]'",
-            ) from error
-        capability = (f"COMPUTE_CAPABILITY_{part}" for part in ("MAJOR", "MINOR"))
-        number = "".join(str(self.driver.attribute(self.ordinal, name)) for name in capability)
-        options = ProgramOptions(arch=f"sm_{number}", define_macro=[("WORLD", str(world))])
-        try:
-            code = Program(SOURCE, "c++", options).compile("cubin")
-        except Exception as error:  # the compiler's library has errors of its own
-            raise UnsupportedError(
-                f"the kernels for barrier and signals cannot be compiled: {type(error).__name__}: {error}",
-                hint="NVRTC comes with torch and with the CUDA toolkit; see that its version fits the GPU",
-            ) from error
-        with self.driver.on(self.ordinal):  # loading now, not at the first launch, which may be captured
-            functions = {name: self.driver.function(int(code.get_kernel(name).handle)) for name in OPERATIONS}
-        return functions | {"code": code}
+                self._kernels[world] = CompiledKernels(
+                    self.driver,
+                    self.ordinal,
+                    SOURCE,
+                    OPERATIONS,
+                    {"WORLD": str(world)},
+                    purpose="barrier and signals",
+                    needs="7.0",
+                )
+            return self._kernels[world].functions
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from symmem.backends.driver_errors import driver_error
+from symmem.backends.gpu import install_hint
 from symmem.errors import BackendUnavailableError, UnsupportedError
 
 __all__ = ["Driver", "load_driver"]
@@ -46,7 +47,7 @@ class Driver:
             built = "is built without CUDA" if torch.version.cuda is None else "finds no usable CUDA device"
             raise BackendUnavailableError(
                 f"torch {torch.__version__} {built}",
-                hint="install a torch built for CUDA 13 (see pytorch.org), or use the backend 'host'",
+                hint="install a torch built for CUDA (see pytorch.org), or use the backend 'host'",
             )
 
     def _initialise(self) -> None:
@@ -302,7 +303,7 @@ def _import_bindings() -> Any:
     except ImportError as error:
         raise BackendUnavailableError(
             f"the Python package cuda.bindings is not installed: {error}",
-            hint="pip install 'symmem[cuda]', on a machine with an NVIDIA GPU and driver",
+            hint=f"on a machine with an NVIDIA GPU and driver: {install_hint('cuda-python')}",
         ) from error
     return driver
 

@@ -17,6 +17,7 @@ __all__ = [
     "finish_stream",
     "free_memory",
     "idle",
+    "install_hint",
     "on_device",
     "require_gpu",
     "synchronize",
@@ -39,6 +40,24 @@ def require_gpu(backend: str) -> None:
             f"the backend {backend!r} needs NVIDIA GPUs, and torch finds none that it can use",
             hint="see `nvidia-smi`: is there a GPU, a driver, and is CUDA_VISIBLE_DEVICES not empty?",
         )
+
+
+_PACKAGES_FOR_CUDA_12 = {
+    "cuda-python": "'cuda-python>=12.9,<13' cuda-core",
+    "nvshmem4py": "nvshmem4py-cu12",
+    "nvshmem": "nvidia-nvshmem-cu12",
+}
+_PACKAGES = {
+    "cuda-python": "'cuda-python>=13'",
+    "nvshmem4py": "nvshmem4py-cu13",
+    "nvshmem": "nvidia-nvshmem-cu13",
+}
+
+
+def install_hint(name: str) -> str:
+    """The command that installs a package for the CUDA version of torch; CUDA 13 if torch is built without CUDA."""
+    packages = _PACKAGES_FOR_CUDA_12 if (torch.version.cuda or "").startswith("12.") else _PACKAGES
+    return f"pip install {packages[name]}"
 
 
 def check_device(backend: str, device: torch.device) -> torch.device:

@@ -39,7 +39,7 @@ class NvshmemLibrary:
             import nvshmem.core
         except ImportError as error:
             raise BackendUnavailableError(
-                f"the backend 'nvshmem' needs NVSHMEM4Py: {error}", hint="pip install 'symmem[nvshmem]'"
+                f"the backend 'nvshmem' needs NVSHMEM4Py: {error}", hint=gpu.install_hint("nvshmem4py")
             ) from error
         self._core, self._bindings = nvshmem.core, nvshmem.bindings
         try:
@@ -47,7 +47,7 @@ class NvshmemLibrary:
         except Exception as error:  # the finder of shared libraries and the bindings each have their own
             raise BackendUnavailableError(
                 f"NVSHMEM4Py is installed, but NVSHMEM's library cannot be loaded: {error}",
-                hint="pip install nvidia-nvshmem-cu13, in the version that this torch asks for if it asks for one",
+                hint=f"{gpu.install_hint('nvshmem')}; if torch requires a version of it, install that version",
             ) from error
 
     @property

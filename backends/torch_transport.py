@@ -202,5 +202,5 @@ def _lack_of_nvshmem() -> tuple[str, str] | None:
     except ImportError:
         return "is built without NVSHMEM", "install a CUDA build of torch for Linux, or use 'nvshmem'"
     if not _is_nvshmem_available():
-        return "cannot load NVSHMEM's library", "pip install nvidia-nvshmem-cu13, in the version that torch needs"
+        return "cannot load NVSHMEM's library", f"{gpu.install_hint('nvshmem')}, in the version that torch needs"
     return None

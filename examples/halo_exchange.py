@@ -4,7 +4,7 @@
 
 Each rank owns some rows of a grid that closes on itself, and averages the four neighbours of each cell (Jacobi). The
 kernel puts its first and last row where its neighbours read their halo, with a signal each, by symmem.cuh; needs
-pip install 'symmem[cuda]'. On the CPU the same exchange is made by torch and the signals of SymmetricTensor.
+pip install 'cuda-python>=13'. On the CPU the same exchange is made by torch and the signals of SymmetricTensor.
 """
 
 import sys

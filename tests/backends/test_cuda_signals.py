@@ -62,6 +62,12 @@ class StubDriver:
         return ctypes.addressof(self._memory), 0xABC0
 
 
+class StubKernels:
+    def __init__(self, driver: Any, ordinal: int, source: str, names: Any, macros: Any, **_: str) -> None:
+        assert (source, names) == (SOURCE, OPERATIONS)
+        self.functions = {name: f"{name}/{macros['WORLD']}" for name in names}
+
+
 class StubGroup:
     name, rank, size = "g", 1, WORLD
     gone: tuple[int, ...] = ()
@@ -74,9 +80,7 @@ class StubGroup:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
     stub = StubDriver()
     monkeypatch.setattr(cuda_signals, "load_driver", lambda: stub)
-    monkeypatch.setattr(
-        cuda_signals.Device, "_compile", lambda self, world: {name: f"{name}/{world}" for name in OPERATIONS}
-    )
+    monkeypatch.setattr(cuda_signals, "CompiledKernels", StubKernels)
     monkeypatch.setattr("torch._C._cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr("torch._C._cuda_getCurrentRawStream", lambda ordinal: 70 + ordinal, raising=False)
     cuda_signals.device_of.cache_clear()

@@ -68,7 +68,7 @@ class Recorder:
             self.calls.append((name, arguments))
             assert len(arguments) == parameters_of(real), f"{name}{arguments}"
             if not HAS_DRIVER:  # then the function gets as far as to have converted its arguments
-                with pytest.raises(RuntimeError, match="libcuda"):
+                with pytest.raises(RuntimeError, match=r"libcuda|NVIDIA driver"):
                     real(*arguments)
             code = getattr(cu.CUresult, self.codes.get(name, "CUDA_SUCCESS"))
             return code, *RESULTS.get(name, ())
@@ -90,7 +90,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(Recorder, "cuGetErrorString", staticmethod(lambda code: (code, b"some text")), raising=False)
     yield recorder
-    Driver._context.cache_clear()
+    Driver.context.cache_clear()
     Driver._own_stream.cache_clear()
 
 

@@ -217,7 +217,7 @@ def test_nvshmem4py_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "nvshmem")
     with pytest.raises(BackendUnavailableError, match="needs NVSHMEM4Py: No module") as info:
         NvshmemLibrary()
-    assert info.value.hint == "pip install 'symmem[nvshmem]'"
+    assert info.value.hint == "pip install nvshmem4py-cu13"
 
 
 class UniqueId:

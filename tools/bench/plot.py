@@ -1,4 +1,4 @@
-"""Pictures of figures, as PNG. Needs matplotlib: ``pip install 'symmem[plot]'``."""
+"""Pictures of figures, as PNG. Needs matplotlib: ``pip install matplotlib``."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _matplotlib() -> Any:
         import matplotlib.figure
         import matplotlib.ticker
     except ImportError as error:
-        raise UnsupportedError(f"no picture without matplotlib: {error}", hint="pip install 'symmem[plot]'") from error
+        raise UnsupportedError(f"no picture without matplotlib: {error}", hint="pip install matplotlib") from error
     return matplotlib
 
 
