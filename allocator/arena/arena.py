@@ -34,6 +34,7 @@ from weakref import WeakSet, ref
 
 import torch
 
+from symmem.arena.allocation_log import AllocationRecord, RawRecord, nbytes_of
 from symmem.arena.reclaim import Meeting, compare
 from symmem.arena.segment import GRANULE, GRANULE_BITS, SPARE, Carve, Segment, finish
 from symmem.arena.slot_mask import masks_of, slots_of
@@ -55,8 +56,8 @@ from symmem.errors import (
 )
 from symmem.group.group import Collective, Group
 from symmem.memory import cuda_graphs
-from symmem.memory.call_site import NOWHERE, Entry, Record, Site, inside, nbytes_of
-from symmem.memory.registry import record
+from symmem.memory.call_site import NOWHERE, CallSite, internal
+from symmem.memory.registry import register
 
 if TYPE_CHECKING:
     from symmem.backends.base import Backend
@@ -110,19 +111,19 @@ class Arena:
         self.group, self.backend, self.device = group, backend, device
         self.segments: list[Segment] = []
         self.count, self.digest = 0, 0
-        self.history: deque[Entry] = deque(maxlen=_HISTORY)
-        self.drops: deque[tuple[float, Entry, int]] = deque(maxlen=_HISTORY)
-        self.reclaims: deque[tuple[float, Entry]] = deque(maxlen=_HISTORY)
+        self.history: deque[RawRecord] = deque(maxlen=_HISTORY)
+        self.drops: deque[tuple[float, RawRecord, int]] = deque(maxlen=_HISTORY)
+        self.reclaims: deque[tuple[float, RawRecord]] = deque(maxlen=_HISTORY)
         self.changes: deque[tuple[float, str, int, int]] = deque(maxlen=_HISTORY)
         # Reclaimed: when, mask; or dropped at once.
-        self._unnoted: list[tuple[float, int] | list[tuple[float, Entry, int]]] = []
+        self._unnoted: list[tuple[float, int] | list[tuple[float, RawRecord, int]]] = []
         self.marks = bytearray()
-        self.dropped: list[tuple[float, Entry, int]] = []
+        self.dropped: list[tuple[float, RawRecord, int]] = []
         self.agreed = self.agreed_bytes = 0
         self.live_bytes = self.peak_bytes = self.quarantined_bytes = self.quarantined_blocks = 0
         self.reclaimed_blocks = self.collections = self.growths = 0
         self._broken: SymmemError | None = None
-        self.entries: list[Entry | None] = []  # by slot
+        self.entries: list[RawRecord | None] = []  # by slot
         self.blocks: list[ref[Carve] | None] = []  # by slot
         # By slot, of what was dropped: further groups and this rank's pads for them.
         self.further: dict[int, list[tuple[ref[Group], int]]] = {}
@@ -153,7 +154,7 @@ class Arena:
             UnsupportedError: It must grow amid the capture of a CUDA graph.
         """
         # The warm path, whose budget is 3 us: hence plain tuples, and no helpers; it begins as `caller` does.
-        while frame is not None and inside[frame.f_globals.get("__name__", "")]:
+        while frame is not None and internal[frame.f_globals.get("__name__", "")]:
             frame = frame.f_back
         code, instruction = (frame.f_code, frame.f_lasti) if frame is not None else NOWHERE
         nbytes = layout.nbytes
@@ -203,14 +204,14 @@ class Arena:
             self.amid = False
             return carve
 
-    def _proposed(self, size: int, layout: Layout, site: tuple[CodeType, int], name: str | None) -> Record:
+    def _proposed(self, size: int, layout: Layout, site: tuple[CodeType, int], name: str | None) -> AllocationRecord:
         """The next allocation, before it is known where it will be."""
         digest = hash((self.digest, layout.fingerprint, 0 if name is None else _label(name)))
-        return Record(self.count + 1, digest, 0.0, 0, 0, size, layout, Site(*site), name)
+        return AllocationRecord(self.count + 1, digest, 0.0, 0, 0, size, layout, CallSite(*site), name)
 
-    def records(self) -> list[Record]:
+    def records(self) -> list[AllocationRecord]:
         """The last allocations, in order."""
-        return [Record.of(entry) for entry in self.history]
+        return [AllocationRecord.of(entry) for entry in self.history]
 
     def look(self) -> None:
         """Take note of what was dropped. Local."""
@@ -231,7 +232,7 @@ class Arena:
         self.look()  # afterwards: what is marked was entered into `dropped` before
         return dropped & ~self.agreed, signalled & ~self.agreed
 
-    def _entries_of(self, slots: Sequence[int]) -> list[Entry]:
+    def _entries_of(self, slots: Sequence[int]) -> list[RawRecord]:
         """Those of slots that are in use."""
         entries: list[Any] = list(map(self.entries.__getitem__, slots))
         return entries
@@ -260,7 +261,7 @@ class Arena:
         raise AssertionError
 
     @contextlib.contextmanager
-    def _collective(self, operation: str, proposed: Record) -> Iterator[Collective]:
+    def _collective(self, operation: str, proposed: AllocationRecord) -> Iterator[Collective]:
         """A collective operation that is needed for an allocation; if the others do something else, says for which."""
         try:
             with self.group.collective(operation) as collective:
@@ -274,7 +275,7 @@ class Arena:
                 )
             raise
 
-    def _reclaim(self, proposed: Record) -> None:
+    def _reclaim(self, proposed: AllocationRecord) -> None:
         with Meeting([self]) as meeting:
             with self._collective("allocate", proposed) as collective:
                 meeting.hold(collective)
@@ -283,7 +284,7 @@ class Arena:
         self.absorb()
         self.amid = False
 
-    def _make_room(self, proposed: Record) -> None:
+    def _make_room(self, proposed: AllocationRecord) -> None:
         """Reclaim what all ranks have dropped, if there is no room; if that is not enough, grow. Collective."""
         size = proposed.nbytes
         if self.segments and not self._has_room(size):
@@ -294,7 +295,7 @@ class Arena:
     def _has_room(self, size: int) -> bool:
         return any(segment.space.largest_free >= size for segment in self.segments)
 
-    def _grow(self, proposed: Record) -> None:
+    def _grow(self, proposed: AllocationRecord) -> None:
         settings, first, size = self.group.settings, not self.segments, proposed.nbytes
         pads = _FEWEST_PADS * self._pad if first else 0
         least = round_up((size + pads) * SPARE // (SPARE - 1) + 2 * GRANULE, _EXTENT)
@@ -341,7 +342,7 @@ class Arena:
         with self.group.collective("grow an arena"):
             raise error
 
-    def _add_slots(self, proposed: Record) -> None:
+    def _add_slots(self, proposed: AllocationRecord) -> None:
         """Let there be a free slot, where there was none. Collective if there are no more signal pads."""
         first = len(self.entries)
         if first == self._slots:
@@ -360,7 +361,7 @@ class Arena:
             self.marks += bytes(more)
             self._free_slots += range(first + more - 1, first - 1, -1)
 
-    def _add_pads(self, proposed: Record) -> None:
+    def _add_pads(self, proposed: AllocationRecord) -> None:
         """Let the arena have twice as many tensors, for each of which it needs a signal pad. Collective.
 
         Unless so many can be reclaimed that the ranks will not soon meet again for this, or pads would take more memory
@@ -400,7 +401,7 @@ class Arena:
         first, segment, offset = next(pads for pads in reversed(self._pads) if pads[0] <= slot)
         return segment, offset + (slot - first) * self._pad
 
-    def _add_segment(self, nbytes: int, proposed: Record) -> Segment:
+    def _add_segment(self, nbytes: int, proposed: AllocationRecord) -> Segment:
         backend, group = self.backend, self.group
         together = Capability.COLLECTIVE_ALLOCATION in backend.capabilities
         allocation = None
@@ -417,7 +418,7 @@ class Arena:
         segment = Segment(index, allocation, group, mapping, self.blocks)
         self.growths += 1
         self.segments.append(segment)
-        record(segment)
+        register(segment)
         self.changes.append((perf_counter(), "grow", index, nbytes))
         return segment
 
@@ -514,7 +515,7 @@ class Arena:
                 step=step,
             )
 
-    def _check(self, proposed: Record) -> None:
+    def _check(self, proposed: AllocationRecord) -> None:
         if self.process != os.getpid():
             raise ForkedError(
                 "this process was forked after the arena was made: its memory is the parent's, who goes on using it",

@@ -27,9 +27,9 @@ from symmem.group.group import Collective, differing
 from symmem.memory import cuda_graphs
 
 if TYPE_CHECKING:
+    from symmem.arena.allocation_log import AllocationRecord
     from symmem.arena.arena import Arena
     from symmem.group.group import Group
-    from symmem.memory.call_site import Record
 
 __all__ = ["Meeting", "arenas_of", "compare"]
 
@@ -157,7 +157,7 @@ def _kind(arena: Arena) -> str:
     return f"{arena.backend.name} on {arena.device.type}"
 
 
-def compare(arena: Arena, collective: Collective, proposed: Record, nbytes: int, sites: bool = False) -> None:
+def compare(arena: Arena, collective: Collective, proposed: AllocationRecord, nbytes: int, sites: bool = False) -> None:
     """Compare what the ranks have allocated from an arena, with no regard to what they have dropped. Collective.
 
     Args:
@@ -186,7 +186,7 @@ def compare(arena: Arena, collective: Collective, proposed: Record, nbytes: int,
         )
 
 
-def _explain(arena: Arena, collective: Collective, proposed: Record | None = None) -> None:
+def _explain(arena: Arena, collective: Collective, proposed: AllocationRecord | None = None) -> None:
     """Find the first allocation in which the ranks differ, and raise the error. Collective."""
     entries = {entry.number: entry for entry in arena.records()}
     if proposed:

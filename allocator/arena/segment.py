@@ -16,13 +16,13 @@ from symmem.backends import gpu
 from symmem.backends.base import Capability, tensor_at
 from symmem.errors import ResourceLimitError
 from symmem.memory.address_index import IntegerSet
-from symmem.memory.registry import Block
+from symmem.memory.block import Block
 
 if TYPE_CHECKING:
+    from symmem.arena.allocation_log import RawRecord
     from symmem.arena.arena import Arena
     from symmem.backends.base import Allocation, Mapping, Signals
     from symmem.group.group import Group
-    from symmem.memory.call_site import Entry
     from symmem.memory.layout import Layout
 
 __all__ = ["GRANULE", "GRANULE_BITS", "SPARE", "Carve", "Segment", "finish"]
@@ -144,7 +144,7 @@ class Carve(Block):
     __slots__ = ("_entry", "_mark", "_signals", "_taken", "arena", "segment", "slot")
 
     def __init__(
-        self, arena: Arena, segment: Segment, slot: int, offset: int, nbytes: int, layout: Layout, entry: Entry
+        self, arena: Arena, segment: Segment, slot: int, offset: int, nbytes: int, layout: Layout, entry: RawRecord
     ) -> None:
         # All that Block.__init__ does, in a part of the time.
         self.allocation, self.layout, self.offset, self.nbytes = segment.allocation, layout, offset, nbytes

@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from symmem.arena.allocation_log import AllocationRecord
 from symmem.arena.arena import Arena
 from symmem.arena.segment import Segment
 from symmem.arena.slot_mask import masks_of, slots_of
 from symmem.group.group import GroupLike, known_groups, resolve_group
 from symmem.memory import cuda_graphs
-from symmem.memory.call_site import Record
-from symmem.memory.registry import Block, pieces
+from symmem.memory.block import Block
+from symmem.memory.registry import live_ranges
 from symmem.version import VERSION
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _arena(arena: Arena) -> dict[str, Any]:
         blocks: Counter[str] = Counter()
         for slot, entry in enumerate(arena.entries):
             if entry is not None and slot not in gone:
-                site = str(Record.of(entry).site)
+                site = str(AllocationRecord.of(entry).site)
                 live[site] += entry[5]
                 blocks[site] += 1
         return {
@@ -149,7 +150,7 @@ def _blocks(arena: Arena, segment: Segment, agreed: set[int], gone: set[int]) ->
         else:
             entry, known = arena.entries[slot], arena.blocks[slot]
             assert entry is not None
-            record, block = Record.of(entry), known() if known else None
+            record, block = AllocationRecord.of(entry), known() if known else None
             yield {
                 "offset": offset,
                 "nbytes": nbytes,
@@ -191,7 +192,7 @@ def _events(arena: Arena) -> list[dict[str, Any]]:
 
 def outside_of_arenas() -> list[dict[str, Any]]:
     """The tensors of this process that have memory of their own."""
-    blocks = (piece for piece in pieces() if isinstance(piece, Block))
+    blocks = (memory for memory in live_ranges() if isinstance(memory, Block))
     return [_tensor(block) for block in blocks if block.process == os.getpid()]
 
 

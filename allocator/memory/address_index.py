@@ -1,4 +1,4 @@
-"""Which of many integers is the last one before a given one: for finding the block that holds an address."""
+"""A set of integers that finds the predecessor of a number; used to find the block that holds an address."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from collections.abc import Callable
 
 __all__ = ["IntegerSet"]
 
-_BITS = 10  # of an integer that one level looks at; a word has 2**10 bits, which Python handles in one step
+_BITS = 10  # bits of an integer per level of the tree; a word has 2**10 bits, and Python handles it in one step
 
 
 class IntegerSet:
-    """Non-negative integers, to which more can be added; looking is O(log n) of the largest one.
+    """A set of non-negative integers that only grows; a search takes O(log limit).
 
-    A tree of words: a bit in a word of level 0 stands for a member, and a bit in one of level k + 1 for a word of level
-    k that isn't 0. Adding takes one step; who looks next enters what was added into the tree, once for each.
+    The set is a tree of words. A bit in a word of level 0 stands for a member. A bit in a word of level k + 1 stands
+    for a word of level k that is not 0. :attr:`add` only appends to a list, in one step. The next search moves the new
+    members into the tree.
 
-    Any thread may add and look at any time, also amid what another one does here, or this very one below a finalizer.
+    Any thread may add and search at any time: while another thread does so, or in a finalizer that interrupts this
+    thread in the middle of a search.
 
     Args:
-        limit: What all members are less than.
+        limit: All members are less than this.
 
     Attributes:
-        add: Enters a member, which may be there already.
+        add: Adds a member; adding it again does no harm.
     """
 
     __slots__ = ("_added", "_entered", "_entering", "_levels", "add")
@@ -30,17 +32,17 @@ class IntegerSet:
     def __init__(self, limit: int) -> None:
         depth = max(1, -(-(limit - 1).bit_length() // _BITS))
         self._levels: list[dict[int, int]] = [{} for _ in range(depth)]
-        self._added: list[int] = []  # and not in the tree yet
+        self._added: list[int] = []  # not in the tree yet
         self._entered = 0
-        self._entering = threading.Lock()  # nobody waits for it
+        self._entering = threading.Lock()  # only tried, never waited for
         self.add: Callable[[int], None] = self._added.append
 
     def __len__(self) -> int:
-        """How many were added, some of them more than once."""
+        """How many members were added; duplicates count again."""
         return self._entered + len(self._added)
 
     def last_until(self, number: int) -> int | None:
-        """The largest member that is at most ``number``; None if there is none."""
+        """The largest member that is at most ``number``, or None."""
         added = self._enter_added() if self._added else []
         before = [member for member in added if member <= number]
         if (found := self._last_until(number)) is not None:
@@ -48,7 +50,7 @@ class IntegerSet:
         return max(before, default=None)
 
     def _enter_added(self) -> list[int]:
-        """Enter what was added; or, if that is under way already, return it, for it may not be in the tree yet."""
+        """Move new members into the tree. If another caller does that now, return them, since they may be missing."""
         if not self._entering.acquire(blocking=False):
             return self._added[:]
         try:
@@ -62,8 +64,8 @@ class IntegerSet:
         return []
 
     def _enter(self, member: int) -> None:
-        # From the lowest, so that no bit ever stands for a word that isn't there; and all of them, for an exception out
-        # of a signal handler may have ended the last attempt half-way.
+        # From the lowest level up, so that a bit never stands for a missing word. Every level is written again, because
+        # an exception from a signal handler may have stopped the last attempt half-way.
         for level in self._levels:
             member, bit = member >> _BITS, member & (1 << _BITS) - 1
             level[member] = level.get(member, 0) | 1 << bit
@@ -76,7 +78,7 @@ class IntegerSet:
                     word = word if below is level else below[number]
                     number = number << _BITS | word.bit_length() - 1
                 return number
-            number -= 1  # words before this one
+            number -= 1  # continue in the words before this one
             if number < 0:
                 return None
         return None

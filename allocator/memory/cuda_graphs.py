@@ -1,10 +1,10 @@
-"""Stream captures: what may not happen amid one, and memory that a captured CUDA graph goes on using.
+"""CUDA graphs: refuse steps that a stream capture forbids, and keep memory that a captured graph still uses.
 
-A graph holds addresses. Replaying it does not pass through the allocator, so a block whose last tensor went during the
-capture, or after it, must not be handed out again while the graph lives. CUDA tells when a graph and all its
-executables are gone by releasing the user objects that it retains (CUDA driver API, "Graph Management",
-cuUserObjectCreate; NCCL learns of it in the same way). The callback for that runs on a thread of the driver, on which
-Python must not run: it is the C library's sem_post, and the semaphore is looked at whenever ranks meet.
+A graph holds addresses. A replay does not pass through the allocator. So a block must not be reused while a graph
+lives that uses it, even if its last tensor was dropped during the capture or later. When a graph and all its
+executables are destroyed, CUDA releases the user objects that the graph retains (CUDA driver API, "Graph Management",
+cuUserObjectCreate; NCCL uses the same mechanism). The driver calls the callback on a thread that must not run Python.
+So the callback is the C library's sem_post, and every reclaim round looks at the semaphore.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from symmem.backends.kernel_words import raise_failure
 from symmem.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from symmem.memory.registry import Block
+    from symmem.memory.block import Block
 
 __all__ = ["apart", "forget_ended", "is_capturing", "is_capturing_cuda", "keep", "kept", "refuse"]
 
@@ -38,13 +38,13 @@ def is_capturing(device: torch.device) -> bool:
     """Whether the current stream of this thread is being captured into a CUDA graph.
 
     Raises:
-        SymmemError: Why a kernel has stopped, if one has.
+        SymmemError: A kernel has stopped; the error says why.
     """
     return device.type == "cuda" and is_capturing_cuda()
 
 
 def is_capturing_cuda() -> bool:
-    """The same, where the device is known to be one of CUDA."""
+    """The same as :func:`is_capturing`, for a caller that knows that its device is a CUDA device."""
     try:
         return torch._C._cuda_isCurrentStreamCapturing()
     except RuntimeError as error:
@@ -52,33 +52,37 @@ def is_capturing_cuda() -> bool:
         raise
 
 
-def refuse(device: torch.device, what: str) -> None:
-    """Raise if a capture is under way.
+def refuse(device: torch.device, refusal: str) -> None:
+    """Raise if a capture is in progress.
+
+    Args:
+        device: The device of the step.
+        refusal: Begins the message, for example ``"an arena cannot grow"``.
 
     Raises:
-        UnsupportedError: It is; ``what`` would wait for other ranks, and map memory, in the middle of it.
+        UnsupportedError: A capture is in progress. The step would wait for other ranks and map memory during it.
     """
     if is_capturing(device):
         raise UnsupportedError(
-            f"{what} during the capture of a CUDA graph: ranks would meet, and memory be mapped, amid the capture",
-            hint="run the captured code once before (warm up), so that its tensors have rendezvoused and the arena is "
-            "large enough; or set a larger arena_size",
+            f"{refusal} during the capture of a CUDA graph, because it waits for other ranks and maps memory",
+            hint="run the code once before the capture (warm up), so that its tensors have rendezvoused and the arena "
+            "is large enough; or set a larger arena_size",
         )
 
 
-def apart(device: torch.device, what: str, function: Callable[[], T]) -> T:
-    """Run what makes lasting memory, outside of the pool that this thread's allocations may go to now.
+def apart(device: torch.device, refusal: str, function: Callable[[], T]) -> T:
+    """Run a function that allocates lasting memory, outside of the memory pool that this thread may be using.
 
-    While a CUDA graph is warmed up or captured, torch gives all memory of the thread from the graph's pool, and takes
-    what stays there for the graph's. So on CUDA it runs on a thread of its own, and has finished, on its stream, when
-    this returns.
+    While a CUDA graph is warmed up or captured, torch takes all memory of the thread from the graph's pool, and treats
+    memory that stays allocated there as the graph's. So on CUDA the function runs on a separate thread. Its work on
+    its stream is complete when this returns.
 
     Raises:
-        UnsupportedError: A capture is under way; ``what`` is named.
+        UnsupportedError: A capture is in progress; see :func:`refuse` for ``refusal``.
     """
     if device.type != "cuda":
         return function()
-    refuse(device, what)
+    refuse(device, refusal)
     mode, results = torch.is_inference_mode_enabled(), []
 
     def run() -> None:
@@ -92,7 +96,7 @@ def apart(device: torch.device, what: str, function: Callable[[], T]) -> T:
 
 
 class _Kept:
-    """The blocks that one graph uses, and whether it has ended."""
+    """The blocks that one graph uses, and whether the graph still exists."""
 
     def __init__(self, graph: int) -> None:
         self.blocks: set[Block] = set()
@@ -108,12 +112,12 @@ class _Kept:
         return value.value > 0
 
 
-_graphs: dict[int, _Kept] = {}  # by the number that the driver gives a capture
+_graphs: dict[int, _Kept] = {}  # by the driver's number of the capture
 _lock = threading.RLock()
 
 
 def _renew_lock() -> None:
-    """In a forked child: the thread that held the lock at the fork is not there to release it."""
+    """In a forked child, replace the lock: the child lacks the thread that may have held it at the fork."""
     global _lock
     _lock = threading.RLock()
 
@@ -127,7 +131,7 @@ def _libc() -> Any:
 
 
 def keep(block: Block) -> None:
-    """Keep a block for as long as the graph lives that the current stream is being captured into."""
+    """Keep a block alive as long as the graph that the current stream is being captured into."""
     number, graph = load_driver().capture_of(torch.cuda.current_stream(block.allocation.device).cuda_stream)
     with _lock:
         if number not in _graphs:
@@ -136,13 +140,13 @@ def keep(block: Block) -> None:
 
 
 def kept() -> dict[int, int]:
-    """Blocks kept for each graph that lives, by the number of its capture."""
+    """How many blocks are kept, per live graph, by the number of its capture."""
     with _lock:
         return {number: len(entry.blocks) for number, entry in _graphs.items()}
 
 
 def forget_ended() -> None:
-    """Let go of the blocks of graphs that have ended."""
+    """Release the blocks of graphs that were destroyed."""
     with _lock:
         for number in [number for number, entry in _graphs.items() if entry.ended()]:
             del _graphs[number]

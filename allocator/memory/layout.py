@@ -1,4 +1,4 @@
-"""Which bytes of an allocation a tensor takes: sizes, strides, dtype, offset; integers only, checked once."""
+"""The layout of a tensor in a block of memory: sizes, strides, dtype, offset. Integers only, checked once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from symmem.errors import InvalidArgumentError
 __all__ = ["Layout", "integer"]
 
 _QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
-_MAX_NBYTES = 2**63 - 1 - 2**30  # what an int64 can address, less room for rounding up
+_MAX_NBYTES = 2**63 - 1 - 2**30  # the range of an int64, less some room to round up
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Layout:
     """A strided tensor within a block of memory.
 
     Attributes:
-        sizes: Elements of each dimension.
-        strides: Elements from one index to the next, of each dimension.
-        dtype: Any but the quantized dtypes.
+        sizes: Elements per dimension.
+        strides: Elements from one index to the next, per dimension.
+        dtype: Any dtype except the quantized ones.
         offset: Bytes from the beginning of the block to the first element.
     """
 
@@ -40,24 +40,24 @@ class Layout:
     def make(
         cls, sizes: SupportsIndex | Iterable[int], dtype: torch.dtype | None, strides: Iterable[int] | None
     ) -> Layout:
-        """Check what a user asked for.
+        """Check the arguments of a user and return the layout.
 
         Args:
-            sizes: One size or several; none for a tensor of no dimensions.
+            sizes: One size or several; an empty sequence for a tensor without dimensions.
             dtype: None for ``torch.get_default_dtype()``.
             strides: None for contiguous.
 
         Raises:
-            InvalidArgumentError: A value is not an integer, negative, too large; strides that let two elements
-                share memory; a dtype that memory cannot be viewed as.
+            InvalidArgumentError: A value is not an integer, is negative or too large. The strides let two elements
+                share memory. Memory cannot be viewed as the dtype.
         """
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if not isinstance(dtype, torch.dtype):
             raise InvalidArgumentError(f"dtype must be a torch.dtype, not {dtype!r}")
         if dtype in _QUANTIZED:
             raise InvalidArgumentError(
-                f"memory cannot be viewed as {dtype}: its elements mean nothing without a scale",
-                hint="allocate the integer dtype that it is stored in",
+                f"memory cannot be viewed as {dtype}, because its elements need a scale",
+                hint="allocate the integer dtype that stores it",
             )
         checked = _integers("sizes", sizes if isinstance(sizes, Iterable) else (sizes,))
         if strides is None:
@@ -73,29 +73,27 @@ class Layout:
             if layout.overlaps:
                 raise InvalidArgumentError(
                     f"with sizes {checked} and strides {layout.strides} two elements would share memory",
-                    hint="allocate it dense, and expand or unfold the tensor afterwards",
+                    hint="allocate a dense tensor, then expand or unfold it",
                 )
-        # torch calculates with the sizes of an empty tensor as well, as if 0 were 1.
+        # torch computes the extent of an empty tensor too, and counts a size of 0 as 1.
         reach = max(math.prod(max(size, 1) for size in checked), *layout.strides, 0) * dtype.itemsize
         if max(layout.nbytes, reach) > _MAX_NBYTES:
-            raise InvalidArgumentError(
-                f"sizes {checked} of {dtype} reach over {max(layout.nbytes, reach)} bytes: too many"
-            )
+            raise InvalidArgumentError(f"sizes {checked} of {dtype} span too many bytes: {max(layout.nbytes, reach)}")
         return layout
 
     @classmethod
     def of(cls, tensor: torch.Tensor, offset: int) -> Layout:
-        """The layout of a tensor that lies ``offset`` bytes into a block."""
+        """The layout of a tensor that begins ``offset`` bytes into a block."""
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, offset)
 
     @functools.cached_property
     def fingerprint(self) -> int:
-        """A number that tells layouts apart; the same in every process."""
+        """A hash of the layout; equal layouts have the same hash in every process."""
         return hash((self.sizes, self.strides, zlib.crc32(str(self.dtype).encode()), self.offset))
 
     @functools.cached_property
     def nbytes(self) -> int:
-        """Bytes from the first element to the end of the last; 0 if there is none."""
+        """Bytes from the first element to the end of the last; 0 for an empty tensor."""
         if 0 in self.sizes:
             return 0
         last = sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
@@ -103,12 +101,12 @@ class Layout:
 
     @functools.cached_property
     def flat(self) -> bool:
-        """Whether it is all of its bytes in order, in one dimension; some."""
+        """Whether the tensor has one dimension, is contiguous and is not empty."""
         return self.strides == (1,) and self.sizes[0] > 0
 
     @property
     def overlaps(self) -> bool:
-        """Whether two elements may share memory (as torch decides it: dimensions must nest)."""
+        """Whether two elements may share memory. As in torch, dimensions must nest."""
         if 0 in self.sizes:
             return False
         reach = 0
@@ -120,15 +118,15 @@ class Layout:
         return False
 
     def view(self, memory: torch.Tensor) -> torch.Tensor:
-        """The tensor, over the uint8 tensor of the whole block, of shape [at least offset + nbytes]."""
+        """The tensor over ``memory``, the block as a uint8 tensor of shape [at least offset + nbytes]."""
         elements = memory[self.offset : self.offset + self.nbytes].view(self.dtype)
         return elements.as_strided(self.sizes, self.strides)
 
     def view_all(self, memory: torch.Tensor, world: int, stride: int) -> torch.Tensor:
-        """The tensors of all ranks as one of shape [world, *sizes].
+        """The tensors of all ranks as one tensor of shape [world, *sizes].
 
         Args:
-            memory: Uint8, shape [world * stride]: all ranks' allocations side by side.
+            memory: All ranks' allocations side by side; uint8, shape [world * stride].
             world: Number of ranks.
             stride: Bytes from one rank's allocation to the next.
         """
@@ -138,19 +136,19 @@ class Layout:
 
 
 def integer(value: SupportsIndex) -> int:
-    """The integer that a value of any integer type is; TypeError for what is none, and for a truth value."""
+    """Convert a value of any integer type to int; TypeError for any other type, bool included."""
     if isinstance(value, bool):
-        raise TypeError(f"{value} is a truth value, not an integer")
+        raise TypeError(f"{value} is a bool, not an integer")
     return operator.index(value)
 
 
-def _integers(what: str, values: Iterable[SupportsIndex]) -> tuple[int, ...]:
+def _integers(name: str, values: Iterable[SupportsIndex]) -> tuple[int, ...]:
     try:
         checked = tuple(map(integer, values))
     except TypeError as error:
-        raise InvalidArgumentError(f"{what} must be integers, not {values!r}") from error
+        raise InvalidArgumentError(f"{name} must be integers, not {values!r}") from error
     if any(value < 0 for value in checked):
-        raise InvalidArgumentError(f"{what} must not be negative: {checked}")
+        raise InvalidArgumentError(f"{name} must not be negative: {checked}")
     if any(value > 2**63 - 1 for value in checked):
-        raise InvalidArgumentError(f"{what} must be below 2**63: {checked}")
+        raise InvalidArgumentError(f"{name} must be below 2**63: {checked}")
     return checked

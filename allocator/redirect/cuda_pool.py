@@ -26,7 +26,7 @@ from symmem.redirect.cpu_dispatch import caller
 
 if TYPE_CHECKING:
     from symmem.arena.arena import Arena
-    from symmem.memory.registry import Block
+    from symmem.memory.block import Block
 
 __all__ = ["Pool", "is_pooled", "sweep"]
 

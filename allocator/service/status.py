@@ -18,13 +18,13 @@ from itertools import islice
 from types import FrameType
 from typing import Any, TypeVar
 
+from symmem.arena.allocation_log import AllocationRecord
 from symmem.arena.arena import Arena
 from symmem.arena.slot_mask import masks_of, slots_of
 from symmem.arena.statistics import figures, layout_of, memory_snapshot, outside_of_arenas, quiet
 from symmem.backends.kernel_words import gpu_waits
 from symmem.backends.pending_waits import Wait, waits
 from symmem.group.group import Group, known_groups
-from symmem.memory.call_site import Record
 from symmem.service.socket_paths import VERSION, job_id
 from symmem.version import VERSION as SYMMEM
 
@@ -139,7 +139,7 @@ def _carved(arena: Arena) -> Iterator[dict[str, Any]]:
     for slot, (entry, known) in enumerate(zip(entries, blocks, strict=False)):
         if entry is None or slot in gone:
             continue
-        record, block = Record.of(entry), known() if known else None
+        record, block = AllocationRecord.of(entry), known() if known else None
         yield {
             "name": record.name,
             **layout_of(record.layout),

@@ -12,8 +12,8 @@ from symmem.memory import cuda_graphs
 from symmem.version import VERSION
 
 if TYPE_CHECKING:
+    from symmem.memory.block import Block
     from symmem.memory.layout import Layout
-    from symmem.memory.registry import Block
 
 __all__ = ["rendezvous"]
 

@@ -28,9 +28,10 @@ from symmem.errors import (
 )
 from symmem.group.group import Group, GroupLike, check_timeout, default_group, resolve_group
 from symmem.memory import cuda_graphs
+from symmem.memory.block import Block
 from symmem.memory.call_site import caller
 from symmem.memory.layout import Layout, integer
-from symmem.memory.registry import Block, block_at, record
+from symmem.memory.registry import block_at, register
 from symmem.tensor.device_view import DeviceView
 from symmem.tensor.rendezvous import rendezvous
 
@@ -116,7 +117,7 @@ class SymmetricTensor:
             else:
                 allocation = place.backend.allocate(layout.nbytes, place.device, known)
                 block = Block(allocation, layout, site=caller(sys._getframe(1)), name=name)
-                record(block)
+                register(block)
         except Exception as error:
             # What came out of a collective (an arena that grows; some backends allocate together), all ranks know.
             if known is not None and group is not None and getattr(error, "known_to", None) is None:

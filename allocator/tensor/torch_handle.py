@@ -16,7 +16,7 @@ from symmem.group.group import GroupLike, resolve_group
 
 if TYPE_CHECKING:
     from symmem.backends.base import Mapping
-    from symmem.memory.registry import Block
+    from symmem.memory.block import Block
     from symmem.tensor.tensor import SymmetricTensor
 
 __all__ = ["Handle", "reserve"]

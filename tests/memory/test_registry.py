@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from symmem.memory import registry
+from symmem.memory.block import Block
 from symmem.memory.layout import Layout
-from symmem.memory.registry import Block, block_at, record
+from symmem.memory.registry import block_at, register
 
 BASE = 2**60  # no address of this process
 SLOT, SLOTS = 8, 12
@@ -41,7 +42,7 @@ class Book(RuleBasedStateMachine):
     def make(self, slot: int, nbytes: int) -> None:
         if slot not in self.live and slot not in self.cyclic:
             self.live[slot] = block_of(BASE + slot * SLOT, nbytes)
-            record(self.live[slot])
+            register(self.live[slot])
 
     @rule(slot=slots)
     def drop(self, slot: int) -> None:
@@ -84,7 +85,7 @@ class Book(RuleBasedStateMachine):
             gc.collect()
         assert block_at(0) is None  # a look-up drops what was collected
         assert [pointer for pointer in registry._pointers if pointer >= BASE] == []
-        assert [pointer for pointer in registry._blocks if pointer >= BASE] == []
+        assert [pointer for pointer in registry._ranges if pointer >= BASE] == []
 
 
 TestBook = Book.TestCase
@@ -93,9 +94,9 @@ TestBook.settings = settings(max_examples=25, stateful_step_count=30, deadline=N
 
 def test_an_address_that_is_used_again_belongs_to_the_new_block() -> None:
     old = block_of(BASE, 4)
-    record(old)
+    register(old)
     new = block_of(BASE, 4)
-    record(new)
+    register(new)
     del old
     assert block_at(BASE) is new
     del new
@@ -106,7 +107,7 @@ def test_a_finalizer_may_look_up_while_the_book_is_changed() -> None:
     """The collector can run, and with it a ``__del__`` that calls ``symmem.find``, while a thread holds the lock."""
     seen: list[Block | None] = []
     block = block_of(BASE, 4)
-    record(block)
+    register(block)
 
     class Finder:
         def __del__(self) -> None:

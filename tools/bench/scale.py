@@ -19,8 +19,8 @@ from symmem.backends.base import Allocation, Backend, Capability, Collective, Ma
 from symmem.backends.base import Group as AnyGroup
 from symmem.errors import RendezvousError
 from symmem.group.group import Group
+from symmem.memory.block import Block
 from symmem.memory.layout import Layout
-from symmem.memory.registry import Block
 from symmem.tensor.rendezvous import rendezvous
 from symmem.tools.bench.counting import Ledger, RankStore, Request
 from symmem.tools.bench.figures import Figure

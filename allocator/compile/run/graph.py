@@ -21,8 +21,10 @@ import torch.distributed as dist
 from symmem.compile.run.inputs import CHANGES, Input, Made, block_of, nothing
 from symmem.errors import NotSymmetricError
 from symmem.group.group import Group
-from symmem.memory import cuda_graphs, registry
-from symmem.memory.registry import Block, block_at
+from symmem.memory import block as block_module
+from symmem.memory import cuda_graphs
+from symmem.memory.block import Block
+from symmem.memory.registry import block_at
 from symmem.ops.engines.select import group_named
 from symmem.ops.registry.eager_checks import asked_locally, is_torchs
 from symmem.redirect.context import use_symmetric_memory
@@ -288,7 +290,7 @@ class Graph:
         resolved = group_named(group)
         mapping = block.mappings.get(resolved)
         capturing = tensors[0].is_cuda and cuda_graphs.is_capturing(tensors[0].device)
-        if mapping is None or capturing or block.process != registry._process:
+        if mapping is None or capturing or block.process != block_module.current_process:
             SymmetricTensor(block, block.layout).barrier(group=resolved)
         else:  # that, in a third of the time
             block.signals(mapping).barrier(0, resolved.settings.signal_timeout)

@@ -14,7 +14,8 @@ import torch
 
 from symmem.config.settings import load_settings
 from symmem.group.group import Group
-from symmem.memory.registry import Block, block_at
+from symmem.memory.block import Block
+from symmem.memory.registry import block_at
 
 __all__ = ["CHANGES", "Input", "Made", "block_of", "nothing"]
 

@@ -32,7 +32,8 @@ from symmem.errors import SymmemError, UnsupportedError
 from symmem.group.compare import compare
 from symmem.group.group import Group
 from symmem.memory import cuda_graphs
-from symmem.memory.registry import Block, block_at
+from symmem.memory.block import Block
+from symmem.memory.registry import block_at
 from symmem.ops.engines.collective_kernels import OPERATORS, STEPS, TYPES, WorkspaceLayout
 from symmem.ops.engines.cuda_programs import program
 from symmem.ops.engines.cuda_tuning import BLOCKS, Choice, Table, grid, table_for

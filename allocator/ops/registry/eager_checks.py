@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from symmem.config import load_settings
 from symmem.errors import GroupError, NotSymmetricError
-from symmem.memory.registry import Block, block_at
+from symmem.memory.block import Block
+from symmem.memory.registry import block_at
 from symmem.ops.registry.built_in import NAMESPACE
 from symmem.ops.registry.registration import Registration
 from symmem.ops.registry.registry import lookup
