@@ -6,14 +6,18 @@ import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from thread_ranks import descriptors
 
 from symmem.config import BACKENDS
 from symmem.service import server
 from symmem.tools.ranks import RankPool
+
+# A failing assertion shows its values in these modules as well. Some are imported only by ranks.
+HERE = Path(__file__).parent
+pytest.register_assert_rewrite(*(path.stem for path in [*HERE.glob("support/*.py"), *HERE.glob("*/*_cases.py")]))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -112,6 +116,8 @@ def what_stays() -> Iterator[None]:
 
 @pytest.fixture
 def nothing_leaks() -> Iterator[None]:
+    from thread_ranks import descriptors  # pytest rewrites it, so it is imported after the registration above
+
     before = descriptors()
     yield
     gc.collect()  # exceptions and their frames go in circles

@@ -28,9 +28,13 @@ class RanksFailedError(RuntimeError):
     """A task failed on some ranks; ``outcomes`` has all ranks'."""
 
     def __init__(self, outcomes: Sequence[Outcome]) -> None:
-        failed = {rank: o for rank, o in enumerate(outcomes) if o.error is not None}
-        super().__init__(
-            f"{len(failed)} of {len(outcomes)} ranks failed\n"
-            + "\n".join(f"--- rank {rank}\n{o.trace or repr(o.error)}" for rank, o in failed.items())
-        )
+        texts: dict[str, list[int]] = {}
+        for rank, outcome in enumerate(outcomes):
+            if outcome.error is not None:
+                texts.setdefault(outcome.trace or repr(outcome.error), []).append(rank)
+        failed = sum(map(len, texts.values()))
+        shown = [
+            f"--- rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}\n{text}" for text, ranks in texts.items()
+        ]
+        super().__init__("\n".join([f"{failed} of {len(outcomes)} ranks failed", *shown]))
         self.outcomes = list(outcomes)

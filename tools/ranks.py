@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import importlib
+import importlib.abc
 import importlib.util
 import inspect
 import multiprocessing
@@ -28,12 +29,14 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import Store
 
+from symmem.tools import assertions
 from symmem.tools.outcomes import Outcome, RanksFailedError
 
 __all__ = ["Outcome", "RankPool", "RanksFailedError"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])
+_loader: importlib.abc.Loader | None = None  # rewrites the assertions of a module; in ranks, if the parent has pytest
 
 
 class RankPool:
@@ -63,11 +66,14 @@ class RankPool:
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         environ = dict(os.environ)
+        rewriting = assertions.rewriting()
+        if rewriting is not None:
+            _context.set_forkserver_preload([__name__, *assertions.PRELOAD])
         for rank in range(size):
             here, there = _context.Pipe()
             process = _context.Process(
                 target=_serve,
-                args=(there, rank, size, self._store.port, environ, dict(env or {}), process_group),
+                args=(there, rank, size, self._store.port, environ, dict(env or {}), process_group, rewriting),
                 name=f"rank{rank}",
                 daemon=True,
             )
@@ -101,6 +107,7 @@ class RankPool:
         Raises:
             RanksFailedError: Some rank raised, died, or did not answer in time (all are killed then).
         """
+        __tracebackhide__ = True  # pytest shows the ranks' tracebacks instead of this function
         outcomes = self.outcomes(function, *args, timeout=timeout)
         if any(outcome.error is not None for outcome in outcomes):
             raise RanksFailedError(outcomes)
@@ -186,7 +193,9 @@ def _serve(
     environ: dict[str, str],
     env: dict[str, str | None],
     process_group: str | None,
+    rewriting: assertions.Rewriting | None,
 ) -> None:
+    global _loader
     faulthandler.register(signal.SIGUSR1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent tells of it, and ends its ranks
     os.environ.clear()
@@ -197,6 +206,8 @@ def _serve(
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+    if rewriting is not None:
+        _loader = assertions.install(rewriting)
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
     if process_group is not None:
         if torch.cuda.is_available():
@@ -219,6 +230,7 @@ def _outcome(reference: tuple[str, str, str], args: bytes) -> bytes:
         function = _resolve(*reference)
         return pickle.dumps(Outcome(value=function(*pickle.loads(args))))
     except BaseException as error:
+        assertions.add_values(error)
         trace = traceback.format_exc()
         try:
             # The traceback's frames would keep tensors alive.
@@ -233,7 +245,7 @@ def _resolve(module_name: str, file: str, qualified: str) -> Any:
         try:
             importlib.import_module(module_name)
         except ImportError:
-            spec = importlib.util.spec_from_file_location(module_name, file)
+            spec = importlib.util.spec_from_file_location(module_name, file, loader=_loader)
             assert spec is not None
             assert spec.loader is not None
             module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
