@@ -19,7 +19,8 @@ from symmem.backends.base import SIGNAL_CHANNELS, Group
 from symmem.backends.cuda_compile import CompiledKernels
 from symmem.backends.driver import Driver, load_driver
 from symmem.backends.driver_errors import driver_error
-from symmem.backends.kernel_words import NBYTES, KernelWords, name_steps, raise_failure
+from symmem.backends.kernel_status import raise_failure
+from symmem.backends.kernel_words import NBYTES, KernelWords, name_steps
 from symmem.backends.signal_kernels import OPERATIONS, SOURCE, pad_words
 from symmem.errors import UnsupportedError
 

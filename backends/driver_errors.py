@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from symmem.backends.kernel_words import failure
+from symmem.backends.kernel_status import failure
 from symmem.errors import (
     BackendUnavailableError,
     OutOfMemoryError,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from symmem.backends.kernel_words import named
+from symmem.backends.kernel_status import named
 from symmem.errors import BackendUnavailableError, InvalidArgumentError
 
 __all__ = [

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import threading
 import time
 import weakref
@@ -15,11 +14,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from symmem.backends.base import Group
+from symmem.backends.kernel_status import devices
 from symmem.backends.pending_waits import Wait
 from symmem.backends.signal_kernels import BAD_CHANNEL, BEAT, OPERATIONS, PLACES, TICK
 from symmem.errors import InvalidArgumentError, MismatchError, PeerLostError, PeerTimeoutError, SymmemError
 
-__all__ = ["NBYTES", "KernelWords", "failure", "gpu_waits", "name_steps", "named", "raise_failure"]
+__all__ = ["NBYTES", "KernelWords", "name_steps"]
 
 _NBYTES = 16  # of the status, and of each place
 NBYTES = _NBYTES * (1 + PLACES)
@@ -28,7 +28,6 @@ NBYTES = _NBYTES * (1 + PLACES)
 _PERIOD = 2.2 * 2**BEAT / 1e9  # seconds within which who still waits says so again
 
 _steps: dict[int, str] = {}
-_all: list[KernelWords] = []
 
 
 def name_steps(names: Mapping[int, str]) -> None:
@@ -43,7 +42,7 @@ def _step(operation: int, channel: int) -> str:
     return _steps.get(operation) or f"{OPERATIONS[operation - 1]} on channel {channel}"
 
 
-class _Known(NamedTuple):
+class _Reading(NamedTuple):
     """What was read before: at what time, and what each place held."""
 
     when: float
@@ -66,10 +65,10 @@ class KernelWords:
         self.ordinal, self.status_address = ordinal, device
         self.status = (ctypes.c_uint32 * 4).from_address(host)
         self._places = host + _NBYTES
-        self._known = _Known(0.0, {})
+        self._last = _Reading(0.0, {})
         self._groups: list[tuple[str, int, weakref.ref[Group]]] = []
         self._groups_lock = threading.Lock()
-        _all.append(self)
+        devices.append(self)
 
     def enter(self, group: Group) -> int:
         """A number by which kernels name a group."""
@@ -130,14 +129,14 @@ class KernelWords:
         A place whose content stays the same for that long is of a wait that is over. To see whether it does, this
         sleeps for that long, but only if something has changed since it was last asked.
         """
-        before, now = self._known, time.monotonic()
+        before, now = self._last, time.monotonic()
         first = self._read()
         if first == before.records and now - before.when >= _PERIOD:
             return []
         if first:
             time.sleep(_PERIOD)
         second = self._read()
-        self._known = _Known(time.monotonic(), second)
+        self._last = _Reading(time.monotonic(), second)
         return self._decode([record for place, record in second.items() if record != first.get(place)])
 
     def _read(self) -> dict[int, bytes]:
@@ -163,43 +162,3 @@ class KernelWords:
             step = _step(operation, channel)
             told.append(Wait(group, step, missing, began, deadline, 0, f"cuda:{self.ordinal}"))
         return told
-
-
-def gpu_waits() -> list[Wait]:
-    """The waits of this process on all its GPUs; see :meth:`KernelWords.waits`. Takes no lock."""
-    return [wait for words in list(_all) for wait in words.waits()]
-
-
-def failure() -> SymmemError | None:
-    """Why a kernel of this process has stopped, on any GPU, if one has."""
-    return next((error for words in list(_all) if (error := words.failure())), None)
-
-
-def raise_failure(error: BaseException) -> None:
-    """Where a call of torch has failed, raise why a kernel has stopped, if one has: CUDA says only that it did.
-
-    For an ``except RuntimeError`` that raises ``error`` itself if this returns. Errors of the driver need it not: see
-    :func:`symmem.backends.driver_errors.driver_error`.
-
-    Raises:
-        SymmemError: See :meth:`KernelWords.failure`; ``error`` is its cause.
-    """
-    if not isinstance(error, SymmemError) and (known := failure()):
-        raise known from error
-
-
-class _Named:
-    """As a context: :func:`raise_failure` for what torch raises within."""
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError):
-            raise_failure(error)
-
-
-named = _Named()
-"""The one there is; where 0.1 microseconds are too long, ``except RuntimeError`` does it."""
-
-os.register_at_fork(after_in_child=_all.clear)  # the memory is the parent's

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from symmem.backends.base import Group
 from symmem.backends.driver import Driver
-from symmem.backends.vmm import DeviceRange, Handle, exchange_handles
+from symmem.backends.vmm import DeviceRange, MemoryHandle, exchange_handles
 from symmem.config.machine import multicast_blocker
 from symmem.errors import SymmemError
 
@@ -64,15 +64,17 @@ class Multicast:
         SymmemError: The same on all ranks; nothing is left behind.
     """
 
-    def __init__(self, driver: Driver, group: Group, ordinal: int, memory: Handle, nbytes: int, fabric: bool) -> None:
+    def __init__(
+        self, driver: Driver, group: Group, ordinal: int, memory: MemoryHandle, nbytes: int, fabric: bool
+    ) -> None:
         with group.collective("multicast_ptr") as collective, contextlib.ExitStack() as undo:
             undo.enter_context(driver.on(ordinal))
             created = []
             if group.rank == 0:
-                created = [Handle(driver, driver.multicast_create(nbytes, group.size, fabric))]
+                created = [MemoryHandle(driver, driver.multicast_create(nbytes, group.size, fabric))]
                 undo.callback(created[0].close)
             with exchange_handles(driver, collective, "create", {}, created, fabric) as received:
-                handle = Handle.take(driver, received[0][1][0])
+                handle = MemoryHandle.take(driver, received[0][1][0])
             on_failure = undo.enter_context(contextlib.ExitStack())
             on_failure.callback(handle.close)
             region = DeviceRange(driver, ordinal, nbytes, granularity(driver, ordinal))

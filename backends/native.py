@@ -29,9 +29,9 @@ from symmem.backends.driver import Driver, load_driver
 from symmem.backends.gpu_cards import cannot_map, check_cards, gpu_card, no_multicast
 from symmem.backends.libc import round_up
 from symmem.backends.multicast import Multicast, granularity, why_not
-from symmem.backends.pad_blocks import Block, GroupPads, Slot, mapping_order
+from symmem.backends.pad_blocks import GroupPads, PadBlock, Slot, mapping_order
 from symmem.backends.shared import SharedMapping, pass_and_map
-from symmem.backends.vmm import DeviceRange, Handle, Token, exchange_handles, free_what_is_left
+from symmem.backends.vmm import DeviceRange, MemoryHandle, Token, exchange_handles, free_what_is_left
 from symmem.errors import (
     BackendUnavailableError,
     OutOfMemoryError,
@@ -53,7 +53,7 @@ class NativeAllocation(Allocation):
     """
 
     def __init__(
-        self, backend: NativeBackend, device: torch.device, nbytes: int, handle: Handle, region: DeviceRange
+        self, backend: NativeBackend, device: torch.device, nbytes: int, handle: MemoryHandle, region: DeviceRange
     ) -> None:
         super().__init__(backend, device, nbytes, region.address)
         self.handle, self._region = handle, region
@@ -188,8 +188,10 @@ class NativeBackend(Backend):
             return False
         try:
             with self.driver.on(ordinal):
-                handle = Handle(self.driver, self.driver.create(ordinal, self.driver.granularity(ordinal, True), True))
-                Handle.take(self.driver, self.driver.export_fabric(handle.value))
+                handle = MemoryHandle(
+                    self.driver, self.driver.create(ordinal, self.driver.granularity(ordinal, True), True)
+                )
+                MemoryHandle.take(self.driver, self.driver.export_fabric(handle.value))
         except SymmemError as error:
             log.debug("GPU %d advertises fabric handles, and they do not work: %s", ordinal, error)
             return False
@@ -200,9 +202,9 @@ class NativeBackend(Backend):
         memory = self.driver.granularity(ordinal, self.has_fabric(ordinal))
         return round_up(memory, granularity(self.driver, ordinal))
 
-    def _create(self, ordinal: int, nbytes: int) -> Handle:
+    def _create(self, ordinal: int, nbytes: int) -> MemoryHandle:
         try:
-            return Handle(self.driver, self.driver.create(ordinal, nbytes, self.has_fabric(ordinal)))
+            return MemoryHandle(self.driver, self.driver.create(ordinal, nbytes, self.has_fabric(ordinal)))
         except OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"{nbytes} bytes of memory on GPU {ordinal} ({self.driver.name(ordinal)}) cannot be had: {error.what}",
@@ -212,7 +214,7 @@ class NativeBackend(Backend):
     def _reserve(self, ordinal: int, nbytes: int) -> DeviceRange:
         return DeviceRange(self.driver, ordinal, nbytes, self._granularity(ordinal))
 
-    def _map_own(self, ordinal: int, nbytes: int) -> tuple[Handle, DeviceRange]:
+    def _map_own(self, ordinal: int, nbytes: int) -> tuple[MemoryHandle, DeviceRange]:
         """New memory, mapped in this process alone; not zeroed."""
         with contextlib.ExitStack() as undo:
             handle = self._create(ordinal, nbytes)
@@ -269,8 +271,8 @@ class NativeBackend(Backend):
             region.afterwards.append(slot.give_back)
         return mapping
 
-    def _make_block(self, ordinal: int, size: int) -> Block:
-        return Block(*self._map_own(ordinal, round_up(_pad_nbytes(size), self._granularity(ordinal))))
+    def _make_block(self, ordinal: int, size: int) -> PadBlock:
+        return PadBlock(*self._map_own(ordinal, round_up(_pad_nbytes(size), self._granularity(ordinal))))
 
     def _map_peers(
         self,

@@ -28,15 +28,15 @@ from typing import Any
 
 from symmem.backends.base import Group
 from symmem.backends.gpu_cards import cannot_map
-from symmem.backends.vmm import DeviceRange, Handle, Token
+from symmem.backends.vmm import DeviceRange, MemoryHandle, Token
 from symmem.errors import SymmemError
 
-__all__ = ["Block", "GroupPads", "Slot", "mapping_order"]
+__all__ = ["PadBlock", "GroupPads", "Slot", "mapping_order"]
 
 _numbers = itertools.count()  # never used twice in a process, so that a peer can't take one block for another
 
 
-class Block:
+class PadBlock:
     """This rank's memory for pads.
 
     Args:
@@ -48,7 +48,7 @@ class Block:
         shared: Whether all peers are known to have mapped it.
     """
 
-    def __init__(self, handle: Handle, region: DeviceRange) -> None:
+    def __init__(self, handle: MemoryHandle, region: DeviceRange) -> None:
         self.number = next(_numbers)
         self.handle, self._region = handle, region
         self.address, self.nbytes = region.pieces[0]
@@ -58,14 +58,14 @@ class Block:
 class Slot:
     """A pad of this rank, taken from a block."""
 
-    def __init__(self, block: Block, offset: int, give_back: Callable[[], None]) -> None:
+    def __init__(self, block: PadBlock, offset: int, give_back: Callable[[], None]) -> None:
         self.block, self.address = block, block.address + offset
         # Called by the collector as well, on any thread: appending to a deque is one step.
         self.give_back = give_back
         self.card = (block.number, offset, block.nbytes)
 
     @property
-    def handles(self) -> tuple[Handle, ...]:
+    def handles(self) -> tuple[MemoryHandle, ...]:
         """What peers may not have yet."""
         return () if self.block.shared else (self.block.handle,)
 
@@ -78,10 +78,10 @@ class GroupPads:
     """
 
     def __init__(self) -> None:
-        self._free: deque[tuple[Block, int]] = deque()
+        self._free: deque[tuple[PadBlock, int]] = deque()
         self._peers: dict[tuple[int, int], tuple[int, DeviceRange]] = {}  # by rank and number: address and its owner
 
-    def take(self, nbytes: int, make: Callable[[], Block]) -> Slot:
+    def take(self, nbytes: int, make: Callable[[], PadBlock]) -> Slot:
         """A slot of ``nbytes``, always the same; ``make`` makes a block if there is none."""
         if not self._free:
             block = make()

@@ -22,11 +22,14 @@ import functools
 import os
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from symmem.backends.base import SIGNAL_CHANNELS, Group
 from symmem.backends.libc import fence, futex_wait, futex_wake
-from symmem.backends.pending_waits import Wait, forget, note
 from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError
+
+if TYPE_CHECKING:
+    from symmem.backends.pending_waits import Wait
 
 __all__ = ["SharedSignals"]
 
@@ -168,12 +171,16 @@ class SharedSignals:
                 if (peer in lost or remaining <= 0) and not ready(words[at]):
                     raise self._error(peer, step, lost)
                 futex_wait(self._pads[pad] + 4 * at, word, min(_NAP, max(remaining, 0.0)))
-                if wait is None:  # not before, so that what is quick costs nothing
+                if wait is None:  # after the first sleep: a short wait costs nothing
+                    from symmem.backends import pending_waits
+
                     missing = functools.partial(self._missing, peer, channel)
-                    wait = note(self._group, self._purpose() if self._purpose else step, missing, deadline)
+                    wait = pending_waits.note(
+                        self._group, self._purpose() if self._purpose else step, missing, deadline
+                    )
         finally:
             if wait is not None:
-                forget(wait)
+                pending_waits.forget(wait)
 
     def _missing(self, peer: int, channel: int | None) -> tuple[int, ...]:
         """Whom a wait for ``peer`` is for: if it is in a barrier, for all that have not come to it."""

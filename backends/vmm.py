@@ -26,7 +26,7 @@ from symmem.backends.base import Collective
 from symmem.backends.driver import Driver
 from symmem.errors import SymmemError
 
-__all__ = ["DeviceRange", "Handle", "Token", "exchange_handles", "free_what_is_left"]
+__all__ = ["DeviceRange", "MemoryHandle", "Token", "exchange_handles", "free_what_is_left"]
 
 log = logging.getLogger("symmem.vmm")
 
@@ -34,7 +34,7 @@ Token: TypeAlias = "int | bytes"
 """Physical memory on its way between processes: a file descriptor, or an exported fabric handle."""
 
 
-class Handle:
+class MemoryHandle:
     """A reference to physical memory, or to a multicast object; released with the last reference to this.
 
     Attributes:
@@ -64,7 +64,7 @@ class Handle:
         return self._descriptor
 
     @classmethod
-    def take(cls, driver: Driver, token: Token) -> Handle:
+    def take(cls, driver: Driver, token: Token) -> MemoryHandle:
         """Import a token, which stays the caller's."""
         if isinstance(token, bytes):
             return cls(driver, driver.import_fabric(token))
@@ -100,7 +100,7 @@ class DeviceRange:
         """Unmap and give back now; may be called again."""
         self._finalizer()
 
-    def map(self, offset: int, handle: Handle, nbytes: int) -> int:
+    def map(self, offset: int, handle: MemoryHandle, nbytes: int) -> int:
         """Map the first ``nbytes`` of a handle's memory at ``offset``; returns the address."""
         address = self.address + offset
         self._driver.map(address, nbytes, handle.value)
@@ -113,7 +113,7 @@ class DeviceRange:
 
     def place(self, offset: int, token: Token, nbytes: int) -> int:
         """Import memory of a process, maybe this one, and map it at ``offset``; returns the address."""
-        handle = Handle.take(self._driver, token)
+        handle = MemoryHandle.take(self._driver, token)
         try:
             address = self.map(offset, handle, nbytes)
         finally:
@@ -219,7 +219,7 @@ def exchange_handles(
     collective: Collective,
     step: str,
     card: dict[str, Any],
-    handles: Sequence[Handle],
+    handles: Sequence[MemoryHandle],
     fabric: bool,
 ) -> Iterator[list[tuple[dict[str, Any], tuple[Token, ...]]]]:
     """Give every rank's card and handles to every rank. Collective.

@@ -1,9 +1,12 @@
-"""Configuration: the environment, the YAML cluster file, and the settings that come out of both.
+"""Configuration: the environment, the YAML cluster file, and the settings made from both.
 
-The lowest layer of symmem: it imports only the standard library, PyYAML and :mod:`symmem.errors`.
+This package imports only the standard library, PyYAML and :mod:`symmem.errors`. PyYAML is loaded with the first YAML
+file.
 """
 
-from symmem.config.cluster import Cluster, Entry, parse_cluster, read_file
+from typing import TYPE_CHECKING
+
+from symmem._lazy import lazy_exports
 from symmem.config.kinds import AUTO, BACKENDS, installed_backends
 from symmem.config.machine import gpu_model, multicast_blocker
 from symmem.config.options import Argument, Option, find_option, parse_options
@@ -17,6 +20,9 @@ from symmem.config.settings import (
     reference_table,
 )
 from symmem.config.values import Found, Kind
+
+if TYPE_CHECKING:
+    from symmem.config.cluster import Cluster, Entry, parse_cluster, read_file
 
 __all__ = [
     "AUTO",
@@ -42,3 +48,6 @@ __all__ = [
     "read_file",
     "reference_table",
 ]
+
+_CLUSTER = ("Cluster", "Entry", "parse_cluster", "read_file")
+__getattr__, __dir__ = lazy_exports(__name__, dict.fromkeys(_CLUSTER, "symmem.config.cluster"))

@@ -94,11 +94,11 @@ def parse_cluster(text: str, file: str, kinds: Mapping[str, Kind[Any]]) -> Clust
     Raises:
         ConfigError: The text is not YAML, or not a valid cluster file; it names file, line, column and key.
     """
-    reader = _Reader(file, kinds)
+    reader = _ClusterReader(file, kinds)
     return reader.cluster(reader.compose(text))
 
 
-class _Reader(NodeReader):
+class _ClusterReader(NodeReader):
     """Walks the nodes of one file."""
 
     def __init__(self, file: str, kinds: Mapping[str, Kind[Any]]) -> None:

@@ -15,23 +15,20 @@ changes. The first that fits counts, so they come in the order of their bytes, a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from symmem.config.kinds import SIZE, one
-from symmem.config.values import InvalidValue, Kind, advise, shown
+from symmem.config.kinds import SIZE
+from symmem.config.values import InvalidValue, advise, shown
 from symmem.config.yaml_nodes import NodeReader, Pairs, read_text
-from symmem.errors import ConfigError
 
 __all__ = [
-    "ALGORITHMS",
-    "BUILT_IN",
     "KERNELS",
     "MOST_BLOCKS",
+    "PLAN",
     "SYMMETRIC_ONLY",
     "Row",
     "Rows",
@@ -40,9 +37,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-BUILT_IN = "built-in"
-"""The value that means: the table that symmem brings."""
 
 KERNELS: Mapping[str, tuple[str, ...]] = {
     "all_reduce": ("one_shot", "two_shot"),
@@ -56,12 +50,14 @@ MOST_BLOCKS = 256
 
 SYMMETRIC_ONLY = ("put",)
 """Kernels that store into all ranks' results where they lie, which is in symmetric memory."""
+PLAN = "let `symmem tune` write one, and see docs/configuration.md"
+"""The hint for a file that is not a table of algorithms."""
+
 _THREADS = (64, 512)  # at least one for each rank; at most what the kernels are compiled for
 _WORLD = (2, 64)
 _NAP = (0, 1_000_000)
 _ONLY = ", ".join(map(repr, SYMMETRIC_ONLY))
 _VERSION = "1"
-_PLAN = "let `symmem tune` write one, and see docs/configuration.md"
 _KEYS = ("operation", "world", "nbytes", "kernel", "threads", "blocks", "nap")
 _NEEDED = ("operation", "world", "kernel", "threads", "blocks")
 
@@ -101,7 +97,7 @@ def read_algorithms(file: str) -> Rows:
     Raises:
         ConfigError: It cannot be read, or is not a valid table; names file, line, column and key.
     """
-    return parse_algorithms(read_text(file, "table of algorithms", "name a readable YAML file", _PLAN), file)
+    return parse_algorithms(read_text(file, "table of algorithms", "name a readable YAML file", PLAN), file)
 
 
 @lru_cache(maxsize=4)
@@ -111,11 +107,11 @@ def parse_algorithms(text: str, file: str) -> Rows:
     Raises:
         ConfigError: As :func:`read_algorithms`.
     """
-    reader = _Reader(file, "table of algorithms", _PLAN)
+    reader = _TableReader(file, "table of algorithms", PLAN)
     return reader.rows(reader.compose(text))
 
 
-class _Reader(NodeReader):
+class _TableReader(NodeReader):
     def rows(self, root: yaml.Node) -> Rows:
         top = self.mapping(root, "", ("version", "rows"))
         self.check_version(root, top, _VERSION)
@@ -129,7 +125,7 @@ class _Reader(NodeReader):
             rows.append(row)
             last[operation, row.world] = path, node
         if not tables:
-            self.fail(root, "rows", "there are none", _PLAN)
+            self.fail(root, "rows", "there are none", PLAN)
         for (operation, world), rows in tables.items():
             if rows[-1].nbytes is not None or rows[-1].symmetric:
                 path, node = last[operation, world]
@@ -184,23 +180,3 @@ class _Reader(NodeReader):
             return parse([self.text(node, where)])
         except InvalidValue as bad:
             self.fail(node, where, bad.what, bad.hint)
-
-
-_VALUES = f"{BUILT_IN}, or the path of a table of algorithms"
-
-
-def _parse(value: object) -> str:
-    if not isinstance(value, str | os.PathLike) or not str(value).strip():
-        raise InvalidValue(f"expected {_VALUES}; got {shown(value)}", f"write {_VALUES}")
-    if value == BUILT_IN:
-        return BUILT_IN
-    file = os.path.abspath(value)
-    try:
-        read_algorithms(file)
-    except ConfigError as error:
-        raise InvalidValue(error.what, error.hint or _PLAN) from None
-    return file
-
-
-ALGORITHMS: Kind[str] = Kind(one(_parse, _VALUES), str, _VALUES)
-"""A table of algorithms: the absolute path of a valid one, or :data:`BUILT_IN`."""

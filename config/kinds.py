@@ -15,6 +15,7 @@ __all__ = [
     "AUTO",
     "BACKENDS",
     "BACKEND_ORDER",
+    "BUILT_IN",
     "CHECK",
     "COLLECTIVE_CHECK",
     "DURATION",
@@ -36,6 +37,9 @@ AUTO = "auto"
 
 BACKENDS = ("native", "pytorch_nccl", "pytorch_nvshmem", "pytorch_cuda", "nvshmem", "host")
 """Names of the backends that come with symmem."""
+
+BUILT_IN = "built-in"
+"""The value of `algorithms` that selects the table that comes with symmem."""
 
 _ENTRY_POINTS = "symmem.backends"
 _MAX_BYTES = 2**63 - 1

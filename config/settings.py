@@ -12,13 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from symmem.config.cluster import Cluster, parse_cluster, read_file
-from symmem.config.kernel_tables import ALGORITHMS, BUILT_IN
 from symmem.config.kinds import (
     AUTO,
     BACKEND_ORDER,
+    BUILT_IN,
     CHECK,
     COLLECTIVE_CHECK,
     DURATION,
@@ -28,10 +27,11 @@ from symmem.config.kinds import (
     REPORT,
     SIZE,
     SYMMETRIC_ARGUMENTS,
+    one,
 )
 from symmem.config.machine import gpu_model, multicast_blocker
 from symmem.config.options import Option, find_option, parse_options, place_of
-from symmem.config.values import Found, Kind, advise, read
+from symmem.config.values import Found, InvalidValue, Kind, advise, read, shown
 from symmem.errors import ConfigError
 
 __all__ = [
@@ -44,10 +44,35 @@ __all__ = [
     "reference_table",
 ]
 
+if TYPE_CHECKING:
+    from symmem.config.cluster import Cluster
+
 T = TypeVar("T")
 
 BACKEND_OPTION = "symmetric_memory_backend"
 """The option that chooses backends, under the name that nvFuser gave it."""
+
+
+_TABLE_VALUES = f"{BUILT_IN}, or the path of a table of algorithms"
+
+
+def _parse_table(value: object) -> str:
+    if not isinstance(value, str | os.PathLike) or not str(value).strip():
+        raise InvalidValue(f"expected {_TABLE_VALUES}; got {shown(value)}", f"write {_TABLE_VALUES}")
+    if value == BUILT_IN:
+        return BUILT_IN
+    from symmem.config.kernel_tables import PLAN, read_algorithms
+
+    file = os.path.abspath(value)
+    try:
+        read_algorithms(file)
+    except ConfigError as error:
+        raise InvalidValue(error.what, error.hint or PLAN) from None
+    return file
+
+
+_TABLE: Kind[str] = Kind(one(_parse_table, _TABLE_VALUES), str, _TABLE_VALUES)
+"""A table of algorithms: the absolute path of a valid file, or :data:`BUILT_IN`."""
 
 
 def _declare(kind: Kind[T], default: T, about: str, option: str | None = None) -> T:
@@ -109,7 +134,7 @@ class Settings:
         "Whether ranks compare operation, shape and dtype before each collective operation; for finding mistakes.",
     )
     algorithms: str = _declare(
-        ALGORITHMS, BUILT_IN, "Which kernels run collective operations on CUDA; `symmem tune` writes such a table."
+        _TABLE, BUILT_IN, "Which kernels run collective operations on CUDA; `symmem tune` writes such a table."
     )
     compile_report: str = _declare(
         REPORT, "off", "Where each rank appends what torch.compile did with registered arguments, as JSON lines."
@@ -240,12 +265,16 @@ def _spelled(found: Mapping[str, Found]) -> Iterator[str]:
 
 
 def _cluster(file: str) -> Cluster:
+    from symmem.config.cluster import read_file
+
     return _parsed(read_file(file), file)
 
 
 @lru_cache(maxsize=4)
 def _parsed(text: str, file: str) -> Cluster:
-    # Keyed by the text itself, which is read each time: an edited file is never served stale.
+    # Keyed by the text, which is read at every call: an edited file takes effect at once.
+    from symmem.config.cluster import parse_cluster
+
     return parse_cluster(text, file, _KINDS)
 
 

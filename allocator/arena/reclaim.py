@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from symmem.arena.slot_mask import from_text, slots_of, to_text
-from symmem.backends.gpu import synchronize
 from symmem.errors import DivergenceError, MismatchError
 from symmem.group.group import Collective, differing
 from symmem.memory import cuda_graphs
@@ -85,6 +84,8 @@ class Meeting:
             arena.amid = True  # until what is agreed on has taken effect
         told = [(arena, *arena.quarantine()) for arena in self._arenas]
         for device in {arena.device for arena, dropped, _ in told if dropped and arena.device.type == "cuda"}:
+            from symmem.backends.gpu import synchronize
+
             synchronize(device)
         return [
             {

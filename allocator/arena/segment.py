@@ -12,7 +12,6 @@ import torch
 
 from symmem.arena.slot_mask import DROPPED, SIGNALLED
 from symmem.arena.suballocator import SubAllocator
-from symmem.backends import gpu
 from symmem.backends.base import Capability, tensor_at
 from symmem.errors import ResourceLimitError
 from symmem.memory.address_index import IntegerSet
@@ -132,7 +131,9 @@ class Segment:
 def finish(device: torch.device) -> None:
     """Wait until the current stream has done its work."""
     if device.type == "cuda":
-        gpu.finish_stream(device)
+        from symmem.backends.gpu import finish_stream
+
+        finish_stream(device)
 
 
 _NONE: dict[Any, Any] = {}  # stands for the many dicts that stay empty; never changed

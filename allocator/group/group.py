@@ -37,7 +37,7 @@ import torch.distributed as dist
 
 from symmem.backends import descriptors as scm
 from symmem.backends.descriptors import Contribution, Received
-from symmem.backends.kernel_words import failure
+from symmem.backends.kernel_status import failure
 from symmem.backends.libc import duplicate, is_limit, limit_error
 from symmem.config import Settings, load_settings
 from symmem.config.kinds import MAX_SECONDS

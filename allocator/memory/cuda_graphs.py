@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from symmem.backends.driver import load_driver
-from symmem.backends.gpu import finish_stream
-from symmem.backends.kernel_words import raise_failure
+from symmem.backends.kernel_status import raise_failure
 from symmem.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from symmem.backends.driver import Driver
     from symmem.memory.block import Block
 
 __all__ = ["apart", "forget_ended", "is_capturing", "is_capturing_cuda", "keep", "kept", "refuse"]
@@ -83,6 +82,8 @@ def apart(device: torch.device, refusal: str, function: Callable[[], T]) -> T:
     if device.type != "cuda":
         return function()
     refuse(device, refusal)
+    from symmem.backends.gpu import finish_stream
+
     mode, results = torch.is_inference_mode_enabled(), []
 
     def run() -> None:
@@ -104,7 +105,7 @@ class _Kept:
         self._semaphore = ctypes.create_string_buffer(_SEM_T)
         self._libc.sem_init(self._semaphore, 0, 0)
         post = ctypes.cast(self._libc.sem_post, ctypes.c_void_p).value or 0
-        load_driver().retain_in_graph(graph, post, ctypes.addressof(self._semaphore))
+        _driver().retain_in_graph(graph, post, ctypes.addressof(self._semaphore))
 
     def ended(self) -> bool:
         value = ctypes.c_int()
@@ -130,9 +131,15 @@ def _libc() -> Any:
     return ctypes.CDLL(None)
 
 
+def _driver() -> Driver:
+    from symmem.backends.driver import load_driver
+
+    return load_driver()
+
+
 def keep(block: Block) -> None:
     """Keep a block alive as long as the graph that the current stream is being captured into."""
-    number, graph = load_driver().capture_of(torch.cuda.current_stream(block.allocation.device).cuda_stream)
+    number, graph = _driver().capture_of(torch.cuda.current_stream(block.allocation.device).cuda_stream)
     with _lock:
         if number not in _graphs:
             _graphs[number] = _Kept(graph)

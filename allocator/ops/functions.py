@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 import symmem.ops.one_sided  # noqa: F401  # defines operators
-from symmem.backends.kernel_words import raise_failure
+from symmem.backends.kernel_status import raise_failure
 from symmem.group.group import GroupLike
 from symmem.ops import eager
 from symmem.ops.collectives import KINDS, OperatorKind, functional, in_place, into

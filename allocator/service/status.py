@@ -22,7 +22,7 @@ from symmem.arena.allocation_log import AllocationRecord
 from symmem.arena.arena import Arena
 from symmem.arena.slot_mask import masks_of, slots_of
 from symmem.arena.statistics import figures, layout_of, memory_snapshot, outside_of_arenas, quiet
-from symmem.backends.kernel_words import gpu_waits
+from symmem.backends.kernel_status import gpu_waits
 from symmem.backends.pending_waits import Wait, waits
 from symmem.group.group import Group, known_groups
 from symmem.service.socket_paths import VERSION, job_id

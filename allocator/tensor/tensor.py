@@ -14,7 +14,7 @@ import torch
 from symmem.arena.arena import Arena, arena_for, carves
 from symmem.backends import select_backend
 from symmem.backends.base import SIGNAL_CHANNELS, Backend, Capability, storage_at, tensor_at
-from symmem.backends.kernel_words import named, raise_failure
+from symmem.backends.kernel_status import named, raise_failure
 from symmem.config import load_settings
 from symmem.errors import (
     ClosedError,

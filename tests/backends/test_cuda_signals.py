@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from symmem.backends import cuda_signals, kernel_words
+from symmem.backends import cuda_signals, kernel_status
 from symmem.backends.cuda_signals import CudaSignals
 from symmem.backends.kernel_words import NBYTES
 from symmem.backends.signal_kernels import OPERATIONS, SOURCE
@@ -86,7 +86,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
     cuda_signals.device_of.cache_clear()
     yield stub
     cuda_signals.device_of.cache_clear()
-    kernel_words._all.clear()
+    kernel_status.devices.clear()
 
 
 def signals(group: Any = None, pads: tuple[int, ...] = (0x1000, 0x2000, 0x3000)) -> CudaSignals:

@@ -17,10 +17,11 @@ from emulated_gpu import COMPILER, WAITING, emulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from symmem.backends import gpu, kernel_words
+from symmem.backends import gpu, kernel_status, kernel_words
 from symmem.backends.cuda_signals import _call_type
 from symmem.backends.driver_errors import driver_error
-from symmem.backends.kernel_words import NBYTES, KernelWords, failure, gpu_waits
+from symmem.backends.kernel_status import failure, gpu_waits
+from symmem.backends.kernel_words import NBYTES, KernelWords
 from symmem.backends.signal_kernels import BEAT, GROUP_SPREAD, OPERATIONS, PLACES, SOURCE, TICK, lateness
 from symmem.errors import OutOfMemoryError, PeerTimeoutError, UnsupportedError
 from symmem.group import group
@@ -83,7 +84,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def words() -> Iterator[Words]:
     made = Words()
     yield made
-    kernel_words._all.remove(made)
+    kernel_status.devices.remove(made)
 
 
 def seen(waiting: KernelWords) -> list[tuple[str, str, tuple[int, ...], str | None]]:
@@ -176,7 +177,7 @@ def test_all_peers_of_a_group_have_places(
     (wait,) = words._decode(list(words._read().values()))
     assert wait.missing() == tuple(sorted(peers))
     assert wait.step == (STEPS.get(operation) or f"{OPERATIONS[operation - 1]} on channel {detail}")
-    kernel_words._all.remove(words)
+    kernel_status.devices.remove(words)
 
 
 def test_a_forked_child_does_not_look(words: Words) -> None:
@@ -419,7 +420,7 @@ def test_errors_that_have_a_name_keep_it(words: Words) -> None:
     assert isinstance(driver_error("CUDA_ERROR_OUT_OF_MEMORY", "cuMemCreate"), OutOfMemoryError)
     known = StubGroup()
     words.memory[:4] = [1, 7, 2, words.enter(known)]
-    with pytest.raises(UnsupportedError), kernel_words.named:
+    with pytest.raises(UnsupportedError), kernel_status.named:
         raise UnsupportedError("no")
-    with pytest.raises(ValueError, match="of another kind"), kernel_words.named:
+    with pytest.raises(ValueError, match="of another kind"), kernel_status.named:
         raise ValueError("of another kind")

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import symmem
-from symmem.backends import kernel_words
+from symmem.backends import kernel_status, kernel_words
 from symmem.compile.report import ALREADY, COPIED, PLACED, Report
 from symmem.errors import GroupError, InvalidArgumentError, NotSymmetricError, PeerTimeoutError, UnsupportedError
 
@@ -991,7 +991,7 @@ def case_kernel_that_stopped_is_named() -> None:
             running.bound(fail)([])
         assert caught.value.__cause__ is error
     finally:
-        kernel_words._all.remove(words)
+        kernel_status.devices.remove(words)
 
 
 def case_memory_goes_with_the_function() -> None:

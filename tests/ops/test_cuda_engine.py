@@ -24,8 +24,9 @@ import torch
 from emulated_gpu import COMPILER, compile_kernels
 from thread_ranks import make_groups, run_ranks, succeed
 
-from symmem.backends import cuda_signals, kernel_cache, kernel_words
-from symmem.backends.kernel_words import NBYTES, gpu_waits
+from symmem.backends import cuda_signals, kernel_cache, kernel_status
+from symmem.backends.kernel_status import gpu_waits
+from symmem.backends.kernel_words import NBYTES
 from symmem.config.kernel_tables import KERNELS as CONFIGURED
 from symmem.errors import InvalidArgumentError, MismatchError, PeerTimeoutError, UnsupportedError
 from symmem.group.group import Group
@@ -259,7 +260,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedDriver]:
     cuda_signals.device_of.cache_clear()
     yield stub
     cuda_signals.device_of.cache_clear()
-    kernel_words._all.clear()
+    kernel_status.devices.clear()
 
 
 def memory(nbytes: int) -> torch.Tensor:

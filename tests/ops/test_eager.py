@@ -26,7 +26,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from symmem.backends import cuda_signals, kernel_words
+from symmem.backends import cuda_signals, kernel_status, kernel_words
 from symmem.errors import GroupError, InvalidArgumentError, PeerTimeoutError, SymmemError
 from symmem.group.group import Group
 from symmem.ops import eager
@@ -176,7 +176,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     cuda_signals.device_of.cache_clear()
     yield gpu
     cuda_signals.device_of.cache_clear()
-    kernel_words._all.clear()
+    kernel_status.devices.clear()
 
 
 class StubGroup:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from thread_ranks import make_groups, run_ranks
 
 from symmem.config import load_settings
-from symmem.config.kernel_tables import BUILT_IN, parse_algorithms, read_algorithms
+from symmem.config.kernel_tables import parse_algorithms, read_algorithms
+from symmem.config.kinds import BUILT_IN
 from symmem.errors import ConfigError, MismatchError
 from symmem.group.compare import compare
 from symmem.ops.engines.cuda_tuning import Choice, built_in, table_for

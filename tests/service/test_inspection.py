@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import symmem
-from symmem.backends import kernel_words
+from symmem.backends import kernel_status, kernel_words
 from symmem.backends.kernel_words import NBYTES, KernelWords
 from symmem.backends.pending_waits import forget, note
 from symmem.errors import InspectionError
@@ -406,7 +406,7 @@ def test_waits_of_kernels(group: symmem.Group, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.undo()
         assert told_of(group)[0]["signals"] == []
     finally:
-        kernel_words._all.remove(words)
+        kernel_status.devices.remove(words)
         other.close()
 
 

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from typing import Any
 from weakref import WeakSet
 
-from symmem.backends.kernel_words import raise_failure
+from symmem.backends.kernel_status import raise_failure
 from symmem.compile.run.graph import Graph
 from symmem.errors import UnsupportedError
 

@@ -27,7 +27,7 @@ import torch
 from symmem.backends.cuda_signals import device_of, name_steps
 from symmem.backends.driver_errors import driver_error
 from symmem.backends.gpu import finish_stream
-from symmem.backends.kernel_words import raise_failure
+from symmem.backends.kernel_status import raise_failure
 from symmem.errors import SymmemError, UnsupportedError
 from symmem.group.compare import compare
 from symmem.group.group import Group

@@ -13,7 +13,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from symmem.config.kernel_tables import BUILT_IN, MOST_BLOCKS, Row, read_algorithms
+from symmem.config.kernel_tables import MOST_BLOCKS, Row, read_algorithms
+from symmem.config.kinds import BUILT_IN
 
 __all__ = ["BLOCKS", "OPERATIONS", "Choice", "Row", "Table", "built_in", "grid", "table_for"]
 
