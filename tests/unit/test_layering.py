@@ -26,6 +26,8 @@ LAYERS = (
     "symmem.backends",
     "symmem.config",
     "symmem.errors",
+    "symmem.version",
+    "symmem._lazy",
 )
 
 
