@@ -13,7 +13,7 @@ from typing import Any
 from symmem.errors import SymmemError
 from symmem.tools.commands import bench as bench_command
 from symmem.tools.commands import config, live, ops, tune
-from symmem.tools.numbers import positive
+from symmem.tools.commands.subcommands import positive
 from symmem.tools.outcomes import RanksFailedError
 from symmem.version import VERSION
 

@@ -1,4 +1,4 @@
-"""The life of each block and segment of the arenas in a snapshot: numbers and texts, nothing is drawn here."""
+"""Reads a memory snapshot: when every block and segment of its arenas was made and freed. Draws nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from symmem.errors import InvalidArgumentError
 
-__all__ = ["Arena", "Block", "Segment", "State", "outside", "read", "states"]
+__all__ = ["SnapshotArena", "SnapshotBlock", "SnapshotSegment", "SnapshotState", "outside", "read", "states"]
 
 _STATS = (
     *("segments", "reserved_bytes", "live_bytes", "peak_live_bytes", "quarantined_bytes", "free_bytes"),
@@ -19,18 +19,18 @@ _STATS = (
 
 
 @dataclass
-class Block:
+class SnapshotBlock:
     """One block, from its allocation to its reclaim.
 
     Attributes:
         segment: Index of its segment.
         offset: Bytes from the start of the segment.
         nbytes: Bytes.
-        site: Where it was allocated; empty if that was not kept.
-        start: Seconds since the first event that is left; None if the allocation is older.
-        dropped: When its quarantine began; None if it had or has none.
-        end: When it was reclaimed; None if it is still there.
-        name: What the ranks call it; empty if it has no name, or the snapshot no longer has the block.
+        site: The line that allocated it; empty if not recorded.
+        start: Seconds from the first recorded event to the allocation; None if the allocation is older.
+        dropped: Start of its quarantine; None if it was never in quarantine.
+        end: Time of its reclaim; None if it still exists.
+        name: Name of the tensor; empty if it has none, or if the block no longer exists.
         what: Dtype and shape, likewise.
     """
 
@@ -46,8 +46,8 @@ class Block:
 
 
 @dataclass
-class Segment:
-    """One segment, from growth to trim; times as in :class:`Block`."""
+class SnapshotSegment:
+    """One segment, from its growth to its trim. Times are as in :class:`SnapshotBlock`."""
 
     index: int
     nbytes: int
@@ -56,33 +56,33 @@ class Segment:
 
 
 @dataclass
-class Arena:
+class SnapshotArena:
     """One arena of one rank.
 
     Attributes:
-        place: Where it is: ``backend``, ``device``, ``group``, ``rank``, ``world``, ``host`` and ``pid``.
-        stats: The figures of the snapshot.
-        now: The segments that are there.
-        blocks_now: The blocks in them that are live or in quarantine.
-        segments: Those of the whole record.
-        blocks: Those of the whole record.
-        events: How many events are left.
-        seconds: From the first of them to the last.
+        place: ``backend``, ``device``, ``group``, ``rank``, ``world``, ``host`` and ``pid`` of the arena.
+        stats: The statistics in the snapshot.
+        now: Segments at the time of the snapshot.
+        blocks_now: Live and quarantined blocks at that time.
+        segments: All segments of the record.
+        blocks: All blocks of the record.
+        events: Number of recorded events.
+        seconds: Seconds from the first event to the last.
     """
 
     place: dict[str, str]
     stats: dict[str, float]
-    now: list[Segment] = field(default_factory=list)
-    blocks_now: list[Block] = field(default_factory=list)
-    segments: list[Segment] = field(default_factory=list)
-    blocks: list[Block] = field(default_factory=list)
+    now: list[SnapshotSegment] = field(default_factory=list)
+    blocks_now: list[SnapshotBlock] = field(default_factory=list)
+    segments: list[SnapshotSegment] = field(default_factory=list)
+    blocks: list[SnapshotBlock] = field(default_factory=list)
     events: int = 0
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
-class State:
-    """Bytes of an arena from ``time`` on, in seconds since the first event."""
+class SnapshotState:
+    """Bytes of an arena from ``time`` on; ``time`` is in seconds since the first event."""
 
     time: float
     live: int
@@ -90,22 +90,22 @@ class State:
     reserved: int
 
 
-def read(snapshot: Mapping[str, Any]) -> list[Arena]:
-    """The arenas of what ``symmem.memory_snapshot()`` returned.
+def read(snapshot: Mapping[str, Any]) -> list[SnapshotArena]:
+    """Read the arenas of a result of ``symmem.memory_snapshot()``.
 
     Raises:
-        InvalidArgumentError: It is no such thing; the text names the place in it.
+        InvalidArgumentError: The data is no snapshot; the text names the wrong place.
     """
     if not isinstance(snapshot, Mapping) or "symmem" not in snapshot:
         raise InvalidArgumentError(
             "no snapshot of symmem: expected an object with the key 'symmem'",
-            hint="write what symmem.memory_snapshot() returns as JSON",
+            hint="write the result of symmem.memory_snapshot() as JSON",
         )
     return [_arena(arena, snapshot, place) for place, arena in _each(snapshot, "arenas", "")]
 
 
 def outside(snapshot: Mapping[str, Any]) -> list[int]:
-    """Bytes of each tensor that is in no arena.
+    """Bytes of every tensor outside of arenas.
 
     Raises:
         InvalidArgumentError: As for :func:`read`.
@@ -113,8 +113,8 @@ def outside(snapshot: Mapping[str, Any]) -> list[int]:
     return [_bytes(tensor, "nbytes", place) for place, tensor in _each(snapshot, "tensors", "")]
 
 
-def states(arena: Arena) -> list[State]:
-    """The bytes of an arena after each moment at which they changed, by time."""
+def states(arena: SnapshotArena) -> list[SnapshotState]:
+    """Bytes of an arena after every change, by time."""
     changes: dict[float, list[int]] = defaultdict(lambda: [0, 0, 0])
     for block in arena.blocks:
         changes[block.start or 0.0][0] += block.nbytes
@@ -127,20 +127,20 @@ def states(arena: Arena) -> list[State]:
         changes[segment.start or 0.0][2] += segment.nbytes
         if segment.end is not None:
             changes[segment.end][2] -= segment.nbytes
-    found = [State(0.0, 0, 0, 0)]
+    found = [SnapshotState(0.0, 0, 0, 0)]
     for time, (live, quarantined, reserved) in sorted(changes.items()):
         last = found[-1]
-        found.append(State(time, last.live + live, last.quarantined + quarantined, last.reserved + reserved))
+        found.append(SnapshotState(time, last.live + live, last.quarantined + quarantined, last.reserved + reserved))
     return found[1:] or found
 
 
-def _arena(item: Mapping[str, Any], snapshot: Mapping[str, Any], place: str) -> Arena:
+def _arena(item: Mapping[str, Any], snapshot: Mapping[str, Any], place: str) -> SnapshotArena:
     where = {key: _text(item, key) for key in ("backend", "device", "group", "rank", "world")}
     stats = item.get("stats")
     if not isinstance(stats, Mapping):
         raise _wrong(f"{place}.stats", "an object", stats)
     figures = {key: _number(stats, key, f"{place}.stats") for key in _STATS}
-    arena = Arena({**where, "host": _text(snapshot, "host"), "pid": _text(snapshot, "pid")}, figures)
+    arena = SnapshotArena({**where, "host": _text(snapshot, "host"), "pid": _text(snapshot, "pid")}, figures)
     events = [(_number(event, "time", spot), event, spot) for spot, event in _each(item, "events", place)]
     events.sort(key=lambda found: found[0])
     record = _Record(arena)
@@ -148,45 +148,47 @@ def _arena(item: Mapping[str, Any], snapshot: Mapping[str, Any], place: str) -> 
         record.add(time - events[0][0], event, spot)
     arena.events, arena.seconds = len(events), events[-1][0] - events[0][0] if events else 0.0
     for spot, segment in _each(item, "segments", place):
-        arena.now.append(Segment(_bytes(segment, "index", spot), _bytes(segment, "nbytes", spot)))
+        arena.now.append(SnapshotSegment(_bytes(segment, "index", spot), _bytes(segment, "nbytes", spot)))
         for there, block in _each(segment, "blocks", spot):
             record.find(arena.now[-1].index, block, there)
-    arena.segments += [Segment(found.index, found.nbytes) for found in arena.now if found.index not in record.segments]
+    arena.segments += [
+        SnapshotSegment(found.index, found.nbytes) for found in arena.now if found.index not in record.segments
+    ]
     return arena
 
 
 class _Record:
-    """Makes the lives of blocks and segments out of events.
+    """Follows blocks and segments from event to event.
 
     Attributes:
         blocks: Those that are there after the events so far, by segment and offset.
         segments: Likewise, by index.
     """
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: SnapshotArena) -> None:
         self.arena = arena
-        self.blocks: dict[tuple[int, int], Block] = {}
-        self.segments: dict[int, Segment] = {}
+        self.blocks: dict[tuple[int, int], SnapshotBlock] = {}
+        self.segments: dict[int, SnapshotSegment] = {}
 
     def add(self, time: float, event: Mapping[str, Any], place: str) -> None:
-        """Go on by an event; kinds that change neither blocks nor segments are passed over."""
+        """Apply an event. Kinds that change neither blocks nor segments are ignored."""
         kind = event.get("event")
         if kind in ("grow", "trim"):
-            segment = Segment(_bytes(event, "segment", place), _bytes(event, "nbytes", place))
+            segment = SnapshotSegment(_bytes(event, "segment", place), _bytes(event, "nbytes", place))
             (self._grow if kind == "grow" else self._trim)(segment, time)
         elif kind in ("allocate", "drop", "reclaim"):
             index, offset, nbytes = (_bytes(event, key, place) for key in ("segment", "offset", "nbytes"))
-            block = Block(index, offset, nbytes, _text(event, "site"))
+            block = SnapshotBlock(index, offset, nbytes, _text(event, "site"))
             {"allocate": self._allocate, "drop": self._drop, "reclaim": self._reclaim}[kind](block, time)
 
     def find(self, index: int, item: Mapping[str, Any], place: str) -> None:
-        """Take up a block of the snapshot itself, after all events: it is right if they differ."""
+        """Apply a block of the snapshot itself, after all events. If they differ, the block is right."""
         offset, nbytes, state = _bytes(item, "offset", place), _bytes(item, "nbytes", place), item.get("state")
         if state == "free":
             return
         if state not in ("live", "quarantined"):
             raise _wrong(f"{place}.state", "live, quarantined or free", state)
-        block = self._known(Block(index, offset, nbytes))
+        block = self._known(SnapshotBlock(index, offset, nbytes))
         if state == "live":
             block.dropped = None
         elif block.dropped is None:
@@ -195,21 +197,21 @@ class _Record:
         block.name, block.what = _text(item, "name"), _what(item)
         self.arena.blocks_now.append(block)
 
-    def _grow(self, segment: Segment, time: float) -> None:
+    def _grow(self, segment: SnapshotSegment, time: float) -> None:
         if segment.index in self.segments:
             self.segments[segment.index].end = time
         segment.start = time
         self.segments[segment.index] = segment
         self.arena.segments.append(segment)
 
-    def _trim(self, segment: Segment, time: float) -> None:
-        if segment.index not in self.segments:  # it came before the first event that is left
+    def _trim(self, segment: SnapshotSegment, time: float) -> None:
+        if segment.index not in self.segments:  # the growth is older than the record
             self.arena.segments.append(segment)
         self.segments.pop(segment.index, segment).end = time
         for key in [key for key in self.blocks if key[0] == segment.index]:
             self.blocks.pop(key).end = time
 
-    def _allocate(self, block: Block, time: float) -> None:
+    def _allocate(self, block: SnapshotBlock, time: float) -> None:
         key = (block.segment, block.offset)
         if key in self.blocks:
             self.blocks[key].end = time
@@ -217,18 +219,18 @@ class _Record:
         self.blocks[key] = block
         self.arena.blocks.append(block)
 
-    def _drop(self, block: Block, time: float) -> None:
+    def _drop(self, block: SnapshotBlock, time: float) -> None:
         self._known(block).dropped = time
 
-    def _reclaim(self, block: Block, time: float) -> None:
+    def _reclaim(self, block: SnapshotBlock, time: float) -> None:
         known = self._known(block)
-        if known is block:  # its drop is older, too
+        if known is block:  # the drop is older than the record, too
             known.dropped = 0.0
         known.end = time
         del self.blocks[block.segment, block.offset]
 
-    def _known(self, block: Block) -> Block:
-        """The block that is there; ``block`` itself if its allocation is older than the first event that is left."""
+    def _known(self, block: SnapshotBlock) -> SnapshotBlock:
+        """The block at this place; ``block`` itself if its allocation is older than the record."""
         key = (block.segment, block.offset)
         if key not in self.blocks:
             self.blocks[key] = block
@@ -242,7 +244,7 @@ def _what(item: Mapping[str, Any]) -> str:
 
 
 def _each(item: Mapping[str, Any], key: str, place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Place and object of each in a list of objects."""
+    """Place and value of every object in a list."""
     place = f"{place}.{key}" if place else key
     found = item.get(key)
     if not isinstance(found, list):

@@ -1,19 +1,16 @@
-"""The page around the pictures of the memory map: style, script, and how texts and units are written.
+"""The HTML page of the memory map: style, script and text.
 
-It is well-formed XML as well, so that pictures can be cut out and read by any tool.
+The page is also well-formed XML, so that tools can extract the pictures.
 """
 
 from __future__ import annotations
 
 from html import escape
 
+from symmem.tools.display import PALETTE
 from symmem.version import VERSION
 
-__all__ = ["PALETTE", "counted", "cut", "nbytes", "page", "seconds", "text"]
-
-# Those of M. Okabe and K. Ito, "Color Universal Design" (2008), without black, and a light green: all far from each
-# other for people who don't see red or green, and light enough for a black label. After them, grey for all others.
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#f0e442", "#56b4e9", "#d55e00", "#cc79a7", "#94c973", "#969ba3")
+__all__ = ["cut", "page", "text"]
 
 _STYLE = """
 :root{color-scheme:light dark;--page:#fff;--text:#1d2129;--faint:#687080;--line:#dcdfe5;
@@ -64,7 +61,7 @@ addEventListener("mousemove", (event) => {
 
 
 def page(subtitle: str, body: str) -> str:
-    """A whole HTML file, with the title above ``body``, which is HTML; ``subtitle`` is text."""
+    """Make the HTML file. ``subtitle`` is text, ``body`` is HTML."""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width"/>
 <title>Memory map - symmem</title><style>{_STYLE}{_colours()}</style></head><body>
@@ -76,40 +73,17 @@ def page(subtitle: str, body: str) -> str:
 
 
 def text(value: object, limit: int = 120) -> str:
-    """``value`` for HTML, cut by :func:`cut`; characters that cannot be shown are replaced, but for line feeds."""
+    """Escape ``value`` for HTML, cut by :func:`cut`. Unprintable characters except line feeds are replaced."""
     shown = cut(str(value), limit)
     return escape("".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in shown))
 
 
 def cut(value: str, limit: int = 120) -> str:
-    """``value`` without its middle if it has more than ``limit`` characters, at least 3."""
+    """Remove the middle of ``value`` if it is longer than ``limit`` characters (at least 3)."""
     if len(value) <= limit:
         return value
     head = limit // 3
-    return f"{value[:head]}\u2026{value[head + 1 - limit :]}"  # the end tells more: file, line and function
-
-
-def nbytes(value: float) -> str:
-    """Bytes in the unit that people read: 64 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1023.95:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:,.4g} TiB"
-
-
-def seconds(value: float, span: float = 0.0) -> str:
-    """Seconds in a unit that fits ``span``, or the value itself."""
-    span = span or value
-    for least, factor, unit in ((7200, 3600, "h"), (300, 60, "min"), (1, 1, "s"), (1e-3, 1e-3, "ms")):
-        if span >= least:
-            return f"{value / factor:.4g} {unit}"
-    return f"{value * 1e6:.4g} \u00b5s" if value else "0"
-
-
-def counted(number: float, noun: str) -> str:
-    """A number of things: 1 block, 1,024 blocks."""
-    return f"{number:,.0f} {noun}{'' if number == 1 else 's'}"
+    return f"{value[:head]}\u2026{value[head + 1 - limit :]}"  # keep more of the end: file, line and function
 
 
 def _colours() -> str:

@@ -1,4 +1,4 @@
-"""The pictures of one arena, as SVG: its segments as they are, and over time."""
+"""Draws an arena as SVG: its segments now, and over time."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from symmem.tools import display
 from symmem.tools import memory_page as html
-from symmem.tools.memory_history import Arena, Block, Segment, State, states
+from symmem.tools.memory_history import SnapshotArena, SnapshotBlock, SnapshotSegment, SnapshotState, states
 
 __all__ = ["now", "over_time", "svg"]
 
 _WIDTH, _LEFT, _RIGHT = 1000.0, 84.0, 992.0
-_HEAD, _CURVE, _MAP = 18.0, 96.0, 340.0  # heights in the picture over time: labels of growths, curve, all segments
+_HEAD, _CURVE, _MAP = 18.0, 96.0, 340.0  # heights in the picture over time: labels of growths, the curve, all segments
 
 _KEY = """<svg class="key" viewBox="0 0 14 14"><rect class="{}" width="14" height="14"/></svg> {}"""
 _NOW_KEY = _KEY.format("c8", "live") + " \u2002 " + _KEY.format("h8", "quarantined") + " \u2002 "
@@ -24,7 +25,7 @@ _TIME_KEY += """ \u2002 <svg class="key" viewBox="0 0 14 14"><path class="outlin
 
 @dataclass
 class _Box:
-    """A rectangle of a picture: one block, or ``count`` that are too small to be told apart."""
+    """A rectangle: one block, or ``count`` blocks that are too small to show one by one."""
 
     left: float
     top: float
@@ -39,8 +40,8 @@ class _Box:
     count: int = 1
 
 
-def now(arena: Arena, colours: Mapping[str, int], budget: int) -> str:
-    """The picture of the segments as they are: address from left to right."""
+def now(arena: SnapshotArena, colours: Mapping[str, int], budget: int) -> str:
+    """Draw the segments at the time of the snapshot. Addresses grow from left to right."""
     if not arena.now:
         return "<h2>Now</h2><p>No segments.</p>"
     height, step = (28.0, 36.0) if len(arena.now) <= 16 else (12.0, 15.0)
@@ -58,8 +59,8 @@ def now(arena: Arena, colours: Mapping[str, int], budget: int) -> str:
     return f"<h2>Now <small>{_NOW_KEY}</small></h2>{svg(step * len(arena.now), content)}"
 
 
-def over_time(arena: Arena, colours: Mapping[str, int], budget: int) -> str:
-    """The picture of the record: time from left to right, below the curve of bytes addresses upwards."""
+def over_time(arena: SnapshotArena, colours: Mapping[str, int], budget: int) -> str:
+    """Draw the record: the curve of bytes, and below it all blocks. Time runs to the right, addresses grow upwards."""
     if not arena.events:
         return "<h2>Over time</h2><p>No events were recorded.</p>"
     until = max(arena.seconds * 1.02, 1e-9) if arena.seconds else 1.0
@@ -94,18 +95,18 @@ def over_time(arena: Arena, colours: Mapping[str, int], budget: int) -> str:
     ]
     parts += _marks(arena.segments, across, bottom)
     older = sum(block.start is None for block in arena.blocks)
-    note = f"{html.counted(arena.events, 'event')} in {html.seconds(arena.seconds)}"
-    note += f"; {html.counted(older, 'block')} allocated before the first of them" if older else ""
+    note = f"{display.counted(arena.events, 'event')} in {display.seconds(arena.seconds)}"
+    note += f"; {display.counted(older, 'block')} allocated before the first one" if older else ""
     return f"<h2>Over time <small>{_TIME_KEY}</small></h2>{svg(bottom + 20, ''.join(parts))}<p>{note}.</p>"
 
 
 def svg(height: float, content: str) -> str:
-    """A picture of this height, and of the width of all of them."""
+    """Wrap SVG elements into a picture. All pictures have the same width."""
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:.0f} {height:.1f}">{content}</svg>'
 
 
-def _extents(segments: Iterable[Segment], blocks: Iterable[Block]) -> dict[int, int]:
-    """Bytes to draw for each segment, by index: room for all that was in it."""
+def _extents(segments: Iterable[SnapshotSegment], blocks: Iterable[SnapshotBlock]) -> dict[int, int]:
+    """Bytes to draw for every segment, by index; enough for all its blocks."""
     extents: dict[int, int] = defaultdict(lambda: 1)
     for segment in segments:
         extents[segment.index] = max(extents[segment.index], segment.nbytes)
@@ -115,7 +116,7 @@ def _extents(segments: Iterable[Segment], blocks: Iterable[Block]) -> dict[int, 
 
 
 def _bands(extents: Mapping[int, int], top: float) -> tuple[dict[int, tuple[float, float]], float]:
-    """Where the addresses of each segment begin, and the height of a byte; then the bottom of all."""
+    """By segment, the y of its first byte and the height of a byte; then the bottom of the picture."""
     least, gap = (18.0, 4.0) if len(extents) <= 16 else (_MAP / len(extents), 0.0)
     total = sum(extents.values())
     heights = {index: max(least, _MAP * extent / total) for index, extent in extents.items()}
@@ -130,17 +131,19 @@ def _bands(extents: Mapping[int, int], top: float) -> tuple[dict[int, tuple[floa
 def _segment_label(index: int, nbytes: float, top: float, height: float) -> str:
     if height < 11:
         return ""
-    size, middle = html.nbytes(nbytes), top + height / 2
+    size, middle = display.nbytes(nbytes), top + height / 2
     if height < 27:
         return _text(_LEFT - 8, middle + 4, f"{index} \u00b7 {size}", "end")
     return _text(_LEFT - 8, middle - 3, f"segment {index}", "end") + _text(_LEFT - 8, middle + 10, size, "end")
 
 
-def _box(block: Block, colours: Mapping[str, int], edges: tuple[float, float, float, float], hatched: bool) -> _Box:
-    times = f"since {html.seconds(block.start)}" if block.start is not None else "older than the record"
-    times += f", quarantined from {html.seconds(block.dropped)}" if block.dropped else ""
-    times += f", reclaimed at {html.seconds(block.end)}" if block.end is not None else ""
-    what = ", ".join(filter(None, (block.name, block.what, html.nbytes(block.nbytes))))
+def _box(
+    block: SnapshotBlock, colours: Mapping[str, int], edges: tuple[float, float, float, float], hatched: bool
+) -> _Box:
+    times = f"since {display.seconds(block.start)}" if block.start is not None else "allocated before the record"
+    times += f", quarantined from {display.seconds(block.dropped)}" if block.dropped else ""
+    times += f", reclaimed at {display.seconds(block.end)}" if block.end is not None else ""
+    what = ", ".join(filter(None, (block.name, block.what, display.nbytes(block.nbytes))))
     place = f"segment {block.segment}, offset {block.offset:,}"
     lines = (what, block.site or "call site not recorded", place, times)
     title = "\n".join(html.cut(line, 160) for line in lines)
@@ -148,7 +151,7 @@ def _box(block: Block, colours: Mapping[str, int], edges: tuple[float, float, fl
 
 
 def _draw(boxes: list[_Box], budget: int) -> list[str]:
-    """The rectangles, ``budget`` of them at most: as coarse as that needs, but no coarser than a pixel otherwise."""
+    """Draw at most ``budget`` rectangles: merge boxes below a pixel, or below more pixels if there are too many."""
     pixel, shown = 1.0, _merged(boxes, 1.0)
     while len(shown) > budget and pixel < _WIDTH:
         pixel *= 1.5
@@ -157,7 +160,7 @@ def _draw(boxes: list[_Box], budget: int) -> list[str]:
 
 
 def _merged(boxes: Iterable[_Box], pixel: float) -> list[_Box]:
-    """Make one box of those below ``pixel`` in width or height that have one colour and place, and touch in a row."""
+    """Merge boxes narrower or lower than ``pixel`` if they have the same colour and row, and touch."""
     shown: list[_Box] = []
     rows: dict[tuple[int, int, int, bool], list[_Box]] = defaultdict(list)
     for box in boxes:
@@ -185,7 +188,7 @@ def _join(run: _Box, box: _Box) -> None:
     run.nbytes = max(run.nbytes, box.nbytes)
     run.site = run.site if run.site == box.site else "several call sites"
     site = html.cut(run.site or "call site not recorded", 160)
-    run.title = f"{html.counted(run.count, 'block')} of up to {html.nbytes(run.nbytes)}\n{site}"
+    run.title = f"{display.counted(run.count, 'block')} of up to {display.nbytes(run.nbytes)}\n{site}"
     run.label = ""
 
 
@@ -202,14 +205,14 @@ def _rectangle(box: _Box) -> list[str]:
     return parts
 
 
-def _curve(found: Sequence[State], across: Callable[[float], float], pixel: float) -> list[str]:
-    """Live bytes, quarantined bytes on top of them, and a line for the reserved ones, in columns of ``pixel``."""
+def _curve(found: Sequence[SnapshotState], across: Callable[[float], float], pixel: float) -> list[str]:
+    """Draw live bytes, quarantined bytes on top of them, and a line of reserved bytes, in columns of ``pixel``."""
     base = _HEAD + _CURVE
     most = max(1, *(max(state.reserved, state.live + state.quarantined) for state in found))
-    columns: dict[int, list[State]] = {}
+    columns: dict[int, list[SnapshotState]] = {}
     for state in found:
         columns.setdefault(round(across(state.time) / pixel), []).append(state)
-    kept = [  # of each column what it comes to, after its peak
+    kept = [  # the peak and the end of every column
         state
         for column in columns.values()
         for state in dict.fromkeys((max(column, key=lambda each: each.live + each.quarantined), column[-1]))
@@ -219,11 +222,14 @@ def _curve(found: Sequence[State], across: Callable[[float], float], pixel: floa
         points = zip(kept, values, strict=True)
         return "".join(f"H{across(state.time):.1f}V{base - _CURVE * value / most:.1f}" for state, value in points)
 
-    parts = [_rule(base - _CURVE * value / most, html.nbytes(value)) for value in _byte_ticks(most)]
+    parts = [_rule(base - _CURVE * value / most, display.nbytes(value)) for value in _byte_ticks(most)]
     last, peak = found[-1], max(state.live for state in found)
-    live = f"live: {html.nbytes(last.live)}, at most {html.nbytes(peak)} in this record"
+    live = f"live: {display.nbytes(last.live)}, at most {display.nbytes(peak)} in this record"
     areas = {
-        "late": ([state.live + state.quarantined for state in kept], f"quarantined: {html.nbytes(last.quarantined)}"),
+        "late": (
+            [state.live + state.quarantined for state in kept],
+            f"quarantined: {display.nbytes(last.quarantined)}",
+        ),
         "solid": ([state.live for state in kept], live),
     }
     for style, (values, title) in areas.items():
@@ -251,19 +257,19 @@ def _time_axis(until: float, across: Callable[[float], float], bottom: float) ->
     for number in range(int(until / step) + 1):
         x = across(number * step)
         parts.append(f'<path class="grid" d="M{x:.1f} {bottom:.1f}V{bottom + 4:.1f}"/>')
-        label = html.seconds(number * step, until) if number else "0"
+        label = display.seconds(number * step, until) if number else "0"
         if x + 3.3 * len(label) < _WIDTH:
             parts.append(_text(x, bottom + 16, label, "mid"))
     return parts
 
 
-def _marks(segments: Iterable[Segment], across: Callable[[float | None], float], bottom: float) -> list[str]:
-    """A line at each growth and trim, with a label where there is room for one."""
+def _marks(segments: Iterable[SnapshotSegment], across: Callable[[float | None], float], bottom: float) -> list[str]:
+    """Draw a line at every growth and trim, with a label if it fits."""
     found = [(seg.start, "+", seg.nbytes) for seg in segments if seg.start is not None]
     found += [(seg.end, "\u2212", seg.nbytes) for seg in segments if seg.end is not None]
     columns: dict[int, str] = {}
     for time, sign, nbytes in sorted(found):
-        columns.setdefault(round(across(time)), f"{sign}{html.nbytes(nbytes)}")
+        columns.setdefault(round(across(time)), f"{sign}{display.nbytes(nbytes)}")
     parts, free = [], 0.0
     for x, label in columns.items():
         parts.append(f'<path class="grow" d="M{x} {_HEAD:.1f}V{bottom:.1f}"><title>{label}</title></path>')

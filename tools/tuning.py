@@ -1,9 +1,9 @@
-"""From measured times to a table of algorithms: which kernels to try, which row holds for which sizes, and the file."""
+"""From measured times to a kernel table: the kernels to try, the best row for every size, and the file."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,16 +11,16 @@ from symmem.config.kernel_tables import Row, Rows, parse_algorithms, read_algori
 from symmem.config.kinds import SIZE
 from symmem.errors import ConfigError
 
-__all__ = ["Change", "Measure", "candidates", "changes", "check_output", "rows_from", "search", "write"]
+__all__ = ["Measure", "RowChange", "candidates", "changes", "check_output", "rows_from", "search", "write"]
 
 Measure = Callable[[str, int, Sequence[Row]], Sequence[float]]
-"""Seconds of an operation of so many bytes with each of some rows; of all ranks, the slowest counts."""
+"""Measures an operation of some bytes with several rows; returns seconds of the slowest rank."""
 
 Times = Mapping[int, Mapping[Row, float]]
-"""Seconds by bytes and row; rows are for any number of bytes."""
+"""Seconds by bytes and row. The rows are for any number of bytes."""
 
-_WORTH = 0.98  # a row takes the place of another if it needs at most so much of the time: less is noise
-_HOPELESS = 3.0  # what needs so many times the best, and falls behind as bytes grow, is not tried for more
+_WORTH = 0.98  # a row replaces another only if it needs at most this share of the time; less is noise
+_HOPELESS = 3.0  # a row this many times slower than the best, and falling behind, is not tried for larger sizes
 
 _TRIED: Mapping[str, Sequence[tuple[str, Sequence[int], Sequence[int]]]] = {
     "all_reduce": (
@@ -37,8 +37,8 @@ _TRIED: Mapping[str, Sequence[tuple[str, Sequence[int], Sequence[int]]]] = {
 """Kernels, threads and blocks to try, by operation."""
 
 
-class Change(NamedTuple):
-    """What tuning changes for one size: bytes, the row before and now, and the seconds of each."""
+class RowChange(NamedTuple):
+    """The change that tuning makes for one size: bytes, the row before and after, and seconds with both."""
 
     nbytes: int
     before: Row
@@ -48,7 +48,7 @@ class Change(NamedTuple):
 
 
 def candidates(operation: str, world: int) -> list[Row]:
-    """All rows that are worth a try."""
+    """The rows to try."""
     return [
         Row(world, None, kernel, threads, blocks)
         for kernel, *sizes in _TRIED[operation]
@@ -56,84 +56,75 @@ def candidates(operation: str, world: int) -> list[Row]:
     ]
 
 
-def _plain(row: Row, world: int) -> Row:
-    """The same for any number of bytes: what is measured."""
+def _row_for(rows: Sequence[Row], world: int, nbytes: int, symmetric: bool) -> Row:
+    """The row of a table that applies to a size, made to be for any number of bytes, as the rows of :data:`Times`."""
+    row = next(row for row in rows if (row.nbytes is None or nbytes <= row.nbytes) and (symmetric or not row.symmetric))
     return row._replace(world=world, nbytes=None)
 
 
-def _fitting(rows: Sequence[Row], nbytes: int, symmetric: bool) -> Row:
-    """The row of a table that counts."""
-    fitting = (row for row in rows if row.nbytes is None or nbytes <= row.nbytes)
-    return next(row for row in fitting if symmetric or not row.symmetric)
-
-
-def search(operation: str, world: int, known: Sequence[Row], sizes: Sequence[int], measure: Measure) -> Times:
-    """Measure the candidates, and what a known table has, at each size.
+def search(operation: str, world: int, known: Sequence[Row], sizes: Iterable[int], measure: Measure) -> Times:
+    """Measure the candidates and the rows of a known table, at every size.
 
     Args:
-        operation: Of :data:`symmem.config.kernel_tables.KERNELS`.
-        world: Ranks.
-        known: The rows to compare with.
-        sizes: Bytes, growing.
+        operation: One of :data:`symmem.config.kernel_tables.KERNELS`.
+        world: Number of ranks.
+        known: Rows of the known table.
+        sizes: Bytes, in ascending order.
         measure: Takes the times.
     """
     times: dict[int, dict[Row, float]] = {}
     tried, ratios = candidates(operation, world), dict[Row, float]()
     for nbytes in sizes:
-        before = [_plain(_fitting(known, nbytes, symmetric), world) for symmetric in (False, True)]
-        rows = list(dict.fromkeys([*tried, *before]))
+        rows = list(dict.fromkeys([*tried, *(_row_for(known, world, nbytes, each) for each in (False, True))]))
         times[nbytes] = dict(zip(rows, measure(operation, nbytes, rows), strict=True))
         best = min(seconds for row, seconds in times[nbytes].items() if not row.symmetric)
-        before_that, ratios = ratios, {row: seconds / best for row, seconds in times[nbytes].items()}
-        falling_behind = {row for row in tried if ratios[row] > before_that.get(row, ratios[row])}
-        tried = [row for row in tried if ratios[row] <= _HOPELESS or row not in falling_behind]
+        before, ratios = ratios, {row: seconds / best for row, seconds in times[nbytes].items()}
+        tried = [row for row in tried if ratios[row] <= max(_HOPELESS, before.get(row, ratios[row]))]
     return times
 
 
 def rows_from(times: Times) -> tuple[Row, ...]:
-    """The rows of a table: at each size the quickest, up to the next size at which another is quicker.
+    """Make the rows of a table: the fastest row of every size, up to the next size at which another row is faster.
 
-    A row for symmetric memory comes in where it is quicker than the best for any memory.
+    A row for symmetric memory is used where it is faster than the best row for any memory.
     """
     plain: Row | None = None
     symmetric: Row | None = None
-    found: list[tuple[int, Row, Row | None]] = []
+    found: list[tuple[int, list[Row]]] = []
     for nbytes, taken in sorted(times.items()):
         plain = _best({row: seconds for row, seconds in taken.items() if not row.symmetric}, plain)
-        worth = {row: seconds for row, seconds in taken.items() if row.symmetric and seconds <= _WORTH * taken[plain]}
-        symmetric = _best(worth, symmetric) if worth else None
-        found.append((nbytes, plain, symmetric))
+        faster = {row: seconds for row, seconds in taken.items() if row.symmetric and seconds <= _WORTH * taken[plain]}
+        symmetric = _best(faster, symmetric) if faster else None
+        found.append((nbytes, [row for row in (symmetric, plain) if row is not None]))
     rows: list[Row] = []
-    for _, run in itertools.groupby(found, lambda each: each[1:]):
-        nbytes, plain, symmetric = list(run)[-1]
-        limit = None if nbytes == found[-1][0] else nbytes
-        rows += [row._replace(nbytes=limit) for row in (symmetric, plain) if row is not None]
+    for best, run in itertools.groupby(found, lambda each: each[1]):
+        last = [nbytes for nbytes, _ in run][-1]
+        rows += [row._replace(nbytes=None if last == found[-1][0] else last) for row in best]
     return tuple(rows)
 
 
 def _best(times: Mapping[Row, float], before: Row | None) -> Row:
-    """The quickest row; the one of the size before if that is as quick, but for noise."""
+    """The fastest row; the row of the size before if it is as fast, except for noise."""
     best = min(times, key=times.__getitem__)
     if before is not None and before in times and times[best] > _WORTH * times[before]:
         return before
     return best
 
 
-def changes(times: Times, known: Sequence[Row], tuned: Sequence[Row]) -> list[Change]:
-    """What a table changes at each measured size, for tensors in symmetric memory if any row is for such."""
+def changes(times: Times, world: int, known: Sequence[Row], tuned: Sequence[Row]) -> list[RowChange]:
+    """Compare two tables at every measured size, for tensors in symmetric memory."""
     found = []
     for nbytes, taken in times.items():
-        (world,) = {row.world for row in taken}
-        before, after = (_plain(_fitting(rows, nbytes, symmetric=True), world) for rows in (known, tuned))
-        found.append(Change(nbytes, before, after, taken[before], taken[after]))
+        before, after = (_row_for(rows, world, nbytes, symmetric=True) for rows in (known, tuned))
+        found.append(RowChange(nbytes, before, after, taken[before], taken[after]))
     return found
 
 
 def check_output(path: Path) -> Rows:
-    """The rows that a file has, if there is one; before anything is measured that could not be written.
+    """Return the rows of the file, if it exists. Called before anything is measured.
 
     Raises:
-        ConfigError: It is no table, or its folder is not there.
+        ConfigError: The file is no table, or its folder does not exist.
     """
     if path.exists():
         return read_algorithms(str(path))
@@ -142,13 +133,13 @@ def check_output(path: Path) -> Rows:
     return {}
 
 
-def write(path: Path, rows: Mapping[str, Sequence[Row]], world: int, about: Sequence[str]) -> Rows:
-    """Write a table; rows that the file has for other operations and numbers of ranks stay, and so do its comments.
+def write(path: Path, rows: Mapping[str, Sequence[Row]], world: int, about: Sequence[str]) -> None:
+    """Write a table. Rows of the file for other operations and numbers of ranks stay, and so do its comments.
 
     Args:
-        path: Of the file.
+        path: The file.
         rows: The new rows, by operation.
-        world: Ranks that they are for.
+        world: Number of ranks that the rows are for.
         about: Lines for the head of the file.
 
     Raises:
@@ -161,9 +152,8 @@ def write(path: Path, rows: Mapping[str, Sequence[Row]], world: int, about: Sequ
     for (operation, ranks), each in sorted(known.items()):
         lines += [f"  - {{{_written(operation, row._replace(world=ranks))}}}" for row in each]
     text = "\n".join(lines) + "\n"
-    written = parse_algorithms(text, str(path))  # before the file is there
+    parse_algorithms(text, str(path))  # check it before the file changes
     path.write_text(text)
-    return written
 
 
 def _written(operation: str, row: Row) -> str:

@@ -39,7 +39,7 @@ from symmem.ops.engines.cuda_tuning import BLOCKS, OPERATIONS, Choice, Row, Tabl
 from symmem.ops.engines.select import engine_for
 from symmem.redirect import cuda_pool
 from symmem.tensor.tensor import SymmetricTensor
-from symmem.tools.tune import call_of, each_row
+from symmem.tools.bench.kernel_times import call_of, each_row
 
 # Tables.
 

@@ -19,7 +19,7 @@ import symmem
 from symmem.ops import functions as ops
 from symmem.tools import cli
 from symmem.tools.commands.doctor import examine
-from symmem.tools.live.waiting import Picture
+from symmem.tools.live.waiting import Analysis
 from symmem.tools.ranks import RankPool, rank_store
 
 JOB = "the-job-whose-gpus-hang"
@@ -124,10 +124,10 @@ def in_triton(late: list[int], go: str) -> None:
     run(lambda _: triton_kernels.meet[(1,)](view.signals, 6, view.rank, view.world_size), late, go)
 
 
-def exactly(late: list[int]) -> Callable[[Picture], bool]:
+def exactly(late: list[int]) -> Callable[[Analysis], bool]:
     """Whether all others wait, each for all that are late. Each of several may be told at another moment."""
 
-    def found(seen: Picture) -> bool:
+    def found(seen: Analysis) -> bool:
         return stuck(WORLD - len(late))(seen) and all(list(wait.ranks) == late for wait in seen.waits)
 
     return found

@@ -107,7 +107,7 @@ def test_who_is_waited_for_and_at_which_step(
         assert cli.main(["dump", "--job", JOB, "-o", str(tmp_path / "dump.json")]) == 0
         text = capsys.readouterr().out
         assert f"job {JOB}: 3 processes, 2 of them wait for others" in text
-        assert f"Waited for by all that wait: rank {held} (process {pool.pids[held]})" in text
+        assert f"All waiting processes wait for rank {held} (process {pool.pids[held]})" in text
         assert f"in {task.__name__}: rank_store().wait([go])" in text  # where it is held
         assert "CYCLE" not in text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from symmem.tools.bench.compare import read
 from symmem.tools.bench.contenders import Contender
 from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.panels import Bars, Curves, Map, panels
+from symmem.tools.bench.progress import Progress
 from symmem.tools.bench.tables import table
 from symmem.tools.bench.timing import HostClock, Times, in_turns
 from symmem.tools.commands.bench import SUITES
@@ -236,7 +238,7 @@ def test_pairs_copy_alone_and_then_all_at_once(pool: RankPool) -> None:
 
 @pytest.mark.parametrize("name", SUITES)
 def test_a_suite_takes_its_options(name: str) -> None:
-    flags = {option.words.get("dest", option.flag[2:].replace("-", "_")) for option in SUITES[name].options}
+    flags = {option.arguments.get("dest", option.flag[2:].replace("-", "_")) for option in SUITES[name].options}
     taken = inspect.signature(importlib.import_module(f"symmem.tools.bench.{name}").run).parameters
     assert {*flags, "progress"} == {*taken}
 
@@ -310,6 +312,31 @@ def test_what_was_measured_before_a_failure_is_printed(capsys: Output, monkeypat
     monkeypatch.setattr(p2p, "run", run)
     assert cli.main(["bench", "p2p", "--json"]) == 1
     assert capsys.readouterr().out == f"{BARRIER.json()}\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_the_current_step_in_one_line(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(progress: Progress, **options: object) -> Iterator[Figure]:
+        progress.step("first")
+        yield BARRIER
+        progress.step("second" * 99)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(p2p, "run", run)
+    monkeypatch.setenv("COLUMNS", "30")
+    for term, expected in (
+        ("xterm", ["", "p2p, 0 s: first", "", ("p2p, 0 s: " + "second" * 99)[:29], "symmem: interrupted\n"]),
+        ("dumb", ["symmem: interrupted\n"]),
+    ):
+        monkeypatch.setenv("TERM", term)
+        monkeypatch.setattr("sys.stderr", Terminal())
+        assert cli.main(["bench", "p2p", "--json"]) == 130
+        assert sys.stderr.getvalue().split("\r\x1b[K") == expected  # type: ignore[attr-defined]
+        assert capsys.readouterr().out == f"{BARRIER.json()}\n"
 
 
 def test_figures_of_a_file_are_shown(tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:

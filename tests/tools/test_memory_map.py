@@ -335,7 +335,7 @@ def test_nothing_is_fetched() -> None:
 def test_an_empty_snapshot_says_so() -> None:
     page = render({"symmem": "0.1.0", "time": 1.77e9, "arenas": [], "tensors": [{"nbytes": 1024}]})
     assert "0 arenas of 1 snapshot, 2026-02-02 02:40 UTC" in page
-    assert "No arenas: nothing had been allocated" in page
+    assert "No arenas: the snapshot was made before" in page
     assert "Outside of arenas: 1 tensor, 1 KiB." in page
     parsed(page)
     bare = Simulator().snapshot()

@@ -1,4 +1,4 @@
-"""`symmem tune` without a GPU: what it makes of measured times, and what it writes."""
+"""`symmem tune` without a GPU: from measured times to a table, and the file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = tuple(KI << power for power in range(1, 14))
 
 
 class Machine:
-    """One on which each kernel takes a fixed time and a time by bytes; 128 threads and 64 blocks are best."""
+    """A machine where a kernel takes a fixed time and a time by bytes; 128 threads and 64 blocks are best."""
 
     COSTS: ClassVar = {
         "one_shot": (2.0, 8.0),
@@ -93,7 +93,7 @@ def test_what_is_hopeless_is_not_tried_for_more_bytes() -> None:
 def test_changes_are_against_what_was_known() -> None:
     machine, known = Machine(), built_in(8).all_reduce
     times = search("all_reduce", 8, known, SIZES, machine.measure)
-    found = changes(times, known, rows_from(times))
+    found = changes(times, 8, known, rows_from(times))
     assert [each.nbytes for each in found] == list(SIZES)
     for each in found:
         assert each.seconds_before == machine.seconds(each.before, each.nbytes)
@@ -141,7 +141,7 @@ def test_other_rows_of_a_file_stay(tmp_path: Path) -> None:
 def test_a_machine_without_gpus_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert main(["tune", "--ranks", "2"]) == 1
-    assert "UnsupportedError: `symmem tune` measures kernels on CUDA" in capsys.readouterr().err
+    assert "UnsupportedError: `symmem tune` measures CUDA kernels" in capsys.readouterr().err
     for bad in (["--most", "3KiB"], ["--least", "8"], ["--operations", "gather"]):
         with pytest.raises(SystemExit):
             main(["tune", *bad])

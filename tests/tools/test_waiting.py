@@ -1,4 +1,4 @@
-"""What is concluded from processes' answers: who waits for whom, cycles, and for whom all wait (mission F3, G1)."""
+"""Waits, cycles and awaited processes that follow from processes' answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from symmem.tools.live.dump import data, report
 from symmem.tools.live.processes import Process
 from symmem.tools.live.top import printable, table
-from symmem.tools.live.waiting import Absent, picture
+from symmem.tools.live.waiting import Absent, analyse
 
 
 def group(rank: int, size: int, rounds: int = 0, name: str = "g", **status: Any) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def process(rank: int, *groups: dict[str, Any], job: str = "job") -> Process:
 
 
 def waited_for(*processes: Process) -> list[tuple[int, tuple[int, ...]]]:
-    return sorted((wait.process.rank or 0, wait.ranks) for wait in picture(processes).waits)
+    return sorted((wait.process.rank or 0, wait.ranks) for wait in analyse(processes).waits)
 
 
 def test_a_round_that_one_rank_has_not_come_to() -> None:
@@ -52,11 +52,11 @@ def test_a_round_that_one_rank_has_not_come_to() -> None:
         process(2, group(2, 3, rounds=6)),
     ]
     assert waited_for(*found) == [(0, (2,)), (1, (2,))]
-    assert picture(found).awaited == [(found[2], 2)]
-    assert picture(found).cycles == []
-    text = report("job", picture(found))
+    assert analyse(found).awaited == [(found[2], 2)]
+    assert analyse(found).cycles == []
+    text = report("job", analyse(found))
     assert "rank 1 (process 101) waits for rank 2 (process 102): in 'collect: compare', round 7, of group 'g'" in text
-    assert "Waited for by all that wait: rank 2 (process 102)" in text
+    assert "All waiting processes wait for rank 2 (process 102)" in text
     assert "train.py:7 in step: barrier()" in text
 
 
@@ -68,17 +68,17 @@ def test_a_round_that_rank_0_has_not_come_to() -> None:
 def test_a_round_that_all_have_come_to() -> None:
     found = [process(0, group(0, 2, **in_round(7, []))), process(1, group(1, 2, **in_round(7, [0])))]
     assert waited_for(*found) == [(0, ()), (1, ())]
-    assert picture(found).awaited == []
+    assert analyse(found).awaited == []
 
 
 def test_a_rank_that_is_not_to_be_seen() -> None:
-    """Rank 0 knows; over the store nobody does."""
+    """Rank 0 knows it; over the store no rank does."""
     found = [process(0, group(0, 4, **in_round(7, [3]))), process(1, group(1, 4, **in_round(7, [0])))]
     assert waited_for(*found) == [(0, (3,)), (1, (3,))]
-    assert picture(found).awaited == [(Absent("g", 3), 2)]
+    assert analyse(found).awaited == [(Absent("g", 3), 2)]
     found = [process(0, group(0, 4, **in_round(7, None))), process(1, group(1, 4, **in_round(7, [0])))]
     assert waited_for(*found) == [(0, (2, 3)), (1, (2, 3))]
-    assert "rank 3 of group 'g' (not to be seen here)" in report("job", picture(found))
+    assert "rank 3 of group 'g' (not visible here)" in report("job", analyse(found))
 
 
 def test_a_cycle_by_way_of_two_groups() -> None:
@@ -88,7 +88,7 @@ def test_a_cycle_by_way_of_two_groups() -> None:
         process(2, group(0, 3, name="c", **signal(1)), group(1, 2, name="d")),
     ]
     found[1].answer["groups"] += (group(1, 3, name="c"),)  # type: ignore[index]
-    seen = picture(found)
+    seen = analyse(found)
     assert [sorted(str(each) for each in cycle) for cycle in seen.cycles] == [[str(found[0]), str(found[1])]]
     assert seen.awaited == []
     assert "A CYCLE: rank " in report("job", seen)
@@ -96,9 +96,9 @@ def test_a_cycle_by_way_of_two_groups() -> None:
 
 
 def test_what_a_gpu_waits_for() -> None:
-    """The host of one that waits there may wait elsewhere, here each for the other's."""
+    """While a GPU waits, its host may wait for another rank; here the two waits form a cycle."""
     found = [process(0, group(0, 2, **on_gpu(1))), process(1, group(1, 2, **in_round(3, [0])))]
-    seen = picture(found)
+    seen = analyse(found)
     assert [(wait.process, wait.peers, wait.device) for wait in seen.waits] == [
         (found[1], (found[0],), None),
         (found[0], (found[1],), "cuda:5"),
@@ -113,20 +113,20 @@ def test_what_a_gpu_waits_for() -> None:
 
 
 def test_groups_of_one_name_are_told_apart() -> None:
-    """Of two jobs; and of one job's, that have met, by what they agreed on."""
+    """By job; and, within a job, by the identity that the ranks agreed on."""
     one = process(0, group(0, 2, **in_round(7, [1]))), process(1, group(1, 2, rounds=6))
     other = process(0, group(0, 2, rounds=9), job="other"), process(1, group(1, 2, rounds=9), job="other")
     again = process(2, group(1, 2, rounds=9, identity="another"))
     assert waited_for(*one, *other, again) == [(0, (1,))]
-    assert picture([*one, *other, again]).awaited == [(one[1], 1)]
+    assert analyse([*one, *other, again]).awaited == [(one[1], 1)]
 
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)).filter(lambda pair: pair[0] != pair[1]), max_size=20))
 def test_cycles_and_ends_of_any_waits(pairs: list[tuple[int, int]]) -> None:
-    """Each cycle is one; there is none only if nobody can be reached from itself; an end does not wait."""
+    """Every cycle is a cycle; there is none only if no process reaches itself; awaited processes do not wait."""
     edges = {a: sorted({d for c, d in pairs if c == a}) for a, _ in pairs}
     found = [process(rank, group(rank, 8, **(signal(*edges[rank]) if rank in edges else {}))) for rank in range(8)]
-    seen = picture(found)
+    seen = analyse(found)
     for cycle in seen.cycles:
         ranks = [node.rank for node in cycle]
         assert all(b in edges[a] for a, b in zip(ranks, [*ranks[1:], ranks[0]], strict=True))  # type: ignore[index]
@@ -145,7 +145,7 @@ def test_the_table_has_each_rank_and_its_problem() -> None:
     assert "waits for rank 1 in 'barrier on channel 0', 3 s" in lines[2]
     assert "4 rounds done" in lines[3]
     assert "does not answer" in lines[4]
-    assert "process 9 does not answer" in report("job", picture([mute]))
+    assert "process 9 does not answer" in report("job", analyse([mute]))
     assert "inspection is off" in table([])
 
 

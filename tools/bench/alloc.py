@@ -141,7 +141,6 @@ def run(
         )
     if peers is None:
         peers = [peer for peer in PEERS if cuda and examine(f"pytorch_{peer}").available]
-    progress.expect(len(ranks) * (len(peers) + len(_SIZES) + 2))
     for world in ranks:
         if cuda:
             check_gpus("alloc", world)

@@ -130,7 +130,6 @@ def run(
     device = get_backend(backend).device_type
     sizes = sizes or SIZES[device]
     worlds = ranks or ((torch.cuda.device_count(),) if device == "cuda" else (2, 4))
-    progress.expect(len(worlds) * len(operators) * len(sizes))
     for world in worlds:
         if device == "cuda":
             check_gpus("collectives", world)

@@ -1,55 +1,52 @@
-"""``symmem bench compare``: what became slower from one file of figures to another."""
+"""``symmem bench compare``: find what became slower from one file of figures to another."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import NamedTuple, TypeAlias
 
 from symmem.errors import InvalidArgumentError
 from symmem.tools.bench.figures import UNITS, Figure
 from symmem.tools.table import render
 
-__all__ = ["Change", "Comparison", "compare", "parse", "read", "run"]
+__all__ = ["FigureChange", "parse", "read", "run"]
 
-_HINT = "a file holds what `symmem bench SUITE --json` printed"
-_KEYS = [field.name for field in fields(Figure)] + ["ratio"]
+_HINT = "a file must hold the output of `symmem bench SUITE --json`"
+_NUMBER = (int, float)
+_TYPES: dict[str, tuple[type, ...]] = {
+    "figure": (str,),
+    "backend": (str,),
+    "world": (int,),
+    "bytes": (int,),
+    "value": _NUMBER,
+    "unit": (str,),
+    "peer": (str,),
+    "peer_value": (*_NUMBER, NoneType),
+    "ratio": (*_NUMBER, NoneType),
+}
+_MOST = 1e300  # a larger number is infinite, not a number at all, or a mistake
+
+_Key: TypeAlias = tuple[str, str, int, int, str, str]
 
 
-class _Key(NamedTuple):
-    """What a figure is of: two with the same one are the same, measured twice."""
-
-    figure: str
-    backend: str
-    world: int
-    bytes: int
-    peer: str
-    unit: str
-
-
-@dataclass(frozen=True)
-class Change:
-    """One figure in both files.
-
-    Attributes:
-        old: In the first file.
-        new: In the second one.
-    """
+class FigureChange(NamedTuple):
+    """A figure that both files have."""
 
     old: Figure
     new: Figure
 
     @property
     def ratio(self) -> float | None:
-        """The new value over the old one; None if that is 0 or less."""
+        """The new value over the old one; None if the old one is 0 or less."""
         return self.new.value / self.old.value if self.old.value > 0 else None
 
     @property
     def slowdown(self) -> float:
-        """How many times worse: above 1 for more time, memory or requests, or for less of what is better if more."""
+        """How many times worse the new value is: above 1 for more time or memory, or for less bandwidth."""
         better, worse = self.old.value, self.new.value
         if UNITS[self.old.unit]:
             better, worse = worse, better
@@ -58,86 +55,33 @@ class Change:
         return math.inf if worse > 0 else 1.0
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two files of figures.
-
-    Attributes:
-        both: What is in both, in the order of the first.
-        gone: What is in the first only.
-        added: What is in the second only.
-    """
-
-    both: list[Change]
-    gone: list[Figure]
-    added: list[Figure]
-
-
 def parse(line: str) -> Figure:
-    """The figure of one JSON line.
+    """Read the figure of one JSON line.
 
     Raises:
-        InvalidArgumentError: It is none; says what is wrong with it.
+        InvalidArgumentError: The line is no figure; the text says why.
     """
     try:
-        found = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
+        found = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise _wrong(f"not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise _wrong(f"expected a JSON object, got {line.strip()[:60]!r}")
-    if sorted(found) != sorted(_KEYS):
-        missing, unknown = sorted(set(_KEYS) - set(found)), sorted(set(found) - set(_KEYS))
-        raise _wrong(f"keys are missing: {missing}; and there are unknown ones: {unknown}")
-    for key in ("figure", "backend", "unit", "peer"):
-        _expect(isinstance(found[key], str), key, "a string", found)
-    _expect(found["figure"] != "", "figure", "a name", found)
-    _expect(found["unit"] in UNITS, "unit", f"one of {', '.join(UNITS)}", found)
-    for key, least in (("world", 1), ("bytes", 0)):
-        _expect(type(found[key]) is int and found[key] >= least, key, f"a whole number from {least}", found)
-    _expect(_is_number(found["value"]), "value", "a number", found)
-    _expect(found["peer_value"] is None or _is_number(found["peer_value"]), "peer_value", "a number or null", found)
-    _expect((found["peer"] == "") == (found["peer_value"] is None), "peer_value", "one, if and only if a peer", found)
-    ratio = found.pop("ratio")
-    figure = Figure(**found)
-    expected = figure.ratio
-    right = ratio is None if expected is None else _is_number(ratio) and math.isclose(ratio, expected, rel_tol=1e-6)
-    _expect(right, "ratio", f"value over peer_value, {expected}", {"ratio": ratio})
-    return figure
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key is there twice")
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
-def _is_number(value: object) -> bool:
-    try:
-        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
-    except OverflowError:  # a whole number of hundreds of digits
-        return False
-
-
-def _expect(holds: bool, key: str, what: str, found: dict[str, Any]) -> None:
-    if not holds:
-        raise _wrong(f"{key!r} must be {what}, not {str(found[key])[:60]!r}")
-
-
-def _wrong(what: str) -> InvalidArgumentError:
-    return InvalidArgumentError(what, hint=_HINT)
+        raise InvalidArgumentError(f"not JSON: {error}", hint=_HINT) from error
+    if not isinstance(found, dict) or found.keys() != _TYPES.keys():
+        raise InvalidArgumentError(f"expected the keys {', '.join(_TYPES)}, got {line.strip()[:60]!r}", hint=_HINT)
+    for key, types in _TYPES.items():
+        value = found[key]
+        if type(value) not in types or (isinstance(value, _NUMBER) and not abs(value) < _MOST):
+            raise InvalidArgumentError(f"{key!r} has a wrong value: {str(value)[:60]!r}", hint=_HINT)
+    if found["unit"] not in UNITS:
+        raise InvalidArgumentError(f"'unit' must be one of {', '.join(UNITS)}, not {found['unit']!r}", hint=_HINT)
+    del found["ratio"]
+    return Figure(**found)
 
 
 def read(file: Path) -> list[Figure]:
-    """The figures of a file, one a line; as a list they are in the order of the file.
+    """Read the figures of a file, one per line.
 
     Raises:
-        InvalidArgumentError: It cannot be read, or a line is no figure or one that was there before; names file and
-            line.
+        InvalidArgumentError: The file cannot be read, or a line is no figure or repeats one; names file and line.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -147,56 +91,55 @@ def read(file: Path) -> list[Figure]:
     for number, line in enumerate(lines, 1):
         try:
             figure = parse(line)
-            if _key(figure) in figures:
-                raise _wrong("this figure was there before: one file is of one run")
         except InvalidArgumentError as error:
-            raise InvalidArgumentError(f"{file}, line {number}: {error.what}", hint=error.hint) from error
+            raise InvalidArgumentError(f"{file}, line {number}: {error.what}", hint=_HINT) from error
+        if _key(figure) in figures:
+            what = f"{file}, line {number}: the same figure as in an earlier line"
+            raise InvalidArgumentError(what, hint="compare files of one run each")
         figures[_key(figure)] = figure
     return list(figures.values())
 
 
-def _key(figure: Figure) -> _Key:
-    return _Key(*(getattr(figure, name) for name in _Key._fields))
-
-
-def compare(old: Sequence[Figure], new: Sequence[Figure]) -> Comparison:
-    """Find each figure of two files in the other one."""
-    before, after = ({_key(figure): figure for figure in figures} for figures in (old, new))
-    both = [Change(figure, after[key]) for key, figure in before.items() if key in after]
-    gone = [figure for key, figure in before.items() if key not in after]
-    return Comparison(both, gone, [figure for key, figure in after.items() if key not in before])
+def _key(f: Figure) -> _Key:
+    return f.figure, f.backend, f.world, f.bytes, f.peer, f.unit
 
 
 def run(old: Path, new: Path, limit: float) -> tuple[str, bool]:
-    """What to print, and whether something became more than ``limit`` times worse.
+    """Compare two files.
+
+    Returns:
+        The text to print, and whether a figure became more than ``limit`` times worse.
 
     Raises:
         InvalidArgumentError: See :func:`read`.
     """
-    found = compare(read(old), read(new))
+    before, after = ({_key(figure): figure for figure in read(file)} for file in (old, new))
+    changes = [FigureChange(figure, after[key]) for key, figure in before.items() if key in after]
     header = ("figure", "backend", "world", "bytes", "peer", "old", "new", "ratio", "over the peer")
-    parts = [render(header, [_row(change) for change in found.both])]
-    parts += [
-        f"Only in {file}:\n" + "\n".join(dict.fromkeys(f"  {_named(figure)}" for figure in figures))
-        for file, figures in ((old, found.gone), (new, found.added))
-        if figures
-    ]
-    # What was compared with several peers is told once.
-    worse = dict.fromkeys(f"  {c.slowdown:.2f} times: {_named(c.new)}" for c in found.both if c.slowdown > limit)
-    parts.append("\n".join([f"Worse by more than {limit:g} times:{'' if worse else ' nothing.'}", *worse]))
+    parts = [render(header, [_row(change) for change in changes])]
+    for file, mine, others in ((old, before, after), (new, after, before)):
+        if names := _names([figure for key, figure in mine.items() if key not in others]):
+            parts.append(f"Only in {file}:\n" + "\n".join(names))
+    worse = [change for change in changes if change.slowdown > limit]
+    lines = dict.fromkeys(f"  {change.slowdown:.2f} times: {_name(change.new)}" for change in worse)  # one per figure
+    parts.append("\n".join([f"Worse by more than {limit:g} times:{'' if worse else ' nothing.'}", *lines]))
     return "\n\n".join(parts), bool(worse)
 
 
-def _row(change: Change) -> tuple[str, ...]:
-    old, new = change.old, change.new
-    ratio = "-" if change.ratio is None else f"{change.ratio:.3f}"
-    values = (f"{old.value:.2f}", f"{new.value:.2f} {new.unit}", ratio, f"{_ratio(old)} -> {_ratio(new)}")
-    return (old.figure, old.backend, str(old.world), str(old.bytes), old.peer or "-", *values)
+def _row(change: FigureChange) -> tuple[str, ...]:
+    old, new = change
+    values = f"{old.value:.2f}", f"{new.value:.2f} {new.unit}", _decimal(change.ratio)
+    over_peer = f"{_decimal(old.ratio)} -> {_decimal(new.ratio)}"
+    return old.figure, old.backend, str(old.world), str(old.bytes), old.peer or "-", *values, over_peer
 
 
-def _ratio(figure: Figure) -> str:
-    return "-" if figure.ratio is None else f"{figure.ratio:.3f}"
+def _decimal(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.3f}"
 
 
-def _named(figure: Figure) -> str:
-    return f"{figure.figure}, {figure.backend}, {figure.world} ranks, {figure.bytes} bytes"
+def _names(figures: Sequence[Figure]) -> list[str]:
+    return list(dict.fromkeys(f"  {_name(figure)}" for figure in figures))
+
+
+def _name(f: Figure) -> str:
+    return f"{f.figure}, {f.backend}, {f.world} ranks, {f.bytes} bytes"

@@ -122,12 +122,6 @@ def measure(
                     yield from _figures(part, backend, world, BATCH * hidden * 2, ending, results)
 
 
-def _steps(device_type: str, parts: Sequence[str]) -> int:
-    """How many there are at one world size: a chain and an input have one for each mode."""
-    modes = {"chain": len(_MODES[device_type]), "input": len(_MODES[device_type])}
-    return sum(modes.get(part, 1) for part in set(parts))
-
-
 def run(
     backend: str,
     ranks: Sequence[int] | None,
@@ -144,7 +138,6 @@ def run(
     """
     device = get_backend(backend).device_type
     worlds = ranks or ((torch.cuda.device_count(),) if device == "cuda" else (2,))
-    progress.expect(len(worlds) * _steps(device, parts))
     for world in worlds:
         if device == "cuda":
             check_gpus("compile", world)

@@ -189,6 +189,5 @@ def run(backend: str, peers: Sequence[str], ranks: int | None, progress: Progres
     """
     world = ranks or torch.cuda.device_count()
     check_gpus("gpu", world)
-    progress.expect(len(peers) * (2 + 2 * len(_FRESH)))
     for peer in peers:
         yield from measure(backend, peer, world, progress)

@@ -112,6 +112,5 @@ def measure(world: int, progress: Progress = SILENT) -> list[Figure]:
 
 def run(ranks: Sequence[int], progress: Progress = SILENT) -> Iterator[Figure]:
     """All figures at these world sizes."""
-    progress.expect(3 * len(ranks))
     for world in ranks:
         yield from measure(world, progress)

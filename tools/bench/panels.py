@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from symmem.tools.bench.figures import Figure, Measurement, measurements, pair_of
-from symmem.tools.memory_page import nbytes
+from symmem.tools.display import nbytes
 
 __all__ = ["OURS", "Bars", "Curves", "Map", "Panel", "Points", "maps", "panels"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from symmem.errors import InvalidArgumentError, UnsupportedError
 from symmem.tools.bench.figures import UNITS, Figure
 from symmem.tools.bench.panels import OURS, Bars, Curves, Map, Panel, panels
-from symmem.tools.memory_page import PALETTE, nbytes
+from symmem.tools.display import PALETTE, nbytes
 
 __all__ = ["check", "draw"]
 

@@ -1,78 +1,41 @@
-"""How far a suite is: a bar on a terminal, and nothing elsewhere.
-
-    collectives [####------] 40%, 12 s, 18 s left: all_gather, 2 ranks, 65536 bytes
-
-That is the share of the steps that are done, the time they took, that of the rest, and what is being measured.
-"""
+"""One line on the terminal that says what a benchmark measures now."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from typing import TextIO
 
 __all__ = ["SILENT", "Progress"]
 
-_BAR = 10  # characters
-_COLUMNS = 80  # of a terminal that does not tell
-
 
 class Progress:
-    """What a suite tells of itself: how many steps it has, and what each of them measures.
-
-    Steps take differently long, so the time that is left is a guess: that all take what those so far took on average.
+    """Shows the current step on a terminal; the next step replaces it. Prints nothing if ``stream`` is no terminal.
 
     Args:
-        name: Of the suite.
-        stream: Where the bar is drawn, if that is a terminal that can draw it again in its place.
+        suite: Name of the benchmark suite.
+        stream: Where to print.
     """
 
-    def __init__(self, name: str = "", stream: TextIO | None = None) -> None:
-        able = stream is not None and stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-        self._stream = stream if able else None
-        self._name, self._begin = name, time.monotonic()
-        self._steps = self._begun = 0
-        self._what = "starting"
-        self.show()
+    def __init__(self, suite: str = "", stream: TextIO | None = None) -> None:
+        usable = stream is not None and stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self._stream = stream if usable else None
+        self._suite, self._begin = suite, time.monotonic()
 
-    def expect(self, steps: int) -> None:
-        """So many calls of :meth:`step` will follow."""
-        self._steps = steps
+    def step(self, name: str) -> None:
+        """Show ``name`` as the current step."""
+        self._draw(f"{self._suite}, {time.monotonic() - self._begin:.0f} s: {name}")
 
-    def step(self, what: str) -> None:
-        """The step before, if there was one, is done, and from now on this is measured."""
-        self._begun, self._what = self._begun + 1, what
-        self.show()
+    def clear(self) -> None:
+        """Erase the line, so that something else can be printed there."""
+        self._draw("")
 
-    def show(self) -> None:
-        """Draw the bar."""
+    def _draw(self, text: str) -> None:
         if self._stream is not None:
-            self._write(self._stream, self._text()[: _columns(self._stream) - 1])
-
-    def hide(self) -> None:
-        """Leave an empty line, for something else to be printed on the terminal."""
-        if self._stream is not None:
-            self._write(self._stream, "")
-
-    def _write(self, stream: TextIO, text: str) -> None:
-        stream.write(f"\r\x1b[K{text}")
-        stream.flush()
-
-    def _text(self) -> str:
-        done, taken = max(0, self._begun - 1), time.monotonic() - self._begin
-        share = done / self._steps if self._steps else 0.0
-        filled = int(share * _BAR)
-        left = f", {taken / share - taken:.0f} s left" if share else ""
-        bar = f"[{'#' * filled}{'-' * (_BAR - filled)}] {share:.0%}"
-        return f"{self._name} {bar}, {taken:.0f} s{left}: {self._what}"
-
-
-def _columns(stream: TextIO) -> int:
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or _COLUMNS
-    except OSError:
-        return _COLUMNS
+            columns = shutil.get_terminal_size().columns
+            print(f"\r\x1b[K{text[: columns - 1]}", end="", file=self._stream, flush=True)
 
 
 SILENT = Progress()
-"""Tells nobody."""
+"""Prints nothing."""

@@ -1,19 +1,26 @@
-"""``symmem bench scale``: what groups of a large job ask of its store, counted, with the ranks as threads."""
+"""``symmem bench scale``: counts the requests that rendezvous make to the store of a large job.
+
+Every rank is a thread of this process. The code is the same as in a real job (groups, rounds, transports, sockets), but
+the backend maps no memory. Figures of groups of several sizes have the peer ``line``: the value at this size if the
+figure grew linearly, along the line through the two smallest groups. Figures ``..._in_job`` are the largest value of a
+full group of the job, beside a group that is alone on its store (``alone``).
+"""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import resource
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from symmem.backends.base import Allocation, Backend, Capability, Collective, Mapping
 from symmem.backends.base import Group as AnyGroup
@@ -22,101 +29,124 @@ from symmem.group.group import Group
 from symmem.memory.block import Block
 from symmem.memory.layout import Layout
 from symmem.tensor.rendezvous import rendezvous
-from symmem.tools.bench.counting import Ledger, RankStore, Request
 from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.progress import SILENT, Progress
 
-__all__ = ["HANDLE", "SITUATIONS", "Cost", "Curve", "Job", "curve", "job", "line", "run", "simulate"]
+__all__ = ["SITUATIONS", "Counter", "Requests", "run", "simulate"]
 
 SITUATIONS = ("one_host", "many_hosts")
-"""All ranks of a group on one host, so that sockets take over from the store; each rank on a host of its own."""
-
-HANDLE = 64
-"""Bytes that each rank gives to the others in the one exchange of the backend: as a fabric handle of CUDA."""
+"""All ranks on one host, so that sockets replace the store after two rounds; every rank on its own host."""
 
 _SIZES = (2, 4, 8, 16, 36, 72)
-_TIMEOUT = 60.0
+_MOST_ON_ONE_HOST = 128  # every rank watches every other one, and all descriptors are in this process
+_HANDLE = 64  # bytes that every rank exchanges for its memory, as many as a fabric handle has
+_TIMEOUT = 600.0
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one rendezvous of a group asked of the store.
-
-    Attributes:
-        ranks: Of the group.
-        requests: Calls of the store, of all ranks.
-        leader: Those of rank 0.
-        messages: What a TCPStore sends for them: it puts a wait of its own before each get.
-        keys: Keys that were made.
-        left: Keys that were made and not deleted, less those of earlier ones that were.
-        sent: Bytes of the names of keys and of the values, to the store.
-        received: Bytes of the values that came back.
-    """
-
-    ranks: int
-    requests: int
-    leader: int
-    messages: int
-    keys: int
-    left: int
-    sent: int
-    received: int
-
-    @classmethod
-    def of(cls, ranks: int, requests: Sequence[Request]) -> Cost:
-        """The sum of some requests."""
-        deleted = sum(request.operation == "delete" and not request.missed for request in requests)
-        keys = sum(request.made for request in requests)
-        return cls(
-            ranks=ranks,
-            requests=len(requests),
-            leader=sum(request.rank == 0 for request in requests),
-            messages=len(requests) + sum(request.operation in ("get", "multi_get") for request in requests),
-            keys=keys,
-            left=keys - deleted,
-            sent=sum(request.sent for request in requests),
-            received=sum(request.received for request in requests),
-        )
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Groups of several sizes, each alone on its store.
+class Requests(NamedTuple):
+    """Requests of one rendezvous to the store, summed over ranks.
 
     Attributes:
-        situation: Of :data:`SITUATIONS`.
-        first: The first rendezvous of each group, which also says where each rank runs.
-        again: One more, of new memory.
-        requests: Of the first rendezvous of the last, largest group.
+        requests: Number of calls.
+        keys: Number of new keys.
+        keys_left: New keys less deleted keys.
+        bytes_in: Bytes of key names and of values that the store receives.
+        bytes_out: Bytes of values that the store returns.
     """
 
-    situation: str
-    first: list[Cost]
-    again: list[Cost]
-    requests: list[Request]
+    requests: int = 0
+    keys: int = 0
+    keys_left: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
 
 
-@dataclass(frozen=True)
-class Job:
-    """Groups that met one after the other on the store of one job.
+class Counter:
+    """The store of a job, with a count of the requests to it.
 
     Attributes:
-        situation: Of :data:`SITUATIONS`.
-        ranks: Of the job.
-        groups: The one rendezvous of each group.
-        left: Keys that were there at the end.
-        most: The largest number of keys that were there at a time.
+        store: Holds the keys.
+        keys: Names of the keys in the store.
     """
 
-    situation: str
-    ranks: int
-    groups: list[Cost]
-    left: int
-    most: int
+    def __init__(self) -> None:
+        self.store: Any = dist.HashStore()  # type: ignore[attr-defined]  # Any: the stubs lack bytes as values
+        self.keys: set[str] = set()
+        self._requests = Requests()
+        self._lock = threading.Lock()
+
+    def note(self, names: Sequence[str], sent: int = 0, received: int = 0, new: bool = False) -> None:
+        """Count a request; ``new`` if it makes the key ``names[0]``."""
+        with self._lock:
+            made = int(new and names[0] not in self.keys)
+            if new:
+                self.keys.add(names[0])
+            self._add(Requests(1, made, made, sum(map(len, names)) + sent, received))
+
+    def note_deleted(self, name: str) -> None:
+        """Count a request that deletes a key."""
+        with self._lock:
+            self._add(Requests(1, 0, -int(name in self.keys), len(name), 0))
+            self.keys.discard(name)
+
+    def _add(self, more: Requests) -> None:
+        self._requests = Requests(*map(sum, zip(self._requests, more, strict=True)))
+
+    def take(self) -> Requests:
+        """Return the count since the last call."""
+        with self._lock:
+            taken, self._requests = self._requests, Requests()
+        return taken
+
+
+class _RankStore(Store):
+    """One rank's handle of the store. It has the methods that symmem calls; torch raises for any other."""
+
+    def __init__(self, counter: Counter) -> None:
+        super().__init__()
+        self.called = threading.Event()  # the rank made its first request
+        self._counter, self._store = counter, counter.store
+
+    def set(self, key: str, value: Any) -> None:
+        self._store.set(key, value)
+        self._counter.note([key], sent=len(value), new=True)
+
+    def add(self, key: str, value: int) -> int:
+        self.called.set()
+        total: int = self._store.add(key, value)
+        self._counter.note([key], sent=8, received=8, new=True)
+        return total
+
+    def get(self, key: str) -> bytes:
+        value: bytes = self._store.get(key)
+        self._counter.note([key], received=len(value))
+        return value
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        values: list[bytes] = self._store.multi_get(keys)
+        self._counter.note(keys, received=sum(map(len, values)))
+        return values
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        self._store.wait(keys, timeout or timedelta(seconds=_TIMEOUT))
+        self._counter.note(keys)
+
+    def check(self, keys: list[str]) -> bool:
+        there: bool = self._store.check(keys)
+        self._counter.note(keys)
+        return there
+
+    def delete_key(self, key: str) -> bool:
+        deleted: bool = self._store.delete_key(key)
+        self._counter.note_deleted(key)
+        return deleted
+
+    def has_extended_api(self) -> bool:
+        return True
 
 
 class _NoMemory(Backend):
-    """Exchanges what a backend must, and maps nothing: the store does not see the difference."""
+    """Exchanges the bytes that a backend must exchange, and maps nothing."""
 
     device_type = "cpu"
     capabilities = Capability.MULTI_HOST
@@ -128,35 +158,23 @@ class _NoMemory(Backend):
         return Allocation(self, device, nbytes, 0)
 
     def rendezvous(self, allocation: Allocation, collective: Collective) -> Mapping:
-        collective.exchange("map", bytes(HANDLE)).close()
+        collective.exchange("map", bytes(_HANDLE)).close()
         return Mapping(self, collective.group, allocation.device, [0] * collective.group.size)
 
 
-def _meet(group: Group) -> None:
-    """A rendezvous of new memory, as ``SymmetricTensor.rendezvous`` has it."""
+def _rendezvous(group: Group) -> None:
+    """One rendezvous of new memory, as ``SymmetricTensor.rendezvous`` does it."""
     layout = Layout.make(1 << 20, torch.float32, None)
     memory = _NoMemory("counted").allocate(layout.nbytes, torch.device("cpu"), None)
     rendezvous(Block(memory, layout), layout, group, _TIMEOUT)
 
 
 @contextlib.contextmanager
-def _same_environment() -> Iterator[None]:
-    """Leave SYMMEM_HOST_ID as it was."""
-    before = os.environ.get("SYMMEM_HOST_ID")
-    try:
-        yield
-    finally:
-        os.environ.pop("SYMMEM_HOST_ID", None)
-        if before is not None:
-            os.environ["SYMMEM_HOST_ID"] = before
-
-
-@contextlib.contextmanager
-def _room() -> Iterator[None]:
-    """For all ranks in one process: on one host each watches each; and a thread for each call of the store."""
+def _limits() -> Iterator[None]:
+    """Raise the limit of descriptors, because all ranks are in one process, and give their threads small stacks."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    stack = threading.stack_size(1 << 18)  # bytes; a large stack takes longer to make than the call itself
+    stack = threading.stack_size(1 << 18)
     try:
         yield
     finally:
@@ -164,135 +182,89 @@ def _room() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def _first(groups: Sequence[Group], stores: Sequence[RankStore], pool: ThreadPoolExecutor, *, apart: bool) -> None:
-    """Let all ranks meet for the first time; ``apart``, each reads in the environment that it has a host of its own.
+def _first(groups: Sequence[Group], stores: Sequence[_RankStore], pool: ThreadPoolExecutor, *, apart: bool) -> None:
+    """Run the first rendezvous of all ranks; with ``apart``, every rank reads its own host id in SYMMEM_HOST_ID.
 
-    All threads have one environment, so a rank begins once the one before has read it, as each does before it first
-    calls the store.
+    Threads share the environment, so the next rank starts after this one has called the store: by then it has read it.
     """
-    meetings: list[Future[None]] = []
-    with _same_environment():
+    before = os.environ.get("SYMMEM_HOST_ID")
+    try:
+        running = []
         for rank, (group, store) in enumerate(zip(groups, stores, strict=True)):
             if apart:
-                os.environ["SYMMEM_HOST_ID"] = str(uuid.UUID(int=rank))  # as long as what it stands for
-            meetings.append(pool.submit(_meet, group))
+                os.environ["SYMMEM_HOST_ID"] = str(uuid.UUID(int=rank))
+            running.append(pool.submit(_rendezvous, group))
             if apart and len(groups) > 1 and not store.called.wait(_TIMEOUT):
                 raise RendezvousError(f"rank {rank} of {group.name!r} did not call the store")
-        for meeting in meetings:
-            meeting.result()
+        for future in running:
+            future.result()
+    finally:
+        os.environ.pop("SYMMEM_HOST_ID", None)
+        if before is not None:
+            os.environ["SYMMEM_HOST_ID"] = before
 
 
-def simulate(ledger: Ledger, name: str, size: int, situation: str, meetings: int = 1) -> list[list[Request]]:
-    """Make a group on the store of the job, and let its ranks rendezvous so many times.
+def simulate(size: int, situation: str, counter: Counter, first: int = 0, rounds: int = 1) -> list[Requests]:
+    """Make a group and let its ranks rendezvous; returns the requests of every rendezvous.
 
     Args:
-        ledger: The store; nobody else uses it meanwhile.
-        name: Of the group, different for each.
-        size: Number of ranks, each a thread.
-        situation: Of :data:`SITUATIONS`.
-        meetings: Number of rendezvous, each of new memory.
-
-    Returns:
-        The requests of each rendezvous.
+        size: Number of ranks.
+        situation: One of :data:`SITUATIONS`.
+        counter: The store of the job; nothing else uses it meanwhile.
+        first: The group's first rank in the job. Names of groups have the same length, because they count as bytes.
+        rounds: Number of rendezvous, all of new memory.
     """
-    stores = [RankStore(ledger, rank) for rank in range(size)]
-    with _room(), contextlib.ExitStack() as undo:
-        groups = [Group.from_store(rank, size, store, name) for rank, store in enumerate(stores)]
+    stores = [_RankStore(counter) for _ in range(size)]
+    with _limits(), contextlib.ExitStack() as undo:
+        groups = [Group.from_store(rank, size, store, f"ranks-from-{first:06}") for rank, store in enumerate(stores)]
         for group in groups:
             undo.callback(group.close)
         pool = undo.enter_context(ThreadPoolExecutor(size))
         _first(groups, stores, pool, apart=situation == "many_hosts")
-        requests = [ledger.take()]
-        for _ in range(meetings - 1):
-            list(pool.map(_meet, groups))
-            requests.append(ledger.take())
-    return requests
+        counts = [counter.take()]
+        for _ in range(rounds - 1):
+            list(pool.map(_rendezvous, groups))
+            counts.append(counter.take())
+    return counts
 
 
-def _name(first: int) -> str:
-    """Of the group that begins at this rank of the job; equally long for all, for the names of keys are counted too."""
-    return f"ranks-from-{first:06}"
+def _figure(name: str, ending: str, world: int, value: int, peer: str = "", peer_value: float | None = None) -> Figure:
+    unit = "bytes" if name.startswith("bytes") else "count"
+    return Figure(f"store_{name}_{ending}", "any", world, 0, value, unit, peer, peer_value)
 
 
-def curve(sizes: Sequence[int], situation: str) -> Curve:
-    """Groups of these sizes, in ascending order, each alone on its store and with two rendezvous."""
-    first, again = [], []
-    requests: list[Request] = []
-    for size in sizes:
-        requests, more = simulate(Ledger(), _name(0), size, situation, 2)
-        first.append(Cost.of(size, requests))
-        again.append(Cost.of(size, more))
-    return Curve(situation, first, again, requests)
+def _beside_line(situation: str, counts: dict[int, Requests]) -> Iterator[Figure]:
+    n, m = [*counts, *counts][:2]
+    for index, name in enumerate(Requests._fields):
+        y, z = counts[n][index], counts[m][index]
+        slope = (z - y) / (m - n) if m != n else y / n
+        for size, found in counts.items():
+            yield _figure(name, situation, size, found[index], "line", y + slope * (size - n))
 
 
-def job(ranks: int, group_size: int, situation: str, progress: Progress = SILENT) -> Job:
-    """All groups of a job, one after the other on one store; the last is smaller if it does not come out even."""
-    ledger = Ledger()
-    groups = []
-    for first in range(0, ranks, group_size):
-        size = min(group_size, ranks - first)
-        progress.step(f"the group of {size} from rank {first} of {ranks}")
-        [requests] = simulate(ledger, _name(first), size, situation)
-        groups.append(Cost.of(size, requests))
-    return Job(situation, ranks, groups, ledger.keys, ledger.most)
-
-
-def line(costs: Sequence[Cost], what: str) -> tuple[float, float]:
-    """Slope (a rank) and constant part of the line through the two smallest groups; of one group: no constant part."""
-    (n, y), (m, z) = [(cost.ranks, getattr(cost, what)) for cost in (costs[0], costs[min(1, len(costs) - 1)])]
-    slope = (z - y) / (m - n) if m != n else y / n
-    return slope, y - slope * n
-
-
-# What is shown of a cost: its attribute, the name of the figure and the unit.
-_SHOWN = (
-    ("requests", "store_requests", "count"),
-    ("keys", "store_keys", "count"),
-    ("left", "store_keys_left", "count"),
-    ("sent", "store_bytes_in", "bytes"),
-    ("received", "store_bytes_out", "bytes"),
-)
-
-
-def _curve_figures(situation: str, costs: Sequence[Cost]) -> list[Figure]:
-    """Beside each figure, what it would be if it grew along the line through those of the two smallest groups."""
-    figures = []
-    for what, name, unit in _SHOWN:
-        slope, constant = line(costs, what)
-        for cost in costs:
-            value, expected = getattr(cost, what), slope * cost.ranks + constant
-            figures.append(Figure(f"{name}_{situation}", "any", cost.ranks, 0, value, unit, "line", expected))
-    return figures
-
-
-def _job_figures(job: Job, alone: Cost) -> list[Figure]:
-    """Of the groups of full size what one asked at most, beside one that was alone on its store; and of the job."""
-    full = [cost for cost in job.groups if cost.ranks == alone.ranks]
-    figures = []
-    for what, name, unit in _SHOWN:
-        value = max(getattr(cost, what) for cost in full)
-        figures.append(Figure(f"{name}_in_job", "any", alone.ranks, 0, value, unit, "alone", getattr(alone, what)))
-    total = sum(cost.requests for cost in job.groups)
-    for name, value in (("store_requests", total), ("store_keys_left", job.left), ("store_keys_most", job.most)):
-        figures.append(Figure(f"{name}_of_job", "any", job.ranks, 0, value, "count"))
-    return figures
-
-
-def run(ranks: int, group_size: int, report: Path | None, progress: Progress = SILENT) -> Iterator[Figure]:
-    """All figures of a job; writes the report if a path is given."""
+def run(ranks: int, group_size: int, progress: Progress = SILENT) -> Iterator[Figure]:
+    """Yield the figures of groups of several sizes, each alone on its store, and of a job of many groups."""
     group_size = min(ranks, group_size)
     sizes = [*(size for size in _SIZES if size < group_size), group_size]
-    progress.expect(len(SITUATIONS) + math.ceil(ranks / group_size))
-    curves = []
+    alone: dict[int, Requests] = {}
     for situation in SITUATIONS:
-        progress.step(f"groups of {sizes[0]} to {sizes[-1]} ranks, {situation}")
-        curves.append(curve(sizes, situation))
-    whole = job(ranks, group_size, SITUATIONS[-1], progress)
-    for each in curves:
-        yield from _curve_figures(each.situation, each.first)
-        yield from _curve_figures(f"{each.situation}_again", each.again)[: len(sizes)]  # the requests
-    yield from _job_figures(whole, curves[-1].first[-1])
-    if report is not None:
-        from symmem.tools.bench.scale_report import write
-
-        write(report, curves, whole)
+        again: dict[int, Requests] = {}
+        for size in sizes:
+            if situation == "one_host" and size > _MOST_ON_ONE_HOST:
+                continue
+            progress.step(f"a group of {size} ranks, {situation}")
+            alone[size], again[size] = simulate(size, situation, Counter(), rounds=2)
+        yield from _beside_line(situation, alone)
+        for figure in _beside_line(f"{situation}_again", again):
+            if figure.figure.startswith("store_requests"):
+                yield figure
+    counter, counts = Counter(), dict[int, Requests]()
+    for first in range(0, ranks, group_size):
+        progress.step(f"the group from rank {first} of {ranks}")
+        counts[first] = simulate(min(group_size, ranks - first), SITUATIONS[-1], counter, first)[0]
+    full = [counts[first] for first in counts if first + group_size <= ranks]
+    for index, name in enumerate(Requests._fields):
+        largest = max(found[index] for found in full)
+        yield _figure(name, "in_job", group_size, largest, "alone", alone[group_size][index])
+    yield _figure("requests", "of_job", ranks, sum(found.requests for found in counts.values()))
+    yield _figure("keys_left", "of_job", ranks, len(counter.keys))

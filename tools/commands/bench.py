@@ -1,8 +1,8 @@
-"""``symmem bench``: its suites, and what all of them have in common: JSON lines or a table, a picture, progress.
+"""``symmem bench``: the suites, and their common options: JSON lines or a table, a picture, progress.
 
-A suite is a module beside this one, named like it, whose ``run`` takes the suite's options by name and a
-:class:`.Progress`, and yields its figures; it is imported when it is chosen, since most need torch. A new one is a line
-of :data:`SUITES`.
+A suite is a module of :mod:`symmem.tools.bench` with the suite's name. Its ``run`` takes the suite's options by name
+and a :class:`.Progress`, and yields figures. The module is imported only when it runs, because most suites need torch.
+To add a suite, add an entry to :data:`SUITES`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.progress import Progress
 from symmem.tools.bench.tables import table
-from symmem.tools.commands.subcommands import SubParsers, add_group
-from symmem.tools.numbers import positive
+from symmem.tools.commands.subcommands import SubParsers, add_group, number, positive
 
 __all__ = ["SUITES", "Suite", "add_parser"]
 
@@ -30,60 +29,76 @@ _OPERATORS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broad
 
 class _Option(NamedTuple):
     flag: str
-    words: dict[str, Any]
+    arguments: dict[str, Any]
 
 
 class Suite(NamedTuple):
-    """One suite: what ``--help`` says, and its options beside those that all have."""
+    """One suite: its help text, and its options beside the common ones."""
 
     help: str
     options: tuple[_Option, ...]
 
 
-def _option(flag: str, **words: Any) -> _Option:
-    return _Option(flag, words)
+def _option(flag: str, **arguments: Any) -> _Option:
+    return _Option(flag, arguments)
 
 
 def _backend(default: str) -> _Option:
-    return _option("--backend", default=default, metavar="NAME", help=f"ours ({default})")
+    return _option("--backend", default=default, metavar="NAME", help=f"backend to measure (default {default})")
 
 
-def _peers(default: tuple[str, ...] | None) -> _Option:
-    return _option("--peers", nargs="+", choices=_PEERS, default=default, metavar="NAME", help=" ".join(_PEERS))
+def _choice(flag: str, names: tuple[str, ...], default: tuple[str, ...] | None, about: str) -> _Option:
+    text = f"{about}: {', '.join(names)}"
+    return _option(flag, nargs="+", choices=names, default=default, metavar="NAME", help=text)
 
 
-_RANKS = _option("--ranks", type=positive, nargs="+", default=[2, 4], metavar="N", help="world sizes (2 4)")
-_GPUS = _option("--ranks", type=positive, nargs="+", metavar="N", help="world sizes (one rank a GPU; on the CPU 2 4)")
+_WORLD_SIZES = "numbers of ranks"
+_RANKS = _option("--ranks", type=positive, nargs="+", default=[2, 4], metavar="N", help=f"{_WORLD_SIZES} (default 2 4)")
+_GPUS = _option(
+    "--ranks", type=positive, nargs="+", metavar="N", help=f"{_WORLD_SIZES} (default: all GPUs; on the CPU 2 4)"
+)
 
 SUITES = {
-    "host": Suite("host shared memory beside gloo and a local copy", (_RANKS,)),
+    "host": Suite("shared memory of the host, beside gloo and a local copy", (_RANKS,)),
     "gpu": Suite(
-        "one backend beside torch's transports, on all GPUs of this machine",
+        "one backend beside PyTorch's transports, on all GPUs of this machine",
         (
             _backend("native"),
-            _peers(_PEERS),
+            _choice("--peers", _PEERS, _PEERS, "transports to compare with"),
             _option("--ranks", type=positive, metavar="N", help="number of ranks (default: all GPUs)"),
         ),
     ),
     "p2p": Suite(
-        "copies between all pairs of ranks, beside torch's transport or a local copy",
+        "copies between all pairs of ranks, beside PyTorch's transport or a local copy",
         (
             _backend("host"),
             _GPUS,
-            _option("--bytes", dest="nbytes", type=positive, metavar="N", help="of a copy (16 MiB; on CUDA 64 MiB)"),
+            _option(
+                "--bytes",
+                dest="nbytes",
+                type=positive,
+                metavar="N",
+                help="bytes of a copy (default 16 MiB; on CUDA 64 MiB)",
+            ),
         ),
     ),
     "alloc": Suite(
-        "allocation in a warm arena, reclaiming, and what a long run leaves",
+        "allocation in a warm arena, reclaiming, and leaks of a long run",
         (
             _backend("host"),
-            _peers(None),
+            _choice("--peers", _PEERS, None, "transports to compare with (default: all that work here)"),
             _RANKS,
-            _option("--pairs", type=positive, default=1_000_000, metavar="N", help="of the long run (1000000)"),
+            _option(
+                "--pairs",
+                type=positive,
+                default=1_000_000,
+                metavar="N",
+                help="allocations of the long run (default 1000000)",
+            ),
         ),
     ),
     "collectives": Suite(
-        "the collective operators beside gloo's, or torch's and NCCL's",
+        "collective operators beside gloo, or beside PyTorch and NCCL",
         (
             _backend("host"),
             _GPUS,
@@ -93,75 +108,64 @@ SUITES = {
                 nargs="+",
                 default=(),
                 metavar="N",
-                help="bytes (1 KiB to 16 MiB; on CUDA 2 KiB to 128 MiB)",
+                help="sizes in bytes (default 1 KiB to 16 MiB; on CUDA 2 KiB to 128 MiB)",
             ),
-            _option(
-                "--operators",
-                nargs="+",
-                choices=_OPERATORS,
-                default=_OPERATORS,
-                metavar="NAME",
-                help=" ".join(_OPERATORS),
-            ),
+            _choice("--operators", _OPERATORS, _OPERATORS, "operators to measure"),
         ),
     ),
     "compile": Suite(
-        "what symmem.compile makes of a function, beside stock Inductor and eager code",
+        "functions compiled with symmem.compile, beside stock Inductor and eager code",
         (
             _backend("host"),
             _option(
-                "--ranks", type=positive, nargs="+", metavar="N", help="world sizes (one rank a GPU; on the CPU 2)"
+                "--ranks",
+                type=positive,
+                nargs="+",
+                metavar="N",
+                help=f"{_WORLD_SIZES} (default: all GPUs; on the CPU 2)",
             ),
-            _option("--hidden", type=positive, metavar="N", help="columns of a layer (4096; on the CPU 1024)"),
-            _option("--parts", nargs="+", choices=_PARTS, default=_PARTS, metavar="NAME", help=" ".join(_PARTS)),
-            _option("--rounds", type=positive, default=5, metavar="N", help="how often each is compiled (5)"),
+            _option("--hidden", type=positive, metavar="N", help="columns of a layer (default 4096; on the CPU 1024)"),
+            _choice("--parts", _PARTS, _PARTS, "parts to measure"),
+            _option(
+                "--rounds", type=positive, default=5, metavar="N", help="times that every function compiles (default 5)"
+            ),
         ),
     ),
     "scale": Suite(
-        "what the groups of a large job ask of its store, counted",
+        "requests of the groups of a large job to its store, counted",
         (
-            _option("--ranks", type=positive, default=10_000, metavar="N", help="of the job (10000)"),
-            _option("--group-size", type=positive, default=72, metavar="M", help="ranks of a group (72)"),
-            _option("--report", type=Path, metavar="PATH", help="write a report in Markdown there"),
+            _option("--ranks", type=positive, default=10_000, metavar="N", help="ranks of the job (default 10000)"),
+            _option("--group-size", type=positive, default=72, metavar="M", help="ranks of a group (default 72)"),
         ),
     ),
 }
-"""By name. The options of a suite are what its ``run`` takes."""
+"""All suites by name. The options of a suite are the parameters of its ``run``."""
 
 
 def add_parser(subparsers: SubParsers) -> None:
     """Add the command ``bench``."""
-    commands = add_group(subparsers, "bench", "measure, beside a peer in the same run", "suites", "SUITE")
+    commands = add_group(subparsers, "bench", "measure symmem beside a peer in the same run", "suites", "SUITE")
     for name, suite in SUITES.items():
         command = commands.add_parser(name, help=suite.help)
-        names = [command.add_argument(option.flag, **option.words).dest for option in suite.options]
-        command.add_argument("--json", action="store_true", help="print one JSON object a figure and line")
+        names = [command.add_argument(option.flag, **option.arguments).dest for option in suite.options]
+        command.add_argument("--json", action="store_true", help="print one JSON object per figure, each on its line")
         _add_plot(command)
         command.set_defaults(run=_runner(name, names))
-    show = commands.add_parser("show", help="figures of a file, as a table and as a picture")
-    show.add_argument("file", type=Path, metavar="FILE.json", help="what a suite printed by --json")
+    show = commands.add_parser("show", help="print the figures of a file as a table, or draw them")
+    show.add_argument("file", type=Path, metavar="FILE.json", help="output of a suite with --json")
     _add_plot(show)
     show.set_defaults(run=_show)
-    compare = commands.add_parser("compare", help="what became slower, from one file of figures to another")
+    compare = commands.add_parser("compare", help="show what became slower from one file of figures to another")
     for which in ("old", "new"):
-        compare.add_argument(which, type=Path, metavar=f"{which.upper()}.json", help="what a suite printed by --json")
-    fail = "exit with 1 if a figure became more than so many times worse (1.1 is what is told without this)"
-    compare.add_argument("--fail-over", type=_limit, metavar="X", help=fail)
+        compare.add_argument(which, type=Path, metavar=f"{which.upper()}.json", help="output of a suite with --json")
+    fail = "exit with 1 if a figure became more than X times worse (without it, more than 1.1 times is only reported)"
+    limit = number(1, float("inf"), "a number from 1, such as 1.1")
+    compare.add_argument("--fail-over", type=limit, metavar="X", help=fail)
     compare.set_defaults(run=_compare)
 
 
 def _add_plot(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures, with matplotlib")
-
-
-def _limit(text: str) -> float:
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = 0.0
-    if not 1 <= limit < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number from 1, such as 1.1, got {text!r}")
-    return limit
+    command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures (needs matplotlib)")
 
 
 def _runner(name: str, options: Iterable[str]) -> Callable[[argparse.Namespace], int]:
@@ -173,11 +177,10 @@ def _runner(name: str, options: Iterable[str]) -> Callable[[argparse.Namespace],
                 for figure in module.run(**{option: getattr(args, option) for option in options}, progress=progress):
                     figures.append(figure)
                     if args.json:
-                        progress.hide()
-                        print(figure.json(), flush=True)  # at once: what was measured stays if a later one fails
-                        progress.show()
+                        progress.clear()
+                        print(figure.json(), flush=True)  # at once, so that a later failure does not lose it
             finally:
-                progress.hide()
+                progress.clear()
             if not args.json:
                 print(table(figures))
         return 0
@@ -196,7 +199,7 @@ def _show(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _picture(file: Path | None, title: str) -> Iterator[list[Figure]]:
-    """What is put into the list is drawn, if there is a file to draw it to; whether it can be shows before."""
+    """Draw the figures of the yielded list to ``file``, if given. Checks before the measurement that it can."""
     figures: list[Figure] = []
     if file is None:
         yield figures

@@ -1,4 +1,4 @@
-"""``symmem top``, ``symmem inspect`` and ``symmem dump``: the ranks that run on this host, seen from outside."""
+"""``symmem top``, ``symmem inspect`` and ``symmem dump``: look at the ranks that run on this host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from symmem.errors import InvalidArgumentError
 from symmem.service.socket_paths import PARTS
-from symmem.tools.commands.subcommands import SubParsers
+from symmem.tools.commands.subcommands import SubParsers, number
 from symmem.tools.table import render
 
 if TYPE_CHECKING:
@@ -19,46 +19,38 @@ __all__ = ["add_parsers"]
 
 
 def add_parsers(subparsers: SubParsers) -> None:
-    """Add the commands; each sets ``run``, which takes the parsed arguments."""
-    top = subparsers.add_parser("top", help="a live table of the ranks on this host, and what each waits for")
-    top.add_argument("--once", action="store_true", help="print it once")
-    top.add_argument("--interval", type=_seconds, default=1.0, metavar="SECONDS", help="between two looks (1)")
+    """Add the three commands."""
+    seconds = number(0.05, 3600, "seconds from 0.05 to 3600")
+    top = subparsers.add_parser("top", help="show the ranks on this host and their waits, in a live table")
+    top.add_argument("--once", action="store_true", help="print the table once")
+    interval = "seconds between two updates (default 1)"
+    top.add_argument("--interval", type=seconds, default=1.0, metavar="SECONDS", help=interval)
     top.set_defaults(run=_top)
 
-    look = subparsers.add_parser("inspect", help="the live tensors of the ranks on this host, or all they can tell")
-    look.add_argument("--json", action="store_true", help="print what each process answers, as JSON")
-    parts = "comma-separated: what to ask for with --json (groups,tensors)"
-    look.add_argument("--parts", type=_parts, default=["groups", "tensors"], metavar="PARTS", help=parts)
-    where = "write the snapshot of each process there, for `symmem memory-map`"
-    look.add_argument("--snapshots", type=Path, metavar="DIR", help=where)
-    look.set_defaults(run=_inspect)
+    inspect = subparsers.add_parser("inspect", help="list the live tensors of the ranks on this host")
+    inspect.add_argument("--json", action="store_true", help="print the full answer of every process as JSON")
+    parts = f"parts to ask for with --json, comma-separated, of {', '.join(PARTS)} (default groups,tensors)"
+    inspect.add_argument("--parts", type=_parts, default=["groups", "tensors"], metavar="PARTS", help=parts)
+    folder = "write the memory snapshot of every process to DIR, for `symmem memory-map`"
+    inspect.add_argument("--snapshots", type=Path, metavar="DIR", help=folder)
+    inspect.set_defaults(run=_inspect)
 
-    dump = subparsers.add_parser("dump", help="of a job that hangs: who waits for whom, since when, and Python stacks")
-    where = "write all that is known there, as JSON (symmem-dump.json)"
-    dump.add_argument("-o", "--output", type=Path, default=Path("symmem-dump.json"), metavar="PATH", help=where)
+    dump = subparsers.add_parser("dump", help="explain a job that hangs: which rank waits for which, and Python stacks")
+    output = "write the answers of all processes there, as JSON (default symmem-dump.json)"
+    dump.add_argument("-o", "--output", type=Path, default=Path("symmem-dump.json"), metavar="PATH", help=output)
     dump.set_defaults(run=_dump)
 
-    for parser in (top, look, dump):
-        parser.add_argument("--job", metavar="ID", help="only this job's ranks")
-    for parser in (look, dump):
-        limit = "for each process to answer (10)"
-        parser.add_argument("--timeout", type=_seconds, default=10.0, metavar="SECONDS", help=limit)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.05 <= value <= 3600:
-        raise argparse.ArgumentTypeError(f"expected seconds from 0.05 to 3600, got {text!r}")
-    return value
+    for parser in (top, inspect, dump):
+        parser.add_argument("--job", metavar="ID", help="only the ranks of this job")
+    for parser in (inspect, dump):
+        limit = "time that a process has to answer (default 10)"
+        parser.add_argument("--timeout", type=seconds, default=10.0, metavar="SECONDS", help=limit)
 
 
 def _parts(text: str) -> list[str]:
     parts = [part.strip() for part in text.split(",")]
     if unknown := [part for part in parts if part not in PARTS]:
-        raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; there are {', '.join(PARTS)}")
+        raise argparse.ArgumentTypeError(f"unknown part {unknown[0]!r}; expected some of {', '.join(PARTS)}")
     return parts
 
 
@@ -91,7 +83,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _table(found: list[Process]) -> str:
-    """Live tensors, the same ones of a process in one line."""
+    """A table of live tensors. Equal tensors of a process share a line."""
     counts: dict[tuple[object, ...], int] = {}
     notes = []
     for process in found:
@@ -105,7 +97,7 @@ def _table(found: list[Process]) -> str:
         elif left_out := process.answer["tensors_left_out"]:
             notes.append(f"{process}: {left_out} more tensors are not shown")
     header = ("job", "process", "number", "name", "tensor", "bytes", "group", "backend", "allocated at")
-    rows = [(*row[:2], number, *row[2:]) for row, number in counts.items()]
+    rows = [(*row[:2], count, *row[2:]) for row, count in counts.items()]
     return "\n".join([render(header, rows), *notes])
 
 
@@ -113,7 +105,7 @@ def _write(found: list[Process], folder: Path) -> int:
     """Write snapshots; returns the exit code.
 
     Raises:
-        InvalidArgumentError: They cannot be written.
+        InvalidArgumentError: A file cannot be written.
     """
     for process in found:
         if process.answer is None:

@@ -1,4 +1,4 @@
-"""``symmem memory-map``: one HTML page that shows arenas over time, from snapshots written as JSON."""
+"""``symmem memory-map``: an HTML page that shows arenas over time, from snapshots as JSON."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from symmem.errors import InvalidArgumentError
+from symmem.tools import display
 from symmem.tools import memory_page as html
-from symmem.tools.memory_history import Arena, outside, read
+from symmem.tools.memory_history import SnapshotArena, outside, read
 from symmem.tools.memory_picture import now, over_time
 
 __all__ = ["render", "run"]
 
-_OTHER = len(html.PALETTE) - 1  # the colour of all sites that have none of their own
-_BOXES = 8000  # on a page, so that it stays below 2 MB
-_SITES = 20  # in a legend
-_OPEN = 8  # arenas that are unfolded at first
+_OTHER = len(display.PALETTE) - 1  # the colour of all remaining call sites
+_BOXES = 8000  # per page, so that it stays below 2 MB
+_SITES = 20  # per legend
+_OPEN = 8  # arenas that are unfolded when the page opens
 
 
 def render(*snapshots: Mapping[str, Any]) -> str:
-    """One self-contained HTML page, which is well-formed XML as well.
+    """Make a self-contained HTML page, which is also well-formed XML.
 
     Args:
-        snapshots: What ``symmem.memory_snapshot()`` returned, on one or several ranks.
+        snapshots: Results of ``symmem.memory_snapshot()``, of one or several ranks.
 
     Raises:
-        InvalidArgumentError: One is no such thing; the text names the place in it.
+        InvalidArgumentError: One is no snapshot; the text names the wrong place.
     """
     arenas = [arena for snapshot in snapshots for arena in read(snapshot)]
     colours = _colours(arenas)
@@ -43,8 +44,8 @@ def render(*snapshots: Mapping[str, Any]) -> str:
         summary = f"<summary>{_name(arena)}</summary>"
         body.append(f'<details id="a{number}"{unfolded}>{summary}{"".join(parts)}{_legend(arena, colours)}</details>')
     if not arenas:
-        body.append("<p>No arenas: nothing had been allocated from one when the snapshot was made.</p>")
-    subtitle = f"{html.counted(len(arenas), 'arena')} of {html.counted(len(snapshots), 'snapshot')}"
+        body.append("<p>No arenas: the snapshot was made before the first allocation from one.</p>")
+    subtitle = f"{display.counted(len(arenas), 'arena')} of {display.counted(len(snapshots), 'snapshot')}"
     made = [time for snapshot in snapshots if isinstance(time := snapshot.get("time"), int | float) and 0 < time < 1e11]
     if made:
         subtitle += f", {datetime.fromtimestamp(max(made), timezone.utc):%Y-%m-%d %H:%M UTC}"
@@ -55,19 +56,19 @@ def run(files: Sequence[Path], output: Path) -> int:
     """Write the page of the snapshots in ``files`` to ``output``; returns the exit code.
 
     Raises:
-        InvalidArgumentError: A file cannot be read or written, is not JSON or no snapshot; the text names it.
+        InvalidArgumentError: A file cannot be read or written, is not JSON, or is no snapshot; the text names it.
     """
     page = render(*[_load(file) for file in files])
     try:
         output.write_text(page, encoding="utf-8")
     except OSError as error:
         raise InvalidArgumentError(f"{output}: cannot be written: {error.strerror}") from error
-    print(f"{output}: the map of {html.counted(len(files), 'snapshot')}")
+    print(f"{output}: the map of {display.counted(len(files), 'snapshot')}")
     return 0
 
 
 def _load(file: Path) -> dict[str, Any]:
-    hint = "give files that hold what symmem.memory_snapshot() returned, as JSON"
+    hint = "pass files with the result of symmem.memory_snapshot() as JSON"
     try:
         snapshot: dict[str, Any] = json.loads(file.read_bytes())
         render(snapshot)
@@ -80,10 +81,10 @@ def _load(file: Path) -> dict[str, Any]:
     return snapshot
 
 
-def _colours(arenas: Iterable[Arena]) -> dict[str, int]:
-    """The colour of each call site: one of its own for those that cover the most of the pictures.
+def _colours(arenas: Iterable[SnapshotArena]) -> dict[str, int]:
+    """Colours by call site. The sites that cover most of the pictures get a separate colour.
 
-    It follows from the name, so that it is the same in other snapshots, unless two sites would have the same.
+    A colour follows from the name, so that it is the same in other snapshots, except where two sites collide.
     """
     weights: Counter[str] = Counter()
     for arena in arenas:
@@ -101,7 +102,7 @@ def _colours(arenas: Iterable[Arena]) -> dict[str, int]:
     return colours
 
 
-def _overview(arenas: Sequence[Arena]) -> str:
+def _overview(arenas: Sequence[SnapshotArena]) -> str:
     head = '<tr><th>arena</th><th>process</th><th class="n">live</th><th class="n">peak</th>'
     head += '<th class="n">reserved</th><th class="w">of the largest</th></tr>'
     largest = max(arena.stats["reserved_bytes"] for arena in arenas)
@@ -109,36 +110,39 @@ def _overview(arenas: Sequence[Arena]) -> str:
     for number, arena in enumerate(arenas):
         live, peak, reserved = (arena.stats[key] for key in ("live_bytes", "peak_live_bytes", "reserved_bytes"))
         bar = _bar([("empty", reserved), ("h8", live + arena.stats["quarantined_bytes"]), ("solid", live)], largest)
-        figures = "".join(f'<td class="n">{html.nbytes(value)}</td>' for value in (live, peak, reserved))
+        figures = "".join(f'<td class="n">{display.nbytes(value)}</td>' for value in (live, peak, reserved))
         process = html.text(f"{arena.place['host']}, {arena.place['pid']}")
         link = f'<a href="#a{number}">{_name(arena)}</a>'
         rows.append(f'<tr><td>{link}</td><td>{process}</td>{figures}<td class="w">{bar}</td></tr>')
     return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
 
 
-def _name(arena: Arena) -> str:
+def _name(arena: SnapshotArena) -> str:
     place = arena.place
     rank = f"rank {place['rank']} of {place['world']}"
     return html.text(f"{place['backend']} on {place['device']}, group {place['group']}, {rank}")
 
 
-def _figures(arena: Arena) -> str:
+def _figures(arena: SnapshotArena) -> str:
     stats = arena.stats
     shown = {
-        "live": (html.nbytes(stats["live_bytes"]), html.counted(stats["live_blocks"], "block")),
-        "peak": (html.nbytes(stats["peak_live_bytes"]), html.counted(stats["allocations"], "allocation")),
-        "quarantined": (html.nbytes(stats["quarantined_bytes"]), html.counted(stats["quarantined_blocks"], "block")),
-        "free": (html.nbytes(stats["free_bytes"]), f"largest {html.nbytes(stats['largest_free_bytes'])}"),
-        "fragmentation": (f"{stats['fragmentation']:.0%}", "of what is free"),
-        "reserved": (html.nbytes(stats["reserved_bytes"]), html.counted(stats["segments"], "segment")),
+        "live": (display.nbytes(stats["live_bytes"]), display.counted(stats["live_blocks"], "block")),
+        "peak": (display.nbytes(stats["peak_live_bytes"]), display.counted(stats["allocations"], "allocation")),
+        "quarantined": (
+            display.nbytes(stats["quarantined_bytes"]),
+            display.counted(stats["quarantined_blocks"], "block"),
+        ),
+        "free": (display.nbytes(stats["free_bytes"]), f"largest {display.nbytes(stats['largest_free_bytes'])}"),
+        "fragmentation": (f"{stats['fragmentation']:.0%}", "of free bytes"),
+        "reserved": (display.nbytes(stats["reserved_bytes"]), display.counted(stats["segments"], "segment")),
         "process": (html.text(arena.place["pid"]), html.text(arena.place["host"])),
     }
     items = (f"<div><span>{name}</span><b>{big}</b><span>{small}</span></div>" for name, (big, small) in shown.items())
     return f'<div class="figures">{"".join(items)}</div>'
 
 
-def _legend(arena: Arena, colours: Mapping[str, int]) -> str:
-    """The call sites, those of most live bytes first; then those that only had blocks in the record."""
+def _legend(arena: SnapshotArena, colours: Mapping[str, int]) -> str:
+    """List the call sites by live bytes; sites without live blocks come last."""
     live: Counter[str] = Counter()
     blocks: Counter[str] = Counter()
     for block in arena.blocks:
@@ -150,7 +154,7 @@ def _legend(arena: Arena, colours: Mapping[str, int]) -> str:
     sites = sorted(live, key=lambda site: (-live[site], site))
     rows = [_site(site, colours[site], live[site], blocks[site], live[sites[0]]) for site in sites[:_SITES]]
     if rest := sites[_SITES:]:
-        more = f"{len(rest)} more, {html.nbytes(sum(live[site] for site in rest))} live"
+        more = f"{len(rest)} more, {display.nbytes(sum(live[site] for site in rest))} live"
         rows.append(f'<tr><td></td><td></td><td></td><td></td><td class="w faint">{more}</td></tr>')
     head = '<tr><th></th><th></th><th class="n">live</th><th class="n">blocks</th><th class="w">allocated at</th></tr>'
     return f"<h2>Call sites</h2><table>{head}{''.join(rows)}</table>"
@@ -159,21 +163,21 @@ def _legend(arena: Arena, colours: Mapping[str, int]) -> str:
 def _site(site: str, colour: int, live: int, blocks: int, largest: int) -> str:
     key = f'<svg class="key" viewBox="0 0 14 14"><rect class="c{colour}" width="14" height="14"/></svg>'
     bar = _bar([(f"c{colour}", live)], largest)
-    figures = f'<td class="n">{html.nbytes(live)}</td><td class="n">{blocks:,}</td>'
+    figures = f'<td class="n">{display.nbytes(live)}</td><td class="n">{blocks:,}</td>'
     name = html.text(site) if site else "<i>not recorded</i>"
     return f'<tr data-c="{colour}"><td>{key}</td><td>{bar}</td>{figures}<td class="w">{name}</td></tr>'
 
 
 def _bar(parts: Iterable[tuple[str, float]], largest: float) -> str:
-    """Bars over one another, by style and length, in a width that stands for ``largest``."""
+    """Draw bars on top of each other, by style and length; the full width stands for ``largest``."""
     widths = ((style, 150 * min(1.0, length / largest) if largest else 0.0) for style, length in parts)
     rects = "".join(f'<rect class="{style}" width="{width:.1f}" height="12"/>' for style, width in widths)
     return f'<svg class="bar" viewBox="0 0 150 12">{rects}</svg>'
 
 
 def _outside(snapshots: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A line on the tensors that are in no arena, if there are any."""
+    """A line about tensors outside of arenas, if there are any."""
     sizes = [nbytes for snapshot in snapshots for nbytes in outside(snapshot)]
     if not sizes:
         return []
-    return [f"<p>Outside of arenas: {html.counted(len(sizes), 'tensor')}, {html.nbytes(sum(sizes))}.</p>"]
+    return [f"<p>Outside of arenas: {display.counted(len(sizes), 'tensor')}, {display.nbytes(sum(sizes))}.</p>"]

@@ -1,4 +1,4 @@
-"""The processes of this user on this host that can be inspected, and what they answer."""
+"""Asks the inspectable processes of this user on this host."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ __all__ = ["Process", "ask_all"]
 
 log = logging.getLogger("symmem.tools")
 
-_AT_ONCE = 64  # processes that are asked
-_MOST_NBYTES = 1 << 30  # of an answer
+_AT_ONCE = 64  # processes asked in parallel
+_MOST_NBYTES = 1 << 30  # size limit of an answer
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class Process:
-    """One process, and its answer or why there is none.
+    """One process, with its answer or the reason why it gave none.
 
     Attributes:
-        job: What it is part of; if it does not answer, as far as the name of its socket says.
-        pid: In the PID namespace of the process itself.
+        job: The job of the process; without an answer, the part of it that is in the socket's name.
+        pid: Process id, in the process's own PID namespace.
         answer: See :func:`symmem.service.status.answer`.
-        problem: Why there is none.
+        problem: Why there is no answer.
     """
 
     job: str
@@ -45,7 +45,7 @@ class Process:
 
     @property
     def rank(self) -> int | None:
-        """Of the job, if known."""
+        """The rank in the job, if known."""
         rank: int | None = self.answer["rank"] if self.answer else None
         return rank
 
@@ -54,15 +54,15 @@ class Process:
 
 
 def ask_all(parts: Sequence[str], job: str | None = None, timeout: float = 10.0) -> list[Process]:
-    """Ask all processes of this user at once; removes the sockets that dead ones have left.
+    """Ask all processes of this user in parallel. Removes the sockets of dead processes.
 
     Args:
         parts: Some of :data:`symmem.service.socket_paths.PARTS`.
-        job: Only its processes.
-        timeout: Seconds for each.
+        job: Ask only the processes of this job.
+        timeout: Seconds that a process has to answer.
 
     Returns:
-        By job, rank and process.
+        The processes, sorted by job, rank and process id.
     """
     found: list[Process | None] = []
     with contextlib.ExitStack() as stack:
@@ -71,13 +71,13 @@ def ask_all(parts: Sequence[str], job: str | None = None, timeout: float = 10.0)
             try:
                 places.append(stack.enter_context(opened(directory)))
             except (FileNotFoundError, NotADirectoryError, PermissionError):
-                continue  # nobody has made it, or could have
+                continue
             except InspectionError as error:
                 log.warning("%s", error)
         names = [(place, text, name) for place in places for text, name in _names(place)]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             found = list(pool.map(lambda each: _ask(each[0], each[1], each[2], parts, timeout), names))
-    label = None if job is None else Name(job, 0, "").label  # of one that does not answer, nothing else is known
+    label = None if job is None else Name(job, 0, "").label  # a process without an answer has only a label
     wanted = [each for each in found if each is not None and label in (None, Name(each.job, 0, "").label)]
     return sorted(wanted, key=lambda each: (each.job, each.rank is None, each.rank or 0, each.pid))
 
@@ -87,7 +87,7 @@ def _names(place: int) -> list[tuple[str, Name]]:
 
 
 def _ask(place: int, text: str, name: Name, parts: Sequence[str], timeout: float) -> Process | None:
-    """One process's answer; None if it has ended."""
+    """Ask one process; None if it has ended."""
     pid = name.pid
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
         deadline = time.monotonic() + timeout
@@ -96,10 +96,10 @@ def _ask(place: int, text: str, name: Name, parts: Sequence[str], timeout: float
             sock.connect(at(place, text))
             pid, user = peer_of(sock)
             if user != os.geteuid():
-                return Process(name.job, name.pid, problem=f"its socket is that of user {user}")
+                return Process(name.job, name.pid, problem=f"its socket belongs to user {user}")
             sock.sendall(json.dumps({"version": VERSION, "parts": list(parts)}).encode() + b"\n")
             answer = json.loads(_receive_line(sock, deadline))
-        except ConnectionRefusedError:  # nobody listens any more
+        except ConnectionRefusedError:  # the process is dead
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(text, dir_fd=place)
             return None
@@ -110,26 +110,26 @@ def _ask(place: int, text: str, name: Name, parts: Sequence[str], timeout: float
         except (OSError, EOFError, ValueError, RecursionError) as error:
             if not _lives(pid):
                 return None
-            return Process(name.job, name.pid, problem=f"gives no answer: {error}")
+            return Process(name.job, name.pid, problem=f"gave no valid answer: {error}")
     if not isinstance(answer, dict) or answer.get("version") != VERSION or "error" in answer:
         why = answer.get("error") if isinstance(answer, dict) else None
-        return Process(name.job, name.pid, problem=f"gives no answer of version {VERSION}: {why or 'another version'}")
+        return Process(name.job, name.pid, problem=f"gave no answer of version {VERSION}: {why or 'another version'}")
     return Process(answer["job"], answer["pid"], answer)
 
 
 def _receive_line(sock: socket.socket, deadline: float) -> bytes:
-    """What comes up to the end of the line.
+    """Receive one line.
 
     Raises:
-        EOFError: It ends before, or is too long.
-        TimeoutError: It does not come in time.
+        EOFError: The peer closed the connection before the end of the line, or the line is too long.
+        TimeoutError: The line was not complete in time.
     """
     data = bytearray()
     while not data.endswith(b"\n"):
         sock.settimeout(max(deadline - time.monotonic(), 0.001))
         chunk = sock.recv(_CHUNK)
         if not chunk or len(data) > _MOST_NBYTES:
-            raise EOFError(f"after {len(data)} bytes the answer was not whole")
+            raise EOFError(f"the answer ended after {len(data)} bytes")
         data += chunk
     return bytes(data)
 
@@ -139,11 +139,11 @@ def _lives(pid: int) -> bool:
 
 
 def _state(pid: int) -> str:
-    """What the kernel says of a process that does not answer."""
+    """Describe the state of a process that does not answer."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return "nothing is known of the process from here"
+        return "this process is not visible from here"
     if fields[0] in "Tt":
-        return "it is stopped (by a signal or a debugger); SIGCONT lets it go on"
-    return f"its state is {fields[0]!r}; code that is not Python may hold the interpreter's lock (py-spy shows which)"
+        return "it is stopped (by a signal or a debugger); SIGCONT resumes it"
+    return f"its state is {fields[0]!r}; native code may hold the interpreter's lock (py-spy shows it)"

@@ -1,4 +1,4 @@
-"""``symmem top``: all ranks of this user on this host, what memory they have, and what each is at."""
+"""``symmem top``: a table of all ranks of this user on this host, with their memory and current activity."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from symmem.tools.display import nbytes
+from symmem.tools.display import seconds as lasting
 from symmem.tools.live.processes import Process, ask_all
-from symmem.tools.live.waiting import Wait, picture
-from symmem.tools.memory_page import nbytes
-from symmem.tools.memory_page import seconds as lasting
+from symmem.tools.live.waiting import RankWait, analyse
 from symmem.tools.table import render
 
 __all__ = ["now", "run", "table"]
@@ -24,7 +24,7 @@ _CLEAR = "\x1b[2J"
 
 
 def run(job: str | None, interval: float, once: bool) -> int:
-    """Print the table, again and again until Ctrl-C, or once; in a terminal, in its place. Returns the exit code."""
+    """Print the table until Ctrl-C, or once. A terminal is redrawn in place. Returns the exit code."""
     terminal = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     redraw = terminal and not once
     print(_CLEAR if redraw else "", end="")
@@ -39,13 +39,15 @@ def run(job: str | None, interval: float, once: bool) -> int:
 
 
 def table(processes: Sequence[Process]) -> str:
-    """A line for each rank of each group."""
+    """Make the table, with a line per rank and group."""
     if not processes:
-        return "No process of this user on this host can be inspected: none has made a group, or inspection is off."
-    found = picture(processes)
-    waits: dict[tuple[Process, str, int], Wait] = {}
+        return (
+            "No process of this user on this host can be inspected: no process has made a group, or inspection is off."
+        )
+    found = analyse(processes)
+    waits: dict[tuple[Process, str, int], RankWait] = {}
     for wait in found.waits:
-        waits.setdefault((wait.process, wait.group, wait.rank), wait)  # the longest
+        waits.setdefault((wait.process, wait.group, wait.rank), wait)  # keep the longest
     rows: list[Sequence[object]] = []
     for process in processes:
         place = process.job, "-" if process.rank is None else process.rank, process.pid
@@ -67,11 +69,11 @@ def _memory(group: dict[str, Any]) -> list[str]:
     return [str(len(arenas)), *map(nbytes, totals), f"{worst:.0%}"]
 
 
-def now(group: dict[str, Any], wait: Wait | None) -> str:
-    """What a rank of a group is at."""
+def now(group: dict[str, Any], wait: RankWait | None) -> str:
+    """Describe the current activity of a rank."""
     if wait is not None and wait.peers:
-        for_whom = ", ".join(str(rank) for rank in wait.ranks[:8]) + ", ..." * (len(wait.ranks) > 8)
-        return f"waits for rank {for_whom} in {wait.step!r}{wait.where}, {lasting(wait.seconds)}"
+        ranks = ", ".join(str(rank) for rank in wait.ranks[:8]) + ", ..." * (len(wait.ranks) > 8)
+        return f"waits for rank {ranks} in {wait.step!r}{wait.where}, {lasting(wait.seconds)}"
     if operation := group["operation"]:
         return f"in {operation['name']!r}, {lasting(operation['seconds'])}"
     if group["lost"]:
@@ -80,13 +82,13 @@ def now(group: dict[str, Any], wait: Wait | None) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without what a terminal would act on."""
+    """Replace the characters that a terminal would interpret."""
     return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
 
 
 def _fitted(text: str) -> str:
-    """What is drawn over what was drawn before."""
+    """Cut the text to the terminal, and add the codes that redraw it in place."""
     columns, lines = shutil.get_terminal_size()
     shown = text.split("\n")[: lines - 2]
-    title = f"symmem top  {time.strftime('%H:%M:%S')}  Ctrl-C ends it"
+    title = f"symmem top  {time.strftime('%H:%M:%S')}  Ctrl-C quits"
     return _HOME + "".join(f"{line[:columns]}{_REST_OF_LINE}\n" for line in (title, *shown)) + _REST

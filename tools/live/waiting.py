@@ -1,8 +1,8 @@
-"""Who waits for whom among processes that were asked, which wait for each other, and for whom all wait.
+"""Finds which processes wait for which, the cycles among them, and the processes that all others wait for.
 
-A rank waits in a round of a collective operation, or for a signal (a barrier, an operation on the host or on a GPU). It
-is taken to wait for those ranks that have not come to it; of a round, whose messages go by way of rank 0, this follows
-from how many rounds each rank has begun.
+A rank waits in a round of a collective operation, or for a signal (a barrier, or an operation on the host or a GPU). It
+waits for the ranks that have not arrived there. Messages of a round go through rank 0, so for a round the missing ranks
+follow from the number of rounds that every rank has begun.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any, TypeAlias
 
 from symmem.tools.live.processes import Process
 
-__all__ = ["Absent", "Picture", "Wait", "picture", "waits_of"]
+__all__ = ["Absent", "Analysis", "RankWait", "analyse", "waits_of"]
 
 
 @dataclass(frozen=True)
 class Absent:
-    """A rank of a group, none of whose processes has told of it."""
+    """A rank of a group that no process reports."""
 
     group: str
     rank: int
 
     def __str__(self) -> str:
-        return f"rank {self.rank} of group {self.group!r} (not to be seen here)"
+        return f"rank {self.rank} of group {self.group!r} (not visible here)"
 
 
 Node: TypeAlias = "Process | Absent"
@@ -34,21 +34,21 @@ _Key: TypeAlias = tuple[str, str, int, "str | None"]
 
 
 @dataclass(frozen=True)
-class Wait:
-    """One wait.
+class RankWait:
+    """One wait of a rank.
 
     Attributes:
-        process: Who waits.
-        group: In which group, as which rank of it.
-        rank: Ditto.
-        step: For what.
-        round: Its number, if it is a round of a collective operation.
-        seconds: Since when.
-        seconds_left: Until it fails.
-        ranks: Whom it waits for, in the group; empty if all have come, and it is about to go on.
+        process: The process that waits.
+        group: Name of the group.
+        rank: Rank of the process in the group.
+        step: The step or signal that it waits in.
+        round: Number of the round, if it waits in a round of a collective operation.
+        seconds: Duration of the wait so far.
+        seconds_left: Time until the wait fails.
+        ranks: Ranks of the group that it waits for; empty if all have arrived and it is about to continue.
         peers: The same, as processes.
-        thread: Which thread of the process; 0 if none is known to.
-        device: The GPU, if a kernel waits there.
+        thread: The thread that waits; 0 if unknown.
+        device: The GPU, if a kernel waits.
     """
 
     process: Process
@@ -65,29 +65,30 @@ class Wait:
 
     @property
     def where(self) -> str:
-        """A remark for people, if it is on a GPU."""
+        """Text for people that names the GPU, if any."""
         return f", on the GPU {self.device}" if self.device else ""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What is known of a job.
+class Analysis:
+    """The waits of a job.
 
     Attributes:
-        processes: All that were found.
-        waits: Those of all processes; the longest first.
-        cycles: Processes each of which waits for the next, and the last for the first.
-        awaited: Who is waited for and does not wait itself, and how many processes wait for it, also by way of others.
+        processes: All processes that were found.
+        waits: Waits of all processes, the longest first.
+        cycles: Lists of processes. Every process waits for the next one, and the last for the first.
+        awaited: Processes that others wait for and that do not wait themselves, with the number of processes that wait
+            for them directly or through others.
     """
 
     processes: Sequence[Process]
-    waits: Sequence[Wait]
+    waits: Sequence[RankWait]
     cycles: Sequence[Sequence[Node]]
     awaited: Sequence[tuple[Node, int]]
 
 
 def _members(processes: Sequence[Process]) -> dict[_Key, dict[int, tuple[Process, dict[str, Any]]]]:
-    """Of each group, its ranks that have told: process, and status."""
+    """The ranks of every group that report it: process and status, by group and rank."""
     found: dict[_Key, dict[int, tuple[Process, dict[str, Any]]]] = {}
     for process in processes:
         for group in process.answer["groups"] if process.answer else ():
@@ -97,21 +98,21 @@ def _members(processes: Sequence[Process]) -> dict[_Key, dict[int, tuple[Process
 
 
 def _key(process: Process, group: dict[str, Any]) -> _Key:
-    # Before ranks have met they have no identity of the group; then its name has to do.
+    # A group has no identity before its ranks have joined; until then only its name tells it apart.
     return process.job, group["name"], group["size"], group["identity"]
 
 
-def waits_of(processes: Sequence[Process]) -> list[Wait]:
-    """All waits."""
+def waits_of(processes: Sequence[Process]) -> list[RankWait]:
+    """The waits of all processes, the longest first."""
     waits = []
     for key, ranks in _members(processes).items():
         for process, group in ranks.values():
             for each in ([group["round"]] if group["round"] else []) + group["signals"]:
                 number = each.get("number")
-                awaited = each["waits_for"] if number is None else _not_come(number, ranks, key[2])
+                awaited = each["waits_for"] if number is None else _missing(number, ranks, key[2])
                 peers = [ranks[rank][0] if rank in ranks else Absent(key[1], rank) for rank in awaited]
                 waits.append(
-                    Wait(
+                    RankWait(
                         process,
                         key[1],
                         group["rank"],
@@ -128,20 +129,20 @@ def waits_of(processes: Sequence[Process]) -> list[Wait]:
     return sorted(waits, key=lambda wait: -wait.seconds)
 
 
-def _not_come(number: int, ranks: dict[int, tuple[Process, dict[str, Any]]], size: int) -> list[int]:
-    """The ranks that have not begun a round, as far as anybody can tell."""
+def _missing(number: int, ranks: dict[int, tuple[Process, dict[str, Any]]], size: int) -> list[int]:
+    """The ranks that have not begun a round, as far as the answers show."""
     late = {rank for rank, (_, group) in ranks.items() if group["rounds"] < number}
     unseen = set(range(size)) - ranks.keys()
     leader = ranks[0][1]["round"] if 0 in ranks else None
     if leader and leader["number"] == number and leader["waits_for"] is not None:
-        late |= unseen & set(leader["waits_for"])  # rank 0 knows, if its messages go over sockets
+        late |= unseen & set(leader["waits_for"])  # rank 0 knows it if messages go over sockets
     elif not late:
-        late = unseen  # some of them
+        late = unseen  # at least one of them
     return sorted(late)
 
 
-def picture(processes: Sequence[Process]) -> Picture:
-    """Analyse what processes have answered, which must have the part ``groups``."""
+def analyse(processes: Sequence[Process]) -> Analysis:
+    """Analyse answers of processes; the answers must have the part ``groups``."""
     waits = waits_of(processes)
     edges: dict[Node, set[Node]] = {}
     for wait in waits:
@@ -151,7 +152,7 @@ def picture(processes: Sequence[Process]) -> Picture:
     ends = {peer for peers in edges.values() for peer in peers} - edges.keys()
     counts = [(node, sum(node in each for each in reached.values())) for node in ends]
     awaited = sorted(counts, key=lambda each: (-each[1], str(each[0])))
-    return Picture(processes, waits, list(_cycles(edges, reached)), awaited)
+    return Analysis(processes, waits, list(_cycles(edges, reached)), awaited)
 
 
 def _reached(start: Node, edges: dict[Node, set[Node]]) -> set[Node]:
@@ -165,7 +166,7 @@ def _reached(start: Node, edges: dict[Node, set[Node]]) -> set[Node]:
 
 
 def _cycles(edges: dict[Node, set[Node]], reached: dict[Node, set[Node]]) -> Iterator[list[Node]]:
-    """A shortest cycle of each set of nodes that all reach each other."""
+    """A shortest cycle of every set of nodes that all reach each other."""
     done: set[Node] = set()
     for start in edges:
         if start in done or start not in reached[start]:
