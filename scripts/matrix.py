@@ -14,14 +14,14 @@ def facts() -> None:
     """Print what this torch is, and has."""
     import torch
 
-    from symmem.compile import hook
+    from symmem.compile import wrappers
 
     found = {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "Library.register_symm_mem_args": hasattr(torch.library.Library, "register_symm_mem_args"),
     }
-    for owner, name, _made in hook.OPTIONAL:
+    for owner, name, _made in wrappers.OPTIONAL:
         found[f"{owner.__name__}.{name}"] = hasattr(owner, name)
     print(json.dumps(found))
 

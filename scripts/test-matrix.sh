@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 read -ra versions <<<"${VERSIONS:-2.11.0 2.13.0 2.15.0}"
 VENVS=${VENVS:-.venv-matrix}
 PYTHON=${PYTHON:-python3}
-TESTS=(tests/compile tests/unit/test_ops_registry.py)
+TESTS=(tests/compile tests/ops/test_registry.py)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 

@@ -1,8 +1,8 @@
 """torch.compile places the registered arguments of operators in symmetric memory.
 
-symmem.compile.enable()                       # for all that is compiled from here on
+symmem.compile.enable()                       # for everything compiled from now on
 compiled = torch.compile(f)
-print(symmem.compile.explain(f, *args))       # what was placed, what is copied, and why
+print(symmem.compile.explain(f, *args))       # shows which arguments are placed or copied, and why
 
 torch.compile(f, backend="symmem")            # for one function
 """

@@ -1,4 +1,4 @@
-"""What compiled code depends on, beside what torch knows: for the keys of torch's caches."""
+"""Keys for torch's compile caches: everything that compiled code depends on and torch does not know."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ __all__ = ["key_of", "operators"]
 
 
 def key_of(called: Sequence[tuple[OpOverload, torch.fx.Node]]) -> Any:
-    """The registry and the code of this package; and what it makes of what a graph calls.
+    """The cache key of a graph, for the operators that it calls.
 
-    That depends on the groups: on the sizes of those of our own operators, and on which is part of which; on whose
-    memory torch's own operators need; and on what a twin, whose number each process gives, stands for.
+    The key covers the code of this package and the registry. It also covers the sizes of the groups of symmem's own
+    operators, the pairs of groups where one contains the other, and the backends that torch's operators need.
     """
-    ours = [each for each in called if each[0].namespace == OWN_NAMESPACE or registry.lookup(each[0]) is not None]
+    ours = [call for call in called if call[0].namespace == OWN_NAMESPACE or registry.lookup(call[0]) is not None]
     groups = [(op, name) for op, node in ours for name in _groups(node)]
     sizes = {(name, group_named(name).size) for op, name in groups if op.namespace == OWN_NAMESPACE}
     parts = [pair for pair in itertools.permutations(sorted({name for _op, name in groups}), 2) if is_part(*pair)]
@@ -46,25 +46,31 @@ def _fingerprint() -> str:
 
 
 def operators(gm: torch.nn.Module) -> Iterator[tuple[OpOverload, torch.fx.Node]]:
-    """The operators that a graph calls, or may call, in the order of its nodes; not the twins of any."""
+    """The operators that a graph may call, in the order of its nodes; the original in place of a mutable-op wrapper.
+
+    The number in the name of a wrapper differs between processes, so a key cannot contain it.
+    """
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            for target in (node.target, *node.args):  # until it is lowered, what writes is an argument of another
+            for target in (
+                node.target,
+                *node.args,
+            ):  # before lowering, a mutable operator is an argument of another one
                 yield from ((original_of(op), node) for op in _overloads(target))
 
 
 def _overloads(target: Any) -> Iterator[OpOverload]:
-    """What this stands for, if it is called."""
+    """The operators that a call of ``target`` may run."""
     if isinstance(target, OpOverload):
         yield target
     elif isinstance(target, OpOverloadPacket):
         names: Any = target.overloads
-        yield from (getattr(target, each) for each in names())
+        yield from (getattr(target, name) for name in names())
 
 
 def _groups(node: torch.fx.Node) -> Iterator[str]:
-    """The groups that are named among the arguments of a node."""
+    """Names of the groups among the arguments of a node."""
     for value in pytree.tree_leaves((node.args, node.kwargs)):
         if isinstance(value, str):
-            with contextlib.suppress(GroupError):  # of another text; of a group that is not there it is told later
+            with contextlib.suppress(GroupError):  # another string; a missing group is reported later
                 yield group_named(value).name

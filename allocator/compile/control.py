@@ -1,4 +1,4 @@
-"""Switching the hook on and off, for all that is compiled or for one function."""
+"""Switch the hook on and off, for all functions or for one."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["backend", "disable", "enable", "enabled"]
 
 
 def enable() -> None:
-    """Let ``torch.compile`` place the registered arguments of operators in symmetric memory, whatever is compiled.
+    """Let ``torch.compile`` place the registered arguments of operators in symmetric memory, in all functions.
 
-    Local, and the same on all ranks, before they compile. Functions that are compiled already are compiled anew at
-    their next call. Registrations made later count: functions with the operators that they name are compiled anew.
+    The call is local. Call it on all ranks before they compile. Functions that are already compiled are recompiled
+    at their next call. A later registration recompiles the functions that call its operator.
 
-    Placed are arguments of operators that are registered (:func:`symmem.register_symm_mem_args`). The first call of a
-    compiled function allocates, and is then collective over the operators' groups, in the order of the operators.
+    Arguments are registered with :func:`symmem.register_symm_mem_args`. The first call of a compiled function
+    allocates memory, so it is collective over the operators' groups, in the order of the operators.
 
     Raises:
-        UnsupportedError: This torch is not one that the hook knows; compiled code then does not place, and operators
-            get what they are given.
+        UnsupportedError: The hook does not support this torch. Compiled code then places nothing, and operators get
+            their arguments unchanged.
     """
     if not scope.is_on():
         hook.on()
@@ -35,14 +35,14 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Undo :func:`enable`. Functions are compiled anew at their next call, without symmetric memory."""
+    """Undo :func:`enable`. Functions are recompiled at their next call, without symmetric memory."""
     if scope.is_on():
         hook.off()
         torch._dynamo.reset()
 
 
 def enabled() -> bool:
-    """Whether :func:`enable` counts."""
+    """Whether :func:`enable` is in effect."""
     return scope.is_on()
 
 
@@ -53,32 +53,32 @@ def backend(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """``torch.compile(f, backend="symmem")``: Inductor, with the hook on for this function alone, backward included.
+    """``torch.compile(f, backend="symmem")``: Inductor with the hook on for this function and its backward pass.
 
     Args:
-        gm: What is compiled.
-        inputs: Of it.
+        gm: The graph to compile.
+        inputs: Example inputs of the graph.
         mode: As for ``torch.compile``: ``"reduce-overhead"``, ...
         options: As for ``torch.compile``.
 
     Raises:
-        InvalidArgumentError: Both a mode and options are given.
+        InvalidArgumentError: Both a mode and options were given.
         UnsupportedError: See :func:`enable`.
     """
     if mode is not None and options is not None:
-        raise InvalidArgumentError("torch.compile takes a mode or options, not both", hint="give one of them")
+        raise InvalidArgumentError("torch.compile takes a mode or options, not both", hint="pass only one")
     patches = options or (list_mode_options(mode) if mode is not None else None)
-    with hook.scope():
+    with hook.on_this_thread():
         compiled: Any = compile_fx(gm, inputs, inner_compile=_scoped(compile_fx_inner), config_patches=patches)
         return compiled  # type: ignore[no-any-return]
 
 
 def _scoped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that compiles, with the hook on: the backward pass is compiled later."""
+    """Switch the hook on around a compile function. The backward pass is compiled later, outside :func:`backend`."""
 
     @functools.wraps(function)
     def scoped(*args: Any, **kwargs: Any) -> Any:
-        with hook.scope():
+        with hook.on_this_thread():
             return function(*args, **kwargs)
 
     return scoped

@@ -1,4 +1,4 @@
-"""Asking what the compiler did with registered arguments."""
+"""Explain where the compiler put registered arguments, and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["explain", "reporting"]
 
 @contextmanager
 def reporting() -> Iterator[Report]:
-    """Collect what is compiled, or comes out of a cache, within."""
+    """Collect reports of the graphs that are compiled or loaded from a cache within the block."""
     report = Report()
     hook.install()
     scope.listeners.append(report.graphs.append)
@@ -27,8 +27,8 @@ def reporting() -> Iterator[Report]:
         scope.listeners.remove(report.graphs.append)
 
 
-def _anew(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that does the same and is new to torch.compile, which compiles each piece of code but a few times."""
+def _copy_of(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does the same with a new code object, because torch.compile compiles a code object few times."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return fn(*args, **kwargs)
@@ -37,18 +37,20 @@ def _anew(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
-    """Compile a function, call it once, and tell what became of each registered argument, and why.
+    """Compile a function, call it once, and report where its registered arguments are placed or copied, and why.
 
-    All ranks must call it, since the function is run, its collective operators included. What was compiled before
-    stays as it is. Of a function with gradients, call its ``backward()`` in ``fn`` to have that reported as well.
+    All ranks must call it, because it runs the function with its collective operators. Functions that are already
+    compiled stay compiled. If ``fn`` calls ``backward()``, the backward graph is reported too.
 
     Args:
-        fn: As for ``torch.compile``; its own arguments follow.
+        fn: As for ``torch.compile``.
+        *args: Arguments of ``fn``.
+        **kwargs: Arguments of ``fn``.
 
     Returns:
-        A report: ``str()`` of it is for people, ``to_json()`` for programs.
+        A report: ``str()`` shows it to people, ``to_json()`` returns it for programs.
     """
     with reporting() as report:
-        compiled = torch.compile(_anew(fn), backend=control.backend)
+        compiled = torch.compile(_copy_of(fn), backend=control.backend)
         compiled(*args, **kwargs)
     return report

@@ -1,19 +1,21 @@
-"""Where symmem comes into torch.compile: nine functions of Inductor are wrapped while the hook is on.
+"""The hook into torch.compile: it wraps the functions of Inductor that are listed here.
 
 ================================================== ================================================================
-wrapped                                            for
+wrapped function                                   purpose
 ================================================== ================================================================
 GraphLowering.call_function                        operators with registered arguments
-GraphLowering.output                               what a graph returns
+GraphLowering.output                               results of a graph
 AllocateLine._codegen_comm_buffer                  the code that allocates a buffer
 PythonWrapperCodegen.can_reuse                     no reuse in place, into or out of symmetric memory
-FallbackKernel._maybe_realize_symm_mem_args        torch 2.13 and later: its own placement, which ours replaces
-Scheduler.should_partition, compile_fx.cudagraphify CUDA graphs: what is captured, and what stays where it is
-FxGraphHashDetails.__init__                        the key of compiled code in torch's caches
-CompiledFxGraph.post_compile                       the lifetime of a graph's memory, and reports
+FallbackKernel._maybe_realize_symm_mem_args        the placement of torch 2.13 and later, replaced while the hook is on
+Scheduler.should_partition                         CUDA graphs: run-time checks of arguments are not captured
+Scheduler.get_graph_partition_signature            CUDA graphs: inputs that are checked outside are not captured
+compile_fx.cudagraphify                            CUDA graphs: symmetric inputs keep their address
+FxGraphHashDetails.__init__                        keys of torch's compile caches
+CompiledFxGraph.post_compile                       lifetime of a graph's memory, and reports
 ================================================== ================================================================
 
-Graphs without a registered operator cost a look-up for each of their nodes, and no more.
+A graph without registered operators costs one look-up per node.
 """
 
 from __future__ import annotations
@@ -27,14 +29,14 @@ from typing import Any
 
 import torch
 
-from symmem.compile import scope as compile_scope
+from symmem.compile import scope
 from symmem.compile.plan import mutable_ops
 from symmem.compile.wrappers import OPTIONAL, WRAPPED
 from symmem.errors import UnsupportedError
 from symmem.ops.registry import registry
 from symmem.ops.registry.schema import find_op, known_op
 
-__all__ = ["install", "off", "on", "scope", "uninstall"]
+__all__ = ["install", "off", "on", "on_this_thread", "uninstall"]
 
 log = logging.getLogger("symmem.compile")
 
@@ -43,41 +45,41 @@ _lock = threading.RLock()
 
 
 def on() -> None:
-    """Place from now on, whatever is compiled on any thread."""
+    """Place arguments in all functions that any thread compiles from now on."""
     install()
     _prepare()
-    compile_scope.turn(on=True)
+    scope.turn(on=True)
 
 
 def off() -> None:
     """Undo :func:`on`."""
-    compile_scope.turn(on=False)
+    scope.turn(on=False)
 
 
 @contextlib.contextmanager
-def scope() -> Iterator[None]:
-    """Place what is compiled within, on this thread."""
+def on_this_thread() -> Iterator[None]:
+    """Place arguments in the functions that this thread compiles within the block."""
     install()
     _prepare()
-    with compile_scope.within():
+    with scope.within():
         yield
 
 
 def _prepare() -> None:
-    """Let torch trace what is registered."""
+    """Let torch trace the registered operators."""
     for known in registry.registered():
         mutable_ops.prepare(find_op(known.op))
 
 
 def _changed(name: str) -> None:
-    """What is registered for an operator has changed: what was compiled with it is not right any more."""
+    """Reset Dynamo if a registration changed that compiled functions depend on."""
     if not _originals:
         return
     op = known_op(name)
     if op is not None:
         mutable_ops.prepare(op)
-    if name in compile_scope.seen:
-        log.debug("%s is registered otherwise than when it was compiled: compiled functions are compiled anew", name)
+    if name in scope.seen:
+        log.debug("the registration of %s changed after it was compiled: all functions are recompiled", name)
         torch._dynamo.reset()
 
 
@@ -85,7 +87,7 @@ registry.listeners.append(_changed)
 
 
 def install() -> None:
-    """Wrap Inductor's functions, once; they do what they always did while the hook is off."""
+    """Wrap Inductor's functions, once. While the hook is off, the wrappers only call the originals."""
     with _lock:
         if _originals:
             return
@@ -94,9 +96,9 @@ def install() -> None:
             found = tuple(inspect.signature(known).parameters) if known is not None else None
             if found != parameters:
                 raise UnsupportedError(
-                    f"symmem.compile does not know torch {torch.__version__}: {owner.__name__}.{name} takes "
-                    f"{found or 'nothing: there is none'}, not {parameters}",
-                    hint="use a torch from 2.11 to 2.15, or a newer symmem; without the hook, wrap calls of registered "
+                    f"symmem.compile does not support torch {torch.__version__}: {owner.__name__}.{name} "
+                    f"{'does not exist' if found is None else f'takes {found}'}, expected parameters {parameters}",
+                    hint="use torch 2.11 to 2.15 or a newer symmem; without the hook, wrap calls of registered "
                     "operators in symmem.ops.checked('copy')",
                 )
         for owner, name, _parameters, made in WRAPPED:
@@ -109,7 +111,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Give Inductor its functions back."""
+    """Restore Inductor's own functions."""
     with _lock:
         for (owner, name), original in _originals.items():
             setattr(owner, name, original)

@@ -1,4 +1,4 @@
-"""What became of each registered argument of a compiled graph, and why: for people, and as JSON."""
+"""Reports of compiled graphs: where registered arguments are placed or copied, and why. As text and as JSON."""
 
 from __future__ import annotations
 
@@ -9,41 +9,58 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["ALREADY", "COPIED", "GRAPH", "MARK", "PLACED", "Decision", "GraphReport", "Report", "name_in", "report_of"]
+from symmem.compile.records import BufferRecord
+
+__all__ = [
+    "AT_RUN_TIME",
+    "COPIED",
+    "GRAPH",
+    "IN_PLACE",
+    "MARK",
+    "PLACED",
+    "Decision",
+    "GraphReport",
+    "Report",
+    "name_in",
+    "report_of",
+]
 
 MARK = "symmem decision: "
-"""Before a decision, in a comment of the generated code."""
+"""Prefix of a decision in a comment of the generated code."""
 
 GRAPH = "symmem graph: "
-"""Before the name of a graph, in a comment of the generated code."""
+"""Prefix of a graph's name in a comment of the generated code."""
 
 PLACED = "placed"
-"""Its producer writes to symmetric memory: no copy."""
+"""The producer writes to symmetric memory; there is no copy."""
 
-ALREADY = "as it comes"
-"""It is used as it is where it lies in symmetric memory already, and else copied: decided at run time."""
+IN_PLACE = "used in place"
+"""The argument must be symmetric memory; there is no copy, and plain memory is an error."""
+
+AT_RUN_TIME = "decided at run time"
+"""Used in place if it is symmetric memory on all ranks, else copied."""
 
 COPIED = "copied"
-"""It is copied at each call."""
+"""Copied at every call."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of one argument of one call of an operator.
+    """The decision about one argument in one call of an operator.
 
     Attributes:
         op: Qualified name of the operator.
-        argument: Its name; with an index, if it is a list.
-        outcome: :data:`PLACED`, :data:`ALREADY` or :data:`COPIED`.
-        buffer: Of the compiled graph.
+        argument: Name of the argument, with an index if it is a list.
+        outcome: :data:`PLACED`, :data:`IN_PLACE`, :data:`AT_RUN_TIME` or :data:`COPIED`.
+        buffer: Name of the buffer in the compiled graph.
         group: Name of the group.
-        shape: As the compiler knows it.
-        dtype: Of its elements.
-        nbytes: None if the shape is not known when it is compiled.
+        shape: Sizes as the compiler knows them: numbers or symbols.
+        dtype: Element type.
+        nbytes: Size in bytes; None if the shape is dynamic.
         why: The reason.
-        advice: What to change to avoid a copy; empty if there is none.
-        where: The line of the program that called the operator.
-        barrier: Whether a barrier follows the operator, since it has none of its own at its end.
+        advice: A change that avoids the copy; empty if there is no copy or no such change.
+        where: The source line that calls the operator.
+        barrier: Whether compiled code adds a barrier after the operator, because it has no exit barrier.
     """
 
     op: str
@@ -60,25 +77,25 @@ class Decision:
     barrier: bool = False
 
     def line(self) -> str:
-        """As one line of JSON."""
+        """Return the decision as one line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_line(cls, line: str) -> Decision:
-        """The inverse of :meth:`line`."""
+        """Parse a decision that :meth:`line` returned."""
         known = json.loads(line)
         return cls(**{**known, "shape": tuple(known["shape"])})
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """One piece of symmetric memory that a graph allocates.
+    """Symmetric memory that a graph allocates.
 
     Attributes:
-        name: Of the buffer for which it is allocated first.
-        nbytes: None if its shape is not known when it is compiled.
+        name: Name of the first buffer in this memory.
+        nbytes: Size in bytes; None if the shape is dynamic.
         group: Name of the group.
-        users: Buffers that lie in it, one after the other.
+        users: Names of the buffers that use this memory one after the other.
     """
 
     name: str
@@ -89,12 +106,12 @@ class Buffer:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One compiled graph.
+    """The report of one compiled graph.
 
     Attributes:
-        name: Of the graph.
-        decisions: One for each registered argument, in the order of the calls.
-        buffers: The symmetric memory that it allocates for buffers of its own.
+        name: Name of the graph.
+        decisions: One per registered argument, in the order of the calls.
+        buffers: The symmetric memory that the graph allocates for its buffers.
     """
 
     name: str
@@ -103,30 +120,30 @@ class GraphReport:
 
     @property
     def copies(self) -> int:
-        """Arguments that are copied at each call, for certain."""
+        """Number of arguments that are copied at every call."""
         return sum(each.outcome == COPIED for each in self.decisions)
 
     @property
     def reuses(self) -> int:
-        """How often a buffer takes the memory of one before."""
+        """How often a buffer reuses the memory of an earlier one."""
         return sum(len(each.users) - 1 for each in self.buffers)
 
     @property
     def peak(self) -> int:
-        """Bytes of symmetric memory that it may hold: its buffers, and a copy of each argument that may need one.
+        """Most bytes of symmetric memory that the graph holds: its buffers and the arguments that may be copied.
 
-        Without those whose shape is not known when it is compiled.
+        Buffers with dynamic shapes are not counted.
         """
-        copies = {each.buffer: each.nbytes or 0 for each in self.decisions if each.outcome != PLACED}
+        copies = {each.buffer: each.nbytes or 0 for each in self.decisions if each.outcome in (AT_RUN_TIME, COPIED)}
         return sum(each.nbytes or 0 for each in self.buffers) + sum(copies.values())
 
     def to_json(self) -> dict[str, Any]:
-        """For ``json.dumps``."""
+        """Return the report for ``json.dumps``."""
         return {**asdict(self), "copies": self.copies, "reuses": self.reuses, "peak": self.peak}
 
     def __str__(self) -> str:
         lines = [
-            f"graph {self.name}: {len(self.decisions)} registered arguments, {self.copies} copied at each call, "
+            f"graph {self.name}: {len(self.decisions)} registered arguments, {self.copies} copied at every call, "
             f"{len(self.buffers)} symmetric buffers, {self.reuses} reuses, {_bytes(self.peak)} of symmetric memory"
         ]
         for each in self.decisions:
@@ -146,21 +163,21 @@ class GraphReport:
 
 @dataclass
 class Report:
-    """What was compiled: all graphs with registered operators, in the order in which they were compiled or loaded.
+    """Reports of all graphs with registered operators, in the order in which they were compiled or loaded.
 
     Attributes:
-        graphs: One report each.
+        graphs: One report per graph.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
 
     @property
     def copies(self) -> int:
-        """Of all graphs; see :attr:`GraphReport.copies`."""
+        """Number of arguments that are copied at every call, in all graphs."""
         return sum(each.copies for each in self.graphs)
 
     def to_json(self) -> dict[str, Any]:
-        """For ``json.dumps``."""
+        """Return the report for ``json.dumps``."""
         return {"graphs": [each.to_json() for each in self.graphs]}
 
     def __str__(self) -> str:
@@ -171,7 +188,7 @@ class Report:
 
 def _bytes(nbytes: int | None) -> str:
     if nbytes is None:
-        return "of a size known at run time"
+        return "dynamic size"
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if nbytes >= size:
             return f"{nbytes / size:.4g} {unit}"
@@ -181,19 +198,22 @@ def _bytes(nbytes: int | None) -> str:
 _GRAPH = re.compile(rf"^# {re.escape(GRAPH)}(\w+)$", re.MULTILINE)
 _DECISION = re.compile(rf"^(?:#|//) {re.escape(MARK)}(.*)$", re.MULTILINE)
 _TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_RECORD = re.compile(rf"^(symmem_\w+) = symmem\.compile\.run\.graph\.Buffer\(.*\bgroups=\(({_TEXT}),", re.MULTILINE)
+_RECORD = re.compile(
+    rf"^(symmem_\w+) = {re.escape(f'{BufferRecord.__module__}.{BufferRecord.__name__}')}\(.*\bgroups=\(({_TEXT}),",
+    re.MULTILINE,
+)
 _ALLOCATED = re.compile(r"^\s*(\w+) = symmem_running\.here\.graph\.(?:buffer|fresh)\((\w+),", re.MULTILINE)
 _REUSED = re.compile(r"^\s*(\w+) = (?:reinterpret_tensor\()?(\w+)\b[^#\n]*;[^#\n]*# reuse", re.MULTILINE)
 
 
 def name_in(source: str) -> str | None:
-    """The name of the graph of generated code; None if it has no registered operator."""
+    """The name of the graph in generated code; None if it has no registered operator."""
     found = _GRAPH.search(source)
     return found and found.group(1)
 
 
 def report_of(name: str, source: str) -> GraphReport:
-    """Read off the generated code of a graph what it does: code which comes out of a cache is reported as well."""
+    """Read the report of a graph from its generated code, so that code from a cache is reported too."""
     decisions = tuple(Decision.from_line(line) for line in _DECISION.findall(source))
     return GraphReport(name, decisions, tuple(_buffers(source, decisions)))
 

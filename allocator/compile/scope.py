@@ -1,4 +1,4 @@
-"""Whether what is compiled now is ours to place, and who is told of it."""
+"""Whether the hook is on, per thread and for all threads, and the listeners for reports."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from symmem.compile.report import GraphReport
 __all__ = ["is_on", "listeners", "seen", "turn", "within"]
 
 listeners: list[Callable[[GraphReport], None]] = []
-"""Are told of each graph with registered operators, when it was compiled or came out of a cache."""
+"""Called with the report of every graph with registered operators, compiled or loaded from a cache."""
 
 seen: set[str] = set()
-"""Names of the operators in graphs that were compiled while the hook was on."""
+"""Names of operators in the graphs that were compiled while the hook was on."""
 
 _state = threading.local()
 _everywhere = False
 
 
 def is_on() -> bool:
-    """Whether what is compiled now, on this thread, is ours to place."""
+    """Whether the hook is on for this thread."""
     return _everywhere or getattr(_state, "depth", 0) > 0
 
 
 def turn(on: bool) -> None:
-    """Switch it on or off for all threads."""
+    """Switch the hook on or off for all threads."""
     global _everywhere
     _everywhere = on
 
 
 @contextlib.contextmanager
 def within() -> Iterator[None]:
-    """Switched on, on this thread."""
+    """Switch the hook on for this thread within the block."""
     _state.depth = getattr(_state, "depth", 0) + 1
     try:
         yield

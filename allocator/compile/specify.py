@@ -1,4 +1,4 @@
-"""``specify_symmetric_memory``: say from outside which arguments of an operator must be symmetric memory."""
+"""``specify_symmetric_memory``: register the arguments of another library's operator."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ __all__ = ["specify_symmetric_memory"]
 
 
 class specify_symmetric_memory:
-    """Say which arguments of an operator must lie in symmetric memory: from here on, or within a ``with`` block.
+    """Require symmetric memory for arguments of an operator, for good or within a ``with`` block.
 
-        symmem.compile.specify_symmetric_memory("lib::op", "x")              # from here on
-        with symmem.compile.specify_symmetric_memory("lib::op", "x"):        # as long as the block lasts
+        symmem.compile.specify_symmetric_memory("lib::op", "x")              # for good
+        with symmem.compile.specify_symmetric_memory("lib::op", "x"):        # until the block ends
             torch.compile(f)(x)
 
-    It takes the place of what was registered before, which a ``with`` block brings back at its end. Compiled functions
-    with the operator are compiled anew. Local, and the same on all ranks.
+    It replaces an earlier registration of the operator; a ``with`` block restores that one at its end. Compiled
+    functions that call the operator are recompiled. The call is local. Make it on all ranks.
 
     Args:
-        op: See :func:`symmem.register_symm_mem_args`.
+        op: As for :func:`symmem.register_symm_mem_args`, like the other arguments.
         arg_names: Names of arguments.
-        group_arg: See there.
-        exit_barrier: See there.
-        one_sided: See there.
+        group_arg: Name of the argument that carries the group.
+        exit_barrier: Whether no peer accesses the arguments once the operator is done on its stream.
+        one_sided: Whether a rank calls the operator alone.
 
     Raises:
-        InvalidArgumentError: As there.
+        InvalidArgumentError: As for :func:`symmem.register_symm_mem_args`.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class specify_symmetric_memory:
         )
 
     def __enter__(self) -> Registration:
-        if registration(self._made.op) is not self._made:  # it was entered and left before
+        if registration(self._made.op) is not self._made:  # the block was entered and left before
             self._before = registration(self._made.op)
             enter(self._made, replace=True)
         return self._made
@@ -55,5 +55,5 @@ class specify_symmetric_memory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Any:
-        if registration(self._made.op) is self._made:  # else somebody else has said otherwise meanwhile
+        if registration(self._made.op) is self._made:  # otherwise a later registration replaced it
             restore(self._made, self._before)

@@ -1,4 +1,4 @@
-"""The functions of Inductor that are wrapped while the hook is on, and what takes their place: see :mod:`.hook`."""
+"""The wrapped functions of Inductor and their wrappers: see :mod:`.hook`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from symmem.compile.cache_keys import key_of, operators
 from symmem.compile.plan import graph_outputs, lowering, mutable_ops, producers, symmetric_layout
 from symmem.compile.plan.symmetric_layout import SymmetricLayout
 from symmem.compile.report import GraphReport, name_in, report_of
+from symmem.compile.run import calls  # noqa: F401  # defines the operators that lowerings call
 from symmem.compile.run.current_graph import bound, running
 from symmem.compile.scope import is_on, listeners, seen
 from symmem.config.settings import load_settings
@@ -61,7 +62,7 @@ def _call_function(original: Any) -> Any:
 
 
 def _own_lowering(op: OpOverload) -> Any:
-    """A lowering that somebody has written for an operator; those of torch for its own place with its own memory."""
+    """An operator's custom lowering. Torch's lowerings of torch.ops.symm_mem are ignored: they use other memory."""
     known = inductor_lowering.lowerings.get(op)
     if known is None or op.namespace == NAMESPACE or getattr(known, "_is_fallback_handler", False):
         return None
@@ -69,14 +70,14 @@ def _own_lowering(op: OpOverload) -> Any:
 
 
 def _makes_its_result(op: OpOverload) -> bool:
-    """Whether Inductor calls an operator as it is, to return memory of its own."""
+    """Whether Inductor calls the operator itself, so that the operator allocates its result."""
     known = inductor_lowering.lowerings.get(op)
     return not is_builtin(op) and (known is None or getattr(known, "_is_fallback_handler", False))
 
 
 @contextlib.contextmanager
 def _lowered_by(op: OpOverload, made: Any) -> Iterator[None]:
-    """Let Inductor lower an operator by ``made``, once it has given the arguments the strides that it wants."""
+    """Lower an operator by ``made`` within the block, after Inductor has given the arguments the required strides."""
     table, constraints = inductor_lowering.lowerings, inductor_lowering._maybe_layout_constraints
     known, constraint = table.get(op), constraints.get(op, ...)
     table[op] = made
@@ -96,7 +97,7 @@ def _lowered_by(op: OpOverload, made: Any) -> Iterator[None]:
 def _output(original: Any) -> Any:
     @functools.wraps(original)
     def output(self: Any, target: Any, args: Any, kwargs: Any) -> Any:
-        if symmetric_layout.state() is not None:
+        if symmetric_layout.current_plan() is not None:
             values = args[0]
             if isinstance(values, tuple | list):
                 args = (type(values)(graph_outputs.output(values)), *args[1:])
@@ -121,22 +122,22 @@ def _codegen_comm_buffer(original: Any) -> Any:
 def _can_reuse(original: Any) -> Any:
     @functools.wraps(original)
     def can_reuse(self: Any, input_buffer: Any, output_buffer: Any = None) -> bool:
-        if _lies_in_symmetric(input_buffer) or _lies_in_symmetric(output_buffer):
+        if _is_symmetric(input_buffer) or _is_symmetric(output_buffer):
             return False
         return bool(original(self, input_buffer, output_buffer))
 
     return can_reuse
 
 
-def _lies_in_symmetric(value: Any) -> bool:
-    """Whether a buffer, or any that a scheduler's node writes, is symmetric memory."""
+def _is_symmetric(value: Any) -> bool:
+    """Whether a buffer, or a buffer that a scheduler node writes, is symmetric memory."""
     if value is None:
         return False
     outputs = value.get_outputs() if hasattr(value, "get_outputs") else [value]
     return any(
-        isinstance(buffer := getattr(each, "node", each), ir.Buffer)
+        isinstance(buffer := getattr(output, "node", output), ir.Buffer)
         and isinstance(buffer.get_output_spec(), SymmetricLayout)
-        for each in outputs
+        for output in outputs
     )
 
 
@@ -157,7 +158,7 @@ def _hash_details(original: Any) -> Any:
         self.symmem = None
         if is_on():
             called = list(operators(args[0] if args else kwargs["gm"]))
-            seen.update(op._name for op, _node in called)  # of what comes out of a cache, nothing is lowered
+            seen.update(op._name for op, _node in called)  # code from a cache is not lowered
             self.symmem = key_of(called)
 
     return init
@@ -182,7 +183,7 @@ def _post_compile(original: Any) -> Any:
 
 @contextlib.contextmanager
 def _captured(symmetric: bool) -> Iterator[None]:
-    """Whether the graph that CUDA graphs are made for now has symmetric memory."""
+    """Note within the block whether the graph that CUDA graphs are made for has symmetric memory."""
     before, _state.captured = getattr(_state, "captured", False), symmetric
     try:
         yield
@@ -200,9 +201,9 @@ def _cudagraphify(original: Any) -> Any:
         def run(inputs: Any) -> Any:
             nonlocal made
             if made is None:
-                # What lies in symmetric memory stays there: torch need not copy it into the graph's own memory, where
-                # peers would not find it. Should its address change, torch captures anew.
-                symmetric = [index for index, each in enumerate(inputs) if running.here.graph.keeps(each)]
+                # Torch must not copy a symmetric input into the CUDA graph's memory, because peers would not find it
+                # there. If the address of a static input changes, torch captures again.
+                symmetric = [index for index, value in enumerate(inputs) if running.here.graph.keeps(value)]
                 made = original(model, sorted({*static_input_idxs, *symmetric}), **options)
             return made(inputs)
 
@@ -214,8 +215,8 @@ def _cudagraphify(original: Any) -> Any:
 def _should_partition(original: Any) -> Any:
     @functools.wraps(original)
     def should_partition(self: Any, node: Any) -> Any:
-        if getattr(node.node, "symmem_apart", False):
-            return "where an argument lies is looked at outside of CUDA graphs"
+        if getattr(node.node, "symmem_uncaptured", False):
+            return "symmem checks this argument at every call, outside of CUDA graphs"
         return original(self, node)
 
     return should_partition
@@ -224,14 +225,16 @@ def _should_partition(original: Any) -> Any:
 def _partition_signature(original: Any) -> Any:
     @functools.wraps(original)
     def get_graph_partition_signature(self: Any, partitions: Any, skip_cudagraphs: Any) -> Any:
-        # What the look gives is, as far as torch knows, the input itself. So an operator that takes it would be the
-        # last to use the input, hence get that as well, and a CUDA graph would copy it at each call.
-        known = symmetric_layout.state()
-        apart = known.apart if known is not None else set()
-        for partition in partitions if apart else ():
+        # Torch takes the result of a run-time check for an alias of the input. It would therefore count an operator on
+        # the result as the last use of the input and pass both, and a CUDA graph would copy the input at every call.
+        plan = symmetric_layout.current_plan()
+        uncaptured = plan.uncaptured_inputs if plan is not None else set()
+        for partition in partitions if uncaptured else ():
             accesses = {dep for node in partition for dep in node.read_writes.reads | node.read_writes.writes}
             used = {dep.name for dep in accesses if not isinstance(dep, WeakDep)}
-            unused = apart - {self.mutation_real_name.get(name, name) for name in used}  # what is written to is renamed
+            unused = uncaptured - {
+                self.mutation_real_name.get(name, name) for name in used
+            }  # Inductor renames on write
             for node in partition:
                 node.last_usage -= unused
         return original(self, partitions, skip_cudagraphs)
@@ -240,7 +243,7 @@ def _partition_signature(original: Any) -> Any:
 
 
 def _write(report: GraphReport) -> None:
-    """Append a report to the file of the setting ``compile_report``, with ``.rankN`` behind if there are ranks."""
+    """Append a report to the file of the setting ``compile_report``; with ranks, to that name with ``.rankN`` added."""
     path = load_settings().compile_report
     if path == "off":
         return
@@ -264,10 +267,10 @@ WRAPPED: tuple[tuple[Any, str, tuple[str, ...], Callable[[Any], Any]], ...] = (
     (FxGraphHashDetails, "__init__", ("self", "gm", "example_inputs", "fx_kwargs", "inputs_to_check"), _hash_details),
     (CompiledFxGraph, "post_compile", ("self", "example_inputs", "constants", "graph_kwargs"), _post_compile),
 )
-"""Owner, name, parameters that it must have, and what makes what takes its place, of the original."""
+"""Owner, name, expected parameters, and the function that makes the wrapper from the original."""
 
 OPTIONAL = (
     (ir.FallbackKernel, "_maybe_realize_symm_mem_args", _realize),
     (compile_fx, "cudagraphify", _cudagraphify),
 )
-"""As those, where there are any."""
+"""Owner, name and wrapper function; ignored where torch has no such function."""

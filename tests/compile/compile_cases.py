@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 import symmem
 from symmem.backends import kernel_status, kernel_words
-from symmem.compile.report import ALREADY, COPIED, PLACED, Report
+from symmem.compile.report import AT_RUN_TIME, COPIED, PLACED, Report
 from symmem.errors import GroupError, InvalidArgumentError, NotSymmetricError, PeerTimeoutError, UnsupportedError
 
 
@@ -37,7 +37,8 @@ class Part:
 
 
 hook, wrappers, layout = Part("hook"), Part("wrappers"), Part("plan.symmetric_layout")
-runtime, running = Part("run.graph"), Part("run.current_graph")
+runtime, running, runtime_inputs = Part("run.graph"), Part("run.current_graph"), Part("run.inputs")
+records = Part("records")
 explaining, control = Part("explanation"), Part("control")
 
 LIB = symmem.ops.Library("ct", "DEF")
@@ -285,7 +286,7 @@ def case_producer_within() -> None:
             )
     finally:
         producers._pays = known  # type: ignore[attr-defined]
-    assert outcomes(report) == [ALREADY]
+    assert outcomes(report) == [AT_RUN_TIME]
     assert "runs within use_symmetric_memory" in report.graphs[0].decisions[0].why
 
 
@@ -295,7 +296,7 @@ def case_producer_within() -> None:
 def case_inputs() -> None:
     name = group()
     report = check(lambda x: ct.total(x, name), lambda step: (values(4, 6, seed=step),), summed)
-    assert outcomes(report) == [ALREADY]
+    assert outcomes(report) == [AT_RUN_TIME]
     assert len(set(POINTERS)) == 1  # one persistent buffer
 
 
@@ -307,7 +308,7 @@ def case_symmetric_input() -> None:
         return (mine.copy_(values(4, 6, seed=step)),)
 
     report = check(lambda x: ct.total(x, name), make, summed)
-    assert outcomes(report) == [ALREADY]
+    assert outcomes(report) == [AT_RUN_TIME]
     assert set(POINTERS) == {mine.data_ptr()}
 
 
@@ -315,26 +316,31 @@ def case_symmetric_inputs_that_change() -> None:
     """Used as they are while the ranks agree; an address that keeps changing is copied in the end."""
     name = group()
     torch._dynamo.reset()
-    tensors = [symmem.allocate((4, 6), dtype=torch.float32).tensor for _ in range(runtime.CHANGES + 3)]
+    tensors = [
+        symmem.allocate((4, 6), dtype=torch.float32).tensor for _ in range(runtime_inputs.MAX_ADDRESS_CHANGES + 3)
+    ]
     run = compiled(lambda x: ct.total(x, name))
     POINTERS.clear()
-    tensors.append(tensors[runtime.CHANGES - 1])  # which was used as it is, and is not any more
+    tensors.append(tensors[runtime_inputs.MAX_ADDRESS_CHANGES - 1])  # which was used as it is, and is not any more
     for step, tensor in enumerate(tensors):
         tensor.copy_(values(4, 6, seed=step))
         torch.testing.assert_close(run(tensor), summed(tensor))
     used = [pointer == tensor.data_ptr() for pointer, tensor in zip(POINTERS, tensors, strict=True)]
-    assert used == [True] * runtime.CHANGES + [False] * 4
+    assert used == [True] * runtime_inputs.MAX_ADDRESS_CHANGES + [False] * 4
 
 
 def case_what_was_agreed_on_is_copied_from_then_on() -> None:
     """For operators that need torch's memory, what lies in other symmetric memory is copied from the first call on."""
     backend = symmem.allocate((2, 2), dtype=torch.float32).backend
     for each in (None, backend):
-        record, shape = runtime.Argument(0, group(), each, "agree", False, "op"), ((2, 2), (2, 1))
+        record, shape = records.ArgumentRecord(0, group(), each, "agree", False, "op"), ((2, 2), (2, 1))
         graph = runtime.Graph()
-        tensors = [symmem.allocate((2, 2), dtype=torch.float32).tensor.fill_(1) for _ in range(runtime.CHANGES + 1)]
+        tensors = [
+            symmem.allocate((2, 2), dtype=torch.float32).tensor.fill_(1)
+            for _ in range(runtime_inputs.MAX_ADDRESS_CHANGES + 1)
+        ]
         used = [graph.place(record, tensor, *shape) is tensor for tensor in (*tensors, *tensors[-2:])]
-        assert used == [each is None] * runtime.CHANGES + [False] * 3
+        assert used == [each is None] * runtime_inputs.MAX_ADDRESS_CHANGES + [False] * 3
 
 
 def case_one_rank_is_plain() -> None:
@@ -370,7 +376,7 @@ def case_same_input_twice() -> None:
         lambda step: (values(4, 6, seed=step),),
         lambda x: (summed(x), summed(x)),
     )
-    assert outcomes(report) == [ALREADY, ALREADY]
+    assert outcomes(report) == [AT_RUN_TIME, AT_RUN_TIME]
     assert len({each.buffer for each in report.graphs[0].decisions}) == 1
 
 
@@ -410,7 +416,7 @@ def case_empty() -> None:
 
 def case_buffer_that_was_empty() -> None:
     """Elements that are not there count for nothing in what it has room for, whatever its strides."""
-    graph, record = runtime.Graph(), runtime.Buffer(0, torch.float32, str(device()), (group(),), None, False)
+    graph, record = runtime.Graph(), records.BufferRecord(0, torch.float32, str(device()), (group(),), None, False)
     for sizes in ((8, 0), (4, 1), (0, 9), (2, 2)):
         strides = (max(sizes[1], 1), 1)
         made = graph.buffer(record, sizes, strides).fill_(1)
@@ -466,7 +472,7 @@ def case_lists() -> None:
         lambda step: (values(4, 4, seed=step),),
         lambda x: (summed(x + 1), summed(x), summed(x * 3), summed(x - 1)),
     )
-    assert outcomes(report) == [PLACED, ALREADY, PLACED, PLACED]
+    assert outcomes(report) == [PLACED, AT_RUN_TIME, PLACED, PLACED]
 
 
 def case_two_groups() -> None:
@@ -661,7 +667,7 @@ def case_own_operators_of_a_group_that_changes() -> None:
     with pytest.raises(GroupError):
         run(x)
     alone = made(1)
-    with pytest.raises(GroupError, match="compiled for the group 'changing' of 2 ranks, which has 1 now"):
+    with pytest.raises(GroupError, match="compiled for the group 'changing' of 2 ranks, but the group has 1 ranks now"):
         run(x)
     torch._dynamo.reset()
     assert torch.equal(compiled(f)(x), x.add(1).unsqueeze(0))
@@ -698,7 +704,7 @@ def case_key_of_compiled_code() -> None:
     x = graph.placeholder("x")
     wrapped = torch.ops.higher_order.auto_functionalized_v2
     back, add = torch.ops.ct.add_peer_back_.default, torch.ops.ct.add_peer_.default
-    twins = importlib.import_module("symmem.compile.plan.mutable_ops")._of_twins
+    twins = importlib.import_module("symmem.compile.plan.mutable_ops")._originals
     twin = next(each for each, op in twins.items() if op is back)
     for op in (twin, add):
         graph.call_function(wrapped, (op,), {"tp": group(), "_x_base_index": 0, "_all_bases": [x]})
@@ -749,7 +755,7 @@ def case_one_tensor_written_to_twice() -> None:
     assert x.eq(4).all()
     compiled(lambda x: ct.pair_plus_(x[:4], x[4:], name))(x)
     assert x.eq(5).all()
-    with pytest.raises(Exception, match="ct::pair_plus_ writes to arguments, and 'x' and 'y' share memory"):
+    with pytest.raises(Exception, match="ct::pair_plus_ writes to its arguments, and 'x' and 'y' share memory"):
         compiled(lambda x: ct.pair_plus_(x[:5], x[3:], name))(x)
 
 
@@ -857,7 +863,7 @@ def case_explain() -> None:
     report = symmem.compile.explain(f, values(4, 4))
     text = str(report)
     assert report.copies == 1
-    assert "2 registered arguments, 1 copied at each call" in text
+    assert "2 registered arguments, 1 copied at every call" in text
     assert re.search(r"ct::total\(x: \[4, 4\] float32, 64 B\): placed: .* writes straight to it", text)
     assert "to avoid the copy: give that operator a variant with out=" in text
     assert "compile_cases.py" in text
@@ -961,7 +967,7 @@ def case_graph_knows_groups_made_anew() -> None:
         graph = runtime.Graph()
         if first.process_group is None:
             symmem.ops.engines.select.name_of(first)
-        record = runtime.Buffer(0, torch.float32, str(device()), (first.name,), None, False)
+        record = records.BufferRecord(0, torch.float32, str(device()), (first.name,), None, False)
         made = graph.buffer(record, (2, 2), (2, 1))
         graph.begin()
         assert graph.buffer(record, (2, 2), (2, 1)) is made
@@ -1087,7 +1093,7 @@ def case_cuda_graphs_do_not_get_inputs_that_are_looked_at_outside() -> None:
 
     with V.set_graph_handler(types.SimpleNamespace()):
         assert last_usage() == [{"buf1", "arg0_1", "arg1_1"}, {"arg0_1", "arg2_1"}]
-        layout.start("g").apart.update(("arg0_1", "arg1_1", "arg2_1"))
+        layout.begin_plan("g").uncaptured_inputs.update(("arg0_1", "arg1_1", "arg2_1"))
         assert last_usage() == [{"buf1", "arg1_1"}, {"arg2_1"}]
 
 
@@ -1100,9 +1106,9 @@ def case_cuda_graphs_are_captured_without_the_look_at_inputs() -> None:
         node: Any = None
 
     other, look = Node(), Node()
-    look.node = type("Kernel", (), {"symmem_apart": True})()
+    look.node = type("Kernel", (), {"symmem_uncaptured": True})()
     assert judged(None, other) == "torch's"
-    assert "looked at outside of CUDA graphs" in judged(None, look)
+    assert "outside of CUDA graphs" in judged(None, look)
 
 
 def case_unknown_torch() -> None:

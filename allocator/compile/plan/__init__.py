@@ -1,1 +1,1 @@
-"""Decisions at compile time: which buffers go to symmetric memory, and how operators are lowered."""
+"""Compile time: which buffers go to symmetric memory, and how operators are lowered."""

@@ -1,4 +1,4 @@
-"""What a graph returns: persistent buffers are overwritten by the next call, and so are not handed out."""
+"""Results of a graph: persistent buffers are not returned, because the next call overwrites them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from torch._inductor import ir
 from torch._inductor.virtualized import V
 
-from symmem.compile.plan.symmetric_layout import SymmetricLayout, keeps, nbytes_of, root_of
+from symmem.compile.plan.symmetric_layout import SymmetricLayout, keeps_outgrown, nbytes_of, root_of
 
-__all__ = ["ANEW", "output"]
+__all__ = ["FRESH_BYTES", "output"]
 
-ANEW = 1 << 20
-"""Bytes from which on a buffer that a graph returns is allocated at each call. Smaller ones take less time to copy."""
+FRESH_BYTES = 1 << 20
+"""Results of this many bytes or more are allocated at every call. Copying is faster for smaller results."""
 
 
 def output(values: Sequence[Any]) -> list[Any]:
-    """What a graph returns, copied where it lies in a persistent buffer, which the next call overwrites."""
-    return [_escaped(each) if isinstance(each, ir.TensorBox | ir.BaseView) else each for each in values]
+    """The results of a graph; a result in a persistent buffer becomes a copy or gets fresh memory."""
+    return [_escaped(value) if isinstance(value, ir.TensorBox | ir.BaseView) else value for value in values]
 
 
 def _escaped(value: Any) -> Any:
@@ -26,23 +26,24 @@ def _escaped(value: Any) -> Any:
     if not _is_persistent(buffer):
         return value
     spec = buffer.get_output_spec()
-    if isinstance(spec, SymmetricLayout) and _is_allocated_anew(buffer, spec):
+    if isinstance(spec, SymmetricLayout) and _is_fresh(buffer, spec):
         spec.escape(buffer.get_name())
-        # As a view: Inductor copies what it takes for one of its own persistent buffers.
-        made = ir.FixedLayout(value.get_device(), value.get_dtype(), value.get_size(), value.get_stride())
-        made.offset = value.get_layout().offset
-        return ir.TensorBox(ir.ReinterpretView(data=ir.StorageBox(buffer), layout=made))
+        # A view, because Inductor copies results that it takes for its own persistent buffers.
+        layout = ir.FixedLayout(value.get_device(), value.get_dtype(), value.get_size(), value.get_stride())
+        layout.offset = value.get_layout().offset
+        return ir.TensorBox(ir.ReinterpretView(data=ir.StorageBox(buffer), layout=layout))
     return ir.ExternKernel.require_exact_strides(ir.ExternKernel.copy_input(value), value.get_stride())
 
 
-def _is_allocated_anew(buffer: Any, spec: SymmetricLayout) -> bool:
-    """Whether to allocate a buffer that is returned at each call, instead of copying it: that takes time of its own."""
+def _is_fresh(buffer: Any, spec: SymmetricLayout) -> bool:
+    """Whether a result is allocated at every call instead of copied."""
     nbytes = nbytes_of([spec.storage_size()], buffer.get_dtype())
-    return spec.backend is None and nbytes is not None and nbytes >= ANEW and not keeps(buffer.get_device())
+    large = nbytes is not None and nbytes >= FRESH_BYTES
+    return large and spec.backend is None and not keeps_outgrown(buffer.get_device())
 
 
 def _is_persistent(buffer: Any) -> bool:
-    """Whether a buffer is one of the persistent ones, or an operator's view of one."""
+    """Whether a buffer is persistent, or an operator's view of a persistent buffer."""
     if not isinstance(buffer, ir.Buffer):
         return False
     if isinstance(buffer.get_output_spec(), SymmetricLayout):

@@ -1,12 +1,12 @@
-"""What becomes of an operator with registered arguments when Inductor lowers it.
+"""Lowering of operators with registered arguments.
 
-For each tensor among them, the first that holds:
+For every registered tensor, the first rule that applies decides:
 
-1. Inductor allocates the buffer that it lies in: the buffer gets symmetric memory. No copy.
-2. It comes from elsewhere: a graph input, a constant, an operator that makes its own result. Compiled code then looks
-   where it lies, and copies what is not symmetric memory into a persistent buffer (``Graph.place``).
+1. Inductor allocates its buffer: the buffer gets symmetric memory, and there is no copy.
+2. It comes from elsewhere, for example a graph input, a constant, or an operator that allocates its own result.
+   Compiled code then checks it at run time, and copies plain memory into a persistent buffer (``Graph.place``).
 
-Operators with a variant that writes to ``out=`` are called by it, so that Inductor plans what they return as well.
+Operators with a variant that writes to ``out=`` are called through it, so that Inductor plans their results too.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from torch._inductor.lowering import clone, fallback_handler
 from torch._inductor.virtualized import V
 from torch._ops import OpOverload
 
-from symmem.compile.plan import symmetric_layout  # the former defines operators
+from symmem.compile.plan import symmetric_layout
 from symmem.compile.plan.out_variants import OutCall, out_variant
-from symmem.compile.plan.reasons import producer_name, verdict, where
-from symmem.compile.plan.symmetric_layout import State, SymmetricLayout, can_place, nbytes_of, root_of
+from symmem.compile.plan.reasons import producer_name, source_line, verdict
+from symmem.compile.plan.symmetric_layout import GraphPlan, SymmetricLayout, can_place, nbytes_of, root_of
+from symmem.compile.records import ArgumentRecord
 from symmem.compile.report import PLACED, Decision
-from symmem.compile.run import calls  # noqa: F401  # the former defines operators
-from symmem.compile.run.graph import Argument
 from symmem.errors import UnsupportedError
 from symmem.ops.engines.select import name_of
 from symmem.ops.registry.eager_checks import backend_of
@@ -45,10 +44,10 @@ def handler(
     """The lowering of an operator with registered arguments.
 
     Args:
-        known: What is registered for it.
-        target: What the graph calls: the operator, or its twin, which returns nothing.
+        known: The operator's registration.
+        target: The operator that the graph calls: ``op``, or its mutable-op wrapper, which returns nothing.
         op: The operator.
-        usual: A lowering of its own that it has; None if Inductor calls it as it is.
+        usual: The operator's custom lowering; None if Inductor calls the operator itself.
     """
 
     def lowered(*args: Any, **kwargs: Any) -> Any:
@@ -78,15 +77,15 @@ class _Call:
         self._args, self._kwargs = list(args), dict(kwargs)
         self._group = name_of(known.group_of(args, kwargs))
         self._backend = backend_of(op.namespace)
-        self._state: State = symmetric_layout.state() or symmetric_layout.start(uuid.uuid4().hex[:12])
+        self._plan: GraphPlan = symmetric_layout.current_plan() or symmetric_layout.begin_plan(uuid.uuid4().hex[:12])
         self._placed: list[ir.TensorBox] = []
-        self._back: list[tuple[ir.TensorBox, ir.TensorBox]] = []
-        self._views: dict[Any, tuple[Any, Any, str]] = {}  # of what is looked after: buffer, view and argument
+        self._mutated: list[tuple[ir.TensorBox, ir.TensorBox]] = []  # originals and their copies
+        self._checked: dict[Any, tuple[Any, Any, str]] = {}  # run-time checks by key: buffer, view and argument
 
     def place(self) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments of the call, those that are registered in symmetric memory."""
+        """Return the arguments of the call, with the registered ones in symmetric memory."""
         for name in self._known.args:
-            value = self._each(name, self._known.value_of(name, self._args, self._kwargs), name)
+            value = self._place_value(name, self._known.value_of(name, self._args, self._kwargs), name)
             position = self._known.parameters[name].position
             if name in self._kwargs:
                 self._kwargs[name] = value
@@ -94,19 +93,18 @@ class _Call:
                 self._args[position] = value
         return self._args, self._kwargs
 
-    def _each(self, name: str, value: Any, place: str) -> Any:
+    def _place_value(self, name: str, value: Any, label: str) -> Any:
         if isinstance(value, list | tuple):
-            return [self._each(name, each, f"{place}[{index}]") for index, each in enumerate(value)]
+            return [self._place_value(name, item, f"{label}[{index}]") for index, item in enumerate(value)]
         if not isinstance(value, ir.TensorBox):
             return value
-        placed = self._one(value, place)
+        placed = self._place_tensor(value, label)
         if placed is not value and self._known.parameters[name].mutated:
-            self._back.append((value, placed))
+            self._mutated.append((value, placed))
         self._placed.append(placed)
         return placed
 
-    def _one(self, x: Any, place: str) -> Any:
-        """One tensor, in symmetric memory."""
+    def _place_tensor(self, x: Any, label: str) -> Any:
         if nbytes_of(x.get_size(), x.get_dtype()) == 0:
             return x
         x = _realized(x)
@@ -114,76 +112,76 @@ class _Call:
         spec = buffer.get_output_spec() if isinstance(buffer, ir.Buffer) else None
         if isinstance(spec, SymmetricLayout):
             if spec.backend == self._backend and spec.join(self._group):
-                self._note(x, buffer, place, PLACED, "its buffer lies in symmetric memory already")
+                self._note(x, buffer, label, PLACED, "its buffer is already in symmetric memory")
                 return x
         elif self._can_be_placed(buffer):
             buffer.layout = SymmetricLayout(spec, self._group, self._backend)
-            self._note(x, buffer, place, PLACED, f"{producer_name(buffer)} writes straight to it")
+            self._note(x, buffer, label, PLACED, f"{producer_name(buffer)} writes straight to it")
             return x
-        return self._looked_after(x, buffer, place)
+        return self._check_at_run_time(x, buffer, label)
 
     def _can_be_placed(self, buffer: Any) -> bool:
-        """Whether Inductor can allocate a buffer in symmetric memory; :func:`.reasons.verdict` says why not."""
-        usual = not (V.graph.cpp_wrapper or inductor.memory_planning or self._known.one_sided)
-        return usual and can_place(buffer)
+        """Whether Inductor can allocate a buffer in symmetric memory. If not, :func:`.reasons.verdict` says why."""
+        supported = not (V.graph.cpp_wrapper or inductor.memory_planning or self._known.one_sided)
+        return supported and can_place(buffer)
 
-    def _looked_after(self, x: Any, buffer: Any, place: str) -> Any:
-        """What is decided at run time: see :meth:`symmem.compile.run.graph.Graph.place`."""
+    def _check_at_run_time(self, x: Any, buffer: Any, label: str) -> Any:
+        """Let the runtime decide about an argument: see :meth:`symmem.compile.run.graph.Graph.place`."""
         name = buffer.get_name() if isinstance(buffer, ir.Buffer) else x.get_name()
-        found = verdict(buffer, self._known.one_sided)
-        seen = tuple(x.get_size()), tuple(x.get_stride()), x.get_layout().offset, x.get_dtype()
-        key = (V.graph, name, *seen, self._group, self._backend, found.way)
-        if self._known.mutated and key not in self._views:
-            self._check_apart(x, buffer, place)
-        known, memo = key in self._views, self._state.memo.get(key)
-        self._views[key] = buffer, x, place
-        # Within a call, an argument that is passed twice is one, whatever was written to it before.
-        if memo is not None and (known or name not in V.graph.mutated_buffers):
-            self._note(x, memo[0], place, memo[1], "the same as for another operator of this graph")
+        decision = verdict(buffer, self._known.one_sided)
+        view = tuple(x.get_size()), tuple(x.get_stride()), x.get_layout().offset, x.get_dtype()
+        key = (V.graph, name, *view, self._group, self._backend, decision.policy)
+        if self._known.mutated and key not in self._checked:
+            self._check_no_overlap(x, buffer, label)
+        repeated, memo = key in self._checked, self._plan.memo.get(key)
+        self._checked[key] = buffer, x, label
+        # An argument that is passed twice in one call stays one tensor, even if an earlier operator wrote to it.
+        if memo is not None and (repeated or name not in V.graph.mutated_buffers):
+            self._note(x, memo[0], label, memo[1], "as for an earlier operator of this graph")
             return memo[0]
-        described, keep = f"{self._known.op}: the argument {place!r}", symmetric_layout.keeps(x.get_device())
-        argument = Argument(self._state.next_number(), self._group, self._backend, found.way, keep, described)
-        kernel, placed = _kernel(OPS._place.default, x, self._state.name, *argument)
-        placed.data.data.codegen_size_asserts = lambda wrapper: None  # it has those of x, or is x
-        V.graph.unaligned_buffers.add(placed.get_name())  # as x may be
-        # Where it lies may change: CUDA graphs are captured without the look.
-        kernel.symmem_apart = found.way in ("agree", "strict")
-        if kernel.symmem_apart and name in V.graph.graph_inputs:
-            self._state.apart.add(name)
+        described, keep = f"{self._known.op}: the argument {label!r}", symmetric_layout.keeps_outgrown(x.get_device())
+        number = self._plan.next_number()
+        record = ArgumentRecord(number, self._group, self._backend, decision.policy, keep, described)
+        kernel, placed = _kernel(OPS._place.default, x, self._plan.name, *record)
+        placed.data.data.codegen_size_asserts = lambda wrapper: None  # x has them already
+        V.graph.unaligned_buffers.add(placed.get_name())  # x may be unaligned
+        # The result of the check may change from call to call, so CUDA graphs are captured without it.
+        kernel.symmem_uncaptured = decision.policy in ("agree", "strict")
+        if kernel.symmem_uncaptured and name in V.graph.graph_inputs:
+            self._plan.uncaptured_inputs.add(name)
 
         def code(args: Sequence[str]) -> str:
-            record = symmetric_layout.declare("symmem.compile.run.graph", f"symmem_{argument.number}", repr(argument))
-            shape = symmetric_layout.shape_of(x)
-            return f"{kernel.get_name()} = {symmetric_layout.emit_header()}.place({record}, {args[0]}, {shape})"
+            variable, shape = symmetric_layout.declare_record(record), symmetric_layout.shape_of(x)
+            return f"{kernel.get_name()} = {symmetric_layout.emit_header()}.place({variable}, {args[0]}, {shape})"
 
         _write_as(kernel, code)
-        self._note(x, placed, place, found.outcome, found.why, found.advice)
-        self._state.memo[key] = placed, found.outcome
+        self._note(x, placed, label, decision.outcome, decision.why, decision.advice)
+        self._plan.memo[key] = placed, decision.outcome
         return placed
 
-    def _check_apart(self, x: Any, buffer: Any, place: str) -> None:
-        """Raise if an argument shares memory with another one of the call: one of them would be written to a copy.
+    def _check_no_overlap(self, x: Any, buffer: Any, label: str) -> None:
+        """Raise if two arguments of the call share memory, because the operator would write to separate copies.
 
         Raises:
-            UnsupportedError: It does, as far as is known when it is compiled.
+            UnsupportedError: The arguments may share memory, as far as the compiler can tell.
         """
-        for other, view, name in self._views.values():
+        for other, view, other_label in self._checked.values():
             if other is buffer and _overlap(x, view):
                 raise UnsupportedError(
-                    f"{self._known.op} writes to arguments, and {name!r} and {place!r} share memory that is not "
-                    "symmetric: each would be copied",
-                    hint="pass a tensor in symmetric memory, or one that the compiled function makes",
+                    f"{self._known.op} writes to its arguments, and {other_label!r} and {label!r} share memory that is "
+                    "not symmetric: each of them would be copied",
+                    hint="pass a tensor in symmetric memory, or a tensor that the compiled function makes",
                     step=self._known.op,
                 )
 
-    def _note(self, x: ir.TensorBox, buffer: Any, place: str, outcome: str, why: str, advice: str = "") -> None:
+    def _note(self, x: ir.TensorBox, buffer: Any, label: str, outcome: str, why: str, advice: str = "") -> None:
         nbytes = nbytes_of(x.get_size(), x.get_dtype())
         if outcome == PLACED:
             nbytes = nbytes_of([buffer.get_layout().storage_size()], x.get_dtype())
-        self._state.decisions.append(
+        self._plan.decisions.append(
             Decision(
                 op=self._known.op,
-                argument=place,
+                argument=label,
                 outcome=outcome,
                 buffer=buffer.get_name(),
                 group=self._group,
@@ -192,7 +190,7 @@ class _Call:
                 nbytes=nbytes,
                 why=why,
                 advice=advice,
-                where=where(),
+                where=source_line(),
                 barrier=self._needs_barrier(),
             )
         )
@@ -201,16 +199,16 @@ class _Call:
         return not (self._known.exit_barrier or self._known.one_sided)
 
     def finish(self) -> None:
-        """What comes after the operator: a barrier if it has none at its end, and writing back."""
+        """Add the barrier and the write-back that follow the operator, if they are needed."""
         if self._needs_barrier() and self._placed:
-            number = self._state.next_number()
-            kernel, _nothing = _kernel(OPS._finish.default, list(self._placed), self._state.name, number, self._group)
+            number = self._plan.next_number()
+            kernel, _nothing = _kernel(OPS._finish.default, list(self._placed), self._plan.name, number, self._group)
             _write_as(
                 kernel,
                 lambda args: f"{symmetric_layout.emit_header()}.finish({number}, {args[0]}, {args[3]})",
             )
-        if self._back:
-            originals, placed = map(list, zip(*self._back, strict=True))
+        if self._mutated:
+            originals, placed = map(list, zip(*self._mutated, strict=True))
             kernel, _nothing = _kernel(OPS._write_back.default, originals, placed, self._known.op)
             _write_as(
                 kernel,
@@ -219,7 +217,7 @@ class _Call:
 
 
 def _realized(x: Any) -> Any:
-    """A tensor that has an address: views that no strides can express are copied, and so is what overlaps itself."""
+    """Give a tensor an address. Tensors that overlap themselves, and views without strides, are copied."""
     x.realize()
     found: Any = ir.ExternKernel.realize_input(x)
     if not isinstance(found, ir.TensorBox):
@@ -234,9 +232,9 @@ def _realized(x: Any) -> Any:
 
 
 def _is_dense(x: ir.TensorBox) -> bool:
-    """Whether no two elements share memory: each dimension steps over all that the smaller steps reach.
+    """Whether no two elements share memory: every dimension steps over the extent of all smaller steps.
 
-    Of shapes that are not known yet, what they are in the call that is compiled for.
+    Dynamic sizes count as in the example call.
     """
     hint = V.graph.sizevars.optimization_hint
     reached = 0
@@ -252,31 +250,31 @@ def _is_dense(x: ir.TensorBox) -> bool:
 def _overlap(x: Any, y: Any) -> bool:
     """Whether two views of a buffer may have an element in common."""
     spans = []
-    for each in (x, y):
-        begin, extent = each.get_layout().offset, 1
-        for size, stride in zip(each.get_size(), each.get_stride(), strict=True):
+    for view in (x, y):
+        begin, extent = view.get_layout().offset, 1
+        for size, stride in zip(view.get_size(), view.get_stride(), strict=True):
             extent = extent + (size - 1) * stride
         spans.append((begin, begin + extent))
     (begin, end), (other_begin, other_end) = spans
-    apart = V.graph.sizevars.statically_known_leq
-    return not (apart(end, other_begin) or apart(other_end, begin))
+    at_most = V.graph.sizevars.statically_known_leq
+    return not (at_most(end, other_begin) or at_most(other_end, begin))
 
 
 def _kernel(op: OpOverload, *args: Any) -> tuple[Any, Any]:
-    """Call one of our operators in the graph; the node that calls it, and what it returns."""
+    """Call one of symmem's operators in the graph; returns its node and its result."""
     made = ir.FallbackKernel.create(op, *args)
     if made is None:
         return V.graph.operations[-1], None
-    # Until torch 2.14 the node is one, and its only output another.
+    # In older torch, up to 2.13 or 2.14, the single output is a separate node.
     return made.inputs[0] if isinstance(made, ir.MultiOutput) else made, ir.TensorBox.create(made)
 
 
 def _write_as(kernel: Any, code: Callable[[Sequence[str]], str]) -> None:
-    """Let generated Python call a function of the runtime itself, which takes a part of the time of an operator.
+    """Let generated Python call a function of the runtime directly, because a call of an operator takes longer.
 
     Args:
-        kernel: Which calls the operator.
-        code: The line, of the operator's arguments.
+        kernel: The node that calls the operator.
+        code: Makes the line of code from the operator's arguments.
     """
     if V.graph.cpp_wrapper:
         return

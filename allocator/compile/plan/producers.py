@@ -1,4 +1,4 @@
-"""Operators that make their own result, which an operator with registered arguments takes."""
+"""Operators that allocate their own result, and feed an operator with registered arguments."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ from symmem.compile.plan.symmetric_layout import nbytes_of
 from symmem.ops.engines.select import name_of
 from symmem.ops.registry.registry import lookup
 
-__all__ = ["WITHIN", "fed", "producer"]
+__all__ = ["REDIRECT_BYTES", "fed", "producer"]
 
-WITHIN = 64 << 20
-"""Bytes from which on an operator without ``out=`` runs within ``use_symmetric_memory`` on CUDA: about 60 us a call."""
+REDIRECT_BYTES = 64 << 20
+"""On CUDA, an operator without ``out=`` runs within ``use_symmetric_memory`` if its result has this many bytes or more.
+
+That takes about 60 us per call.
+"""
 
 
 def fed(node: torch.fx.Node) -> str | None:
-    """The group of the first operator with registered arguments that takes what a node makes, or a view of it."""
+    """The group of the first operator with registered arguments that takes the result of a node, or a view of it."""
     seen, todo = set(), [node]
     while todo:
         for user in todo.pop().users:
@@ -44,21 +47,21 @@ def fed(node: torch.fx.Node) -> str | None:
 
 
 def _pays(made: torch.Tensor) -> bool:
-    """Whether it takes less time to make a tensor within ``use_symmetric_memory``, which on the CPU copies it too."""
+    """Whether ``use_symmetric_memory`` takes less time than a copy. On the CPU it copies too."""
     nbytes = nbytes_of(convert_shape_to_inductor(made.shape), made.dtype) or 0
-    return made.device.type == "cuda" and nbytes >= WITHIN
+    return made.device.type == "cuda" and nbytes >= REDIRECT_BYTES
 
 
 def producer(op: OpOverload, group: str | None) -> Callable[..., Any] | None:
-    """The lowering of an operator that makes its own result, of which Inductor then allocates the memory.
+    """A lowering that puts the result of an operator in memory that Inductor or symmem allocates.
 
     Args:
-        op: The operator.
-        group: Of the operator with registered arguments that takes the result; None if none does.
+        op: The operator. It allocates its own result.
+        group: The group of the operator with registered arguments that takes the result; None if there is none.
 
     Returns:
-        By its variant with ``out=``, if it has one; else within :func:`symmem.use_symmetric_memory`, where copying the
-        result takes longer than that; else None.
+        A call of the variant with ``out=``, if there is one. Otherwise a call within
+        :func:`symmem.use_symmetric_memory` if that takes less time than a copy, else None.
     """
     if V.graph.cpp_wrapper:
         return None
@@ -71,8 +74,8 @@ def producer(op: OpOverload, group: str | None) -> Callable[..., Any] | None:
         return None
 
     def lowered(*args: Any, **kwargs: Any) -> Any:
-        if symmetric_layout.state() is None:
-            symmetric_layout.start(uuid.uuid4().hex[:12])
+        if symmetric_layout.current_plan() is None:
+            symmetric_layout.begin_plan(uuid.uuid4().hex[:12])
         fallback: Any = fallback_handler
         result = fallback(op, add_to_fallback_set=False)(*args, **kwargs)
         kernel: Any = V.graph.operations[-1]
@@ -82,7 +85,7 @@ def producer(op: OpOverload, group: str | None) -> Callable[..., Any] | None:
             kernel.python_kernel_name = f"{symmetric_layout.emit_header()}.within({group!r}, torch.ops.{op})"
             type(kernel).codegen(kernel, wrapper)
 
-        kernel.codegen, kernel.symmem_within = codegen, True
+        kernel.codegen, kernel.symmem_redirected = codegen, True
         return result
 
     return lowered

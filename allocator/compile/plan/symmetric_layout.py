@@ -1,7 +1,7 @@
-"""Buffers that Inductor allocates in symmetric memory: their layout, and the code that allocates them.
+"""Buffers that Inductor allocates in symmetric memory: their layout, and the generated code that allocates them.
 
-A buffer of a compiled graph gets symmetric memory by its layout alone; Inductor reuses such buffers among themselves,
-by group and size, and for nothing else.
+The layout alone decides that a buffer gets symmetric memory. Inductor reuses the memory of such buffers only among
+themselves, by group and size.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from torch._inductor import config as inductor
 from torch._inductor import ir
 from torch._inductor.virtualized import V
 
+from symmem.compile.records import ArgumentRecord, BufferRecord
 from symmem.compile.report import GRAPH, MARK, Decision
-from symmem.compile.run.graph import Buffer
 from symmem.ops.engines.select import group_named
 
 __all__ = [
-    "State",
+    "GraphPlan",
     "SymmetricLayout",
     "allocation",
+    "begin_plan",
     "can_place",
+    "current_plan",
     "declare",
+    "declare_record",
     "emit_header",
     "imported",
     "is_part",
-    "keeps",
+    "keeps_outgrown",
     "nbytes_of",
     "root_of",
-    "root_wrapper",
     "shape_of",
-    "start",
-    "state",
 ]
 
 
 class SymmetricLayout(ir.CommBufferLayout):
-    """Of a buffer in the symmetric memory of groups.
+    """The layout of a buffer in the symmetric memory of one or more groups.
 
     Args:
-        layout: What it was.
-        group: Name of the group whose memory it is.
-        backend: Memory of its own, of this backend; None for the group's arena.
+        layout: The layout before.
+        group: Name of the group that owns the memory.
+        backend: Backend of a separate allocation; None for the group's arena.
 
     Attributes:
-        groups: Names of the groups that reach it; the first one's memory it is, and the others are part of that one.
-        escapes: Whether the graph returns it: then it is allocated anew at each call.
+        groups: Names of the groups that reach the buffer. The first group owns the memory and contains the others.
+        escapes: Whether the graph returns the buffer, so that it is allocated at every call.
     """
 
     def __init__(self, layout: Any, group: str, backend: str | None) -> None:
@@ -58,7 +58,7 @@ class SymmetricLayout(ir.CommBufferLayout):
         self.backend, self.escapes = backend, False
 
     def join(self, group: str) -> bool:
-        """Let one more group reach it; False if neither group is part of the other."""
+        """Let another group reach the buffer. Returns False if neither group is part of the other."""
         if group in self.groups:
             return True
         if self.backend is not None:
@@ -73,17 +73,17 @@ class SymmetricLayout(ir.CommBufferLayout):
         return True
 
     def escape(self, name: str) -> None:
-        """Note that the graph returns it."""
+        """Note that the graph returns the buffer."""
         self.escapes = True
         self._name(f" {name}")
 
     def _name(self, suffix: str = "") -> None:
-        # Inductor reuses the memory of buffers among those with the same group_name.
+        # Inductor reuses memory among buffers with the same group_name.
         self.group_name = ", ".join(self.groups) + suffix
 
 
 def is_part(part: str, whole: str) -> bool:
-    """Whether all ranks of one process group are in another."""
+    """Whether all ranks of one process group belong to another."""
     groups = [group_named(name).process_group for name in (part, whole)]
     if any(group is None for group in groups):
         return False
@@ -92,27 +92,27 @@ def is_part(part: str, whole: str) -> bool:
 
 
 @dataclass
-class State:
-    """What is known of a graph that is being compiled, its subgraphs included.
+class GraphPlan:
+    """The plan of a graph that is being compiled, with its subgraphs.
 
     Attributes:
-        name: For reports, and for code in C++.
-        decisions: What became of each registered argument.
-        memo: Arguments that were placed already, by graph, buffer, view and group.
-        apart: Names of inputs that are looked at outside of CUDA graphs.
-        count: Buffers and arguments so far.
-        told: Whether the generated code has the decisions.
+        name: Name of the graph, for reports and for C++ code.
+        decisions: The decisions about registered arguments so far.
+        memo: The results for arguments that are checked at run time, by graph, buffer, view and group.
+        uncaptured_inputs: Names of inputs that are checked outside of CUDA graphs.
+        count: Number of buffers and arguments so far.
+        header_written: Whether the generated code contains the decisions.
     """
 
     name: str
     decisions: list[Decision] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
-    apart: set[str] = field(default_factory=set)
+    uncaptured_inputs: set[str] = field(default_factory=set)
     count: int = 0
-    told: bool = False
+    header_written: bool = False
 
     def next_number(self) -> int:
-        """A number for a buffer or an argument of the graph."""
+        """Return the number of the next buffer or argument of the graph."""
         self.count += 1
         return self.count - 1
 
@@ -123,27 +123,27 @@ def _root(graph: Any) -> Any:
     return graph
 
 
-def state() -> State | None:
-    """What is known of the graph that is being compiled; None if it has no registered operator so far."""
-    found: State | None = getattr(_root(V.graph), "_symmem", None)
+def current_plan() -> GraphPlan | None:
+    """The plan of the graph that is being compiled; None if it has no registered operator so far."""
+    found: GraphPlan | None = getattr(_root(V.graph), "_symmem", None)
     return found
 
 
-def start(name: str) -> State:
-    """Begin with the first registered operator of a graph."""
-    made = _root(V.graph)._symmem = State(name)
+def begin_plan(name: str) -> GraphPlan:
+    """Begin a plan, at the first registered operator of a graph."""
+    made = _root(V.graph)._symmem = GraphPlan(name)
     return made
 
 
 def emit_header() -> str:
-    """Let the generated module know of its graph; returns what that is there, for the function that runs.
+    """Return the expression for the running function's graph in generated code; write its import on first use.
 
-    What was decided goes along in comments: compiled code that comes out of a cache is reported as well.
+    The decisions are written as comments, so that code from a cache is reported too.
     """
-    wrapper, known = root_wrapper(), state()
+    wrapper, known = _root(V.graph).wrapper_code, current_plan()
     assert known is not None
-    if not known.told:
-        known.told = True
+    if not known.header_written:
+        known.header_written = True
         wrapper.add_import_once("from symmem.compile.run.current_graph import running as symmem_running")
         for line in (f"{GRAPH}{known.name}", *(f"{MARK}{decision.line()}" for decision in known.decisions)):
             wrapper.imports.writeline(f"# {line}")
@@ -151,47 +151,47 @@ def emit_header() -> str:
 
 
 def imported(module: str) -> str:
-    """Let the generated module import one of ours; returns its name there."""
-    root_wrapper().add_import_once(f"import {module}")
+    """Write an import into the generated module, and return the module's name."""
+    _root(V.graph).wrapper_code.add_import_once(f"import {module}")
     return module
 
 
 def declare(module: str, variable: str, value: str) -> str:
-    """Let the generated module have a value of its own, out of a module of ours; returns the variable."""
-    root_wrapper().add_import_once(f"{variable} = {imported(module)}.{value}")
+    """Write ``variable = module.value`` into the generated module once, and return the variable."""
+    _root(V.graph).wrapper_code.add_import_once(f"{variable} = {imported(module)}.{value}")
     return variable
 
 
-def root_wrapper() -> Any:
-    """What writes the module of the graph that is being compiled."""
-    return _root(V.graph).wrapper_code
+def declare_record(record: BufferRecord | ArgumentRecord) -> str:
+    """Write a record into the generated module, and return its variable."""
+    return declare(type(record).__module__, f"symmem_{record.number}", repr(record))
 
 
 def allocation(line: Any) -> str:
-    """The code that allocates a buffer with a :class:`SymmetricLayout`."""
-    node, known = line.node, state()
+    """Generated code that allocates a buffer with a :class:`SymmetricLayout`."""
+    node, known = line.node, current_plan()
     assert known is not None
     layout = node.get_output_spec()
     device = node.get_device()
-    buffer = Buffer(known.next_number(), node.get_dtype(), str(device), layout.groups, layout.backend, keeps(device))
-    record = declare("symmem.compile.run.graph", f"symmem_{buffer.number}", repr(buffer))
+    number, keep = known.next_number(), keeps_outgrown(device)
+    record = BufferRecord(number, node.get_dtype(), str(device), layout.groups, layout.backend, keep)
     make = "fresh" if layout.escapes else "buffer"
-    return f"{node.get_name()} = {emit_header()}.{make}({record}, {shape_of(node)})"
+    return f"{node.get_name()} = {emit_header()}.{make}({declare_record(record)}, {shape_of(node)})"
 
 
 def shape_of(x: Any) -> str:
-    """Sizes and strides of a tensor, as the arguments of a call in generated code."""
+    """Sizes and strides of a tensor, as arguments in generated code."""
     tuple_of = V.graph.wrapper_code.codegen_shape_tuple
     return f"{tuple_of(tuple(x.get_size()))}, {tuple_of(tuple(x.get_stride()))}"
 
 
-def keeps(device: torch.device | None) -> bool:
-    """Whether CUDA graphs may be captured with a graph's memory, which then must stay as long as they do."""
+def keeps_outgrown(device: torch.device | None) -> bool:
+    """Whether outgrown memory stays allocated, because captured CUDA graphs may still use it."""
     return device is not None and device.type == "cuda" and bool(inductor.triton.cudagraphs)
 
 
 def root_of(x: Any) -> Any:
-    """The buffer in whose memory a value lies."""
+    """The buffer that holds the memory of a value."""
     while True:
         spec = x.get_output_spec() if isinstance(x, ir.Buffer) else None
         if isinstance(x, ir.BaseView):
@@ -207,11 +207,11 @@ def root_of(x: Any) -> Any:
 
 
 def can_place(buffer: Any) -> bool:
-    """Whether Inductor allocates a buffer, and can do so in symmetric memory."""
+    """Whether Inductor can allocate a buffer in symmetric memory."""
     return (
         isinstance(buffer, ir.Buffer)
         and not isinstance(buffer, ir.InputBuffer)
-        # Of several kernels to choose from, some may allocate their own result.
+        # Some of the kernels to choose from may allocate their own result.
         and not (isinstance(buffer, ir.MultiTemplateBuffer) and not buffer.output_plannable)
         and buffer.should_allocate()
         and isinstance(buffer.get_output_spec(), ir.FlexibleLayout | ir.FixedLayout)
@@ -220,6 +220,6 @@ def can_place(buffer: Any) -> bool:
 
 
 def nbytes_of(sizes: Any, dtype: torch.dtype) -> int | None:
-    """Bytes of a dense tensor; None if its shape is not known when it is compiled."""
+    """Bytes of a dense tensor; None if its shape is dynamic."""
     elements = math.prod(sizes)
     return int(elements) * dtype.itemsize if isinstance(elements, int) or elements.is_number else None

@@ -1,1 +1,1 @@
-"""Code that compiled functions call at run time."""
+"""Run time: the functions that compiled code calls."""

@@ -1,7 +1,7 @@
-"""Functions that compiled code calls, and operators for code in C++, beside :class:`symmem.compile.run.graph.Graph`.
+"""Functions that generated Python calls, and operators that generated C++ calls.
 
-By the operators a graph says what it does with an argument, so that the compiler orders it with all else. Code in
-Python calls functions and methods instead.
+A graph contains the operators, so that the compiler orders them with the other nodes. Generated Python calls the
+functions here, and the methods of :class:`symmem.compile.run.graph.Graph`, instead of the operators.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from symmem.compile.records import ArgumentRecord
 from symmem.compile.run.current_graph import running
-from symmem.compile.run.graph import Argument, Graph
+from symmem.compile.run.graph import Graph
 from symmem.errors import GroupError, InvalidArgumentError
 from symmem.ops import eager
 from symmem.ops.collectives import KINDS, _plain
@@ -21,60 +22,59 @@ from symmem.ops.engines.select import engine_for, group_named
 
 __all__ = ["LIBRARY", "collective", "write_back"]
 
-LIBRARY: Any = torch.library.Library("symmem", "FRAGMENT")  # type: ignore[no-untyped-call]  # so are its methods
+LIBRARY: Any = torch.library.Library("symmem", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def write_back(originals: Sequence[torch.Tensor], placed: Sequence[torch.Tensor], op: str) -> None:
-    """Copy what an operator has written to the copies of arguments to the arguments themselves.
+    """Copy results from the copies of mutated arguments back to the arguments.
 
     Args:
-        originals: What the caller passed for each argument that the operator writes to.
-        placed: What the operator was given.
-        op: Its name.
+        originals: The mutated arguments that the caller passed.
+        placed: The tensors that the operator got instead.
+        op: Name of the operator.
 
     Raises:
-        InvalidArgumentError: Arguments share memory, and one of them was copied: then neither copy has all that was
-            written. Nothing is written back.
+        InvalidArgumentError: Arguments share memory and one of them was copied, so no copy has all the results.
+            Nothing is written back.
     """
     pairs = [(x, y) for x, y in zip(originals, placed, strict=True) if x.data_ptr() != y.data_ptr()]
     if pairs and len(originals) > 1:
-        _check_apart(originals, placed, op)
+        _check_no_overlap(originals, placed, op)
     for original, copy in pairs:
         original.copy_(copy)
 
 
-def _check_apart(originals: Sequence[torch.Tensor], placed: Sequence[torch.Tensor], op: str) -> None:
+def _check_no_overlap(originals: Sequence[torch.Tensor], placed: Sequence[torch.Tensor], op: str) -> None:
     spans = sorted({(x.data_ptr(), _end(x), y.data_ptr()) for x, y in zip(originals, placed, strict=True)})
     for (_begin, end, _place), (begin, _its_end, _its_place) in itertools.pairwise(spans):
         if begin < end:
             raise InvalidArgumentError(
-                f"{op} writes to several arguments, which share memory in this call, and at least one is copied to "
-                "symmetric memory: what was written to one would overwrite the other, so nothing was written back",
-                hint="pass tensors that do not overlap, or all of them in symmetric memory",
+                f"{op} writes to several arguments that share memory in this call, and at least one of them was copied "
+                "to symmetric memory: writing one back would overwrite the other, so nothing was written back",
+                hint="pass tensors that do not overlap, or pass all of them in symmetric memory",
                 step=op,
             )
 
 
 def _end(tensor: torch.Tensor) -> int:
-    """The address behind the last element."""
+    """The address after the last element."""
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr() + (steps + 1) * tensor.element_size() if tensor.numel() else tensor.data_ptr()
 
 
 def collective(operation: str, group_name: str, world: int, *options: Any) -> Callable[..., None]:
-    """A collective operator of symmem, as a graph calls it: ``call(x, out)``.
+    """Return ``call(x, out)``, which runs a collective operator of symmem from compiled code.
 
-    What the operator checks of a call was checked when it was compiled: shapes, dtypes, devices and options. So it goes
-    straight to the engine.
+    The call goes straight to the engine, because shapes, dtypes, devices and options were checked at compile time.
 
     Args:
-        operation: ``"all_reduce"``, ...
-        group_name: Of the group.
-        world: Its number of ranks, which the graph was compiled for.
-        options: Between tensor and group.
+        operation: ``"all_reduce"``, for example.
+        group_name: Name of the group.
+        world: The number of ranks that the graph was compiled for.
+        options: Arguments of the operator between the tensor and the group.
 
     Raises:
-        GroupError: By the call: there is no such group any more, or it has another number of ranks.
+        GroupError: From ``call``: there is no such group any more, or its number of ranks changed.
     """
     operator, kind = getattr(torch.ops.symmem, f"{operation}_out").default, KINDS[operation]
     option = options[0] if options else None
@@ -82,15 +82,15 @@ def collective(operation: str, group_name: str, world: int, *options: Any) -> Ca
     def call(x: torch.Tensor, out: torch.Tensor) -> None:
         if eager.run(kind, x, group_name, option, out) is not None:
             return
-        if _is_profiling():  # which is told of operators by the dispatcher
+        if _is_profiling():  # the profiler sees only operators that go through the dispatcher
             operator(x, *options, group_name, out=out)
             return
         group = group_named(group_name)
-        if group.size != world and operation != "all_reduce":  # whose shapes are the same for all
+        if group.size != world and operation != "all_reduce":  # its shapes do not depend on the number of ranks
             raise GroupError(
-                f"symmem::{operation} was compiled for the group {group_name!r} of {world} ranks, which has "
-                f"{group.size} now",
-                hint="call torch._dynamo.reset(), and the function is compiled anew",
+                f"symmem::{operation} was compiled for the group {group_name!r} of {world} ranks, but the "
+                f"group has {group.size} ranks now",
+                hint="call torch._dynamo.reset() to recompile the function",
                 rank=group.rank,
             )
         getattr(engine_for(group, x.device), operation)(_plain(x), out, *options)
@@ -103,7 +103,7 @@ _is_profiling = torch._C._autograd._profiler_enabled
 
 
 def _graph(name: str) -> Graph:
-    """The graph of code in C++."""
+    """The graph of generated C++."""
     known = running.here.of_cpp
     if name not in known:
         known[name] = Graph()
@@ -113,9 +113,9 @@ def _graph(name: str) -> Graph:
 
 
 def _place(
-    x: torch.Tensor, name: str, number: int, group: str, backend: str | None, way: str, keep: bool, op: str
+    x: torch.Tensor, name: str, number: int, group: str, backend: str | None, policy: str, keep: bool, op: str
 ) -> torch.Tensor:
-    placed = _graph(name).place(Argument(number, group, backend, way, keep, op), x, x.shape, x.stride())
+    placed = _graph(name).place(ArgumentRecord(number, group, backend, policy, keep, op), x, x.shape, x.stride())
     return x.view_as(x) if placed is x else placed
 
 
@@ -131,7 +131,7 @@ def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
 
 
 _define(
-    "_place(Tensor(a) x, str name, int number, str group, str? backend, str way, bool keep, str op) -> Tensor(a)",
+    "_place(Tensor(a) x, str name, int number, str group, str? backend, str policy, bool keep, str op) -> Tensor(a)",
     _place,
     lambda x, *rest: x.view_as(x),
 )

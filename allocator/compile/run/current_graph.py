@@ -1,4 +1,4 @@
-"""Which graph generated code means: that of the compiled function which is running on this thread."""
+"""The graph that generated code uses: the graph of the compiled function that runs on this thread."""
 
 from __future__ import annotations
 
@@ -17,50 +17,49 @@ from symmem.errors import UnsupportedError
 __all__ = ["bound", "running"]
 
 
-class _Here:
-    """What generated code of this thread means.
+class _ThreadGraphs:
+    """The graphs that generated code on this thread uses.
 
-    The same code may come out of a cache several times, and torch loads it as one module, which it never lets go. So
-    the module has no graph, and each compiled function has one of its own: if they shared one, whether it is there
-    still would depend on when the collector ran on a rank, and ranks would allocate differently.
+    Torch loads the same code from a cache as one module, and never unloads the module. So every compiled function
+    has a separate graph, and the module has none. If functions shared a graph, its lifetime would depend on when the
+    garbage collector runs on a rank, and ranks would allocate differently.
 
     Attributes:
-        graph: That of the function that is running.
-        of_cpp: Of code in C++, by its name: torch loads it as it is, and no function of ours runs it.
+        graph: The graph of the running function.
+        of_cpp: Graphs of generated C++ by name. Torch runs that code without :func:`bound`.
     """
 
     __slots__ = ("graph", "of_cpp")
 
     def __init__(self) -> None:
-        self.graph = Graph()  # for a call from outside of a compiled function
+        self.graph = Graph()  # for calls from outside of compiled functions
         self.of_cpp: dict[str, Graph] = {}
 
 
 class _Running(threading.local):
-    """For generated code: ``here``, of each thread. It is one object, for each look at what a thread has costs."""
+    """``here`` has the graphs of a thread. It is a single object, because every access to a thread-local takes time."""
 
     def __init__(self) -> None:
-        self.here = _Here()
+        self.here = _ThreadGraphs()
 
 
 running = _Running()
 
+_function_graphs: WeakSet[_FunctionGraph] = WeakSet()
 
-_owned: WeakSet[_Own] = WeakSet()
 
+class _FunctionGraph(Graph):
+    """The graph of one compiled function. Threads take turns to run the function.
 
-class _Own(Graph):
-    """The graph of one compiled function, which threads run in turns.
-
-    A turn is taken by removing ``idle``, which one thread alone can do: a lock would cost as much as all else that is
-    done for a call. Who has to wait is told by ``given_back``: putting something there is one step, which no signal
-    handler can divide.
+    A thread takes the turn by deleting ``idle``, because only one thread can succeed. A lock would take as long as
+    all other work per call. A thread that ends its turn puts an item into ``given_back``. That is a single step, so
+    a signal handler cannot interrupt it halfway.
 
     Attributes:
-        idle: There is such an attribute while no thread runs the function.
-        outer: What the thread that runs it ran when it called it.
-        waiting: One object for each call that waits for its turn.
-        given_back: Where those look whether the turn may be theirs.
+        idle: Exists while no thread runs the function.
+        outer: The graph that the running thread used before it called the function.
+        waiting: One object per call that waits for its turn.
+        given_back: Queue that wakes a waiting call.
     """
 
     idle: bool
@@ -71,45 +70,45 @@ class _Own(Graph):
         self.outer: Graph | None = None
         self.waiting: set[object] = set()
         self.given_back: SimpleQueue[None] = SimpleQueue()
-        _owned.add(self)
+        _function_graphs.add(self)
 
     def wait(self) -> None:
-        """Until another thread has done.
+        """Wait until another thread ends its turn.
 
         Raises:
-            UnsupportedError: It is this thread that runs the function.
+            UnsupportedError: This thread itself runs the function.
         """
-        if self in _run_here():
+        if self in _running_graphs():
             raise UnsupportedError(
                 "a compiled function with registered operators is called within its own call, and would overwrite "
                 "its buffers in symmetric memory",
-                hint="let the operator that calls it call another function, compiled by itself",
+                hint="let the operator call another function that is compiled separately",
             )
         me = object()
         try:
             self.waiting.add(me)
             while not hasattr(self, "idle"):
                 self.given_back.get()
-        finally:  # it may not come to take its turn; then another does
+        finally:  # this call may fail before it takes its turn, so wake another one
             self.waiting.discard(me)
             if self.waiting:
                 self.given_back.put(None)
 
 
-def _run_here() -> list[Graph]:
-    """The graphs of the functions that this thread runs, the innermost first."""
+def _running_graphs() -> list[Graph]:
+    """The graphs of the functions that this thread runs, innermost first."""
     found: list[Graph] = []
     graph: Graph | None = running.here.graph
-    while isinstance(graph, _Own):
+    while isinstance(graph, _FunctionGraph):
         found.append(graph)
         graph = graph.outer
     return found
 
 
 def _give_back_in_child() -> None:
-    """In a forked child: the threads that ran or awaited a function at the fork are not there any more."""
-    mine = _run_here()
-    for graph in list(_owned):
+    """In a forked child, take back the turns of the parent's other threads, which do not exist here."""
+    mine = _running_graphs()
+    for graph in list(_function_graphs):
         graph.waiting, graph.given_back = set(), SimpleQueue()
         if graph not in mine:
             graph.outer, graph.idle = None, True
@@ -119,16 +118,16 @@ os.register_at_fork(after_in_child=_give_back_in_child)
 
 
 def bound(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled function that runs with a graph of its own, and keeps it alive.
+    """Wrap a compiled function so that it runs with its own graph and keeps the graph alive.
 
     Args:
-        function: Of generated code.
+        function: The function that generated code defines.
 
     Raises:
-        UnsupportedError: It is called by an operator that it calls itself.
-        SymmemError: Why a kernel of ours has stopped, where torch finds that the GPU cannot be used any more.
+        UnsupportedError: From the call: an operator within the function calls the function.
+        SymmemError: From the call: a kernel of symmem stopped, and torch can no longer use the GPU. Says why.
     """
-    graph = _Own()
+    graph = _FunctionGraph()
 
     @functools.wraps(function)
     def call(inputs: Any) -> Any:
@@ -140,12 +139,12 @@ def bound(function: Callable[..., Any]) -> Callable[..., Any]:
                 break
             except AttributeError:
                 graph.wait()
-        # Nothing is called before the `try`, so that no signal handler can raise and leave the turn taken.
+        # No call happens before the `try`, so a signal handler cannot raise here and leave the turn taken.
         graph.outer, here.graph = before, graph
         try:
             graph.begin()
             return function(inputs)
-        except RuntimeError as error:  # of CUDA, which says only that a kernel has stopped
+        except RuntimeError as error:  # CUDA's error does not say why a kernel stopped
             raise_failure(error)
             raise
         finally:

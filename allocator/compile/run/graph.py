@@ -1,12 +1,12 @@
-"""What compiled code calls: its persistent buffers in symmetric memory, and its inputs that are copied there.
+"""The runtime of a compiled graph: its persistent symmetric buffers, and copies of its inputs.
 
-A compiled graph has a :class:`Graph` here, which keeps its buffers from one call to the next: an address never changes
-while shapes do not, and nothing is allocated in a warm call. It lives as long as the compiled function, which holds it;
-the generated module, which torch never lets go, has no more than a record of each buffer and argument.
+A compiled graph has a :class:`Graph`, which keeps buffers from call to call. An address changes only if a shape
+changes, and a warm call allocates nothing. The compiled function owns its graph. The generated module, which torch
+never unloads, holds only a record per buffer and argument.
 
-A graph's buffers hold nothing between two calls. One call must be over, on its stream, before another of the same graph
-begins: threads take turns, an operator cannot call the function that calls it, and compiled functions that communicate
-are not to be run on two streams at once.
+The content of the buffers is not kept between calls. A call must be complete on its stream before the next call of
+the same graph begins. Threads take turns, and an operator cannot call the function that calls it. Do not run a
+compiled function that communicates on two streams at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from symmem.compile.run.inputs import CHANGES, Input, Made, block_of, nothing
+from symmem.compile.records import ArgumentRecord, BufferRecord
+from symmem.compile.run.inputs import Input, PersistentBuffer, block_of, dead_reference
 from symmem.errors import NotSymmetricError
 from symmem.group.group import Group
 from symmem.memory import block as block_module
@@ -30,74 +31,33 @@ from symmem.ops.registry.eager_checks import asked_locally, is_torchs
 from symmem.redirect.context import use_symmetric_memory
 from symmem.tensor.tensor import SymmetricTensor, find
 
-__all__ = ["CHANGES", "Argument", "Buffer", "Graph"]
+__all__ = ["Graph"]
 
 
-class Buffer(NamedTuple):
-    """What a graph knows of one of its buffers when it is compiled; the shape comes with each call.
-
-    Attributes:
-        number: Which buffer of the graph.
-        dtype: Of its elements.
-        device: Where.
-        groups: Names of the groups whose ranks reach it; the first one's memory it is.
-        backend: Memory of its own, of this backend; None for the group's arena.
-        keep: Whether memory that it has outgrown stays, for a CUDA graph that was captured with it.
-    """
-
-    number: int
-    dtype: torch.dtype
-    device: str
-    groups: tuple[str, ...]
-    backend: str | None
-    keep: bool
-
-    def allocate(self, sizes: Sequence[int], strides: Sequence[int], name: str) -> torch.Tensor:
-        """A new tensor for it. Collective if an arena grows."""
-        handle = SymmetricTensor.allocate(
-            sizes,
-            self.dtype,
-            self.device,
-            strides=strides,
-            group=group_named(self.groups[0]),
-            backend=self.backend,
-            arena=None if self.backend is None else False,
-            name=name,
-        )
-        for group in self.groups:
-            handle.rendezvous(group_named(group))
-        return handle.tensor
+def _allocate(record: BufferRecord, sizes: Sequence[int], strides: Sequence[int], name: str) -> torch.Tensor:
+    """Allocate a tensor for a buffer. Collective if an arena grows."""
+    handle = SymmetricTensor.allocate(
+        sizes,
+        record.dtype,
+        record.device,
+        strides=strides,
+        group=group_named(record.groups[0]),
+        backend=record.backend,
+        arena=None if record.backend is None else False,
+        name=name,
+    )
+    for group in record.groups:
+        handle.rendezvous(group_named(group))
+    return handle.tensor
 
 
-class Argument(NamedTuple):
-    """What a graph knows of an argument that it looks after at run time.
-
-    Attributes:
-        number: Which argument of the graph.
-        group: Name of the operator's group.
-        backend: Of a copy: see :class:`Buffer`.
-        way: ``"agree"``: the ranks compare; ``"own"``: what lies in symmetric memory is taken as it is, for it comes
-            from an allocation that all ranks make alike; ``"strict"``: as that, and plain memory is an error;
-            ``"copy"``: it is copied, wherever it lies.
-        keep: Of a copy: see :class:`Buffer`.
-        op: The operator and the argument, for messages.
-    """
-
-    number: int
-    group: str
-    backend: str | None
-    way: str
-    keep: bool
-    op: str
-
-
-class _Known(NamedTuple):
-    """A group that has met, and how to see quickly that its name still means it.
+class _GroupReference(NamedTuple):
+    """A group with a rendezvous, and the data to check quickly that its name still refers to it.
 
     Attributes:
         group: The group.
-        process_group: Its process group, while it is there; none of a group made from a store.
-        registered: Where torch keeps process groups until they are destroyed.
+        process_group: Weak reference to its process group; returns None for a group made from a store.
+        registered: The process groups that torch has not destroyed.
     """
 
     group: Group
@@ -105,11 +65,11 @@ class _Known(NamedTuple):
     registered: Container[object]
 
     @classmethod
-    def now(cls, group: Group) -> _Known:
-        """What there is to see now."""
+    def of(cls, group: Group) -> _GroupReference:
+        """Make a reference to a group."""
         found = group.process_group
         if found is None:
-            return cls(group, nothing, ())
+            return cls(group, dead_reference, ())
         return cls(group, weakref.ref(found), dist.distributed_c10d._world.pg_map)
 
 
@@ -117,75 +77,76 @@ class Graph:
     """The persistent memory of one compiled graph."""
 
     def __init__(self) -> None:
-        self._buffers: dict[int, Made] = {}
+        self._buffers: dict[int, PersistentBuffer] = {}
         self._inputs: dict[int, Input] = {}
         self._finished: dict[int, tuple[int, weakref.ref[Block]]] = {}
-        self._kept: list[torch.Tensor] = []
-        self._torchs: dict[int, int] = {}  # addresses of arguments in torch's own memory
-        self._not_torchs: set[int] = set()
-        self._groups: list[_Known] = []  # that have met for any of these
+        self._kept: list[torch.Tensor] = []  # outgrown memory that CUDA graphs may still use
+        self._in_torchs_memory: dict[int, int] = {}  # address by number of the argument
+        self._not_in_torchs_memory: set[int] = set()
+        self._groups: list[_GroupReference] = []  # groups with a rendezvous for this memory
 
     def begin(self) -> None:
-        """Called before each call: what groups have met for goes, if one of them was made anew under its name.
+        """Begin a call: drop all buffers if a group was closed or its name refers to a new group.
 
         Raises:
             GroupError: There is no group of that name any more.
         """
         for group, process_group, registered in self._groups:
             if (group.closed or process_group() not in registered) and group_named(group.name) is not group:
-                self._kept += [made.tensor for made in self._buffers.values() if made.keep]
+                self._kept += [buffer.tensor for buffer in self._buffers.values() if buffer.keep]
                 for known in (self._buffers, self._inputs, self._finished, self._groups):
                     known.clear()
                 return
 
     def _enter(self, name: str) -> Group:
-        """The group of a name, which :meth:`begin` looks after."""
+        """The group of a name. :meth:`begin` checks it from now on."""
         group = group_named(name)
         if all(known.group is not group for known in self._groups):
-            self._groups.append(_Known.now(group))
+            self._groups.append(_GroupReference.of(group))
         return group
 
-    def buffer(self, buffer: Buffer, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
-        """The tensor of a buffer, the same one at each call while its shape stays. Collective when it is made or grows.
+    def buffer(self, record: BufferRecord, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+        """The tensor of a buffer. It is the same tensor while the shape stays. Collective if it is made or grows.
 
         Args:
-            buffer: Which.
-            sizes: Its shape.
-            strides: In elements.
+            record: The buffer.
+            sizes: Its sizes.
+            strides: Its strides, in elements.
         """
-        known = self._buffers.get(buffer.number)
+        known = self._buffers.get(record.number)
         if known is not None and known.sizes == sizes and known.strides == strides:
             return known.tensor
-        return self._make(buffer, sizes, strides).tensor
+        return self._make(record, sizes, strides).tensor
 
-    def _make(self, buffer: Buffer, sizes: Sequence[int], strides: Sequence[int]) -> Made:
+    def _make(self, record: BufferRecord, sizes: Sequence[int], strides: Sequence[int]) -> PersistentBuffer:
         reach = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         needed = 0 if 0 in sizes else 1 + reach
-        # Compiled code runs with and without inference mode; a tensor made in it could not be written to outside.
+        # Calls in and outside of inference mode share the tensor. Outside, nothing can write to an inference tensor.
         with torch.inference_mode(False), torch.no_grad():
-            known = self._buffers.get(buffer.number)
+            known = self._buffers.get(record.number)
             if known is not None and needed <= known.capacity:
                 tensor, capacity = known.tensor.as_strided(sizes, strides), known.capacity
             else:
-                if known is not None and buffer.keep:
+                if known is not None and record.keep:
                     self._kept.append(known.tensor)
                 tensor = cuda_graphs.apart(
-                    torch.device(buffer.device),
+                    torch.device(record.device),
                     "memory of compiled code cannot be allocated",
-                    lambda: buffer.allocate(sizes, strides, f"compiled {buffer.number}"),
+                    lambda: _allocate(record, sizes, strides, f"compiled {record.number}"),
                 )
                 capacity = needed
-        for name in buffer.groups:
+        for name in record.groups:
             self._enter(name)
-        made = self._buffers[buffer.number] = Made(tuple(sizes), tuple(strides), tensor, capacity, buffer.keep)
+        made = PersistentBuffer(tuple(sizes), tuple(strides), tensor, capacity, record.keep)
+        self._buffers[record.number] = made
         return made
 
-    def fresh(self, buffer: Buffer, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
-        """A tensor that is returned, in memory that goes with it; see :meth:`buffer`. Collective if an arena grows."""
-        return buffer.allocate(sizes, strides, "compiled result")
+    def fresh(self, record: BufferRecord, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+        """Allocate a tensor that the graph returns: see :meth:`buffer`. Collective if an arena grows."""
+        return _allocate(record, sizes, strides, "compiled result")
 
     def within(self, group: str, op: Callable[..., Any]) -> Callable[..., Any]:
-        """An operator whose results lie in the symmetric memory of a group: see :func:`symmem.use_symmetric_memory`."""
+        """Wrap an operator so that it runs within :func:`symmem.use_symmetric_memory` of a group."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with use_symmetric_memory(group_named(group)):
@@ -193,22 +154,24 @@ class Graph:
 
         return call
 
-    def place(self, argument: Argument, x: torch.Tensor, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
-        """An argument of an operator, in symmetric memory: itself if it lies there on all ranks, else a copy.
+    def place(
+        self, record: ArgumentRecord, x: torch.Tensor, sizes: Sequence[int], strides: Sequence[int]
+    ) -> torch.Tensor:
+        """Return an argument in symmetric memory: the argument itself if it is symmetric on all ranks, else a copy.
 
-        Collective over the group at the first call, and when the address of what lies in symmetric memory changes.
+        Collective over the group at the first call, and when the address of a symmetric argument changes.
 
         Args:
-            argument: Which.
-            x: The argument; dense.
-            sizes: Its shape: compiled code knows it.
-            strides: In elements.
+            record: The argument.
+            x: Its value, a dense tensor.
+            sizes: Its sizes, which compiled code knows.
+            strides: Its strides, in elements.
 
         Raises:
-            NotSymmetricError: It is plain memory, and a copy would be no use.
-            PeerTimeoutError: A rank came with what was known already, and the others did not; names it.
+            NotSymmetricError: The argument is plain memory, and its operator does not work on a copy.
+            PeerTimeoutError: The address changed on this rank but not on a peer, so the peer did not compare. Names it.
         """
-        known = self._inputs.get(argument.number)
+        known = self._inputs.get(record.number)
         if known is not None:
             copy = known.copy
             if copy is None:
@@ -216,71 +179,71 @@ class Graph:
                     return x
             elif copy.sizes == sizes and copy.strides == strides:
                 return copy.tensor.copy_(x)
-        return self._look(argument, known, x, sizes, strides)
+        return self._check(record, known, x, sizes, strides)
 
-    def _look(
+    def _check(
         self,
-        argument: Argument,
+        record: ArgumentRecord,
         known: Input | None,
         x: torch.Tensor,
         sizes: Sequence[int],
         strides: Sequence[int],
     ) -> torch.Tensor:
-        """What becomes of an argument that is not what it was in the call before; see :meth:`place`."""
-        number, name, backend, way, keep, op = argument
-        # Of torch's own memory, its operators find out by themselves whether it is the same on all ranks.
+        """Decide about an argument that differs from the last call; see :meth:`place`."""
+        number, name, backend, policy, keep, op = record
+        # Torch's operators check by themselves that torch's memory is the same on all ranks.
         if x.numel() == 0 or (backend is not None and self._is_torchs(number, x, name)):
             return x
-        if way in ("agree", "copy"):
+        if policy in ("agree", "copy"):
             if known is None:
-                # What torch's operators need is torch's memory, which was asked for above.
-                known = self._inputs[number] = Input(self._enter(name), copying=way == "copy" or backend is not None)
+                # An operator of torch needs torch's memory, which was checked above, so other memory is copied.
+                known = self._inputs[number] = Input(self._enter(name), copying=policy == "copy" or backend is not None)
             if not known.copying and known.agree(x, group_named(name), op):
                 return x
         elif backend is None and block_of(x, group_named(name)) is not None:
             return x
-        if way == "strict":
+        if policy == "strict":
             raise NotSymmetricError(
                 f"{op} must be symmetric memory, and is a plain tensor of shape {tuple(x.shape)}, {x.dtype}, on "
-                f"{x.device}; no copy is made for an operator that ranks call alone",
+                f"{x.device}; a one-sided operator does not work on a copy, because peers do not know its address",
                 hint=f"allocate it with symmem.allocate({tuple(x.shape)}, {x.dtype}, {str(x.device)!r}).tensor",
                 step=op,
             )
         copy = self._buffers.get(number)
         if copy is None or copy.sizes != sizes or copy.strides != strides:
-            copy = self._make(Buffer(number, x.dtype, str(x.device), (name,), backend, keep), sizes, strides)
-        if known is not None and backend is None:  # else it may be torch's memory the next time
+            copy = self._make(BufferRecord(number, x.dtype, str(x.device), (name,), backend, keep), sizes, strides)
+        if known is not None and backend is None:  # with a backend, the next argument may be in torch's memory
             known.copy = copy
         return copy.tensor.copy_(x)
 
     def _is_torchs(self, number: int, x: torch.Tensor, group: str) -> bool:
-        """Whether an argument lies in symmetric memory of torch's, as far as that is asked."""
-        if number in self._not_torchs or not is_torchs(x, lambda: group):
-            if not asked_locally():  # another time it would warn again; and what is copied is right as well
-                self._not_torchs.add(number)
+        """Whether an argument is in torch's symmetric memory."""
+        if number in self._not_in_torchs_memory or not is_torchs(x, lambda: group):
+            if not asked_locally():  # asking again would warn again; a copy is correct too
+                self._not_in_torchs_memory.add(number)
             return False
-        self._torchs[number] = x.data_ptr()
+        self._in_torchs_memory[number] = x.data_ptr()
         return True
 
     def keeps(self, value: Any) -> bool:
-        """Whether a value is a tensor on CUDA in symmetric memory, so that it has to stay where it is."""
+        """Whether a value is a CUDA tensor in symmetric memory, so that it must keep its address."""
         if not isinstance(value, torch.Tensor) or not value.is_cuda:
             return False
         address = value.data_ptr()
-        return block_at(address) is not None or address in self._torchs.values()
+        return block_at(address) is not None or address in self._in_torchs_memory.values()
 
     def finish(self, number: int, tensors: Sequence[torch.Tensor], group: str) -> None:
-        """Wait for all ranks, on the stream: they have done with these arguments, which may then be written to again.
+        """Wait on the stream until all ranks are done with the arguments of an operator, so that they can be reused.
 
         Args:
-            number: Which call of an operator of the graph.
-            tensors: Its arguments.
+            number: Number of the call within the graph.
+            tensors: Arguments of the operator.
             group: Name of its group.
         """
         known, reference = self._finished.get(number, _NONE)
         block = reference() if known == tensors[0].data_ptr() else None
         if block is None:
-            first = next((each for each in tensors if each.numel() and find(each) is not None), None)
+            first = next((tensor for tensor in tensors if tensor.numel() and find(tensor) is not None), None)
             if first is None:
                 return
             block = block_at(first.data_ptr())
@@ -292,8 +255,8 @@ class Graph:
         capturing = tensors[0].is_cuda and cuda_graphs.is_capturing(tensors[0].device)
         if mapping is None or capturing or block.process != block_module.current_process:
             SymmetricTensor(block, block.layout).barrier(group=resolved)
-        else:  # that, in a third of the time
+        else:  # the same barrier in a third of the time
             block.signals(mapping).barrier(0, resolved.settings.signal_timeout)
 
 
-_NONE: tuple[int, Callable[[], Block | None]] = (-1, nothing)
+_NONE: tuple[int, Callable[[], Block | None]] = (-1, dead_reference)

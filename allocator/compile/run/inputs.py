@@ -1,6 +1,6 @@
-"""Arguments of compiled code in memory that the compiler does not own: which ones the ranks use where they lie.
+"""Arguments of compiled code in memory that the compiler did not allocate.
 
-What all ranks have agreed on is used as it is, for as long as its address stays; all else is copied.
+An argument is used in place while all ranks agree on it and its address stays the same. Otherwise it is copied.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from symmem.group.group import Group
 from symmem.memory.block import Block
 from symmem.memory.registry import block_at
 
-__all__ = ["CHANGES", "Input", "Made", "block_of", "nothing"]
+__all__ = ["MAX_ADDRESS_CHANGES", "Input", "PersistentBuffer", "block_of", "dead_reference"]
 
 log = logging.getLogger("symmem.compile")
 
-CHANGES = 8
-"""How often the address of an input in symmetric memory may change before it is copied from then on."""
+MAX_ADDRESS_CHANGES = 8
+"""An input in symmetric memory is copied once its address has changed more often than this."""
 
 
-class Made(NamedTuple):
-    """One persistent buffer, as it was last asked for.
+class PersistentBuffer(NamedTuple):
+    """A persistent buffer of a graph, with the shape of the last call.
 
     Attributes:
-        sizes: Of the tensor.
-        strides: Of the tensor, in elements.
-        tensor: The tensor itself.
-        capacity: Elements of its memory.
-        keep: Whether a CUDA graph may go on using it: see :class:`symmem.compile.run.graph.Buffer`.
+        sizes: Sizes of the tensor.
+        strides: Strides of the tensor, in elements.
+        tensor: The tensor.
+        capacity: Number of elements that fit into its memory.
+        keep: Whether outgrown memory stays allocated: see :class:`symmem.compile.records.BufferRecord`.
     """
 
     sizes: Sequence[int]
@@ -44,50 +44,50 @@ class Made(NamedTuple):
 
 
 class Input:
-    """One place in a graph where an argument comes from memory that the compiler does not own.
+    """An argument of a graph in memory that the compiler did not allocate.
 
     Attributes:
-        copying: Whether it is copied at each call: from the first one on that the ranks did not all come with the same
-            piece of symmetric memory.
-        copy: Where to, once nothing else is to be asked before.
-        address: Of the argument that all ranks agreed on last; it is used as it is.
-        block: The memory that it lies in, while it is there. None at all if the ranks compare at each call.
-        changes: How often the ranks have agreed on an address.
-        each: Whether the ranks compare at each call.
+        copying: Whether the argument is copied at every call. It stays True once the ranks did not agree.
+        copy: The buffer for the copy, once nothing has to be checked before copying.
+        address: The address that all ranks agreed on last. An argument at this address is used in place.
+        block: Weak reference to the block at that address. It is dead if the ranks compare at every call.
+        changes: How often the ranks have compared.
+        compare_always: Whether the ranks compare at every call.
     """
 
-    __slots__ = ("address", "block", "changes", "copy", "copying", "each")
+    __slots__ = ("address", "block", "changes", "compare_always", "copy", "copying")
 
     def __init__(self, group: Group, copying: bool) -> None:
         self.copying, self.address, self.changes = copying, 0, 0
-        self.copy: Made | None = None
-        self.block: Callable[[], object] = nothing
-        self.each = load_settings(group=group.name).allocation_check == "each"
+        self.copy: PersistentBuffer | None = None
+        self.block: Callable[[], object] = dead_reference
+        self.compare_always = load_settings(group=group.name).allocation_check == "each"
 
-    def agree(self, tensor: torch.Tensor, group: Group, place: str) -> bool:
+    def agree(self, tensor: torch.Tensor, group: Group, label: str) -> bool:
         """Whether the argument is the same piece of symmetric memory on all ranks. Collective over the group."""
         block = block_of(tensor, group)
         identity = repr(_identity(block, tensor, group)).encode()
-        with group.collective(place) as collective:
-            received = [each.payload for each in collective.exchange("where the argument lies", identity)]
+        with group.collective(label) as collective:
+            received = [answer.payload for answer in collective.exchange("position of the argument", identity)]
         self.changes += 1
-        alike = block is not None and len(set(received)) == 1
-        if not alike or (self.changes > CHANGES and not self.each):
-            self.copying, self.block = True, nothing
-            log.debug("%s: copied from now on, %s", place, "its address changes" if alike else "not alike on all ranks")
+        same = block is not None and len(set(received)) == 1
+        if not same or (self.changes > MAX_ADDRESS_CHANGES and not self.compare_always):
+            self.copying, self.block = True, dead_reference
+            why = "its address keeps changing" if same else "it is not the same on all ranks"
+            log.debug("%s: copied from now on, because %s", label, why)
             return False
         assert block is not None
-        if not self.each:
+        if not self.compare_always:
             self.address, self.block = tensor.data_ptr(), weakref.ref(block)
         return True
 
 
-def nothing() -> None:
-    """What a weak reference says of something that is gone."""
+def dead_reference() -> None:
+    """Stands for a weak reference to a deleted object."""
 
 
 def block_of(tensor: torch.Tensor, group: Group) -> Block | None:
-    """The symmetric memory that a tensor lies in, if the group has met for it."""
+    """The block that holds a tensor; None if the tensor is not in symmetric memory with a rendezvous for the group."""
     block = block_at(tensor.data_ptr())
     if block is None or block.closed or block.allocation.device != tensor.device or not block.mapping_for(group):
         return None
@@ -95,10 +95,10 @@ def block_of(tensor: torch.Tensor, group: Group) -> Block | None:
 
 
 def _identity(block: Block | None, tensor: torch.Tensor, group: Group) -> Any:
-    """What is the same on all ranks of symmetric memory, and of nothing else."""
+    """A value that is the same on all ranks only if the tensor is the same piece of symmetric memory."""
     if block is None:
         return None
     mapping = block.mapping_for(group)
     assert mapping is not None
-    within = tensor.data_ptr() - block.allocation.pointer
-    return mapping.serial, within, tuple(tensor.shape), tensor.stride(), str(tensor.dtype)
+    offset = tensor.data_ptr() - block.allocation.pointer
+    return mapping.serial, offset, tuple(tensor.shape), tensor.stride(), str(tensor.dtype)
