@@ -1,4 +1,4 @@
-"""Cases: arenas."""
+"""Conformance cases: arenas."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from symmem.tools.conformance.case import Context, case, expect
 
 @contextlib.contextmanager
 def _another_group(ctx: Context) -> Iterator[dist.ProcessGroup]:
-    """All ranks once more: a group with arenas of its own, which may come to harm."""
+    """A second group of all ranks, with separate arenas that a case may break."""
     group = dist.new_group(list(range(ctx.world)))
     try:
         yield group
@@ -26,7 +26,7 @@ def _another_group(ctx: Context) -> Iterator[dist.ProcessGroup]:
         gc.collect()
 
 
-@case("G3", arena=True)
+@case(arena=True)
 def a_warm_arena_needs_no_communication(ctx: Context) -> None:
     first = ctx.allocate(1000)
     rounds = ctx.group._sequence
@@ -38,7 +38,7 @@ def a_warm_arena_needs_no_communication(ctx: Context) -> None:
     assert second.tensor.data_ptr() % 256 == 0
 
 
-@case("G3", arena=True)
+@case(arena=True)
 def what_one_rank_keeps_is_not_reused(ctx: Context) -> None:
     kept = ctx.allocate(1 << 12, torch.uint8)
     kept.tensor.fill_(ctx.rank + 1)
@@ -59,13 +59,13 @@ def what_one_rank_keeps_is_not_reused(ctx: Context) -> None:
     symmem.collect()
 
 
-@case("G3", arena=True)
+@case(arena=True)
 def what_all_have_dropped_is_reused(ctx: Context) -> None:
     nbytes = 1 << 16
     stats = ctx.allocate(1)._block.arena  # type: ignore[attr-defined]
     symmem.collect()
     segments, live = len(stats.segments), stats.live_bytes
-    for turn in range(5000):  # many times what a segment holds
+    for turn in range(5000):  # many more than fit into a segment
         st = ctx.allocate(nbytes, torch.uint8)
         assert st.groups
         if turn % 1000 == ctx.rank:
@@ -77,7 +77,7 @@ def what_all_have_dropped_is_reused(ctx: Context) -> None:
     assert stats.live_bytes == live
 
 
-@case("G2", arena=True, world=2)
+@case(arena=True, world=2)
 def ranks_that_diverge_are_told(ctx: Context) -> None:
     with _another_group(ctx) as group:
         keep = [ctx.allocate(8, group=group)]
@@ -89,7 +89,7 @@ def ranks_that_diverge_are_told(ctx: Context) -> None:
         del keep
 
 
-@case("G3", arena=True)
+@case(arena=True)
 def what_is_too_large_for_the_arena_is_refused(ctx: Context) -> None:
     nbytes = 2 * ctx.group.settings.arena_limit
     with expect(ResourceLimitError, "arena_limit", str(ctx.group.settings.arena_limit)):
@@ -97,7 +97,7 @@ def what_is_too_large_for_the_arena_is_refused(ctx: Context) -> None:
     assert ctx.allocate(7).tensor.shape == (7,)
 
 
-@case("A4", arena=True, requires=Capability.SECOND_GROUP, world=2)
+@case(arena=True, requires=Capability.SECOND_GROUP, world=2)
 def a_subgroup_uses_a_tensor_of_the_arena(ctx: Context) -> None:
     members = list(range(1, ctx.world))
     some = dist.new_group(members)
@@ -121,7 +121,7 @@ def a_subgroup_uses_a_tensor_of_the_arena(ctx: Context) -> None:
         dist.destroy_process_group(some)
 
 
-@case("A4 G3", arena=True)
+@case(arena=True)
 def an_arena_grows(ctx: Context) -> None:
     with _another_group(ctx) as group:
         size = symmem.resolve_group(group).settings.arena_size

@@ -79,7 +79,6 @@ class Case:
 
     Attributes:
         name: Unique; says what must hold.
-        rows: The rows of the mission that it shows, such as ``A5``.
         function: Run on all ranks at once.
         requires: What a backend needs for it; one that lacks it must refuse by a named error instead.
         world: The least number of ranks; skipped in smaller worlds.
@@ -88,7 +87,6 @@ class Case:
     """
 
     name: str
-    rows: str
     function: Callable[[Context], None]
     requires: Capability | None
     world: int
@@ -101,7 +99,6 @@ CASES: dict[str, Case] = {}
 
 
 def case(
-    rows: str,
     *,
     requires: Capability | None = None,
     world: int = 1,
@@ -114,10 +111,10 @@ def case(
     def enter(function: Callable[[Context], None]) -> Callable[[Context], None]:
         name = function.__name__
         assert name not in CASES, f"two cases {name}"
-        CASES[name] = Case(name, rows, function, requires, world, breaks, arena)
+        CASES[name] = Case(name, function, requires, world, breaks, arena)
         if both:
             name += "_in_an_arena"
-            CASES[name] = Case(name, rows, function, requires, world, breaks, True)
+            CASES[name] = Case(name, function, requires, world, breaks, True)
         return function
 
     return enter

@@ -1,4 +1,4 @@
-"""Cases: allocating, wrapping, finding and closing memory."""
+"""Conformance cases: allocate, wrap, find and close memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES = sorted(
 )
 
 
-@case("A2")
+@case()
 def memory_is_zeroed_and_local(ctx: Context) -> None:
     for nbytes in (1, 4096, (2 << 20) + 3):
         st = ctx.shared(nbytes, torch.uint8)
@@ -33,7 +33,7 @@ def memory_is_zeroed_and_local(ctx: Context) -> None:
         ctx.meet()
 
 
-@case("A2", both=True)
+@case(both=True)
 def any_shape_works(ctx: Context) -> None:
     for sizes in ((), (0,), (3, 0, 2), (1,), (7,), (5, 3), (1, 1, 1, 4), (2**20 + 1,)):
         st = ctx.shared(sizes)
@@ -46,7 +46,7 @@ def any_shape_works(ctx: Context) -> None:
     assert ctx.shared(5).tensor.shape == (5,)
 
 
-@case("A2", both=True)
+@case(both=True)
 def every_dtype_works_or_is_refused_by_name(ctx: Context) -> None:
     for dtype in DTYPES:
         if str(dtype).startswith(("torch.qint", "torch.quint")):
@@ -55,7 +55,7 @@ def every_dtype_works_or_is_refused_by_name(ctx: Context) -> None:
             continue
         st = ctx.shared((4, 2), dtype)
         assert st.tensor.dtype == st.dtype == dtype
-        limit = 2 if dtype == torch.bool else 128  # a copy of other bytes as bool is not bytewise
+        limit = 2 if dtype == torch.bool else 128  # torch does not copy other byte values of a bool as they are
         pattern = torch.arange(st.nbytes, dtype=torch.uint8) % limit
         st.tensor.view(-1).view(torch.uint8).copy_((pattern + ctx.rank) % limit)
         ctx.meet()
@@ -65,7 +65,7 @@ def every_dtype_works_or_is_refused_by_name(ctx: Context) -> None:
         ctx.meet()
 
 
-@case("A2", both=True)
+@case(both=True)
 def strides_without_overlap_work(ctx: Context) -> None:
     for sizes, strides in (((3, 5), (1, 3)), ((2, 3), (8, 2)), ((4, 1, 2), (2, 99, 1)), ((0, 3), (1, 1))):
         st = ctx.shared(sizes, strides=strides)
@@ -76,7 +76,7 @@ def strides_without_overlap_work(ctx: Context) -> None:
         ctx.meet()
 
 
-@case("A2")
+@case()
 def bad_requests_are_refused_by_name(ctx: Context) -> None:
     for sizes in (-1, (4, -2), (2**40, 2**40), 2**63, (2**63, 2**63)):
         with expect(InvalidArgumentError):
@@ -97,7 +97,7 @@ def bad_requests_are_refused_by_name(ctx: Context) -> None:
         symmem.allocate(4, backend="nosuch")
 
 
-@case("A3", both=True)
+@case(both=True)
 def wrap_finds_a_view(ctx: Context) -> None:
     st = ctx.shared((8, 4))
     st.tensor.copy_(torch.arange(32.0).view(8, 4) + 100 * ctx.rank)
@@ -107,11 +107,11 @@ def wrap_finds_a_view(ctx: Context) -> None:
     got = part.get(ctx.next) if part.tensor.is_contiguous() else part.remote_tensor(ctx.next).clone()
     assert torch.equal(got.cpu(), (torch.arange(32.0).view(8, 4) + 100 * ctx.next)[2:6].t())
     whole = symmem.SymmetricTensor.wrap(st.tensor)
-    assert whole.groups == st.groups  # shares what was mapped
+    assert whole.groups == st.groups  # both handles share the mapping
     ctx.meet()
 
 
-@case("A3")
+@case()
 def wrap_names_the_check_that_failed(ctx: Context) -> None:
     st = ctx.allocate((8, 4))
     wrap = symmem.SymmetricTensor.wrap
@@ -133,7 +133,7 @@ def wrap_names_the_check_that_failed(ctx: Context) -> None:
         wrap(inside)
 
 
-@case("A3", both=True)
+@case(both=True)
 def find_gives_the_handle_of_any_view(ctx: Context) -> None:
     tensors = [ctx.allocate((16, size + 1)) for size in range(8)]
     for st in tensors:
@@ -152,7 +152,7 @@ def find_gives_the_handle_of_any_view(ctx: Context) -> None:
     assert addresses[0] == plain.data_ptr()
 
 
-@case("A5", both=True)
+@case(both=True)
 def use_after_close_is_an_error(ctx: Context) -> None:
     st = ctx.shared(16)
     st.tensor.fill_(ctx.rank)
@@ -174,7 +174,7 @@ def use_after_close_is_an_error(ctx: Context) -> None:
     ):
         with expect(ClosedError):
             use()
-    assert (mine == ctx.rank).all().item()  # a tensor that was taken before stays valid
+    assert (mine == ctx.rank).all().item()  # a tensor taken before close stays valid
     assert symmem.find(mine) is None
     assert "closed" in repr(st)
     with ctx.allocate(4) as other:

@@ -1,4 +1,4 @@
-"""Cases: reaching peers' memory."""
+"""Conformance cases: access to peers' memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from symmem.errors import (
 from symmem.tools.conformance.case import Context, case, expect
 
 
-@case("A5", requires=Capability.REMOTE_TENSOR, both=True)
+@case(requires=Capability.REMOTE_TENSOR, both=True)
 def remote_tensor_reads_and_writes(ctx: Context) -> None:
     st = ctx.shared((ctx.world, 33), torch.int32)
     st.tensor.fill_(ctx.rank)
@@ -40,7 +40,7 @@ def remote_tensor_reads_and_writes(ctx: Context) -> None:
     ctx.meet()
 
 
-@case("A5")
+@case()
 def ranks_are_checked(ctx: Context) -> None:
     st = ctx.shared(4)
     for bad in (-1, ctx.world, 2**40, 1.0, "0", None):
@@ -50,7 +50,7 @@ def ranks_are_checked(ctx: Context) -> None:
     ctx.meet()
 
 
-@case("A5", requires=Capability.REMOTE_TENSOR, world=2, both=True)
+@case(requires=Capability.REMOTE_TENSOR, world=2, both=True)
 def a_remote_tensor_keeps_its_memory(ctx: Context) -> None:
     st = ctx.shared(1 << 16)
     st.tensor.fill_(ctx.rank + 1)
@@ -58,12 +58,12 @@ def a_remote_tensor_keeps_its_memory(ctx: Context) -> None:
     ctx.meet()
     del st
     gc.collect()
-    ctx.meet()  # the peer has dropped its handle as well
+    ctx.meet()  # the peer has dropped its handle, too
     assert (view == ctx.next + 1).all().item()
     ctx.meet()
 
 
-@case("A5", both=True)
+@case(both=True)
 def pointers_are_those_of_the_tensors(ctx: Context) -> None:
     st = ctx.shared((4, 8), torch.float16)
     pointers = st.remote_pointers
@@ -80,7 +80,7 @@ def pointers_are_those_of_the_tensors(ctx: Context) -> None:
     ctx.meet()
 
 
-@case("A5", both=True)
+@case(both=True)
 def kernels_are_told_where_memory_is(ctx: Context) -> None:
     st, own = ctx.shared((4, 8), torch.float16), ctx.shared((3, ctx.world), torch.int32)
     if all(st.remote_pointers.tolist()):
@@ -95,7 +95,7 @@ def kernels_are_told_where_memory_is(ctx: Context) -> None:
     ctx.meet()
 
 
-@case("A7", requires=Capability.CONTIGUOUS_VIEW, both=True)
+@case(requires=Capability.CONTIGUOUS_VIEW, both=True)
 def contiguous_view_holds_all_ranks(ctx: Context) -> None:
     for sizes, dtype in (((3, 5), torch.int64), ((), torch.float32), ((0, 4), torch.float32), (2**19, torch.int32)):
         st = ctx.shared(sizes, dtype)
@@ -113,10 +113,10 @@ def contiguous_view_holds_all_ranks(ctx: Context) -> None:
         assert (st.tensor == -ctx.previous).all().item()  # the same memory, not a copy
         ctx.meet()
     if not ctx.arena:
-        assert st.contiguous_view().is_contiguous()  # 2 MiB a rank: a multiple of any granularity
+        assert st.contiguous_view().is_contiguous()  # 2 MiB per rank, a multiple of any granularity
 
 
-@case("A7", requires=Capability.CONTIGUOUS_VIEW, both=True)
+@case(requires=Capability.CONTIGUOUS_VIEW, both=True)
 def contiguous_view_of_a_part(ctx: Context) -> None:
     st = ctx.shared((6, 4), torch.int16)
     st.tensor.copy_(torch.arange(24, dtype=torch.int16).view(6, 4) + 100 * ctx.rank)
@@ -127,7 +127,7 @@ def contiguous_view_of_a_part(ctx: Context) -> None:
     ctx.meet()
 
 
-@case("A8", requires=Capability.ONE_SIDED, both=True)
+@case(requires=Capability.ONE_SIDED, both=True)
 def put_and_get_copy(ctx: Context) -> None:
     st = ctx.shared((5, 3), torch.bfloat16)
     st.put(torch.full((5, 3), ctx.rank + 1.0, dtype=torch.bfloat16, device=ctx.device), ctx.next)
@@ -152,7 +152,7 @@ def put_and_get_copy(ctx: Context) -> None:
     ctx.meet()
 
 
-@case("A8", requires=Capability.ONE_SIDED, both=True)
+@case(requires=Capability.ONE_SIDED, both=True)
 def put_and_get_a_part(ctx: Context) -> None:
     st = ctx.shared(1000, torch.int64)
     st.tensor.zero_()
@@ -165,7 +165,7 @@ def put_and_get_a_part(ctx: Context) -> None:
     ctx.meet()
 
 
-@case("A6", both=True)
+@case(both=True)
 def multicast_is_a_pointer_or_an_error(ctx: Context) -> None:
     st = ctx.shared(1024)
     try:
@@ -178,7 +178,7 @@ def multicast_is_a_pointer_or_an_error(ctx: Context) -> None:
     ctx.meet()
 
 
-@case("A4")
+@case()
 def nothing_of_peers_before_the_rendezvous(ctx: Context) -> None:
     st = ctx.allocate(16)
     for use in (
@@ -195,7 +195,7 @@ def nothing_of_peers_before_the_rendezvous(ctx: Context) -> None:
     ctx.meet()
 
 
-@case("A5")
+@case()
 def a_handle_cannot_be_sent(ctx: Context) -> None:
     st = ctx.allocate(4)
     for use in (lambda: pickle.dumps(st), lambda: copy.copy(st), lambda: copy.deepcopy(st)):
@@ -204,7 +204,7 @@ def a_handle_cannot_be_sent(ctx: Context) -> None:
     ctx.meet()
 
 
-@case("A4", both=True)
+@case(both=True)
 def many_tensors_live_at_once(ctx: Context) -> None:
     tensors = [ctx.shared(257 * (index + 1), torch.uint8) for index in range(16)]
     for index, st in enumerate(tensors):
@@ -218,7 +218,7 @@ def many_tensors_live_at_once(ctx: Context) -> None:
     ctx.meet()
 
 
-@case("A4", requires=Capability.SECOND_GROUP, world=2, both=True)
+@case(requires=Capability.SECOND_GROUP, world=2, both=True)
 def two_groups_share_a_tensor(ctx: Context) -> None:
     pairs = [dist.new_group([rank, rank + 1]) for rank in range(0, ctx.world - 1, 2)]
     mine = ctx.rank // 2
@@ -242,7 +242,7 @@ def two_groups_share_a_tensor(ctx: Context) -> None:
             st.remote_tensor(2, group=pairs[mine])
         order_stores(pairs[mine])
     ctx.meet()
-    order_stores(None)  # the first group's signals are its own
+    order_stores(None)  # the signals of the first group are separate
     assert st.remote_pointers.numel() == ctx.world
     ctx.meet()
     for pair in pairs[mine : mine + 1]:

@@ -1,4 +1,4 @@
-"""Cases: barrier and signals."""
+"""Conformance cases: barrier and signals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from symmem.tools.conformance.case import Context, case, expect
 SIGNALS = Capability.SIGNALS
 
 
-@case("A8", requires=SIGNALS | Capability.REMOTE_TENSOR, both=True)
+@case(requires=SIGNALS | Capability.REMOTE_TENSOR, both=True)
 def a_barrier_orders_stores(ctx: Context) -> None:
     st = ctx.shared(4099, torch.int64)
     chance = random.Random(ctx.rank)
@@ -29,13 +29,13 @@ def a_barrier_orders_stores(ctx: Context) -> None:
         st.barrier()
 
 
-@case("A8", requires=SIGNALS, both=True)
+@case(requires=SIGNALS, both=True)
 def channels_are_independent(ctx: Context) -> None:
     st = ctx.shared(1)
     for channel in (0, 1, SIGNAL_CHANNELS - 1):
         for _ in range(3):
             st.barrier(channel)
-    # A signal on one channel is not taken for one on another.
+    # A signal on one channel does not count on another.
     st.put_signal(ctx.next, channel=5)
     st.put_signal(ctx.next, channel=6)
     st.wait_signal(ctx.previous, channel=6)
@@ -44,7 +44,7 @@ def channels_are_independent(ctx: Context) -> None:
     ctx.meet()
 
 
-@case("A8", requires=SIGNALS | Capability.REMOTE_TENSOR, both=True)
+@case(requires=SIGNALS | Capability.REMOTE_TENSOR, both=True)
 def signals_carry_stores_around_a_ring(ctx: Context) -> None:
     st = ctx.shared(ctx.world, torch.int64)
     for turn in range(20):
@@ -55,7 +55,7 @@ def signals_carry_stores_around_a_ring(ctx: Context) -> None:
         st.barrier(channel=3)
 
 
-@case("A8", requires=SIGNALS, both=True)
+@case(requires=SIGNALS, both=True)
 def two_tensors_have_signals_of_their_own(ctx: Context) -> None:
     first, second = ctx.shared(1), ctx.shared(1)
     first.put_signal(ctx.next)
@@ -66,7 +66,7 @@ def two_tensors_have_signals_of_their_own(ctx: Context) -> None:
     ctx.meet()
 
 
-@case("A8", requires=SIGNALS, both=True)
+@case(requires=SIGNALS, both=True)
 def the_signal_pad_is_shared_and_zero(ctx: Context) -> None:
     st = ctx.shared(16)
     for rank in range(ctx.world):
@@ -84,7 +84,7 @@ def the_signal_pad_is_shared_and_zero(ctx: Context) -> None:
     ctx.meet()
 
 
-@case("A8", requires=SIGNALS)
+@case(requires=SIGNALS)
 def bad_channels_and_timeouts_are_refused(ctx: Context) -> None:
     st = ctx.shared(1)
     for channel in (-1, SIGNAL_CHANNELS, 1.0, "0", None):
@@ -97,7 +97,7 @@ def bad_channels_and_timeouts_are_refused(ctx: Context) -> None:
     ctx.meet()
 
 
-@case("G1", requires=SIGNALS, world=2, breaks=True)
+@case(requires=SIGNALS, world=2, breaks=True)
 def a_barrier_that_nobody_joins_names_the_rank(ctx: Context) -> None:
     st = ctx.shared(1)
     if ctx.rank != 1:
@@ -110,7 +110,7 @@ def a_barrier_that_nobody_joins_names_the_rank(ctx: Context) -> None:
         pass
 
 
-@case("G1", requires=SIGNALS, world=2, breaks=True)
+@case(requires=SIGNALS, world=2, breaks=True)
 def a_signal_that_never_comes_names_the_rank(ctx: Context) -> None:
     st = ctx.shared(1)
     with expect(PeerTimeoutError, f"rank {ctx.previous}", peers=(ctx.previous,)):
@@ -120,7 +120,7 @@ def a_signal_that_never_comes_names_the_rank(ctx: Context) -> None:
         pass
 
 
-@case("G1", requires=SIGNALS, world=2, breaks=True)
+@case(requires=SIGNALS, world=2, breaks=True)
 def a_signal_that_is_not_taken_names_the_rank(ctx: Context) -> None:
     st = ctx.shared(1)
     st.put_signal(ctx.next, channel=1)

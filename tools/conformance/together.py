@@ -1,4 +1,4 @@
-"""Several backends alive in one process, on different tensors and groups (A11)."""
+"""Several backends in one process, on different tensors and groups."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ SETS = (
     ("nvshmem", "pytorch_nvshmem", "native", "host"),
     ("pytorch_nvshmem", "nvshmem", "host", "native"),
 )
-"""What is validated together: one of torch's transports a process, and both orders of those that share NVSHMEM."""
+"""Backends that are tested together. A process has one of torch's transports; backends that share NVSHMEM come in both
+orders."""
 
 
 def run_together(names: Sequence[str]) -> None:
-    """On every rank: use each backend in turn over all ranks and over pairs, then all of them interleaved.
+    """Use the backends one after the other, over all ranks and over pairs, then interleaved. Runs on every rank.
 
     Raises:
-        AssertionError: Some memory was not what its rank had stored.
+        AssertionError: Some memory has other values than its rank stored.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     pairs = [dist.new_group([first, first + 1]) for first in range(0, world - 1, 2)]
@@ -50,7 +51,7 @@ def run_together(names: Sequence[str]) -> None:
             assert (st.get(partner % 2, group=pair) == 100 * number + partner).all().item(), names[number]
             st.barrier(group=pair)
     contexts[0].meet()
-    for ctx, st in zip(contexts, tensors, strict=True):  # one goes, the others stay of use
+    for ctx, st in zip(contexts, tensors, strict=True):  # close one; the others must still work
         st.close()
         for other in tensors:
             if not other.closed:
