@@ -32,7 +32,8 @@ from symmem.config import load_settings
 from symmem.errors import BackendUnavailableError, GroupError, InvalidArgumentError
 from symmem.group.group import GroupLike, resolve_group
 from symmem.tensor.tensor import SymmetricTensor, find
-from symmem.tensor.torch_handle import Handle, reserve
+from symmem.tensor.torch_handle import TorchHandle as Handle
+from symmem.tensor.torch_handle import reserve
 
 __all__ = [
     "Handle",

@@ -19,7 +19,7 @@ from symmem.group.group import GroupLike, default_group, resolve_group
 from symmem.memory import cuda_graphs
 from symmem.redirect.cpu_dispatch import Moving
 from symmem.redirect.cuda_pool import Pool
-from symmem.tensor import tensor
+from symmem.tensor.request import arena_of, choose_source
 
 if TYPE_CHECKING:
     from symmem.arena.arena import Arena
@@ -107,17 +107,17 @@ class use_symmetric_memory(contextlib.ContextDecorator):
         """The arena to use, if it can be used now."""
         group = default_group() if self._group is None else resolve_group(self._group)
         try:
-            place = tensor._place(group, self._backend, self._device)
-            if place.device.type not in ("cpu", "cuda"):
-                raise UnsupportedError(f"use_symmetric_memory is for tensors on the CPU or CUDA, not {place.device}")
-            if cuda_graphs.is_capturing(place.device):
+            source = choose_source(group, self._backend, self._device)
+            if source.device.type not in ("cpu", "cuda"):
+                raise UnsupportedError(f"use_symmetric_memory is for tensors on the CPU or CUDA, not {source.device}")
+            if cuda_graphs.is_capturing(source.device):
                 raise UnsupportedError(
                     "use_symmetric_memory cannot be entered during the capture of a CUDA graph: torch would give the "
                     "memory of the graph's tensors to others once the block ends",
                     hint="allocate with symmem.allocate, which may be called amid a capture, and let ops write there "
                     "(out=, copy_)",
                 )
-            return tensor._arena(place, group)
+            return arena_of(source, group)
         except Exception as error:
             # As for allocate(): the others need not wait for this rank until the timeout.
             if group is not None and self._group is not None and getattr(error, "known_to", None) is None:

@@ -1,22 +1,24 @@
-"""What a kernel gets to know of a symmetric tensor: tables for Triton, and a struct for CUDA C++."""
+"""The tables and the struct through which kernels reach peers: for Triton, and for CUDA C++."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 
 from symmem.backends.base import SIGNAL_CHANNELS, Capability
+from symmem.backends.kernel_status import named
 from symmem.errors import InvalidArgumentError
 from symmem.group.group import check_timeout
 
 if TYPE_CHECKING:
     from symmem.backends.base import Group, Mapping
-    from symmem.tensor.tensor import SymmetricTensor
+    from symmem.memory.block import Block
 
-__all__ = ["DeviceView", "View", "include_path"]
+__all__ = ["CustomSignals", "DeviceView", "View", "include_path"]
 
 
 def include_path() -> str:
@@ -25,7 +27,7 @@ def include_path() -> str:
 
 
 class View(ctypes.Structure):
-    """``symmem::View`` of symmem.cuh, of 56 bytes, which is where the fields are described."""
+    """``symmem::View`` of symmem.cuh, which describes the fields; 56 bytes."""
 
     _fields_: ClassVar = [
         ("pointers", ctypes.c_uint64),
@@ -40,95 +42,110 @@ class View(ctypes.Structure):
     ]
 
 
+class CustomSignals(NamedTuple):
+    """The user's memory for signal words: its mapping, the address on every rank, and this rank's tensor."""
+
+    mapping: Mapping
+    pointers: Sequence[int]
+    tensor: torch.Tensor
+
+
 class DeviceView:
-    """Made by :meth:`SymmetricTensor.device_view`. It keeps the memory alive, and must live while kernels use it.
+    """Made by :meth:`SymmetricTensor.device_view`. It keeps the memory alive; keep the view while kernels use it.
 
     Triton (:mod:`symmem.triton`) takes :attr:`pointers`, :attr:`signals` and :attr:`rank`. In CUDA C++ (symmem.cuh)
-    a parameter ``symmem::View`` takes ``bytes(view)``, or :attr:`struct` through ctypes. Where a launcher cannot pass a
-    struct by value, as that of cuda.core, declare ``const symmem::View *``, and pass ``struct_tensor.data_ptr()``.
+    a parameter ``symmem::View`` takes ``bytes(view)``, or :attr:`struct` through ctypes. If a launcher cannot pass a
+    struct by value (cuda.core, for example), declare ``const symmem::View *`` and pass ``struct_tensor.data_ptr()``.
 
     Attributes:
         rank: This rank, within the group.
         world_size: Ranks of the group.
-        nbytes: Bytes of each rank's tensor, from the first element to the end of the last.
+        nbytes: Bytes of a rank's tensor, from the first element to the end of the last.
         channels: Signal channels: ``range(channels)``.
-        pointers: int64 [world] on the device: address of each rank's first element; as ``remote_pointers``.
-        signals: int64 [world + 4] on the device: address of each rank's signal words; then ``limit``, ``status``,
+        pointers: int64 [world] on the device: address of every rank's first element; as ``remote_pointers``.
+        signals: int64 [world + 4] on the device: address of every rank's signal words; then ``limit``, ``status``,
             ``group`` and ``channels`` as in :attr:`struct`.
         struct: The struct, for ctypes.
         struct_tensor: uint8 [56] on the device: the struct.
     """
 
     def __init__(
-        self, tensor: SymmetricTensor, mapping: Mapping, signals: SymmetricTensor | None, timeout: float | None
+        self,
+        mapping: Mapping,
+        pointers: Sequence[int],
+        nbytes: int,
+        block: Block,
+        custom: CustomSignals | None,
+        timeout: float | None,
     ) -> None:
         """Use :meth:`SymmetricTensor.device_view`."""
-        group, device = mapping.group, tensor.device
-        self._owners = tensor, signals, mapping
-        self.rank, self.world_size, self.nbytes = group.rank, group.size, tensor.nbytes
-        pointers = _reachable(tensor, mapping)
-        self.pointers = torch.tensor(pointers, dtype=torch.int64, device=device)
-        words, self.channels = _words(tensor, mapping, signals)
+        group, device = mapping.group, mapping.device
+        _check_reachable(mapping, pointers)
+        words, self.channels = _signal_words(mapping, block, custom)
+        self._owners = block, mapping, custom
+        self.rank, self.world_size, self.nbytes = group.rank, group.size, nbytes
         limit = int((group.settings.signal_timeout if timeout is None else check_timeout(timeout)) * 1e9)
-        status, number = _status(mapping.group, device)
-        self.signals = torch.tensor([*words, limit, status, number, self.channels], dtype=torch.int64, device=device)
-        self.struct = View(
-            pointers=self.pointers.data_ptr(),
-            signals=self.signals.data_ptr(),
-            status=status,
-            nbytes=self.nbytes,
-            limit=limit,
-            rank=self.rank,
-            world=self.world_size,
-            channels=self.channels,
-            group=number,
-        )
-        self.struct_tensor = torch.frombuffer(bytearray(self.struct), dtype=torch.uint8).to(device, copy=True)
+        with named:
+            status, number = _status(group, device)
+            self.pointers = torch.tensor(pointers, dtype=torch.int64, device=device)
+            self.signals = torch.tensor(
+                [*words, limit, status, number, self.channels], dtype=torch.int64, device=device
+            )
+            self.struct = View(
+                pointers=self.pointers.data_ptr(),
+                signals=self.signals.data_ptr(),
+                status=status,
+                nbytes=nbytes,
+                limit=limit,
+                rank=self.rank,
+                world=self.world_size,
+                channels=self.channels,
+                group=number,
+            )
+            self.struct_tensor = torch.frombuffer(bytearray(self.struct), dtype=torch.uint8).to(device, copy=True)
 
     def __bytes__(self) -> bytes:
         return bytes(self.struct)
 
 
-def _reachable(tensor: SymmetricTensor, mapping: Mapping) -> list[int]:
-    """Address of every rank's first element, if there is one of each."""
+def _check_reachable(mapping: Mapping, pointers: Sequence[int]) -> None:
+    """Raise UnsupportedError unless kernels of this rank can load and store all ranks' memory at these addresses."""
     if Capability.REMOTE_TENSOR not in mapping.backend.capabilities:
         mapping.unsupported("device view", "peers' memory is not load/store reachable")
-    addresses = tensor._addresses(mapping)
-    unreachable = [rank for rank, address in enumerate(addresses) if not address]
+    unreachable = [rank for rank, pointer in enumerate(pointers) if not pointer]
     if unreachable:
         mapping.unsupported("device view", f"ranks {unreachable} are not load/store reachable from here")
-    # symmem.triton tells the compiler so; no memory that is mapped by pages is otherwise.
-    if any((address - addresses[0]) % 16 for address in addresses):
+    # symmem.triton promises this to the compiler; it holds for all memory that is mapped by pages.
+    if any((pointer - pointers[0]) % 16 for pointer in pointers):
         mapping.unsupported("device view", "its memory does not begin at the same address modulo 16 on all ranks")
-    return addresses
 
 
-def _words(tensor: SymmetricTensor, mapping: Mapping, signals: SymmetricTensor | None) -> tuple[list[int], int]:
-    """Address of each rank's signal words, in its pad or in what the user allocated; and the number of channels."""
-    ranks = range(mapping.group.size)
+def _signal_words(mapping: Mapping, block: Block, custom: CustomSignals | None) -> tuple[Sequence[int], int]:
+    """Return the address of every rank's signal words, and the number of channels."""
+    world = mapping.group.size
     if Capability.SIGNALS in mapping.backend.capabilities:
-        # Asked for in any case: who has made them looks for failures in SymmetricTensor.synchronize().
-        made = tensor._block.signals(mapping)
-        pads = [made.signal_pad(rank)[0] for rank in ranks]
-        if signals is None:
+        # Made even if they stay unused: SymmetricTensor.synchronize() asks them whether a kernel failed.
+        signals = block.signals(mapping)
+        pads = [signals.signal_pad(rank)[0] for rank in range(world)]
+        if custom is None:
             return pads, SIGNAL_CHANNELS
-    if signals is None:
+    if custom is None:
         mapping.unsupported("signal pads", "give the device view `signals` of your own")
-    shape, dtype = tuple(signals.shape), signals.dtype
-    if len(shape) != 2 or shape[1] != len(ranks) or dtype != torch.int32 or not signals.tensor.is_contiguous():
+    tensor, shape = custom.tensor, tuple(custom.tensor.shape)
+    if len(shape) != 2 or shape[1] != world or tensor.dtype != torch.int32 or not tensor.is_contiguous():
         raise InvalidArgumentError(
-            f"signals must be contiguous, int32 and [channels, {len(ranks)}], not {dtype} of shape {shape}",
+            f"signals must be contiguous, int32 and [channels, {world}], not {tensor.dtype} of shape {shape}",
             hint="symmem.allocate((channels, world_size), torch.int32), filled with zeros before a barrier()",
             rank=mapping.group.rank,
             group=mapping.group.name,
             step="device_view",
         )
-    own = signals._mapping("device_view", mapping.group)  # type: ignore[arg-type]
-    return _reachable(signals, own), shape[0]
+    _check_reachable(custom.mapping, custom.pointers)
+    return custom.pointers, shape[0]
 
 
 def _status(group: Group, device: torch.device) -> tuple[int, int]:
-    """Where a kernel says for whom it waited in vain, and the number by which it names the group; 0 on the CPU."""
+    """The address where a kernel reports a failed wait, and its number for the group; zeros on the CPU."""
     if device.type != "cuda":
         return 0, 0
     from symmem.backends.cuda_signals import device_of

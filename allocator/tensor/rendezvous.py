@@ -1,4 +1,4 @@
-"""The rendezvous of one block of memory: compare, map, agree."""
+"""The rendezvous of one block of memory: compare metadata, map peers' memory, agree on the result."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from symmem.arena.reclaim import Meeting, arenas_of
-from symmem.errors import ClosedError, MismatchError
+from symmem.backends.base import Capability
+from symmem.errors import ClosedError, MismatchError, UnsupportedError
 from symmem.group.group import Collective, Group, differing
 from symmem.memory import cuda_graphs
 from symmem.version import VERSION
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from symmem.memory.block import Block
     from symmem.memory.layout import Layout
 
-__all__ = ["rendezvous"]
+__all__ = ["check_second_group", "rendezvous"]
 
 _HINTS = {
     "symmem": "install the same version of symmem on all ranks",
@@ -23,21 +24,35 @@ _HINTS = {
 }
 
 
+def check_second_group(block: Block, group: Group) -> None:
+    """Raise UnsupportedError on all ranks if the backend supports one group per tensor and this would be another."""
+    backend, groups = block.allocation.backend, block.groups
+    if groups and group not in groups and Capability.SECOND_GROUP not in backend.capabilities:
+        raise UnsupportedError(
+            f"memory of the backend {backend.name!r} belongs to one group; this tensor belongs to {groups[0].name!r}",
+            hint="allocate another tensor for this group, or choose a backend that has `second_group` "
+            "(`symmem doctor` lists what each can do)",
+            rank=group.rank,
+            group=group.name,
+            step="rendezvous",
+        )
+
+
 def rendezvous(block: Block, layout: Layout, group: Group, timeout: float | None) -> None:
     """Let all ranks of ``group`` reach each other's memory. Collective.
 
-    ``layout`` is what must be the same everywhere: of the block, or of a view of it.
+    ``layout`` must be the same on all ranks: the block's layout, or the layout of a view.
 
-    For a tensor of an arena, the memory as a whole is mapped once for each group, and the signal pads of a further
-    group are this tensor's.
+    A tensor of an arena maps the arena's whole segment, once per group. A further group of an arena's tensor uses
+    separate signal pads.
 
     Raises:
-        MismatchError: On all ranks, before any memory is mapped: versions, backends, shapes, strides, dtypes or
-            offsets differ.
-        SymmemError: On all ranks: what else failed on any of them.
+        MismatchError: Versions, backends, shapes, strides, dtypes or offsets differ. All ranks raise it before any
+            memory is mapped.
+        SymmemError: Any other error on any rank; all ranks raise it.
     """
     allocation, mapping = block.allocation, block.mapping_for(group)
-    card = {
+    metadata = {
         "symmem": VERSION,
         "backend": allocation.backend.name,
         "dtype": str(layout.dtype),
@@ -47,32 +62,32 @@ def rendezvous(block: Block, layout: Layout, group: Group, timeout: float | None
         "allocated bytes": allocation.nbytes,
         "group of the arena": block.home and block.home[:2],
     }
-    # The ranks meet anyway: so they settle as well what became of the group's arenas.
+    # The same round reclaims what all ranks have dropped from the group's arenas.
     with Meeting(arenas_of(group)) as meeting:
         with group.collective("rendezvous", timeout) as collective:
             cuda_graphs.refuse(allocation.device, "a first rendezvous cannot be made")
-            told: dict[str, Any] = {
+            state: dict[str, Any] = {
                 "mapped": mapping is not None,
                 "dropped": block.dropped_pads(group),
                 "arenas": meeting.card(),
                 "home": block.home and block.home[2],
             }
-            cards = _compare(collective, card, told)
-            if block.home and len({each["home"] for each in cards}) < group.size:
+            received = _compare(collective, metadata, state)
+            if block.home and len({peer["home"] for peer in received}) < group.size:
                 raise MismatchError(
                     f"the ranks do not share an arena: each has one of a group that is named {block.home[0]!r}",
-                    hint="allocate in the arena of a group that all of them are in, or with arena=False",
+                    hint="allocate in the arena of a group that has all of these ranks, or with arena=False",
                 )
-            meeting.agree(collective, [each["arenas"] for each in cards])
-            # A rank that failed after all had agreed is alone without a mapping: then all map anew.
-            if mapping is None or not all(each["mapped"] for each in cards):
+            meeting.agree(collective, [peer["arenas"] for peer in received])
+            # A rank that failed after the others had agreed has no mapping; then all ranks map again.
+            if mapping is None or not all(peer["mapped"] for peer in received):
                 mapping = allocation.backend.rendezvous(allocation, collective)
                 mapping.serial = collective.serial
-            pads = _pads(block, group, collective, [each["dropped"] for each in cards])
+            pads = _pads(block, group, collective, [peer["dropped"] for peer in received])
         meeting.settle()
     block.enter(group, mapping, pads)
     block.compared |= {block.key(group, layout)}
-    if block.closed:  # by another thread, meanwhile; looked at last, so that one of the two lets go of the mapping
+    if block.closed:  # another thread closed it; checked last, so that one of the two threads drops the mapping
         block.close()
         raise ClosedError(
             "the tensor was closed during its rendezvous", rank=group.rank, group=group.name, step="rendezvous"
@@ -80,26 +95,26 @@ def rendezvous(block: Block, layout: Layout, group: Group, timeout: float | None
 
 
 def _pads(block: Block, group: Group, collective: Collective, dropped: list[list[int] | None]) -> list[int]:
-    """Offset of each rank's signal pad for a further group of an arena's tensor; none if the mapping has its own."""
+    """Return the offset of every rank's signal pad for a further group; empty if the mapping has the pads."""
     known = [set(slots) for slots in dropped if slots is not None]
     if len(known) < group.size:
         return []
-    block.free_pads(group, sorted(set.intersection(*known)))  # of tensors that all ranks of the group have dropped
+    block.free_pads(group, sorted(set.intersection(*known)))  # all ranks have dropped these tensors
     with collective.exchange("pads", str(block.pad_for(group)).encode()) as received:
         return [int(contribution.payload) for contribution in received]
 
 
-def _compare(collective: Collective, card: dict[str, Any], told: dict[str, Any]) -> list[dict[str, Any]]:
-    """Raise unless all ranks have the same card; returns what they have told."""
-    received = collective.exchange("compare", json.dumps({**card, **told}).encode())
-    cards = [json.loads(contribution.payload) for contribution in received]
-    for key in card:
-        values = [json.dumps(each.get(key)) for each in cards]
+def _compare(collective: Collective, metadata: dict[str, Any], state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Exchange metadata and state; return all ranks' values, or raise MismatchError if the metadata differ."""
+    received = collective.exchange("compare", json.dumps({**metadata, **state}).encode())
+    peers = [json.loads(contribution.payload) for contribution in received]
+    for key in metadata:
+        values = [json.dumps(peer.get(key)) for peer in peers]
         if len(set(values)) > 1:
-            text, peers = differing(values)
+            text, differ = differing(values)
             raise MismatchError(
                 f"ranks disagree on {key!r}: {text}",
-                hint=_HINTS.get(key, "all ranks must allocate alike and rendezvous in the same order"),
-                peers=peers,
+                hint=_HINTS.get(key, "all ranks must make the same allocations and rendezvous in the same order"),
+                peers=differ,
             )
-    return cards
+    return peers

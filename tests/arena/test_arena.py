@@ -36,6 +36,7 @@ from symmem.errors import (
     PeerTimeoutError,
     ResourceLimitError,
 )
+from symmem.tensor import request
 
 MIB = 1 << 20
 DTYPES = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
@@ -302,7 +303,7 @@ def test_requests_that_are_equal_but_not_alike(rank: Rank) -> None:
 
 
 def test_many_requests_are_not_all_remembered(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("symmem.tensor.tensor._REMEMBERED", 8)
+    monkeypatch.setattr("symmem.tensor.request._REMEMBERED", 8)
     for size in range(40):
         assert rank.allocate((size,)).tensor.shape == (size,)
         assert len(rank.group.places) <= 9
@@ -311,13 +312,13 @@ def test_many_requests_are_not_all_remembered(rank: Rank, monkeypatch: pytest.Mo
 def test_a_request_for_the_current_device_follows_it(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it led to is remembered for one CUDA device only."""
     asked: list[int] = []
-    choose = symmem.tensor.tensor._choose  # type: ignore[attr-defined]
+    choose = request._choose
 
     def chosen(*args: Any) -> Any:
         asked.append(torch._C._cuda_getDevice())
-        return dataclasses.replace(choose(*args), device=torch.device("cpu", asked[-1]), moves=True)
+        return dataclasses.replace(choose(*args), device=torch.device("cpu", asked[-1]), follows_current=True)
 
-    monkeypatch.setattr("symmem.tensor.tensor._choose", chosen)
+    monkeypatch.setattr("symmem.tensor.request._choose", chosen)
     for current in (0, 0, 1, 1, 0):
         monkeypatch.setattr("torch._C._cuda_getDevice", itertools.repeat(current).__next__, raising=False)
         assert rank.allocate((4,)).tensor.shape == (4,)

@@ -148,7 +148,7 @@ def test_a_second_group_is_refused_for_a_backend_that_knows_but_one(monkeypatch:
     monkeypatch.setattr(host, "capabilities", host.capabilities & ~Capability.SECOND_GROUP, raising=False)
     st, first = symmem.allocate(4, backend="host"), new_group()
     st.rendezvous(first)
-    with pytest.raises(UnsupportedError, match="'host' belongs to one group, and this is that of 'alone'") as caught:
+    with pytest.raises(UnsupportedError, match="'host' belongs to one group; this tensor belongs to 'alone'") as caught:
         st.rendezvous(new_group("second"))
     assert isinstance(caught.value, SymmemError)
     assert caught.value.group == "second"

@@ -28,7 +28,8 @@ from symmem.ops.registry.registration import Registration
 from symmem.ops.registry.registry import lookup
 from symmem.ops.registry.schema import OpLike, find_op
 from symmem.redirect.cpu_dispatch import flags
-from symmem.tensor.tensor import SymmetricTensor, _address
+from symmem.tensor.lookup import address_of
+from symmem.tensor.tensor import SymmetricTensor
 
 __all__ = ["asked_locally", "backend_of", "check", "checked", "is_torchs"]
 
@@ -169,7 +170,7 @@ def _is_in_place(known: Registration, tensor: torch.Tensor, group: Callable[[], 
     """Whether a tensor lies in symmetric memory, where the operator finds it, or in none at all."""
     if tensor.device.type == "meta" or tensor.numel() == 0 or _dispatches(type(tensor)):
         return True
-    address = _address(tensor)
+    address = address_of(tensor)
     if address is None:
         return tensor.layout == torch.strided  # else it has memory, of several pieces
     block = block_at(address)
@@ -299,7 +300,7 @@ class _Copies:
 
 
 def _geometry(tensor: torch.Tensor) -> Any:
-    return _address(tensor), tensor.dtype, tensor.shape, tensor.stride() if tensor.layout == torch.strided else None
+    return address_of(tensor), tensor.dtype, tensor.shape, tensor.stride() if tensor.layout == torch.strided else None
 
 
 def _with_copies(known: Registration, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
