@@ -770,7 +770,7 @@ def run_planted(kind: str) -> None:
             leaked[-1].place(0, file, libc.PAGE)
             os.close(file)
 
-    CASES["planted"] = Case("planted", "G1", plant, None, 1, False)
+    CASES["planted"] = Case("planted", plant, None, 1, False)
     try:
         run_case("planted", "host")
     finally:

@@ -9,9 +9,9 @@ Programs and tests run a case with :func:`run_case` on the ranks of a pool::
         for case in CASES.values():
             pool.run(run_case, case.name, "host")
 
-A third-party backend that has an entry point in ``symmem.backends`` is tested by its name. If a case needs a capability
-that the backend does not list, the backend must refuse it with a named error. Every case counts descriptors and mappings
-before and after, so a leak fails the case that made it.
+A third-party backend that has an entry point in ``symmem.backends`` is tested by its name. If a case needs a
+capability that the backend does not list, the backend must refuse it with a named error. Every case counts descriptors
+and mappings before and after, so a leak fails the case that made it.
 """
 
 from symmem.tools.conformance import arenas, groups, memory, peers, signals
