@@ -1,7 +1,7 @@
 """Print the .pth file that gives a virtual environment the packages of this interpreter, if it has a torch.
 
-``venv --system-site-packages`` is not enough: where this interpreter belongs to a virtual environment itself,
-the new one would see the packages of the interpreter below it.
+``venv --system-site-packages`` is not enough: if this interpreter belongs to a virtual environment, the new environment
+would see the packages of the base interpreter instead.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Print nothing if there is no torch, or one that is too old."""
+    """Print nothing if there is no torch, or if it is too old."""
     try:
         import torch
     except ImportError:

@@ -1,6 +1,6 @@
-"""Print all that pip has to install before symmem, except torch, one requirement a line.
+"""Print the packages that pip must install before symmem, except torch, one requirement per line.
 
-That is what symmem needs to run, what it takes to build it, and what one extra adds.
+The list has the dependencies of symmem, the requirements of its build, and those of one extra.
 """
 
 import re
@@ -25,7 +25,7 @@ def main(extra: str) -> None:
             found += of_extra(own[1]) if own else [requirement]
         return found
 
-    # An older pip doesn't know --config-settings, or builds in a way of its own if there is no wheel.
+    # Older versions of pip do not know --config-settings, or build differently if there is no wheel.
     wanted = ["pip>=23.1", *pyproject["build-system"]["requires"], *project["dependencies"]]
     if extra:
         wanted += of_extra(extra)
