@@ -18,6 +18,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from symmem import _torch_ops
 from symmem._lazy import lazy_exports
 from symmem.errors import PlatformError
 from symmem.version import VERSION as __version__
@@ -81,3 +82,5 @@ __getattr__, __dir__ = lazy_exports(
     # Layers above this one, and one that needs Triton: the type checker must not see imports of them here.
     subpackages=frozenset({"compile", "ops", "triton"}),
 )
+
+_torch_ops.install()

@@ -28,6 +28,7 @@ LAYERS = (
     "symmem.errors",
     "symmem.version",
     "symmem._lazy",
+    "symmem._torch_ops",
 )
 
 

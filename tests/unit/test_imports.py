@@ -1,0 +1,139 @@
+"""The modules that an import or a simple program loads, and `torch.ops.symmem` for every order of imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ALLOCATE_RENDEZVOUS_BARRIER = """
+import symmem
+import torch.distributed as dist
+
+group = symmem.Group.from_store(0, 1, dist.HashStore())
+st = symmem.allocate((4, 4), group=group, backend="host")
+st.rendezvous(group)
+st.barrier()
+"""
+
+# The subsystems that such a program on one rank and on the CPU does not use.
+OPTIONAL = (
+    "symmem.arena.collect",
+    "symmem.backends.cuda_signals",
+    "symmem.backends.driver",
+    "symmem.backends.driver_errors",
+    "symmem.backends.gpu",
+    "symmem.backends.kernel_words",
+    "symmem.backends.native",
+    "symmem.backends.nvshmem",
+    "symmem.backends.pytorch",
+    "symmem.backends.signal_kernels",
+    "symmem.compile",
+    "symmem.config.cluster",
+    "symmem.config.kernel_tables",
+    "symmem.config.yaml_nodes",
+    "symmem.ops",
+    "symmem.redirect",
+    "symmem.tensor.device_view",
+    "symmem.tensor.torch_handle",
+    "symmem.tools",
+    "symmem.torch_compat",
+    "symmem.triton",
+    "torch._dynamo",
+    "yaml",
+)
+
+
+def run(program: str, *path: Path) -> Any:
+    """Run a program in a new process; returns what it prints as JSON."""
+    program = f"import sys; sys.path[:0] = {[str(each) for each in path]!r}\n{program}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def loaded_by(program: str) -> set[str]:
+    return set(run(f"{program}\nimport json, sys; print(json.dumps(sorted(sys.modules)))"))
+
+
+def test_importing_symmem_loads_no_torch() -> None:
+    loaded = loaded_by("import symmem")
+    assert "torch" not in loaded
+    assert {name for name in loaded if name.startswith("symmem.")} <= {
+        "symmem._lazy",
+        "symmem._torch_ops",
+        "symmem.errors",
+        "symmem.version",
+    }
+
+
+def test_a_simple_program_loads_no_optional_subsystem() -> None:
+    loaded = loaded_by(ALLOCATE_RENDEZVOUS_BARRIER)
+    assert "symmem.tensor.tensor" in loaded
+    assert sorted(set(OPTIONAL) & loaded) == []
+
+
+OPERATORS = """
+import json, sys
+before = type(torch.ops.symmem)
+names = [torch.ops.symmem.all_reduce.default.name(), torch.ops.symmem.put.default.name()]
+print(json.dumps({
+    "names": names,
+    "modules": [torch.ops.symmem.all_reduce.__module__, torch.ops.aten.add.__module__],
+    "plain": type(torch.ops.symmem) is type(torch.ops.aten) is not before,
+    "missing": hasattr(torch.ops.symmem, "no_such_operator"),
+    "finders": [type(finder).__name__ for finder in sys.meta_path],
+    "loaders": [type(torch.__loader__).__name__, type(torch.__spec__.loader).__name__],
+}))
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import symmem, importlib.util; assert importlib.util.find_spec('torch'); import torch",
+        "import torch; torch.ops.symmem; loaded = len(sys.modules); import symmem; assert len(sys.modules) < loaded + 8",
+        "import torch, symmem, importlib; importlib.reload(symmem)",
+    ],
+)
+def test_operators_exist_in_every_order_of_imports(imports: str) -> None:
+    found = run(imports + OPERATORS)
+    assert found["names"] == ["symmem::all_reduce", "symmem::put"]
+    assert found["modules"] == ["torch._ops.symmem", "torch._ops.aten"]
+    assert found["plain"]
+    assert not found["missing"]
+    assert "_TorchFinder" not in found["finders"]
+    assert found["loaders"] == ["SourceFileLoader"] * 2
+
+
+def test_an_import_of_torch_may_fail(tmp_path: Path) -> None:
+    """The finder waits for the next attempt; nothing else changes for a program without a working torch."""
+    (tmp_path / "torch.py").write_text("import missing_library")
+    program = """
+import importlib, json, sys
+import symmem
+
+def attempt():
+    try:
+        import torch
+    except ImportError as error:
+        return error.name
+
+errors = [attempt(), attempt()]
+sys.modules["torch"] = None
+errors.append(attempt())
+del sys.modules["torch"]
+kinds = [[type(finder).__name__ for finder in sys.meta_path].count("_TorchFinder")]
+with open(sys.path[0] + "/torch.py", "w") as file:
+    file.write("import types; ops = types.SimpleNamespace(symmem=types.ModuleType('symmem'))")
+importlib.invalidate_caches()
+errors.append(attempt())
+kinds += [[type(finder).__name__ for finder in sys.meta_path].count("_TorchFinder")]
+print(json.dumps([errors, kinds, type(sys.modules["torch"].ops.symmem).__name__]))
+"""
+    missing = "missing_library"
+    assert run(program, tmp_path) == [[missing, missing, "torch", None], [1, 0], "LazyNamespace"]
