@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 from symmem import _torch_ops
 from symmem._lazy import lazy_exports
 from symmem.errors import PlatformError
+from symmem.group.observers import group_made
+from symmem.service import start_inspection
 from symmem.version import VERSION as __version__
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ __all__ = [
     "resolve_group",
     "use_symmetric_memory",
 ]
+
+group_made.append(start_inspection)
 
 __getattr__, __dir__ = lazy_exports(
     __name__,

@@ -35,7 +35,7 @@ from weakref import WeakSet, ref
 import torch
 
 from symmem.arena.allocation_log import AllocationRecord, RawRecord, nbytes_of
-from symmem.arena.reclaim import Meeting, compare
+from symmem.arena.reclaim import Arenas, Meeting, compare
 from symmem.arena.segment import GRANULE, GRANULE_BITS, SPARE, Carve, Segment, finish
 from symmem.arena.slot_mask import masks_of, slots_of
 from symmem.backends.base import Capability, tensor_at
@@ -582,7 +582,8 @@ def arena_for(group: Group, backend: Backend, device: torch.device) -> Arena:
     Raises:
         UnsupportedError: The backend's signals cannot work in an arena.
     """
-    known = group.arenas.get((backend.name, device))
+    arenas = group.extension(Arenas)
+    known = arenas.get((backend.name, device))
     if known is None:
         if not carves(backend):
             raise UnsupportedError(
@@ -592,5 +593,5 @@ def arena_for(group: Group, backend: Backend, device: torch.device) -> Arena:
                 group=group.name,
                 step="allocate",
             )
-        known = group.arenas.setdefault((backend.name, device), Arena(group, backend, device))
+        known = arenas.setdefault((backend.name, device), Arena(group, backend, device))
     return known

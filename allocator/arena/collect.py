@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from symmem.arena.reclaim import Meeting, arenas_of
+from symmem.arena.reclaim import Meeting, used_arenas
 from symmem.group.group import GroupLike, resolve_group
 from symmem.memory import cuda_graphs
 
@@ -35,7 +35,7 @@ def collect(group: GroupLike = None, *, trim: bool = False, timeout: float | Non
         SymmemError: See :meth:`Group.collective`.
     """
     resolved = resolve_group(group)
-    arenas = arenas_of(resolved)
+    arenas = used_arenas(resolved)
     if not any(cuda_graphs.is_capturing(arena.device) for arena in arenas):  # else all ranks refuse, below
         for prepare in before_collecting:
             prepare()

@@ -20,6 +20,8 @@ import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from symmem.arena.slot_mask import from_text, slots_of, to_text
 from symmem.errors import DivergenceError, MismatchError
 from symmem.group.group import Collective, differing
@@ -30,15 +32,19 @@ if TYPE_CHECKING:
     from symmem.arena.arena import Arena
     from symmem.group.group import Group
 
-__all__ = ["Meeting", "arenas_of", "compare"]
+__all__ = ["Arenas", "Meeting", "compare", "used_arenas"]
 
 
-def arenas_of(group: Group) -> list[Arena]:
-    """The arenas that a meeting of a group is about: those that something was allocated from.
+class Arenas(dict[tuple[str, torch.device], "Arena"]):
+    """The arenas of one group by backend and device, oldest first; kept in ``group.extensions``."""
 
-    A rank may have more of them, from requests that failed, or were for memory outside of arenas.
+
+def used_arenas(group: Group) -> list[Arena]:
+    """The arenas of a group that something was allocated from, in an order that all ranks share.
+
+    A rank may have further arenas, from requests that failed or that asked for memory outside of arenas.
     """
-    used = [arena for arena in list(group.arenas.values()) if arena.count]
+    used = [arena for arena in list(group.extension(Arenas).values()) if arena.count]
     return sorted(used, key=lambda arena: (arena.backend.name, str(arena.device)))
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from symmem.group.group import Group
     from symmem.memory.layout import Layout
 
-__all__ = ["GRANULE", "GRANULE_BITS", "SPARE", "Carve", "Segment", "finish"]
+__all__ = ["GRANULE", "GRANULE_BITS", "SPARE", "Carve", "MappedSegments", "Segment", "finish"]
 
 GRANULE_BITS = 8
 GRANULE = 1 << GRANULE_BITS
@@ -128,6 +128,10 @@ class Segment:
             self._spare.free_many(offset - self.space.capacity for offset in offsets)
 
 
+class MappedSegments(weakref.WeakKeyDictionary[Segment, "Mapping"]):
+    """Mappings of segments of other groups' arenas that one group has rendezvoused; kept in ``group.extensions``."""
+
+
 def finish(device: torch.device) -> None:
     """Wait until the current stream has done its work."""
     if device.type == "cuda":
@@ -172,7 +176,7 @@ class Carve(Block):
 
     def mapping_for(self, group: Group) -> Mapping | None:
         """That of the segment, whichever of its tensors the group has met for."""
-        return self.mappings.get(group) or group.mapped.get(self.segment)
+        return self.mappings.get(group) or group.extension(MappedSegments).get(self.segment)
 
     def dropped_pads(self, group: Group) -> list[int] | None:
         """See :meth:`Block.dropped_pads`."""
@@ -193,7 +197,7 @@ class Carve(Block):
     def enter(self, group: Group, mapping: Mapping, pads: Sequence[int]) -> None:
         """See :meth:`Block.enter`."""
         super().enter(group, mapping, pads)
-        group.mapped[self.segment] = mapping
+        group.extension(MappedSegments)[self.segment] = mapping
         if pads:
             self._signals = {**self._signals, mapping: _signals_at(mapping, pads)}
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from symmem.arena.allocation_log import AllocationRecord
 from symmem.arena.arena import Arena
+from symmem.arena.reclaim import Arenas
 from symmem.arena.segment import Segment
 from symmem.arena.slot_mask import masks_of, slots_of
 from symmem.group.group import GroupLike, known_groups, resolve_group
@@ -42,7 +43,7 @@ def memory_stats(group: GroupLike = None) -> dict[str, int | float]:
         ``allocations``, ``reclaims`` (blocks that came free), ``collections`` (meetings at which they did) and
         ``growths``.
     """
-    return figures(list(resolve_group(group).arenas.values()))
+    return figures(list(resolve_group(group).extension(Arenas).values()))
 
 
 def memory_snapshot() -> dict[str, Any]:
@@ -59,7 +60,7 @@ def memory_snapshot() -> dict[str, Any]:
         "time": time.time(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "arenas": [_arena(arena) for group in known_groups() for arena in list(group.arenas.values())],
+        "arenas": [_arena(arena) for group in known_groups() for arena in list(group.extension(Arenas).values())],
         "graphs": {str(number): blocks for number, blocks in cuda_graphs.kept().items()},
         "tensors": outside_of_arenas(),
     }

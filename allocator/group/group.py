@@ -30,9 +30,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from symmem.backends import descriptors as scm
@@ -54,17 +53,13 @@ from symmem.errors import (
     from_wire,
     to_wire,
 )
+from symmem.group.observers import group_made
 from symmem.group.transports import Message, SocketWire, StoreWire, Wire, watch_process, within
-from symmem.service import server
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.distributed_c10d import Store
-
-    from symmem.arena.arena import Arena
-    from symmem.arena.segment import Segment
-    from symmem.backends.base import Mapping
 
 __all__ = [
     "Collective",
@@ -77,6 +72,8 @@ __all__ = [
     "known_groups",
     "resolve_group",
 ]
+
+T = TypeVar("T")
 
 log = logging.getLogger("symmem.group")
 
@@ -183,13 +180,10 @@ class Group:
         rank: This process's rank within the group.
         size: Number of ranks.
         settings: The configuration for this group, as it was when the group was first used.
-        arenas: Those of this group, by backend and device, in the order in which they were made.
-        places: What requests to allocate have led to; see :mod:`symmem.tensor.tensor`.
-        mapped: Segments of other groups' arenas whose tensors this group has rendezvoused.
+        extensions: State that layers above keep for this group, by the class of the state; see :meth:`extension`.
         process: The id of the one it was made in; a forked child is no rank.
         closed: Whether :meth:`close` was called.
         made_from_store: Whether there never was a process group: see :meth:`from_store`.
-        engines: What runs this group's collective operations, by device; see :mod:`symmem.ops.engines.select`.
     """
 
     def __init__(
@@ -217,10 +211,7 @@ class Group:
         self._watched: dict[int, int] = {}  # pidfd -> rank
         self._poll = select.poll()
         self._watch_lock = threading.Lock()  # of the two above; never held for long
-        self.arenas: dict[tuple[str, torch.device], Arena] = {}
-        self.places: dict[Any, Any] = {}
-        self.mapped: weakref.WeakKeyDictionary[Segment, Mapping] = weakref.WeakKeyDictionary()
-        self.engines: dict[torch.device, Any] = {}
+        self.extensions: dict[type, Any] = {}
         self._sequence = 0
         self._lock = threading.RLock()  # of the rounds: held for a whole collective
         self._under_way: tuple[str, float, int] | None = None  # of the thread that holds it: operation, since when
@@ -230,8 +221,8 @@ class Group:
         self.process = os.getpid()
         self.closed = False
         _groups.add(self)
-        if self.settings.inspection == "on":
-            server.begin()
+        for callback in group_made:
+            callback(self)
 
     @classmethod
     def from_store(cls, rank: int, size: int, store: Store, name: str = "default") -> Group:
@@ -255,6 +246,17 @@ class Group:
 
     def __repr__(self) -> str:
         return f"Group({self.name!r}, rank={self.rank}, size={self.size})"
+
+    def extension(self, owner: type[T]) -> T:
+        """Return the state that a layer above keeps for this group; make it at the first call. Local.
+
+        Args:
+            owner: The class of the state; it takes no arguments. For example ``group.extension(Arenas)``.
+        """
+        if owner not in self.extensions:
+            self.extensions.setdefault(owner, owner())  # another thread may have been faster
+        state: T = self.extensions[owner]
+        return state
 
     # The collective.
 

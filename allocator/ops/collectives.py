@@ -49,7 +49,7 @@ import torch
 
 from symmem.errors import InvalidArgumentError, RankError, SymmemError
 from symmem.group.group import Group
-from symmem.ops.engines.base import REDUCTIONS, Engine
+from symmem.ops.engines.base import REDUCTIONS, Engine, Engines
 from symmem.ops.engines.select import engine_for, group_named
 from symmem.ops.gradients import with_gradient, without_gradient
 
@@ -178,7 +178,7 @@ KINDS = {
 def _refused(group: Group, device: torch.device, operation: str, error: SymmemError) -> None:
     """Tell the other ranks, which come for an operation that this rank does not do."""
     error.located(rank=group.rank, group=group.name, step=operation)
-    engine = group.engines.get(device)
+    engine = group.extension(Engines).get(device)
     if engine is None:
         group.fail(operation, error)  # they are about to make the engine
     elif hasattr(engine, "refuse"):

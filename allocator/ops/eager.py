@@ -30,6 +30,7 @@ import torch.distributed as dist
 from symmem.backends.kernel_cache import cache_directory, cached, key_of
 from symmem.group.group import Group
 from symmem.ops.dispatch import USUAL_THREADS
+from symmem.ops.engines.base import Engines
 
 if TYPE_CHECKING:
     from symmem.ops.collectives import OperatorKind
@@ -67,7 +68,7 @@ def learn(
         out: As it was given.
         result: What the result is in.
     """
-    engine: Any = group.engines.get(x.device)
+    engine: Any = group.extension(Engines).get(x.device)
     if not hasattr(engine, "sole_launch") or (out is x and kind.in_place is not None):
         return
     launch = engine.sole_launch(kind.name, x, result, option)

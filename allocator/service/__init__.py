@@ -1,1 +1,18 @@
-"""Let other processes inspect this one: the socket, and the answers."""
+"""Inspection of a running process from outside: the socket, and the answers. Loads no torch by itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from symmem.backends.base import Group
+
+__all__ = ["start_inspection"]
+
+
+def start_inspection(group: Group) -> None:
+    """Start the inspection server of this process, unless the settings of its new group switch it off."""
+    if group.settings.inspection == "on":
+        from symmem.service import server
+
+        server.begin()

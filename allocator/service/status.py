@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from symmem.arena.allocation_log import AllocationRecord
 from symmem.arena.arena import Arena
+from symmem.arena.reclaim import Arenas
 from symmem.arena.slot_mask import masks_of, slots_of
 from symmem.arena.statistics import figures, layout_of, memory_snapshot, outside_of_arenas, quiet
 from symmem.backends.kernel_status import gpu_waits
@@ -114,7 +115,8 @@ def _group(group: Group, waiting: Sequence[Wait]) -> dict[str, Any]:
         for wait in waiting
         if wait.group is group
     ]
-    return {**group.status(), "signals": signals, "arenas": [_arena(arena) for arena in list(group.arenas.values())]}
+    arenas = [_arena(arena) for arena in list(group.extension(Arenas).values())]
+    return {**group.status(), "signals": signals, "arenas": arenas}
 
 
 def _arena(arena: Arena) -> dict[str, Any]:
@@ -124,7 +126,7 @@ def _arena(arena: Arena) -> dict[str, Any]:
 
 def _tensors() -> Iterator[dict[str, Any]]:
     for group in _groups():
-        for arena in list(group.arenas.values()):
+        for arena in list(group.extension(Arenas).values()):
             yield from _carved(arena)
     for each in outside_of_arenas():
         yield {**each, "group": None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from symmem.arena.reclaim import Meeting, arenas_of
+from symmem.arena.reclaim import Meeting, used_arenas
 from symmem.backends.base import Capability
 from symmem.errors import ClosedError, MismatchError, UnsupportedError
 from symmem.group.group import Collective, Group, differing
@@ -63,7 +63,7 @@ def rendezvous(block: Block, layout: Layout, group: Group, timeout: float | None
         "group of the arena": block.home and block.home[:2],
     }
     # The same round reclaims what all ranks have dropped from the group's arenas.
-    with Meeting(arenas_of(group)) as meeting:
+    with Meeting(used_arenas(group)) as meeting:
         with group.collective("rendezvous", timeout) as collective:
             cuda_graphs.refuse(allocation.device, "a first rendezvous cannot be made")
             state: dict[str, Any] = {

@@ -23,7 +23,7 @@ from symmem.group.group import Group
 from symmem.memory.block import Block
 from symmem.memory.layout import Layout
 
-__all__ = ["Source", "arena_of", "choose_source", "resolve_request", "tensor_over"]
+__all__ = ["Requests", "Source", "arena_of", "choose_source", "resolve_request", "tensor_over"]
 
 _REMEMBERED = 4096  # requests per group
 
@@ -62,6 +62,10 @@ Request: TypeAlias = tuple[Source, Layout, Callable[[Block], torch.Tensor]]
 """The source, the layout, and a factory for the tensor over the block."""
 
 
+class Requests(dict[Any, Any]):
+    """The requests and sources that one group remembers; kept in ``group.extensions``."""
+
+
 def resolve_request(group: Group | None, arguments: Arguments) -> Request:
     """Check the user's arguments. The group remembers the results of usual requests.
 
@@ -75,13 +79,16 @@ def resolve_request(group: Group | None, arguments: Arguments) -> Request:
         if type(size) is not int:  # True equals 1, so it would find the remembered request of 1
             return _examine(group, arguments)
     try:
-        request: Request | None = group.places.get(arguments)
+        request: Request | None = group.extensions[Requests].get(arguments)
+    except KeyError:
+        request = None  # the group's first request
     except TypeError:  # a list of backends, or an invalid device
         return _examine(group, arguments)
     if request is None or (request[0].follows_current and not request[0].is_current):
-        if len(group.places) >= _REMEMBERED:
-            group.places.clear()
-        request = group.places[arguments] = _examine(group, arguments)
+        requests = group.extension(Requests)
+        if len(requests) >= _REMEMBERED:
+            requests.clear()
+        request = requests[arguments] = _examine(group, arguments)
     return request
 
 
@@ -100,12 +107,13 @@ def choose_source(group: Group | None, backend: BackendNames, device: DeviceLike
     """
     if group is None:
         return _choose(None, backend, device)
+    requests = group.extension(Requests)
     try:
-        source: Source | None = group.places.get((backend, device))
+        source: Source | None = requests.get((backend, device))
     except TypeError:  # a list of backends, or an invalid device
         return _choose(group, backend, device)
     if source is None or not source.is_current:
-        source = group.places[backend, device] = _choose(group, backend, device)
+        source = requests[backend, device] = _choose(group, backend, device)
     return source
 
 

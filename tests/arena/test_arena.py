@@ -23,6 +23,7 @@ from thread_ranks import make_groups, succeed
 import symmem
 from symmem.arena import suballocator
 from symmem.arena.arena import Arena
+from symmem.arena.reclaim import Arenas
 from symmem.arena.segment import GRANULE, Carve
 from symmem.backends import get_backend
 from symmem.backends.base import tensor_at
@@ -59,7 +60,7 @@ class Rank:
 
     @property
     def arena(self) -> Arena:
-        return next(iter(self.group.arenas.values()))
+        return next(iter(self.group.extension(Arenas).values()))
 
     @property
     def book(self) -> tuple[int, int]:
@@ -306,7 +307,7 @@ def test_many_requests_are_not_all_remembered(rank: Rank, monkeypatch: pytest.Mo
     monkeypatch.setattr("symmem.tensor.request._REMEMBERED", 8)
     for size in range(40):
         assert rank.allocate((size,)).tensor.shape == (size,)
-        assert len(rank.group.places) <= 9
+        assert len(rank.group.extension(request.Requests)) <= 9
 
 
 def test_a_request_for_the_current_device_follows_it(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,7 +504,7 @@ def test_two_threads_in_one_arena(rank: Rank) -> None:
 def test_growth_by_policy(size: str, growth: float, limit: str, expected: list[int], make: Make) -> None:
     rank = make(arena_size=size, arena_growth=growth, arena_limit=limit)
     live = []
-    while len(rank.group.arenas) == 0 or len(rank.segments) < len(expected):
+    while len(rank.group.extension(Arenas)) == 0 or len(rank.segments) < len(expected):
         live.append(rank.allocate(500_000))
     assert rank.segments == [nbytes * MIB for nbytes in expected]
     spans = sorted(map(span, live))

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import symmem
+from symmem.arena.reclaim import Arenas
 from symmem.tools.ranks import RankPool, rank_store
 
 SETTINGS = "arena_size(2MiB),arena_growth(1.5),arena_limit(256MiB),rendezvous_timeout(20s),signal_timeout(10s)"
@@ -194,7 +195,7 @@ class Program:
 
     def book(self) -> list[Any]:
         """What must be the same on all ranks."""
-        (arena,) = self.all.arenas.values()  # type: ignore[union-attr]
+        (arena,) = self.all.extension(Arenas).values()  # type: ignore[union-attr]
         arena.look()
         self.used["grown"] += arena.growths > 1
         total = sum(entry[5] for entry in arena.entries if entry)
@@ -227,7 +228,7 @@ def run(seed: int, steps: int) -> tuple[list[Any], dict[str, int]]:
         program.kept.clear()
         gc.collect()
         symmem.collect(program.all)
-        (arena,) = program.all.arenas.values()  # type: ignore[union-attr]
+        (arena,) = program.all.extension(Arenas).values()  # type: ignore[union-attr]
         assert (arena.live_bytes, arena.quarantined_bytes) == (0, 0)
         assert not any(arena.entries)
         program.meet()

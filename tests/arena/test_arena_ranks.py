@@ -21,6 +21,7 @@ import torch
 
 import symmem
 from symmem.arena.arena import Arena, arena_for
+from symmem.arena.reclaim import Arenas
 from symmem.arena.segment import Carve
 from symmem.backends import get_backend
 from symmem.backends.host import HostBackend
@@ -97,7 +98,7 @@ def allocate(group: symmem.Group, sizes: Any = 8, dtype: Any = torch.uint8, **op
 
 
 def arena_of(group: symmem.Group) -> Arena:
-    return next(iter(group.arenas.values()))
+    return next(iter(group.extension(Arenas).values()))
 
 
 def works(group: symmem.Group) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from fake_libraries import FakeNvshmem, FakeTorch, install
 
 import symmem
+from symmem.arena.reclaim import Arenas
 from symmem.backends import get_backend, nvshmem_job, nvshmem_library
 from symmem.errors import (
     BackendUnavailableError,
@@ -27,6 +28,7 @@ from symmem.errors import (
     SymmemError,
     UnsupportedError,
 )
+from symmem.tensor.request import Requests
 from symmem.tools.conformance import CASES, run_case
 from symmem.tools.conformance.case import _warm
 from symmem.tools.ranks import rank_store
@@ -39,8 +41,8 @@ def forget_arenas() -> None:
     os.environ["SYMMEM_ENABLE"] = "arena_size(4MiB)"  # the fakes' memory is this machine's, and zeroed
     group = symmem.resolve_group()
     group.settings = dataclasses.replace(group.settings, arena_size=4 << 20)
-    group.arenas.clear()
-    group.places.clear()
+    group.extension(Arenas).clear()
+    group.extension(Requests).clear()
     _warm.clear()
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from fake_driver import GRANULARITY, FakeDriver, descriptors, install
 
 import symmem
+from symmem.arena.reclaim import Arenas
 from symmem.backends import get_backend, native
 from symmem.errors import (
     BackendUnavailableError,
@@ -32,6 +33,7 @@ from symmem.errors import (
     from_wire,
     to_wire,
 )
+from symmem.tensor.request import Requests
 from symmem.tools.conformance import CASES, run_case
 from symmem.tools.conformance.case import _warm
 from symmem.tools.ranks import RankPool, rank_store
@@ -42,8 +44,8 @@ NOTHING = (0, 0, 0, 0)
 def forget_arenas() -> None:
     """Let go of the default group's arenas, whose memory is that of an earlier fake."""
     group = symmem.resolve_group()
-    group.arenas.clear()
-    group.places.clear()
+    group.extension(Arenas).clear()
+    group.extension(Requests).clear()
     _warm.clear()
 
 

@@ -24,6 +24,7 @@ import symmem
 from symmem.backends import kernel_status, kernel_words
 from symmem.compile.report import AT_RUN_TIME, COPIED, PLACED, Report
 from symmem.errors import GroupError, InvalidArgumentError, NotSymmetricError, PeerTimeoutError, UnsupportedError
+from symmem.ops.engines.base import Engines
 
 
 class Part:
@@ -638,7 +639,7 @@ def case_own_operators_of_all_kinds() -> None:
         run(x)
     events: Any = profiled.events()
     assert "symmem::all_gather_out" in {each.name for each in events}
-    engine, sources = type(symmem.resolve_group().engines[device()]), []
+    engine, sources = type(symmem.resolve_group().extension(Engines)[device()]), []
     with pytest.MonkeyPatch.context() as patch:
         known = engine.all_gather
         patch.setattr(engine, "all_gather", lambda self, x, out: (sources.append(x), known(self, x, out)))

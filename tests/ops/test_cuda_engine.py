@@ -32,6 +32,7 @@ from symmem.errors import InvalidArgumentError, MismatchError, PeerTimeoutError,
 from symmem.group.group import Group
 from symmem.ops import functions as ops
 from symmem.ops.engines import cuda
+from symmem.ops.engines.base import Engines
 from symmem.ops.engines.checked import CheckedEngine
 from symmem.ops.engines.collective_kernels import KERNELS, OPERATORS, SOURCE, STEPS, TYPES, WorkspaceLayout
 from symmem.ops.engines.cuda import Chunk, CudaEngine, call_type, chunks
@@ -760,7 +761,7 @@ def checked(ranks: Ranks) -> list[Group]:
     """Groups whose engines for tensors on the CPU are the emulated ones, checked."""
     groups = make_groups(WORLD, name="checked")
     for group, engine in zip(groups, ranks.engines, strict=True):
-        group.engines[torch.device("cpu")] = CheckedEngine(engine, group)
+        group.extension(Engines)[torch.device("cpu")] = CheckedEngine(engine, group)
     return groups
 
 

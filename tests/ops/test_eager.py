@@ -33,6 +33,7 @@ from symmem.ops import eager
 from symmem.ops import functions as ops
 from symmem.ops.collectives import KINDS
 from symmem.ops.engines import cuda
+from symmem.ops.engines.base import Engines
 from symmem.ops.engines.collective_kernels import KERNELS
 from symmem.ops.engines.cuda import CudaEngine, call_type
 from symmem.tools.commands import doctor
@@ -186,8 +187,11 @@ class StubGroup:
     settings = SimpleNamespace(signal_timeout=20.0, algorithms="built-in", collective_check="off")
 
     def __init__(self, process_group: Any = None) -> None:
-        self.engines: dict[torch.device, Any] = {}
+        self.extensions = {Engines: Engines()}
         self.process_group = process_group
+
+    def extension(self, owner: type) -> Any:
+        return self.extensions[owner]
 
     def lost(self) -> tuple[int, ...]:
         return ()
@@ -199,7 +203,7 @@ class StubGroup:
 def with_engine(group: Any) -> Any:
     engine = CudaEngine(group, torch.device("cuda", 0))
     engine._areas = tuple(range(4096, 4096 * (WORLD + 1), 4096))
-    group.engines[CPU] = engine
+    group.extension(Engines)[CPU] = engine
     return group
 
 
@@ -465,7 +469,7 @@ def test_another_table_is_another_launch(group: Any, gpu: Gpu) -> None:
     x = torch.ones(1 << 18)
     for _ in range(2):
         ops.all_reduce(x, group)
-    engine = group.engines[CPU]
+    engine = group.extension(Engines)[CPU]
     choice = engine.table.all_reduce[0]._replace(world=WORLD, nbytes=None, kernel="one_shot", blocks=3)
     engine.use(engine.table._replace(all_reduce=(choice,)))
     for _ in range(2):
@@ -515,7 +519,8 @@ def test_who_means_a_process_group(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) ->
     for group in groups:
         ops.functional(KINDS["all_reduce"], group, x, ("sum",))
         eager.learn(KINDS["all_reduce"], group, x, "sum", None, torch.ones(4))
-        group.engines[CPU]._plans["all_reduce", 16, torch.float32, "sum"][0].call.step = 90 + groups.index(group)
+        plan = group.extension(Engines)[CPU]._plans["all_reduce", 16, torch.float32, "sum"][0]
+        plan.call.step = 90 + groups.index(group)
         eager.learn(KINDS["all_reduce"], group, x, "sum", None, torch.ones(4))
 
     def meant(by: Any) -> int | None:
@@ -531,7 +536,7 @@ def test_who_means_a_process_group(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) ->
     world.default_pg = a
     del table[b]  # destroyed
     assert [meant(each) for each in (None, "other", b)] == [0, None, None]
-    gone = weakref.ref(groups[0].engines[CPU])
+    gone = weakref.ref(groups[0].extension(Engines)[CPU])
     del groups[0], group
     gc.collect()
     assert gone() is None
@@ -596,8 +601,8 @@ def test_another_device_of_the_group(group: Any, gpu: Gpu, monkeypatch: pytest.M
     for _ in range(2):
         ops.all_reduce(x, group)
     assert gpu.by == ["Python", "C"]
-    group.engines[CPU].calls.clear()
-    group.engines[CPU].calls = eager._begun().Calls(
+    group.extension(Engines)[CPU].calls.clear()
+    group.extension(Engines)[CPU].calls = eager._begun().Calls(
         group=weakref.ref(group), process_group=None, name="g", ordinal=1, context=CONTEXT, status=0
     )
     for _ in range(2):  # learnt for the GPU 1; the tensors say that they are on 0
@@ -613,7 +618,7 @@ def test_nothing_is_left_behind(group: Any, gpu: Gpu) -> None:
     option = "".join(["s", "um"])
     for given in (None, x, out):
         ops.all_reduce(x, group, option, out=given)
-    values = [x, out, option, group, None, KINDS["all_reduce"], torch.Tensor, group.engines[CPU].calls]
+    values = [x, out, option, group, None, KINDS["all_reduce"], torch.Tensor, group.extension(Engines)[CPU].calls]
 
     def many() -> None:
         for _ in range(500):
@@ -631,14 +636,14 @@ def test_nothing_is_left_behind(group: Any, gpu: Gpu) -> None:
     assert [sys.getrefcount(each) for each in values] == pytest.approx(counts, abs=50)
     assert sys.getallocatedblocks() - blocks < 300
     held = sys.getrefcount(option)
-    group.engines[CPU].calls.clear()
+    group.extension(Engines)[CPU].calls.clear()
     assert sys.getrefcount(option) < held
 
 
 def test_what_is_forgotten_while_it_runs(group: Any, gpu: Gpu) -> None:
     """By another thread, for the module lets go of the interpreter while it launches."""
     x = torch.ones(4)
-    engine = group.engines[CPU]
+    engine = group.extension(Engines)[CPU]
     ops.all_reduce(x, group)
 
     def forget() -> None:
@@ -713,7 +718,7 @@ def test_without_a_compiler(
     for _ in range(3):
         ops.all_reduce(torch.ones(4), group)
     assert gpu.by == ["Python"] * 3
-    assert group.engines[CPU].calls is None
+    assert group.extension(Engines)[CPU].calls is None
     (record,) = caplog.records
     assert "are called through Python" in record.getMessage()
     assert why in record.getMessage()

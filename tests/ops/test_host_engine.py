@@ -22,6 +22,7 @@ import symmem
 from symmem.errors import SymmemError
 from symmem.ops import functions as ops
 from symmem.ops.engines import host
+from symmem.ops.engines.base import Engines
 from symmem.tools.bench import collectives
 from symmem.tools.ranks import RankPool, rank_store
 
@@ -224,7 +225,7 @@ def gone() -> None:
     rank, size = world()
     group = symmem.Group.from_store(rank, size, rank_store(), "short-lived")
     ops.all_reduce(torch.ones(3), group)
-    (engine,) = group.engines.values()
+    (engine,) = group.extension(Engines).values()
     ends = [weakref.ref(group), weakref.ref(engine)]
     del group, engine
     gc.collect()
@@ -425,7 +426,7 @@ def interrupted() -> list[Told]:
     group = symmem.Group.from_store(rank, size, rank_store(), "interrupted")
     x = torch.ones(4 * PIECE)
     ops.all_reduce(x, group)
-    (engine,) = group.engines.values()
+    (engine,) = group.extension(Engines).values()
     if rank == 1:
         engine._reduce = lambda *args: 1 // 0
         with pytest.raises(ZeroDivisionError):
@@ -449,7 +450,7 @@ def nested() -> list[Told]:
     group = symmem.Group.from_store(rank, size, rank_store(), "nested")
     x, found = torch.ones(4), []
     ops.all_reduce(x, group)
-    (engine,) = group.engines.values()
+    (engine,) = group.extension(Engines).values()
     reduce = engine._reduce
 
     def again(*args: Any) -> None:

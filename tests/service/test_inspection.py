@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -26,6 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import symmem
+from symmem.arena.reclaim import Arenas
 from symmem.backends import kernel_status, kernel_words
 from symmem.backends.kernel_words import NBYTES, KernelWords
 from symmem.backends.pending_waits import forget, note
@@ -42,11 +44,12 @@ ASK = b'{"version": 1, "parts": []}\n'
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the tools look, and nowhere else."""
-    place = tmp_path / "symmem"
-    monkeypatch.setattr(processes, "directories", lambda: [place])
-    return place
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The only folder that the tools look in; its path is short enough for a socket, unlike ``tmp_path``."""
+    with tempfile.TemporaryDirectory(prefix="symmem-") as parent:
+        place = Path(parent, "symmem")
+        monkeypatch.setattr(processes, "directories", lambda: [place])
+        yield place
 
 
 @pytest.fixture
@@ -340,7 +343,7 @@ def test_an_arena_that_another_thread_holds_is_busy(group: symmem.Group) -> None
     held, over = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with next(iter(group.arenas.values())).lock:
+        with next(iter(group.extension(Arenas).values())).lock:
             held.set()
             over.wait(20)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-__all__ = ["REDUCTIONS", "Engine"]
+__all__ = ["REDUCTIONS", "Engine", "Engines"]
 
 REDUCTIONS = ("sum", "avg", "min", "max")
 """How elements of all ranks are combined. Sums are made in float32 for float16, bfloat16 and float8."""
@@ -39,3 +38,7 @@ class Engine(Protocol):
 
     def broadcast(self, source: torch.Tensor, out: torch.Tensor, root: int) -> None:
         """``out`` = rank ``root``'s ``source``, of the same shape; the same tensor or apart."""
+
+
+class Engines(dict[torch.device, Engine]):
+    """The engines of one group by device; kept in ``group.extensions``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -12,10 +11,8 @@ import torch.distributed as dist
 from symmem.errors import GroupError, UnsupportedError
 from symmem.group.group import Group, GroupLike, default_group, known_groups, resolve_group
 from symmem.memory import cuda_graphs
+from symmem.ops.engines.base import Engine, Engines
 from symmem.ops.engines.checked import CheckedEngine
-
-if TYPE_CHECKING:
-    from symmem.ops.engines.base import Engine
 
 __all__ = ["engine_for", "group_named", "group_of", "name_of"]
 
@@ -110,12 +107,16 @@ def engine_for(group: Group, device: torch.device) -> Engine:
         UnsupportedError: There is none for devices of this type.
         SymmemError: It could not be made; the same on all ranks.
     """
-    engine: Engine | None = group.engines.get(device)
-    if engine is None:
-        engine = _make(group, device)
-        if group.settings.collective_check == "each":
-            engine = CheckedEngine(engine, group)
-        group.engines[device] = engine
+    try:
+        known: Engine = group.extensions[Engines][device]
+    except KeyError:
+        pass  # made outside of this block, so that an error there has no KeyError as its context
+    else:
+        return known
+    engine = _make(group, device)
+    if group.settings.collective_check == "each":
+        engine = CheckedEngine(engine, group)
+    group.extension(Engines)[device] = engine
     return engine
 
 
