@@ -259,7 +259,7 @@ if triton.knobs.runtime.interpret:
         channel, peer, rank = (_number(value) for value in (channel, peer, rank))
         if operation.value == BAD_CHANNEL.value:
             raise InvalidArgumentError(
-                f"a kernel used signal channel {channel}, of which its device view has {peer}",
+                f"a kernel used signal channel {channel}, but its device view has {peer} channels",
                 hint="give device_view() signals with more channels",
                 rank=rank,
                 step="signal in a kernel",

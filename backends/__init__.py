@@ -1,7 +1,7 @@
-"""Backends by name, loaded when they are first asked for.
+"""Backends by name, loaded on first use.
 
-A third party adds a backend with an entry point in the group ``symmem.backends``: a name, and ``module:Class`` of
-a subclass of :class:`symmem.backends.base.Backend`.
+A third party adds a backend by an entry point in the group ``symmem.backends``: a name, and ``module:Class``, which
+names a subclass of :class:`symmem.backends.base.Backend`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ AUTO_ORDER = {
     "cuda": ("native", "nvshmem", "pytorch_cuda", "pytorch_nvshmem", "pytorch_nccl"),
     "cpu": ("host",),
 }
-"""What ``auto`` tries, by the type of the device that the memory is to lie on. A third party's is never guessed."""
+"""The backends that ``auto`` tries, in this order, by device type. It never tries a third party's backend."""
 
 _instances: dict[str, Backend] = {}
 _probed: set[str] = set()
@@ -46,7 +46,7 @@ _lock = threading.RLock()
 
 
 def _renew_lock() -> None:
-    """In a forked child: the thread that held the lock at the fork is not there to release it."""
+    """In a forked child, the thread that held the lock does not exist and cannot release it."""
     global _lock
     _lock = threading.RLock()
 
@@ -55,53 +55,54 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 
 def available_names() -> tuple[str, ...]:
-    """All names that a backend can be chosen by: the built-in ones, then those of third parties."""
+    """The names of all backends: the built-in ones, then the installed ones of third parties."""
     return (*BACKENDS, *sorted(_entry_points().keys() - set(BACKENDS)))
 
 
 def get_backend(name: str) -> Backend:
-    """The backend of that name; the same object each time in a process. Does not probe it.
+    """The backend with this name; a process always gets the same object. The backend is not probed.
 
     Raises:
-        ConfigError: There is none of that name.
-        BackendUnavailableError: It cannot be imported or made, whatever went wrong there.
+        ConfigError: No backend has this name.
+        BackendUnavailableError: The backend cannot be imported or made, for any reason.
     """
     with _lock:
         if name not in _instances:
             target = _BUILTIN.get(name) or _entry_points().get(name)
             if target is None:
-                raise ConfigError(f"unknown backend {name!r}; there are: auto, {', '.join(available_names())}")
+                raise ConfigError(f"unknown backend {name!r}; known are: auto, {', '.join(available_names())}")
             module, _, attribute = target.partition(":")
             try:
                 _instances[name] = getattr(importlib.import_module(module), attribute)(name)
             except SymmemError:
                 raise
             except Exception as error:
-                what = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+                reason = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
                 raise BackendUnavailableError(
-                    f"the backend {name!r} cannot be imported: {what}",
-                    hint=f"reinstall the package that {target!r} is of; `python -c 'import {module}'` must work",
+                    f"the backend {name!r} cannot be imported: {reason}",
+                    hint=f"reinstall the package that provides {target!r}; `python -c 'import {module}'` must work",
                 ) from error
         return _instances[name]
 
 
 def select_backend(order: Sequence[str], device_type: str | None) -> Backend:
-    """The first backend of ``order`` that works here, by probing (once a process).
+    """The first backend in ``order`` that works here. Every backend is probed once per process.
 
     Args:
-        order: Names in order of preference, or ``("auto",)``: :data:`AUTO_ORDER`. A single name is a choice: if it
-            doesn't work, that is an error.
-        device_type: ``"cpu"`` or ``"cuda"``; None takes that of the backend, and for ``auto`` that of this machine.
+        order: Names in order of preference, or ``("auto",)`` for :data:`AUTO_ORDER`.
+        device_type: ``"cpu"`` or ``"cuda"``. None takes the device type of the backend; with ``auto``, ``"cuda"`` if
+            torch can use CUDA.
 
     Raises:
-        BackendUnavailableError: None works; the text has the reason for each. Of a single choice, its own error.
+        BackendUnavailableError: No backend works. The text has one reason per backend; for a single name it is the
+            backend's own error.
     """
     if tuple(order) == ("auto",):
         device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
         if device_type not in AUTO_ORDER:
             raise BackendUnavailableError(
                 f"no backend has memory for {device_type} tensors",
-                hint=f"there are: {', '.join(AUTO_ORDER)}, and what a third party's backend, chosen by name, may have",
+                hint=f"use {' or '.join(AUTO_ORDER)} tensors, or name a third party's backend that has such memory",
             )
         order = AUTO_ORDER[device_type]
     errors: list[tuple[str, BackendUnavailableError]] = []
@@ -126,7 +127,7 @@ def select_backend(order: Sequence[str], device_type: str | None) -> Backend:
     raise BackendUnavailableError(
         f"no backend of {list(order)} works for {device_type or 'any'} tensors in this process:\n"
         + "\n".join(f"  - {name}: {error.what}" + f"\n    {error.hint}" * bool(error.hint) for name, error in errors),
-        hint="`symmem doctor` says for each backend what it needs",
+        hint="`symmem doctor` shows what every backend needs",
     )
 
 

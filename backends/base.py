@@ -1,13 +1,13 @@
 """The contract between symmem and a backend.
 
-A backend knows how to make, export and map memory; it knows nothing of shapes, dtypes or handles. Of the group
-it sees only :class:`Group` and :class:`Collective`. A new backend subclasses three classes:
+A backend makes, exports and maps memory. It knows nothing of shapes, dtypes or handles. Of the group it sees only
+:class:`Group` and :class:`Collective`. A new backend subclasses three classes:
 
 * :class:`Backend`: ``probe``, ``allocate`` and the one collective hook, ``rendezvous``;
-* :class:`Allocation`: this rank's memory; it is freed when the last tensor over it is gone;
-* :class:`Mapping`: every rank's memory as this rank sees it, plus whatever the ``capabilities`` promise.
+* :class:`Allocation`: this rank's memory, freed when the last tensor over it is gone;
+* :class:`Mapping`: the memory of all ranks as this rank sees it, and everything that ``capabilities`` promises.
 
-What a backend does not list in ``capabilities`` needs no code: the methods below raise the named error.
+A capability that a backend does not list needs no code: the methods below raise the named error.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ __all__ = [
 ]
 
 SIGNAL_CHANNELS = 64
-"""Independent channels of ``barrier``, ``put_signal`` and ``wait_signal`` of each tensor and group."""
+"""Independent channels of ``barrier``, ``put_signal`` and ``wait_signal``, per tensor and group."""
 
 
 class Capability(enum.Flag):
-    """What a backend can do beyond allocating and rendezvousing."""
+    """The abilities of a backend beyond allocation and rendezvous."""
 
     REMOTE_TENSOR = enum.auto()
-    """Peers' memory is load/store reachable: ``remote_tensor`` and ``remote_pointers``."""
+    """The memory of peers is load/store reachable: ``remote_tensor`` and ``remote_pointers``."""
     CONTIGUOUS_VIEW = enum.auto()
     """All ranks' memory in one address range: ``contiguous_view``."""
     MULTICAST = enum.auto()
@@ -55,7 +55,7 @@ class Capability(enum.Flag):
     SIGNALS = enum.auto()
     """``barrier``, ``put_signal`` and ``wait_signal``."""
     ONE_SIDED = enum.auto()
-    """``put`` and ``get``, also where peers are not load/store reachable."""
+    """``put`` and ``get``, even if peers are not load/store reachable."""
     MULTI_HOST = enum.auto()
     """A group may span hosts."""
     SECOND_GROUP = enum.auto()
@@ -65,7 +65,7 @@ class Capability(enum.Flag):
 
 
 class Signals(Protocol):
-    """Barrier and signals over the pads of all ranks; a :class:`Mapping` is one too."""
+    """Barrier and signals over the pads of all ranks. Every :class:`Mapping` implements it too."""
 
     def barrier(self, channel: int, timeout: float) -> None:
         """See :meth:`Mapping.barrier`."""
@@ -84,7 +84,7 @@ class Signals(Protocol):
 
 
 class Group(Protocol):
-    """What a backend may know of a group of ranks."""
+    """The part of a group of ranks that backends see."""
 
     @property
     def name(self) -> str:
@@ -110,23 +110,23 @@ class Group(Protocol):
         """Ranks whose process is known to have ended. Costs a few microseconds, never blocks."""
 
     def collective(self, operation: str, timeout: float | None = None) -> contextlib.AbstractContextManager[Collective]:
-        """Begin a collective operation; all ranks must. For what a mapping sets up later, such as multicast.
+        """Begin a collective operation; all ranks must. For resources that a mapping makes later, such as multicast.
 
         Args:
-            operation: Named in errors; the same on all ranks.
-            timeout: Seconds; None for the configured ``rendezvous_timeout``.
+            operation: Its name in errors; the same on all ranks.
+            timeout: Seconds; None means the configured ``rendezvous_timeout``.
         """
 
 
 class Collective(Protocol):
     """One collective operation in progress.
 
-    Whatever a backend raises inside of it reaches all ranks: they all raise that error.
+    An error that a backend raises inside it reaches all ranks: all of them raise that error.
     """
 
     @property
     def group(self) -> Group:
-        """The group that is meeting."""
+        """The group of the operation."""
 
     @property
     def passes_descriptors(self) -> bool:
@@ -136,17 +136,17 @@ class Collective(Protocol):
         """Give every rank's contribution to every rank; all ranks must call it with the same ``step``.
 
         Args:
-            step: Named in errors.
+            step: Its name in errors.
             payload: Any bytes.
-            descriptors: File descriptors to duplicate into the other processes; they stay the caller's.
+            descriptors: File descriptors to duplicate into the other processes; the caller keeps them.
 
         Returns:
-            One contribution a rank, in rank order. The descriptors in it are this process's own duplicates and
-            are closed by ``close()`` or at the end of a ``with`` block.
+            One contribution per rank, in rank order. Its descriptors are duplicates of this process. ``close()`` or
+            the end of a ``with`` block closes them.
 
         Raises:
-            SymmemError: The same on all ranks, when a rank failed, died, did not come in time or is at another
-                step; or when descriptors are to pass between hosts.
+            SymmemError: A rank failed, died, was late or is at another step, or descriptors would have to pass between
+                hosts. The error is the same on all ranks.
         """
 
 
@@ -156,13 +156,13 @@ _storage_from: Any = torch._C._construct_storage_from_data_pointer
 def storage_at(pointer: int, nbytes: int, device: torch.device, owner: object) -> Any:
     """An untyped storage over memory at ``pointer``; all tensors over it keep ``owner`` alive.
 
-    ``owner`` must not hold a tensor made from itself: such a circle runs through C++, where the garbage collector
-    does not see it. At least one byte at ``pointer`` must be mapped, even for ``nbytes == 0``.
+    ``owner`` must not hold a tensor made from itself: such a circle runs through C++, and the garbage collector cannot
+    see it. At least one byte at ``pointer`` must be mapped, even if ``nbytes`` is 0.
     """
-    # The device is stated, not looked up by torch: for a peer's memory the driver names the peer's GPU, and through
-    # __cuda_array_interface__ or from_blob it would come as a copy, or as a tensor of the wrong device.
+    # torch must not look up the device: for a peer's memory the driver names the peer's GPU. __cuda_array_interface__
+    # and from_blob would therefore make a copy, or a tensor on the wrong device.
     storage: Any = _storage_from(pointer, device, nbytes or 1)
-    storage.owner = owner  # torch keeps a storage's Python object, and thus this, as long as any tensor over it
+    storage.owner = owner  # torch keeps a storage's Python object, and so its attributes, as long as any tensor over it
     return storage
 
 
@@ -173,15 +173,15 @@ def tensor_at(pointer: int, nbytes: int, device: torch.device, owner: object) ->
 
 
 class Allocation:
-    """This rank's memory, of one backend.
+    """This rank's memory, made by one backend.
 
-    It lives as long as anything refers to it. When the last reference is gone it frees itself, with no
-    communication (``weakref.finalize`` in the subclass, or members that do).
+    It frees itself with its last reference, without communication. The subclass, or its members, use
+    ``weakref.finalize`` for this.
 
     Args:
         backend: The backend that made it.
-        device: Where it lies.
-        nbytes: Bytes that were asked for.
+        device: The device of the memory.
+        nbytes: The bytes that the caller asked for.
         pointer: Address of the first byte.
     """
 
@@ -197,19 +197,19 @@ class Allocation:
 
 
 class Mapping:
-    """Every rank's memory of one rendezvous, as this rank sees it.
+    """The memory of all ranks after one rendezvous, as this rank sees it.
 
-    Offsets are in bytes from the beginning of the allocation and the same on all ranks. A mapping must not refer
-    to its allocation (the allocation refers to it).
+    Offsets are in bytes from the start of the allocation, and the same on all ranks. A mapping must not refer to its
+    allocation, because the allocation refers to it.
 
     Args:
-        backend: Whose it is; its ``capabilities`` decide what may be called.
-        group: The group that met.
-        device: Where tensors over the memory lie.
-        pointers: Each rank's first byte in this rank's address space; 0 where it is not load/store reachable.
+        backend: The backend that made it; its ``capabilities`` decide which methods may be called.
+        group: The group of the rendezvous.
+        device: The device of tensors over the memory.
+        pointers: Every rank's first byte in this rank's address space; 0 if it is not load/store reachable.
 
     Attributes:
-        serial: Which of the group's rendezvous made it; the same on all ranks.
+        serial: Number of the group's rendezvous that made it; the same on all ranks.
     """
 
     serial = 0
@@ -220,15 +220,15 @@ class Mapping:
         self.device = device
         self.pointers = tuple(pointers)
 
-    def unsupported(self, what: str, why: str | None = None) -> NoReturn:
-        """Raise the error for something this backend lacks."""
+    def unsupported(self, feature: str, why: str | None = None) -> NoReturn:
+        """Raise the error for a feature that this backend lacks."""
         name = self.backend.name
         raise UnsupportedError(
-            f"the backend {name!r} has no {what}" + (f": {why}" if why else ""),
-            hint="choose a backend that has it; `symmem doctor` lists what each can do",
+            f"the backend {name!r} has no {feature}" + (f": {why}" if why else ""),
+            hint="choose a backend that has it; `symmem doctor` lists the abilities of all",
             rank=self.group.rank,
             group=self.group.name,
-            step=what,
+            step=feature,
         )
 
     def tensor(self, rank: int, nbytes: int, owner: object) -> torch.Tensor:
@@ -238,37 +238,37 @@ class Mapping:
         return tensor_at(self.pointers[rank], nbytes, self.device, (owner, self))
 
     def contiguous(self) -> tuple[int, int]:
-        """Address of rank 0's memory in a range that holds all ranks' side by side, and the stride in bytes."""
+        """Address of a range that holds the memory of all ranks side by side, and the stride between ranks in bytes."""
         self.unsupported("contiguous_view")
 
     def multicast(self) -> int:
         """The multicast address of the memory; never 0. May be collective the first time.
 
         Raises:
-            MulticastUnavailableError: It has none; says why.
+            MulticastUnavailableError: The memory has no multicast address; the text says why.
         """
-        self.no_multicast("it takes NVLink SHARP, and a backend for CUDA")
+        self.no_multicast("it needs NVLink SHARP and a backend for CUDA")
 
     def no_multicast(self, why: str) -> NoReturn:
-        """Raise the error of memory that has no multicast address."""
+        """Raise the error for memory that has no multicast address."""
         raise MulticastUnavailableError(
             f"the backend {self.backend.name!r} has no multicast pointer for this memory: {why}",
-            hint="store to each remote_tensor instead; `symmem config show` says where a setting comes from",
+            hint="store to every remote_tensor instead; `symmem config show` shows where a setting comes from",
             rank=self.group.rank,
             group=self.group.name,
             step="multicast_ptr",
         )
 
     def signal_pad(self, rank: int) -> tuple[int, int]:
-        """Address and bytes of a rank's flags: a uint32 word for each [channel, source rank], all 0 at first."""
+        """Address and bytes of a rank's flags: one uint32 word per [channel, source rank], all 0 at first."""
         self.unsupported("signal pad")
 
     def barrier(self, channel: int, timeout: float) -> None:
-        """Wait, on the current stream, for all ranks; what they stored before is visible afterwards."""
+        """Wait, on the current stream, for all ranks. Afterwards the earlier stores of all ranks are visible."""
         self.unsupported("barrier")
 
     def put_signal(self, rank: int, channel: int, timeout: float) -> None:
-        """Set this rank's flag at ``rank`` once the one before was taken; what was stored before is visible."""
+        """Wait until ``rank`` has taken this rank's last flag, then set it. ``rank`` then sees all earlier stores."""
         self.unsupported("put_signal")
 
     def wait_signal(self, rank: int, channel: int, timeout: float) -> None:
@@ -278,26 +278,26 @@ class Mapping:
     def check(self) -> None:
         """Raise if a stream-ordered signal has failed. Local and quick; does not wait for the device.
 
-        A barrier or signal that is work on a stream can fail long after the call that put it there. This tells; where
-        signals are done when the call returns, as on the CPU, there is nothing to tell.
+        A barrier or signal on a stream can fail long after the call that enqueued it. On the CPU a signal is complete
+        when its call returns, so this does nothing.
 
         Raises:
-            PeerTimeoutError, PeerLostError: Which rank was waited for, on which channel.
+            PeerTimeoutError, PeerLostError: They name the awaited rank and the channel.
         """
 
     def signals_at(self, pads: Sequence[int]) -> Signals:
-        """Signals apart from those of the whole memory, over other pads in it.
+        """Independent signals over other pads in the same memory.
 
         Args:
-            pads: Address of each rank's pad in this process, ``Backend.pad_nbytes`` bytes at a multiple of 256, filled
-                with zeros before any rank signals; 0 where the rank is not load/store reachable.
+            pads: Address of every rank's pad in this process; 0 if the rank is not load/store reachable. A pad has
+                ``Backend.pad_nbytes`` bytes, begins at a multiple of 256, and is zeroed before any rank signals.
         """
         self.unsupported("signals over pads anywhere in its memory")
 
     def put(self, rank: int, offset: int, source: torch.Tensor) -> None:
         """Copy a contiguous uint8 tensor to ``offset`` of a rank's memory, on the current stream.
 
-        Called only where ``pointers[rank]`` is 0; else the copy is an ordinary one between tensors.
+        Called only if ``pointers[rank]`` is 0. Otherwise the caller makes an ordinary copy between tensors.
         """
         self.unsupported("put", f"rank {rank}'s memory is not load/store reachable from here")
 
@@ -307,14 +307,14 @@ class Mapping:
 
 
 class Backend(abc.ABC):
-    """Makes memory that other ranks can reach. One instance a process and name.
+    """Makes memory that other ranks can reach. A process has one instance per name.
 
     Args:
-        name: The name it is registered under, which is how users choose it.
+        name: The name by which users choose it.
 
     Attributes:
-        device_type: ``"cpu"`` or ``"cuda"``: where its memory lies.
-        capabilities: What its mappings can do.
+        device_type: ``"cpu"`` or ``"cuda"``: the kind of its memory.
+        capabilities: The abilities of its mappings.
     """
 
     device_type: str
@@ -326,18 +326,18 @@ class Backend(abc.ABC):
     def pad_nbytes(self, size: int) -> int:
         """Bytes of a signal pad in a group of ``size`` ranks; 0 if :meth:`Mapping.signals_at` is not supported.
 
-        A backend that has ``SIGNALS`` needs it for arenas: there, each tensor has a pad of its own.
+        A backend with ``SIGNALS`` needs it for arenas: every tensor in an arena has a separate pad.
         """
         return 0
 
     @abc.abstractmethod
     def probe(self) -> None:
-        """Return if this backend works in this process, shown by a real allocation, export and map.
+        """Return if this backend works in this process. Test it by a real allocation, export and map.
 
-        Not collective. Attributes that a driver advertises don't count.
+        Not collective. Do not rely on attributes that a driver advertises.
 
         Raises:
-            BackendUnavailableError: Says why it does not, and what would make it work.
+            BackendUnavailableError: It does not work; the text says why, and the hint how to make it work.
         """
 
     @abc.abstractmethod
@@ -348,17 +348,17 @@ class Backend(abc.ABC):
 
         Args:
             nbytes: Bytes.
-            device: Of ``device_type``, with an index if that has several.
-            group: The group that was named, else the default process group, else None.
+            device: A device of ``device_type``, with an index on CUDA.
+            group: The group that the caller named, else the default process group, else None.
 
         Raises:
             OutOfMemoryError, ResourceLimitError: Nothing is left behind.
-            GroupError: The backend needs a group to allocate, and there is none.
+            GroupError: The backend needs a group to allocate, and no group exists.
         """
 
     @abc.abstractmethod
     def rendezvous(self, allocation: Allocation, collective: Collective) -> Mapping:
-        """Map all ranks' memory. Collective; what the caller compared before (bytes, backend) is the same everywhere.
+        """Map the memory of all ranks. Collective. The caller has checked that bytes and backend are the same on all.
 
-        An error on one rank reaches all. Everything made until then must be undone by the time it is raised.
+        An error on one rank reaches all. Before an error is raised, everything made so far must be undone.
         """

@@ -1,9 +1,9 @@
-"""Memory that all ranks of a job must allocate together and free together, such as NVSHMEM's symmetric heap.
+"""Memory that all ranks of a job must allocate and free together, such as NVSHMEM's symmetric heap.
 
-Two dangers come with such a library. A rank that allocates alone, or another size, hangs the job or breaks it: so the
-ranks meet first and compare (:meth:`Group.collective`, with its timeout). And the garbage collector frees at
-other moments, and in another order, on each rank: so what is collected only goes on a local list. When the ranks
-meet for the next allocation they compare their lists, and free what is on all of them, in the order of allocation.
+Such a library has two dangers. If a rank allocates alone, or allocates another size, the job hangs or breaks. So the
+ranks compare their requests first, in a collective operation with a timeout. And the garbage collector frees memory
+at different times and in a different order on every rank. So garbage collection only adds to a local list. At the next
+allocation the ranks compare their lists, and free the memory that is on all lists, in the order of allocation.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ T = TypeVar("T")
 
 
 def job_group(backend: str, group: Group | None, known: Group | None) -> Group:
-    """The group of all ranks of the job, which has to meet for an allocation.
+    """The group of all ranks of the job, for a collective allocation.
 
     Args:
-        backend: Named in errors.
-        group: What the user named, or the default process group. One that was made from a store alone counts as
-            the whole job; of another one that is not, only its settings apply.
-        known: The group that met the last time.
+        backend: Its name in errors.
+        group: The group that the user named, or the default process group. A group made from a store alone counts as
+            the whole job.
+        known: The group of the last allocation. It is used if ``group`` is only a part of the job.
 
     Raises:
-        GroupError: Neither is the whole job, or the job has grown.
+        GroupError: Neither group is the whole job, or the job has grown.
     """
     if group is not None and _is_job(group):
         if known is None or (group.size == known.size and _is_first(group)):
@@ -56,7 +56,7 @@ def job_group(backend: str, group: Group | None, known: Group | None) -> Group:
             hint="call torch.distributed.init_process_group(), or pass group=symmem.Group.from_store(...) of all ranks",
         )
     raise GroupError(
-        f"the backend {backend!r} allocates on all ranks of the job together, and the group {group.name!r} is not all",
+        f"the backend {backend!r} allocates on all ranks of the job together, and {group.name!r} is only a part",
         hint="let all ranks allocate, without group= or with the default group, and rendezvous over the subgroup",
         rank=group.rank,
         group=group.name,
@@ -65,7 +65,7 @@ def job_group(backend: str, group: Group | None, known: Group | None) -> Group:
 
 
 def _is_job(group: Group) -> bool:
-    """Whether it is all ranks of the job, in their order."""
+    """Whether the group is all ranks of the job, in their order."""
     if _is_first(group):
         return True
     if group.process_group is None or not dist.is_initialized():
@@ -74,20 +74,20 @@ def _is_job(group: Group) -> bool:
 
 
 def _is_first(group: Group) -> bool:
-    """Whether it is the default group, or one that was made from a store, which counts as such."""
+    """Whether it is the default group, or a group made from a store, which counts as the default group."""
     if group.process_group is None:
         return True
     return dist.is_initialized() and group.process_group is dist.group.WORLD
 
 
 class CollectiveHeap(Generic[T]):
-    """The book of such memory; every rank of the job has one, and they number allocations alike.
+    """The log of such memory on this rank. All ranks of the job number their allocations in the same way.
 
     Args:
-        backend: Named in errors.
-        free: Frees one allocation. Called on all ranks alike, in the same order, while they meet.
-        quiesce: Waits for the work that this rank has enqueued, which may still use what it released. Called
-            before the others are told of it.
+        backend: Its name in errors.
+        free: Frees one allocation. All ranks call it in the same order, within the collective operation.
+        quiesce: Waits for the work that this rank has enqueued, because it may still use released memory. It is called
+            before the other ranks learn of the release.
     """
 
     def __init__(self, backend: str, free: Callable[[T], None], quiesce: Callable[[], None]) -> None:
@@ -115,23 +115,24 @@ class CollectiveHeap(Generic[T]):
             job: All ranks.
             nbytes: The same on all ranks.
             make: Allocates; collective.
-            room: Bytes that are free on the device. If they, with all that was ever freed here, cannot suffice on
-                some rank, that is known before ``make``, which might not come back.
+            room: Returns the free bytes of the device. Together with all memory ever freed here, they must suffice on
+                every rank. This is checked before ``make``, because ``make`` might hang.
             timeout: Seconds.
 
         Returns:
-            The number to :meth:`release` it by, and what ``make`` returned.
+            The number for :meth:`release`, and the result of ``make``.
 
         Raises:
-            MismatchError: Sizes differ, or some rank missed an allocation; on all ranks, before ``make``.
+            MismatchError: Sizes differ, or some rank missed an allocation. Raised on all ranks before ``make``.
             OutOfMemoryError: A rank has no room.
-            SymmemError: What ``make`` raised on any rank. What it made on others can't be freed and is kept.
+            SymmemError: ``make`` raised it on some rank. Memory that other ranks have made cannot be freed and is kept.
         """
         with self._lock:
             number = None
             try:
                 with job.collective("allocate", timeout) as collective:
-                    rooms = self._meet(collective, {"bytes": nbytes, "allocations before this one": self._next}, room())
+                    facts = {"bytes": nbytes, "allocations before this one": self._next}
+                    rooms = self._compare_and_free(collective, facts, room())
                     self._check_room(nbytes, rooms)
                     number, self._next = self._next, self._next + 1
                     resource = make(collective)
@@ -143,27 +144,27 @@ class CollectiveHeap(Generic[T]):
             return number, resource
 
     def release(self, number: int) -> None:
-        """Note that this rank no longer uses it. Local and safe in the garbage collector."""
+        """Record that this rank no longer uses an allocation. Local, and safe in the garbage collector."""
         self._collected.append(number)
 
-    def _meet(self, collective: Collective, facts: dict[str, int], free: int) -> list[int]:
-        """Compare facts and free what all have released; returns how much each rank can have left at most."""
+    def _compare_and_free(self, collective: Collective, facts: dict[str, int], free: int) -> list[int]:
+        """Compare facts and free the memory that all have released; returns an upper bound of free bytes per rank."""
         while self._collected:
             self._released.add(self._collected.popleft())
         if self._released:
             self._quiesce()
         room = free + self._reusable + sum(self._held[number][1] for number in self._released)
-        card = facts | {"released": sorted(self._released), "room": room}
-        with collective.exchange("compare", json.dumps(card).encode()) as received:
-            cards = [json.loads(contribution.payload) for contribution in received]
+        own = facts | {"released": sorted(self._released), "room": room}
+        with collective.exchange("compare", json.dumps(own).encode()) as received:
+            entries = [json.loads(contribution.payload) for contribution in received]
         for key in facts:
-            self._compare(key, [card[key] for card in cards])
-        for number in sorted(set.intersection(*(set(card["released"]) for card in cards))):
+            self._compare(key, [entry[key] for entry in entries])
+        for number in sorted(set.intersection(*(set(entry["released"]) for entry in entries))):
             resource, nbytes = self._held.pop(number)
             self._released.discard(number)
             self._reusable += nbytes
             self._free(resource)
-        return [card["room"] for card in cards]
+        return [entry["room"] for entry in entries]
 
     def _compare(self, key: str, values: Sequence[Any]) -> None:
         differ = tuple(rank for rank, value in enumerate(values) if value != values[0])

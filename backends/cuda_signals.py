@@ -1,8 +1,8 @@
 """Barrier and signals as work on a CUDA stream: three small kernels over the signal pads of all ranks.
 
-What the kernels do is in :mod:`.signal_kernels`. They are compiled when they are first needed and launched
-with arguments that never change, so a captured CUDA graph can be replayed. A kernel whose time is up leaves word in
-host memory which peer it waited for, and :meth:`CudaSignals.check` turns that into an error by name.
+The kernels are in :mod:`symmem.backends.signal_kernels`. They are compiled on first use. Their arguments never change,
+so a captured CUDA graph can be replayed. A kernel that times out writes the awaited peer to host memory, and
+:meth:`CudaSignals.check` raises the named error.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from symmem.errors import UnsupportedError
 
 __all__ = ["CudaSignals", "Device", "device_of", "name_steps"]
 
-_LARGEST_WORLD = 480  # 8 bytes a rank in 4 KiB of arguments
+_LARGEST_WORLD = 480  # 8 bytes per rank in 4 KiB of arguments
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not used CUDA yet
-_REMEMBERED = 4096  # launches whose arguments are kept
+_REMEMBERED = 4096  # the most launches to keep arguments of
 
 
 class _Launch:
-    """A kernel with its arguments, laid out once as the driver reads them."""
+    """A kernel with its arguments in the layout of the driver, made once."""
 
     def __init__(self, function: Any, threads: int, call: ctypes.Structure) -> None:
         self.function, self.threads, self._call = function, threads, call
@@ -41,7 +41,7 @@ class _Launch:
 
 
 class Device(KernelWords):
-    """What all signals on one GPU of this process share: kernels by number of ranks, and what kernels leave.
+    """The state that all signals on one GPU of this process share: kernels by number of ranks, and their reports.
 
     Attributes:
         driver: The driver.
@@ -56,7 +56,7 @@ class Device(KernelWords):
         self._lock = threading.Lock()
 
     def kernels(self, world: int) -> dict[str, Any]:
-        """The functions for so many ranks; compiled when they are first asked for, in about 60 ms."""
+        """The functions for so many ranks, compiled on first use. This takes about 60 ms."""
         with self._lock:
             if world not in self._kernels:
                 self._kernels[world] = CompiledKernels(
@@ -73,20 +73,20 @@ class Device(KernelWords):
 
 @functools.cache
 def device_of(ordinal: int) -> Device:
-    """What signals and collective operations on one GPU of this process share."""
+    """The state that signals and collective operations on one GPU of this process share."""
     return Device(ordinal)
 
 
 class CudaSignals:
-    """Signals of one group on one GPU. Each call is work on torch's current stream of that GPU, and returns at once.
+    """Signals of one group on one GPU. A call enqueues work on torch's current stream of that GPU and returns at once.
 
-    Any backend can use it whose signal pads all ranks can load from and store to.
+    A backend can use it if all ranks can load from and store to its signal pads.
 
     Args:
-        group: For its rank, size, name, and which ranks are lost.
-        device: The GPU that the kernels run on.
-        pads: Address of each rank's pad, :meth:`nbytes` bytes or more, zeroed before any rank signals; 0 where that
-            rank cannot be reached.
+        group: Gives the rank, size, name and lost ranks.
+        device: The GPU for the kernels.
+        pads: Address of every rank's pad; 0 if the rank is not reachable. A pad has :meth:`nbytes` bytes or more, and
+            is zeroed before any rank signals.
     """
 
     def __init__(self, group: Group, device: torch.device, pads: Sequence[int]) -> None:
@@ -116,12 +116,12 @@ class CudaSignals:
         self._run("wait_signal", rank, channel, timeout)
 
     def signal_pad(self, rank: int) -> tuple[int, int]:
-        """See :meth:`Mapping.signal_pad`. What lies behind the flags is private."""
+        """See :meth:`Mapping.signal_pad`. The words behind the flags are private."""
         self._check_reachable("signal pad", rank)
         return self._pads[rank], 4 * SIGNAL_CHANNELS * self._group.size
 
     def check(self) -> None:
-        """See :meth:`Mapping.check`. Tells of a failure of any group's signals on this GPU."""
+        """See :meth:`Mapping.check`. Raises for a failed signal of any group on this GPU."""
         if self._status[0] and (error := self._device.failure()):
             raise error
 
@@ -148,12 +148,12 @@ class CudaSignals:
             self._device.driver.enter(self._ordinal)
             (code,) = self._launch_kernel(launch.function, 1, 1, 1, threads, 1, 1, 0, stream, arguments, 0)
         if code:
-            raise driver_error(code.name, f"a signal's kernel cannot be launched: {code.name}").located(
+            raise driver_error(code.name, f"the kernel of a signal cannot be launched: {code.name}").located(
                 rank=self._group.rank, group=self._group.name, step="launch"
             )
 
     def _prepare(self, key: tuple[str, int, int, float]) -> _Launch:
-        """Lay out a launch's arguments, and keep them: the driver copies them at the launch."""
+        """Lay out the arguments of a launch and keep them. The driver copies them at the launch."""
         operation, peer, channel, timeout = key
         size = self._group.size
         self._check_reachable(operation, peer)

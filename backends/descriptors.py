@@ -1,12 +1,12 @@
 """Messages and file descriptors between processes of one host, over private, authenticated unix sockets.
 
-One rank, the leader, listens on an abstract socket with a random name; the others connect (a star). A descriptor
-passes by SCM_RIGHTS (unix(7)), which needs no privilege, unlike ``pidfd_getfd(2)``, which containers forbid.
+One rank, the leader, listens on an abstract socket with a random name. The others connect to it (a star). Descriptors
+pass by SCM_RIGHTS (unix(7)). This needs no privilege; containers forbid the alternative, ``pidfd_getfd(2)``.
 
-Who may join: each side checks the other's user with SO_PEERCRED, and both show a secret that only the group's
-store knows: the follower its first half, the leader its second. A stranger that connects is refused, logged, and
-holds nobody up: the leader accepts once all followers have connected and shown what they have to show, so that it
-never waits for a connection, nor for what comes out of one.
+Both sides authenticate. They check the user of the peer with SO_PEERCRED, and prove that they know a secret that is
+only in the group's store: the follower shows its first half, the leader its second half. The connection of a stranger
+is refused and logged, and delays no rank: the leader accepts only after all followers have connected and sent their
+proof, so it never waits for a connection or for its data.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ log = logging.getLogger("symmem.descriptors")
 
 _PREFIX = struct.Struct("!III")  # bytes of header, bytes of body, number of descriptors
 _HELLO = struct.Struct("!32sI")  # first half of the secret, rank
-_BATCH = 200  # Linux passes at most SCM_MAX_FD = 253 descriptors a message
-_CHUNK = 1 << 20  # bytes to make room for before they have come
-_BACKLOG = 4096  # connections that wait; the kernel allows no more (net.core.somaxconn)
+_BATCH = 200  # Linux passes at most SCM_MAX_FD = 253 descriptors per message
+_CHUNK = 1 << 20  # bytes; the most to allocate before data has arrived
+_BACKLOG = 4096  # queued connections; the kernel's default limit (net.core.somaxconn)
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one rank gave to an exchange."""
+    """The contribution of one rank to an exchange."""
 
     payload: bytes
     descriptors: tuple[int, ...] = ()
@@ -49,7 +49,7 @@ class Contribution:
 
 @dataclass(eq=False)
 class Received:
-    """What all ranks gave to an exchange, in rank order; owns the descriptors in it."""
+    """The contributions of all ranks to an exchange, in rank order. It owns their descriptors."""
 
     contributions: list[Contribution] = field(default_factory=list)
 
@@ -63,7 +63,7 @@ class Received:
         return len(self.contributions)
 
     def close(self) -> None:
-        """Close all descriptors; may be called again."""
+        """Close all descriptors. May be called again."""
         contributions, self.contributions = self.contributions, []
         for contribution in contributions:
             close_all(contribution.descriptors)
@@ -110,13 +110,13 @@ def send(
 
 
 def receive(sock: socket.socket, deadline: float) -> tuple[dict[str, Any], bytes, tuple[int, ...]]:
-    """Receive one message: header, body, and descriptors, which the caller then owns.
+    """Receive one message: its header, body and descriptors. The caller owns the descriptors.
 
     Raises:
         EOFError: The peer closed the connection.
-        TimeoutError: No whole message came by ``deadline``.
-        ResourceLimitError: This process may not have so many descriptors; the ones that came are closed.
-        RendezvousError: What came is not a message.
+        TimeoutError: No complete message came by ``deadline``.
+        ResourceLimitError: This process may not have so many descriptors. The received ones are closed.
+        RendezvousError: The data is not a message.
     """
     sizes = _PREFIX.unpack(_receive_exactly(sock, _PREFIX.size, deadline))
     descriptors: list[int] = []
@@ -137,7 +137,7 @@ def receive(sock: socket.socket, deadline: float) -> tuple[dict[str, Any], bytes
                 hint="raise it (`ulimit -n`), or hold fewer symmetric tensors at a time",
             )
         if len(descriptors) != sizes[2]:
-            raise RendezvousError(f"of {sizes[2]} file descriptors that a peer announced {len(descriptors)} came")
+            raise RendezvousError(f"a peer announced {sizes[2]} file descriptors, and {len(descriptors)} came")
         return parse_header(body[: sizes[0]]), body[sizes[0] :], tuple(descriptors)
     except BaseException:
         close_all(descriptors)
@@ -145,9 +145,9 @@ def receive(sock: socket.socket, deadline: float) -> tuple[dict[str, Any], bytes
 
 
 def _receive_descriptors(sock: socket.socket, number: int) -> tuple[bytes, list[int], int]:
-    """One byte, and the descriptors that come with it."""
-    # Without MSG_CMSG_CLOEXEC they would leak into every program this process starts, and socket.recv_fds drops the
-    # flags that it is given (Python 3.9 to 3.13).
+    """Receive one byte and the descriptors that accompany it."""
+    # MSG_CMSG_CLOEXEC keeps them from leaking into every program that this process starts. socket.recv_fds ignores its
+    # flags (Python 3.9 to 3.13).
     batch = array.array("i")
     room = socket.CMSG_LEN(number * batch.itemsize)
     data, ancillary, flags, _ = sock.recvmsg(1, room, socket.MSG_CMSG_CLOEXEC)
@@ -158,17 +158,17 @@ def _receive_descriptors(sock: socket.socket, number: int) -> tuple[bytes, list[
 
 
 def parse_header(data: bytes) -> dict[str, Any]:
-    """The header of a message.
+    """Parse the header of a message.
 
     Raises:
-        RendezvousError: It is none.
+        RendezvousError: It is not a header.
     """
     try:
         header = json.loads(data)
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
-        raise RendezvousError(f"a peer sent something that is no message: {data[:40]!r}")
+        raise RendezvousError(f"a peer sent data that is not a message: {data[:40]!r}")
     return header
 
 
@@ -190,14 +190,14 @@ def _close_sockets(sockets: Iterable[socket.socket]) -> None:
 
 @dataclass(frozen=True)
 class Welcome:
-    """Where a leader listens and what proves membership; it travels over the group's store, nowhere else."""
+    """The address of a leader and the secret of its group. It passes only through the group's store."""
 
     address: str
     secret: str
 
     @property
     def halves(self) -> tuple[bytes, bytes]:
-        """What a follower shows, and what the leader shows: 32 bytes each."""
+        """The proof of a follower and the proof of the leader, 32 bytes per proof."""
         secret = bytes.fromhex(self.secret)
         return secret[:32], secret[32:]
 
@@ -218,15 +218,15 @@ class Listener:
         self._socket.close()
 
     def accept(self) -> dict[int, socket.socket]:
-        """Accept every follower, each exactly once; refuse everyone else. Does not block.
+        """Accept every follower exactly once, and refuse all other processes. It does not block.
 
-        All followers must have returned from :func:`connect`: then they are in the queue.
+        All followers must have returned from :func:`connect`, so that they are in the queue.
 
         Returns:
-            A connection to each rank from 1 on.
+            The connections to all ranks from 1 on.
 
         Raises:
-            PeerLostError: Names the ranks that are not in the queue, or that were refused.
+            PeerLostError: Some ranks are not in the queue or were refused; the text names them.
             ResourceLimitError: This process may not have so many descriptors.
         """
         members: dict[int, socket.socket] = {}
@@ -247,13 +247,13 @@ class Listener:
             missing = tuple(sorted(set(range(1, self.size)) - members.keys()))
             raise PeerLostError(
                 f"ranks {list(missing)} did not connect to this rank's socket, or were refused",
-                hint="start all ranks as the same user; the log of rank 0 says who was refused",
+                hint="start all ranks as the same user; the log of rank 0 names the refused processes",
                 peers=missing,
             ) from None
         return members
 
     def _identify(self, sock: socket.socket) -> int | None:
-        """The rank at the other end, once it is shown to be one; tells it so."""
+        """The rank of the peer, or None for a stranger. Sends a rank the leader's proof."""
         if peer_of(sock)[1] != os.getuid():
             return None
         sock.setblocking(False)
@@ -267,7 +267,7 @@ class Listener:
         secret, rank = _HELLO.unpack(hello)
         if not hmac.compare_digest(secret, shown) or not 0 < rank < self.size:
             return None
-        with contextlib.suppress(ConnectionError):  # it died: the next message to it or from it says so
+        with contextlib.suppress(ConnectionError):  # it died: the next message to or from it fails
             sock.sendall(proof)
         return int(rank)
 
@@ -277,7 +277,7 @@ def connect(welcome: Welcome, rank: int, deadline: float) -> socket.socket:
 
     Raises:
         PeerLostError: The leader is gone.
-        RendezvousError: Its process is another user's, or strangers fill its queue.
+        RendezvousError: The leader runs as another user, or strangers fill its queue.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
@@ -295,10 +295,10 @@ def connect(welcome: Welcome, rank: int, deadline: float) -> socket.socket:
         if isinstance(error, BlockingIOError):
             raise RendezvousError(
                 "the queue of rank 0's socket is full of strangers",
-                hint="some process of this machine connects to it without end; stop that process",
+                hint="a process of this machine connects to it all the time; stop that process",
             ) from error
         if isinstance(error, ConnectionError):
-            raise PeerLostError("nobody listens at rank 0's socket any more", peers=(0,)) from error
+            raise PeerLostError("rank 0 no longer listens at its socket", peers=(0,)) from error
         raise
     return sock
 
@@ -307,7 +307,7 @@ def check_leader(sock: socket.socket, welcome: Welcome, deadline: float) -> None
     """Check that the process that accepted is the group's leader.
 
     Raises:
-        PeerLostError: It is not, or it went away.
+        PeerLostError: It is not the leader, or it is gone.
         PeerTimeoutError: It did not answer by ``deadline``.
     """
     try:

@@ -1,8 +1,8 @@
-"""The CUDA driver calls that symmem makes, typed, with errors by name.
+"""The CUDA driver calls that symmem makes, with types and named errors.
 
-:class:`Driver` is the one seam between symmem and the GPU's driver: tests replace it by a fake over host memory.
-Handles and addresses are integers, sizes are bytes, GPUs are ordinals: what torch calls ``cuda:N``, counted over
-the devices that are visible to this process.
+All calls of the driver go through :class:`Driver`; tests replace it by a fake over host memory. Handles and addresses
+are integers, sizes are bytes, and GPUs are ordinals: N in torch's ``cuda:N``, counted over the devices that this
+process can see.
 
 Source: the CUDA driver API, "Virtual Memory Management" and "Multicast Object Management".
 """
@@ -28,13 +28,13 @@ _CAPTURE_ERRORS = range(900, 909)  # CUDA_ERROR_STREAM_CAPTURE_*
 
 
 class Driver:
-    """The driver, initialised.
+    """The initialised driver.
 
-    Every method raises the named error of a call that failed (:func:`driver_error`), unless it says otherwise.
+    If a call fails, a method raises its named error (:func:`driver_error`), unless it says otherwise.
 
     Raises:
-        BackendUnavailableError: The Python package, the driver library, a device, or CUDA in torch is missing, in
-            this order; says which, and what to do.
+        BackendUnavailableError: The Python package, the driver library, a device, or CUDA in torch is missing. They
+            are checked in this order.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Driver:
         self._initialise()
         self._devices = tuple(self._call("cuDeviceGet", i) for i in range(self._call("cuDeviceGetCount")))
         if not self._devices:
-            raise driver_error("CUDA_ERROR_NO_DEVICE", "there is no NVIDIA GPU that this process can see")
+            raise driver_error("CUDA_ERROR_NO_DEVICE", "this process can see no NVIDIA GPU")
         if not torch.cuda.is_available():
             built = "is built without CUDA" if torch.version.cuda is None else "finds no usable CUDA device"
             raise BackendUnavailableError(
@@ -65,7 +65,7 @@ class Driver:
             )
 
     def _call(self, function: str, *arguments: object) -> Any:
-        """Call a function of the driver; returns its result, if it has one."""
+        """Call a function of the driver; returns its result, or None."""
         try:
             code, *results = getattr(self.bindings, function)(*arguments)
         except RuntimeError as error:  # the installed driver is older than this function
@@ -85,41 +85,41 @@ class Driver:
         return torch.device("cuda", torch.cuda.current_device())
 
     def ordinal(self, device: torch.device) -> int:
-        """The GPU that memory on ``device`` lies on."""
+        """The GPU of a device of torch."""
         return torch.cuda.current_device() if device.index is None else device.index
 
-    @functools.cache  # noqa: B019  # there is one driver a process
+    @functools.cache  # noqa: B019  # a process has one driver
     def identities(self) -> tuple[str, ...]:
-        """What identifies each visible GPU on any machine (its UUID), by ordinal."""
+        """The UUID of every visible GPU, by ordinal. It identifies the GPU on any machine."""
         return tuple(self._call("cuDeviceGetUuid", device).bytes.hex() for device in self._devices)
 
-    @functools.cache  # noqa: B019  # there is one driver a process
+    @functools.cache  # noqa: B019  # a process has one driver
     def name(self, ordinal: int) -> str:
-        """Model of a GPU."""
+        """The model of a GPU."""
         text = self._call("cuDeviceGetName", 96, self._devices[ordinal])
         return str(text.rstrip(b"\0").decode())
 
-    @functools.cache  # noqa: B019  # there is one driver a process
+    @functools.cache  # noqa: B019  # a process has one driver
     def attribute(self, ordinal: int, name: str) -> int:
-        """A CU_DEVICE_ATTRIBUTE by the rest of its name. What a device advertises need not work: try it."""
+        """A CU_DEVICE_ATTRIBUTE by the rest of its name. An advertised feature may not work: test it."""
         key = getattr(self.bindings.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
         return int(self._call("cuDeviceGetAttribute", key, self._devices[ordinal]))
 
-    @functools.cache  # noqa: B019  # there is one driver a process
+    @functools.cache  # noqa: B019  # a process has one driver
     def can_access_peer(self, ordinal: int, peer: int) -> bool:
-        """Whether a GPU can load from and store to the memory of another one."""
+        """Whether a GPU can load from and store to the memory of another."""
         return bool(self._call("cuDeviceCanAccessPeer", self._devices[ordinal], self._devices[peer]))
 
-    @functools.cache  # noqa: B019  # there is one driver a process
+    @functools.cache  # noqa: B019  # a process has one driver
     def context(self, ordinal: int) -> Any:
-        """A GPU's context, the one that torch uses."""
+        """The primary context of a GPU, which torch uses too."""
         return self._call("cuDevicePrimaryCtxRetain", self._devices[ordinal])
 
     @contextlib.contextmanager
     def on(self, ordinal: int) -> Iterator[None]:
-        """Make a GPU's context, the one that torch uses, the current one of this thread.
+        """Make the primary context of a GPU current in this thread for the length of the block.
 
-        Within, calls that CUDA deems unsafe during a stream capture are allowed: none of them joins the capture.
+        The block may make calls that CUDA considers unsafe during a stream capture: none of ours joins the capture.
         """
         modes = self.bindings.CUstreamCaptureMode
         self._call("cuCtxPushCurrent", self.context(ordinal))
@@ -130,33 +130,33 @@ class Driver:
             finally:
                 self.bindings.cuThreadExchangeStreamCaptureMode(before)
         finally:
-            self.bindings.cuCtxPopCurrent()  # an error here is one that the block has met already
+            self.bindings.cuCtxPopCurrent()  # if this fails, the block has failed with the same error
 
     def enter(self, ordinal: int) -> None:
-        """Make a GPU's context the current one of this thread, for good."""
+        """Make the primary context of a GPU current in this thread permanently."""
         self._call("cuCtxSetCurrent", self.context(ordinal))
 
     def quiesce(self, ordinal: int) -> bool:
-        """Wait until a GPU has done all work of this process; False if that is not allowed, amid a stream capture.
+        """Wait until a GPU has done all work of this process; False if a stream capture forbids it.
 
-        A device that has failed does no work any more, so its error is none here.
+        Errors of the device are ignored: a failed device does no more work.
         """
-        with contextlib.suppress(RuntimeError):  # of a device that has failed
+        with contextlib.suppress(RuntimeError):  # the device has failed
             if torch.cuda.is_current_stream_capturing():
-                return False  # asking the driver would end the capture
+                return False  # the driver call would end the capture
         (code,) = self.bindings.cuCtxSynchronize()
         return int(code) not in _CAPTURE_ERRORS
 
     # Memory.
 
     def granularity(self, ordinal: int, fabric: bool) -> int:
-        """Sizes of memory on a GPU must be multiples of this."""
+        """The size of memory on a GPU must be a multiple of this."""
         flags = self.bindings.CUmemAllocationGranularity_flags
         prop = self._memory_kind(ordinal, fabric)
         return int(self._call("cuMemGetAllocationGranularity", prop, flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED))
 
     def create(self, ordinal: int, nbytes: int, fabric: bool) -> int:
-        """Physical memory on a GPU that can be exported: as a file descriptor, and as a fabric handle if asked for."""
+        """Physical memory on a GPU, exportable as a file descriptor and, with ``fabric``, as a fabric handle."""
         return int(self._call("cuMemCreate", nbytes, self._memory_kind(ordinal, fabric), 0))
 
     def _memory_kind(self, ordinal: int, fabric: bool) -> Any:
@@ -179,28 +179,28 @@ class Driver:
         return posix | types.CU_MEM_HANDLE_TYPE_FABRIC if fabric else posix
 
     def release(self, handle: int) -> None:
-        """Let go of a handle. The memory lives on while it is mapped, exported or imported anywhere."""
+        """Release a handle. The memory lives on while it is mapped, exported or imported anywhere."""
         self._call("cuMemRelease", handle)
 
     def export_descriptor(self, handle: int) -> int:
-        """A file descriptor for a handle, which another process of this host can import; the caller closes it."""
+        """A file descriptor for a handle. Another process of this host can import it; the caller closes it."""
         types = self.bindings.CUmemAllocationHandleType
         posix = types.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
         return int(self._call("cuMemExportToShareableHandle", handle, posix, 0))
 
     def import_descriptor(self, descriptor: int) -> int:
-        """The handle for a descriptor of another process, which stays the caller's to close."""
+        """The handle for a descriptor of another process. The caller closes the descriptor."""
         types = self.bindings.CUmemAllocationHandleType
         posix = types.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
         return int(self._call("cuMemImportFromShareableHandle", descriptor, posix))
 
     def export_fabric(self, handle: int) -> bytes:
-        """64 bytes for a handle, which a process on any host of the NVLink fabric can import."""
+        """64 bytes for a handle. A process on any host of the NVLink fabric can import them."""
         fabric = self.bindings.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_FABRIC
         return bytes(self._call("cuMemExportToShareableHandle", handle, fabric, 0).data)
 
     def import_fabric(self, exported: bytes) -> int:
-        """The handle for what :meth:`export_fabric` gave."""
+        """The handle for the bytes that :meth:`export_fabric` returned."""
         fabric = self.bindings.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_FABRIC
         return int(self._call("cuMemImportFromShareableHandle", exported, fabric))
 
@@ -209,38 +209,38 @@ class Driver:
         return int(self._call("cuMemAddressReserve", nbytes, alignment, 0, 0))
 
     def unreserve(self, address: int, nbytes: int) -> None:
-        """Give back a whole reserved range in which nothing is mapped any more."""
+        """Free a whole reserved range. Nothing may be mapped in it."""
         self._call("cuMemAddressFree", address, nbytes)
 
     def map(self, address: int, nbytes: int, handle: int) -> None:
-        """Map the first ``nbytes`` of a handle's memory into a reserved range; nobody may access it yet."""
+        """Map the first ``nbytes`` of a handle's memory into a reserved range, without access rights yet."""
         self._call("cuMemMap", address, nbytes, 0, handle, 0)
 
     def unmap(self, address: int, nbytes: int) -> None:
-        """Undo one :meth:`map`. Does not wait for kernels that use the memory: see :meth:`quiesce`."""
+        """Undo one :meth:`map`. It does not wait for kernels that use the memory: see :meth:`quiesce`."""
         self._call("cuMemUnmap", address, nbytes)
 
     def allow(self, ordinal: int, address: int, nbytes: int) -> None:
-        """Let a GPU load from and store to a fully mapped range, of one or more maps."""
+        """Let a GPU load from and store to a range that one or more maps fill completely."""
         access = self.bindings.CUmemAccessDesc()
         access.location = self._location(ordinal)
         access.flags = self.bindings.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         self._call("cuMemSetAccess", address, nbytes, [access], 1)
 
     def zero(self, ordinal: int, address: int, nbytes: int) -> None:
-        """Set memory to zero, now: it is done when the call returns. Must be called within :meth:`on`."""
+        """Set memory to zero; complete when the call returns. Must be called within :meth:`on`."""
         stream = self._own_stream(ordinal)
         self._call("cuMemsetD8Async", address, 0, nbytes, stream)
         self._call("cuStreamSynchronize", stream)
 
-    @functools.cache  # noqa: B019  # there is one driver a process
+    @functools.cache  # noqa: B019  # a process has one driver
     def _own_stream(self, ordinal: int) -> Any:
         return self._call("cuStreamCreate", _NON_BLOCKING)
 
     # Captured graphs.
 
     def capture_of(self, stream: int) -> tuple[int, int]:
-        """The number and the graph of the capture that a stream is in."""
+        """The id and the graph of the capture that a stream takes part in."""
         try:
             code, _status, number, graph, *_rest = self.bindings.cuStreamGetCaptureInfo(stream)
         except RuntimeError as error:
@@ -250,22 +250,22 @@ class Driver:
         return int(number), int(graph)
 
     def retain_in_graph(self, graph: int, function: int, argument: int) -> None:
-        """Let the driver call a C function with one pointer once a graph, and all made from it, are gone."""
+        """Let the driver call a C function with one pointer when a graph and all graphs made from it are gone."""
         flags = self.bindings.CUuserObject_flags.CU_USER_OBJECT_NO_DESTRUCTOR_SYNC
         ended = self._call("cuUserObjectCreate", argument, self.bindings.CUhostFn(function), 1, flags)
         move = self.bindings.CUuserObjectRetain_flags.CU_GRAPH_USER_OBJECT_MOVE
         self._call("cuGraphRetainUserObject", self.bindings.CUgraph(graph), ended, 1, move)
 
-    # Multicast: only where the settings allow it.
+    # Multicast: only if the settings allow it.
 
     def multicast_granularity(self, ordinal: int) -> int:
-        """Sizes of memory that is to be bound to a multicast object must be multiples of this."""
+        """The size of memory to bind to a multicast object must be a multiple of this."""
         flags = self.bindings.CUmulticastGranularity_flags
         prop = self._multicast_kind(self.granularity(ordinal, False), 2, False)
         return int(self._call("cuMulticastGetGranularity", prop, flags.CU_MULTICAST_GRANULARITY_MINIMUM))
 
     def multicast_create(self, nbytes: int, devices: int, fabric: bool) -> int:
-        """A multicast object for so many GPUs, as a handle that is exported, mapped and released like memory."""
+        """A multicast object for so many GPUs. Its handle is exported, mapped and released like memory."""
         return int(self._call("cuMulticastCreate", self._multicast_kind(nbytes, devices, fabric)))
 
     def _multicast_kind(self, nbytes: int, devices: int, fabric: bool) -> Any:
@@ -274,7 +274,7 @@ class Driver:
         return prop
 
     def multicast_add(self, multicast: int, ordinal: int) -> None:
-        """Let a GPU join; all must have joined before memory is bound."""
+        """Let a GPU join. All must join before memory is bound."""
         self._call("cuMulticastAddDevice", multicast, self._devices[ordinal])
 
     def multicast_bind(self, multicast: int, memory: int, nbytes: int) -> None:
@@ -292,7 +292,7 @@ class Driver:
         return self._call("cuKernelGetFunction", self.bindings.CUkernel(kernel))
 
     def pinned(self, nbytes: int) -> tuple[int, int]:
-        """Host memory that kernels can store to: its address for the CPU, and for the GPU. Never freed."""
+        """Host memory that kernels can store to: its addresses for the CPU and the GPU. It is never freed."""
         host = self._call("cuMemHostAlloc", nbytes, _PORTABLE | _DEVICE_MAP)
         return int(host), int(self._call("cuMemHostGetDevicePointer", host, 0))
 
@@ -310,7 +310,7 @@ def _import_bindings() -> Any:
 
 @functools.cache
 def load_driver() -> Driver:
-    """The driver of this process, the same each time. A failure is not remembered: it may be tried again.
+    """The driver of this process. After a failure the next call tries again.
 
     Raises:
         BackendUnavailableError: See :class:`Driver`.

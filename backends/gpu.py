@@ -1,4 +1,4 @@
-"""What backends that leave the memory to another library need of ``torch.cuda``."""
+"""Uses of ``torch.cuda`` by backends, and the packages that they need."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def require_gpu(backend: str) -> None:
     """Return if torch can use a GPU in this process.
 
     Raises:
-        BackendUnavailableError: Says whether it is torch, the driver or the machine.
+        BackendUnavailableError: It cannot; the text says whether torch, the driver or the machine is the reason.
     """
     if torch.version.cuda is None:
         raise BackendUnavailableError(
@@ -37,8 +37,8 @@ def require_gpu(backend: str) -> None:
         )
     if not torch.cuda.is_available():
         raise BackendUnavailableError(
-            f"the backend {backend!r} needs NVIDIA GPUs, and torch finds none that it can use",
-            hint="see `nvidia-smi`: is there a GPU, a driver, and is CUDA_VISIBLE_DEVICES not empty?",
+            f"the backend {backend!r} needs NVIDIA GPUs, and torch finds no usable GPU",
+            hint="check with `nvidia-smi` for a GPU and a driver, and that CUDA_VISIBLE_DEVICES is not empty",
         )
 
 
@@ -61,37 +61,37 @@ def install_hint(name: str) -> str:
 
 
 def check_device(backend: str, device: torch.device) -> torch.device:
-    """The device, with an index.
+    """The device, with its index filled in.
 
     Raises:
         InvalidArgumentError: It is not a CUDA device.
     """
     if device.type != "cuda":
-        raise InvalidArgumentError(f"memory of the backend {backend!r} lies on CUDA devices, not on {device}")
+        raise InvalidArgumentError(f"the backend {backend!r} has memory on CUDA devices only, not on {device}")
     return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make it the current device for a while."""
+    """A context in which ``device`` is the current device."""
     return torch.cuda.device(device)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all work on all streams of a device. If a kernel has stopped, its error is raised."""
+    """Wait for all work on all streams of a device. Raises the error of a kernel that stopped."""
     with named:
         torch.cuda.synchronize(device)
 
 
 def finish_stream(device: torch.device) -> None:
-    """Wait for the work on the current stream of a device. If a kernel has stopped, its error is raised."""
+    """Wait for the work on the current stream of a device. Raises the error of a kernel that stopped."""
     with named:
         torch.cuda.current_stream(device).synchronize()
 
 
 def idle(device: torch.device, timeout: float) -> bool:
-    """Whether the work on the current stream ends within ``timeout`` seconds. Never blocks for longer.
+    """Whether the work on the current stream ends within ``timeout`` seconds. It never blocks for longer.
 
-    If a kernel has stopped, its error is raised.
+    Raises the error of a kernel that stopped.
     """
     deadline = time.monotonic() + timeout
     with named:
@@ -110,5 +110,5 @@ def current_stream(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of the device that nobody has taken."""
+    """Free bytes of the device."""
     return torch.cuda.mem_get_info(device)[0]

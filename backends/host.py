@@ -1,8 +1,8 @@
-"""Host shared memory: symmetric memory for CPU tensors, on any Linux machine, with no GPU and no privilege.
+"""Host shared memory: symmetric memory for CPU tensors, on any Linux machine, without a GPU or privileges.
 
-An allocation is an anonymous memory file (memfd_create(2)): it has no name, so nothing is left on the system
-however its processes end. At a rendezvous each rank passes its file, and a second one for its signal pad, to the
-others, and maps all of them side by side. The kernel frees the memory once no process maps it.
+An allocation is an anonymous memory file (memfd_create(2)). It has no name, so nothing remains on the system, however
+its processes end. At a rendezvous every rank passes its file, and a second file for its signal pad, to the others, and
+maps all of them side by side. The kernel frees the memory when no process maps it any more.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["HostAllocation", "HostBackend", "HostMapping"]
 
 
 def _memory_file(nbytes: int) -> int:
-    """A new anonymous file of ``nbytes`` zeros; its pages are made when they are first touched."""
+    """A new anonymous file of ``nbytes`` zeros. The kernel makes a page at its first access."""
     try:
         descriptor = os.memfd_create("symmem", os.MFD_CLOEXEC)
     except OSError as error:
@@ -41,8 +41,8 @@ class HostAllocation(Allocation):
     """A memory file and its mapping in this process.
 
     Attributes:
-        descriptor: The memory file; kept for later rendezvous.
-        extent: Bytes of it: ``nbytes`` rounded up to whole pages, at least one.
+        descriptor: The memory file, kept for later rendezvous.
+        extent: Its size: ``nbytes`` rounded up to whole pages, and at least one page.
     """
 
     def __init__(self, backend: HostBackend, nbytes: int) -> None:
@@ -55,14 +55,14 @@ class HostAllocation(Allocation):
 
 
 class _Files(Region):
-    """A range of addresses into which memory files are mapped."""
+    """A range of addresses for mappings of memory files."""
 
     def open(self) -> None:
-        """Nothing is to be done: what was placed is accessible at once."""
+        """Nothing to do: a mapped file is accessible at once."""
 
 
 class HostMapping(SharedMapping):
-    """All ranks' memory, and the signals that processes give each other through it."""
+    """The memory of all ranks, with signals between processes."""
 
     def __init__(
         self, backend: HostBackend, allocation: HostAllocation, group: Group, files: list[tuple[int, ...]]
@@ -106,8 +106,8 @@ class HostBackend(Backend):
             allocation = self.allocate(1, torch.device("cpu"), None)
             seen = pass_and_map(allocation.descriptor, allocation.extent, _Files, allocation.tensor())
         except (OSError, SymmemError) as error:
-            why = error.what if isinstance(error, SymmemError) else error
-            raise self._unavailable(f"it could not make, pass and map a page of shared memory: {why}") from error
+            reason = error.what if isinstance(error, SymmemError) else error
+            raise self._unavailable(f"it could not make, pass and map a page of shared memory: {reason}") from error
         if not seen:
             raise self._unavailable("a store to shared memory is not visible through a second mapping")
 
@@ -117,12 +117,12 @@ class HostBackend(Backend):
     def _unavailable(self, why: str) -> BackendUnavailableError:
         return BackendUnavailableError(
             f"the backend 'host' does not work: {why}",
-            hint="a sandbox may forbid memfd_create, unix sockets or mmap: see its policy",
+            hint="a sandbox may forbid memfd_create, unix sockets or mmap: check its policy",
         )
 
     def allocate(self, nbytes: int, device: torch.device, group: Group | None) -> HostAllocation:
-        # A memory file takes its pages when they are touched, and a process that touches one too many is killed
-        # (or gets SIGBUS). What can never fit is refused here, while there is somebody to tell.
+        # The kernel makes the pages of a memory file at their first access, and kills a process (or sends SIGBUS) if no
+        # memory is left then. So an allocation larger than the available memory fails here, with an error.
         available = available_memory()
         if nbytes > available:
             raise OutOfMemoryError(

@@ -1,8 +1,8 @@
-"""Compiled programs on disk, kernels and a module for the host: one file each, in the user's cache directory.
+"""A cache of compiled programs on disk: kernels and a module for the host, one file per program.
 
-A file holds a digest of what follows, and is thrown away if that does not fit, whatever befell it. It is written beside
-and then renamed, so that another process sees it whole or not at all. Where the directory cannot be used, they are
-compiled each time.
+A file holds a digest of its content. A damaged file does not match its digest and is replaced. A new file is written
+under a temporary name and then renamed, so another process sees the complete file or none. If the directory cannot be
+used, programs are compiled in every process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DIGEST = 32
 
 
 def cache_directory() -> Path | None:
-    """Where the files lie: ``$XDG_CACHE_HOME/symmem/kernels``, by default in ``~/.cache``; None if there is no home."""
+    """``$XDG_CACHE_HOME/symmem/kernels``, by default in ``~/.cache``; None if the user has no home directory."""
     root = os.environ.get("XDG_CACHE_HOME")
     with contextlib.suppress(RuntimeError):
         return (Path(root) if root else Path.home() / ".cache") / "symmem" / "kernels"
@@ -32,7 +32,7 @@ def cache_directory() -> Path | None:
 
 
 def key_of(parts: Sequence[str]) -> str:
-    """Name of a program by all that decides what it is compiled to."""
+    """The name of a program: a digest of everything that its compilation depends on."""
     digest = hashlib.sha256()
     for part in parts:
         encoded = part.encode()
@@ -41,7 +41,7 @@ def key_of(parts: Sequence[str]) -> str:
 
 
 def cached(key: str, compile_it: Callable[[], bytes], directory: Path | None) -> bytes:
-    """The program of that key: from its file, or compiled now and kept there. Local; safe among processes."""
+    """The program with this key, from its file or newly compiled and stored. Local; safe with other processes."""
     file = None if directory is None else directory / f"{key}.bin"
     if file is None:
         return compile_it()
@@ -64,7 +64,7 @@ def _read(file: Path) -> bytes | None:
     code = content[start:]
     if code and content[:start] == _MAGIC + hashlib.sha256(code).digest():
         return code
-    log.debug("%s is damaged; compiling anew", file)
+    log.debug("%s is damaged; compiling again", file)
     return None
 
 

@@ -1,4 +1,4 @@
-"""The few system calls that Python's standard library does not offer: mmap at a fixed address, futex, membarrier."""
+"""System calls that are missing in Python's standard library: mmap at a fixed address, futex, membarrier."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ _PROT_NONE, _PROT_READ_WRITE = 0, 3
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
-# Numbers of futex(2) and membarrier(2) in the kernel's tables, of 64-bit processes.
+# The numbers of the system calls futex(2) and membarrier(2) for 64-bit processes.
 _SYSCALLS = {"x86_64": (202, 324), "aarch64": (98, 283), "riscv64": (98, 283), "loongarch64": (98, 283)}
-_FUTEX, _MEMBARRIER = _SYSCALLS.get(platform.machine(), (-1, -1))  # -1 is no system call: it fails with ENOSYS
+_FUTEX, _MEMBARRIER = _SYSCALLS.get(platform.machine(), (-1, -1))  # -1 is not a system call and fails with ENOSYS
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _MEMBARRIER_GLOBAL_EXPEDITED, _MEMBARRIER_REGISTER_GLOBAL_EXPEDITED = 2, 4
 
@@ -61,12 +61,12 @@ def round_up(nbytes: int, granularity: int) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can still be used before the kernel, or a limit of this process's control groups, stops somebody.
+    """Bytes that this process can use before the machine or a limit of its control groups runs out of memory.
 
-    Limits of control groups version 2 are known, as far as /sys/fs/cgroup shows the groups.
+    Only limits of control groups version 2 that are visible in /sys/fs/cgroup count.
 
     Raises:
-        ResourceLimitError: This process may not open the files that say so.
+        ResourceLimitError: This process cannot open the files with this information.
     """
     try:
         meminfo = Path("/proc/meminfo").read_text()
@@ -81,19 +81,19 @@ def available_memory() -> int:
 
 
 def _limits() -> list[Path]:
-    """The files with the memory limits of this process's control group and of those around it."""
+    """The files with the memory limits of this process's control group and its parents."""
     root, own = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
     lines = own.read_text().splitlines() if own.exists() else []
     path = next((line[3:] for line in lines if line.startswith("0::")), "/")
     group = root / path.lstrip("/")
-    # Out of another namespace it may be shown as /../..; then only the root of this one is known.
+    # A group outside of this namespace is shown as /../..; then only the root of the namespace is known.
     groups = [group, *group.parents] if ".." not in group.parts else [root]
     files = [folder / "memory.max" for folder in groups if folder.is_relative_to(root)]
     return [file for file in files if file.exists()]
 
 
 def is_limit(error: BaseException) -> bool:
-    """Whether an exception says that a limit of the system or of this process was reached."""
+    """Whether an exception reports that a limit of the system or this process was reached."""
     limits = (errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.ENOMEM, errno.ENOSPC, errno.ETOOMANYREFS)
     return isinstance(error, OSError) and error.errno in limits
 
@@ -107,7 +107,7 @@ def duplicate(descriptors: Sequence[int]) -> tuple[int, ...]:
     copies: list[int] = []
     try:
         for descriptor in descriptors:
-            copies.append(os.dup(descriptor))  # a comprehension would lose those made
+            copies.append(os.dup(descriptor))  # a comprehension would lose the earlier copies on error
     except OSError as error:
         for copy in copies:
             os.close(copy)
@@ -116,7 +116,7 @@ def duplicate(descriptors: Sequence[int]) -> tuple[int, ...]:
 
 
 def _setting(path: str) -> str:
-    """What a file of /proc/sys says; it cannot be opened when this machine may open no more files."""
+    """The content of a file in /proc/sys, or "so many" if it cannot be opened because no more files may be open."""
     try:
         return Path(path).read_text().strip()
     except OSError:
@@ -124,7 +124,7 @@ def _setting(path: str) -> str:
 
 
 def limit_error(error: OSError, what: str) -> SymmemError:
-    """The named error for a system call that failed on a limit, with the limit's present value."""
+    """The named error for a system call that reached a limit, with the current value of the limit."""
     code = error.errno
     if code == errno.EMFILE:
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -166,7 +166,7 @@ def _mmap(address: int | None, nbytes: int, protection: int, flags: int, descrip
 
 
 class Region:
-    """A range of addresses, reserved at once, unmapped when the last reference to it is gone.
+    """A reserved range of addresses. It is unmapped with its last reference.
 
     Args:
         nbytes: A multiple of the page size.
@@ -175,7 +175,7 @@ class Region:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self.address = _mmap(None, nbytes, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1)
-        # Not at the interpreter's exit: a thread or a tensor may still use the memory, and the kernel unmaps it.
+        # Not at the interpreter's exit: a thread or a tensor may still use the memory. The kernel unmaps it later.
         weakref.finalize(self, _libc.munmap, self.address, nbytes).atexit = False
 
     def place(self, offset: int, descriptor: int, nbytes: int) -> int:
@@ -189,7 +189,7 @@ class _Timespec(ctypes.Structure):
 
 
 def futex_wait(address: int, expected: int, timeout: float) -> None:
-    """Sleep while the uint32 at ``address`` is ``expected``, at most ``timeout`` seconds; may wake for nothing."""
+    """Sleep while the uint32 at ``address`` is ``expected``, at most ``timeout`` seconds. It may wake early."""
     spec = _Timespec(int(timeout), int(timeout % 1 * 1e9))
     _libc.syscall(
         ctypes.c_long(_FUTEX),
@@ -203,7 +203,7 @@ def futex_wait(address: int, expected: int, timeout: float) -> None:
 
 
 def futex_wake(address: int) -> None:
-    """Wake everybody, in any process, who sleeps on the uint32 at ``address``."""
+    """Wake all threads, in any process, that sleep on the uint32 at ``address``."""
     _libc.syscall(
         ctypes.c_long(_FUTEX),
         ctypes.c_void_p(address),
@@ -219,23 +219,23 @@ def _membarrier(command: int) -> None:
     if _libc.syscall(ctypes.c_long(_MEMBARRIER), ctypes.c_int(command), ctypes.c_uint(0), ctypes.c_int(0)) != 0:
         code = ctypes.get_errno()
         raise BackendUnavailableError(
-            f"signals between processes need membarrier(2), of which command {command} failed: {os.strerror(code)}",
-            hint="use Linux 4.16 or newer; a sandbox may forbid the call: see its policy",
+            f"signals between processes need membarrier(2), and its command {command} failed: {os.strerror(code)}",
+            hint="use Linux 4.16 or newer; a sandbox may forbid the call: check its policy",
         )
 
 
 def _fence_by_hardware() -> None:
     """Order this thread's earlier loads and stores before its later ones, as other processes see them.
 
-    On x86-64 nothing is to be done: the hardware keeps loads in order with loads and stores with stores, which is
-    what a flag protocol needs (Intel SDM 3A, 8.2.2).
+    On x86-64 there is nothing to do: the hardware keeps the order of loads and the order of stores, and a flag protocol
+    needs no more (Intel SDM 3A, 8.2.2).
     """
 
 
 def _fence_by_kernel() -> None:
-    """The same, by a full barrier that membarrier(2) runs on the calling thread.
+    """The same by membarrier(2), which makes a full barrier on the calling thread.
 
-    Of the expedited commands the global one, since the private one returns at once in a process of one thread.
+    It uses the global expedited command, because the private one returns at once in a process with one thread.
     """
     _membarrier(_MEMBARRIER_GLOBAL_EXPEDITED)
 
@@ -247,13 +247,13 @@ def require_signals() -> None:
     """Return if :func:`fence` and the futex functions work on this machine.
 
     Raises:
-        BackendUnavailableError: They do not; says why.
+        BackendUnavailableError: They do not work; the text says why.
     """
     machine = platform.machine()
     if machine not in _SYSCALLS or sys.maxsize < 2**32:
         raise BackendUnavailableError(
-            f"signals between processes are made for {', '.join(_SYSCALLS)} (64 bits), not for {machine!r}",
-            hint="use such a machine, or add the numbers of its system calls to symmem/backends/libc.py",
+            f"signals between processes support {', '.join(_SYSCALLS)} (64 bits), not {machine!r}",
+            hint="use a supported machine, or add the numbers of its system calls to symmem/backends/libc.py",
         )
     if machine != "x86_64":
         _membarrier(_MEMBARRIER_REGISTER_GLOBAL_EXPEDITED)

@@ -1,10 +1,11 @@
 """Multicast objects: one address that stores to, or reduces over, the memory of all ranks of a group (NVLink SHARP).
 
-Whether a group may have one is settled at its rendezvous (:func:`why_not`, of every rank): asking for the pointer
-where it may not is then a local error, and cuMulticastCreate is never called, not even to probe.
+The rendezvous decides whether a group may have one, from :func:`why_not` on every rank. If it may not, a request for
+the pointer fails locally, and cuMulticastCreate is never called, not even to probe.
 
-Order, after the CUDA driver API and PyTorch's CUDASymmetricMemory: one rank creates and exports the object, every rank
-imports it (the creator too; its own reference may go once all have), every GPU joins, and only then is memory bound.
+The order of calls is that required by the CUDA driver API and used by PyTorch's CUDASymmetricMemory. One rank creates
+and exports the object. Every rank imports it, the creator too, which then releases its first reference. Every GPU
+joins. Only then is memory bound.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["Multicast", "granularity", "why_not"]
 
 
 def why_not(driver: Driver, ordinal: int, settings: Settings) -> str:
-    """Why this rank may not have a multicast pointer; an empty text if it may."""
+    """The reason why this rank may not have a multicast pointer; an empty text if it may."""
     if settings.multicast == "off":
         return f"multicast is switched off ({settings.origins.get('multicast', 'by the settings')})"
     if not driver.attribute(ordinal, "MULTICAST_SUPPORTED"):
@@ -35,33 +36,33 @@ def why_not(driver: Driver, ordinal: int, settings: Settings) -> str:
 
 
 def granularity(driver: Driver, ordinal: int) -> int:
-    """What the size of memory must be a multiple of to be bound to a multicast object later; 1 if it cannot be."""
+    """The size of memory must be a multiple of this to be bound to a multicast object; 1 if that is impossible."""
     if multicast_blocker() or not driver.attribute(ordinal, "MULTICAST_SUPPORTED"):
         return 1
     try:
         return driver.multicast_granularity(ordinal)
-    except SymmemError:  # then binding will fail too, and say why
+    except SymmemError:  # binding will fail too and give the reason
         return 1
 
 
 class Multicast:
-    """A multicast object over the memory of all ranks. Making it is collective.
+    """A multicast object over the memory of all ranks. Its construction is collective.
 
-    Unmapped, unbound and released with the last reference, with no communication.
+    It is unmapped, unbound and released with its last reference, without communication.
 
     Args:
         driver: The driver.
-        group: The ranks, each on a GPU of its own.
+        group: The ranks, on one GPU per rank.
         ordinal: This rank's GPU.
         memory: This rank's memory.
-        nbytes: Bytes of it; the same on all ranks, and a multiple of :func:`granularity`.
+        nbytes: Bytes of the memory; the same on all ranks, and a multiple of :func:`granularity`.
         fabric: Whether handles can be exported to other hosts.
 
     Attributes:
         address: The multicast address.
 
     Raises:
-        SymmemError: The same on all ranks; nothing is left behind.
+        SymmemError: The same on all ranks. Everything made so far is undone.
     """
 
     def __init__(
@@ -86,6 +87,6 @@ class Multicast:
             region.afterwards += (unbind, handle.close)
             self.address = region.map(0, handle, nbytes)
             region.open()
-            collective.exchange("bind").close()  # all are bound before any may use it
+            collective.exchange("bind").close()  # no rank may use it before all have bound their memory
             on_failure.pop_all()
         self._region = region

@@ -1,14 +1,14 @@
 """CUDA memory that ranks map into each other's address space, through the driver's virtual memory management.
 
-An allocation is physical memory on one GPU, mapped in its process. At a rendezvous each rank exports it, as a file
-descriptor that passes by SCM_RIGHTS as ``host``'s memory files do, or between hosts of one NVLink fabric as a
-fabric handle, and maps that of all others side by side. Kernels then load and store over NVLink, with no library in
-between. Each process holds a reference to what it has mapped, so freeing is local; see :mod:`symmem.backends.vmm`
-for what happens to kernels that are still running.
+An allocation is physical memory on one GPU, mapped in its process. At a rendezvous every rank exports its memory and
+maps the memory of all others side by side. Within a host, memory passes as a file descriptor by SCM_RIGHTS, as the
+memory files of ``host`` do; between hosts of one NVLink fabric, as a fabric handle. Kernels then load and store over
+NVLink without any library. Every process holds a reference to the memory that it has mapped, so freeing is local. See
+:mod:`symmem.backends.vmm` for kernels that still run when memory is freed.
 
-A rank's own memory is mapped where its tensors are, and from the first ``contiguous_view`` on a second time, in the row
-of all ranks' memory. Within one kernel CUDA does not order accesses through one with accesses through the other
-("virtual aliasing").
+A rank's own memory is mapped at the address of its tensors. The first ``contiguous_view`` maps it a second time, in the
+row of all ranks' memory. Within one kernel, CUDA does not order accesses through one address with accesses through the
+other ("virtual aliasing").
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import torch
 from symmem.backends.base import Allocation, Backend, Capability, Collective, Group
 from symmem.backends.cuda_signals import CudaSignals
 from symmem.backends.driver import Driver, load_driver
-from symmem.backends.gpu_cards import cannot_map, check_cards, gpu_card, no_multicast
+from symmem.backends.gpu_metadata import cannot_map, check_gpus, gpu_metadata, no_multicast
 from symmem.backends.libc import round_up
 from symmem.backends.multicast import Multicast, granularity, why_not
 from symmem.backends.pad_blocks import GroupPads, PadBlock, Slot, mapping_order
 from symmem.backends.shared import SharedMapping, pass_and_map
-from symmem.backends.vmm import DeviceRange, MemoryHandle, Token, exchange_handles, free_what_is_left
+from symmem.backends.vmm import DeviceRange, MemoryHandle, Token, exchange_handles, free_pending
 from symmem.errors import (
     BackendUnavailableError,
     OutOfMemoryError,
@@ -47,8 +47,8 @@ class NativeAllocation(Allocation):
     """Physical memory on one GPU, and its mapping in this process.
 
     Attributes:
-        handle: The physical memory; exported at each rendezvous.
-        extent: Bytes of it: ``nbytes`` rounded up to the granularity, at least one.
+        handle: The physical memory, exported at every rendezvous.
+        extent: Its size: ``nbytes`` rounded up to the granularity, and at least one granule.
         fabric: Whether it can be exported to other hosts.
     """
 
@@ -62,16 +62,16 @@ class NativeAllocation(Allocation):
 
 
 class NativeMapping(SharedMapping):
-    """All ranks' memory, with signals on streams, and a multicast object once somebody asks for it.
+    """The memory of all ranks, with signals on streams, and a multicast object on request.
 
     Args:
-        backend: Whose it is.
+        backend: The backend that made it.
         allocation: This rank's memory.
-        group: The group that met.
-        region: Where the memory of the other ranks is mapped, with a gap for this one's.
-        pads: Where the signal pads are.
+        group: The group of the rendezvous.
+        region: The range with the memory of the other ranks, and a gap for this rank's memory.
+        pads: The signal pads of the group.
         slot: This rank's pad.
-        cards: Of each rank.
+        metadata: The metadata of all ranks.
     """
 
     _region: DeviceRange
@@ -84,14 +84,14 @@ class NativeMapping(SharedMapping):
         region: DeviceRange,
         pads: GroupPads,
         slot: Slot,
-        cards: list[dict[str, Any]],
+        metadata: list[dict[str, Any]],
     ) -> None:
-        addresses = pads.addresses(cards, group, slot)
+        addresses = pads.addresses(metadata, group, slot)
         super().__init__(backend, group, allocation.device, region, allocation.extent, allocation.pointer, addresses)
         self._driver = backend.driver
         self._memory, self._fabric = allocation.handle, allocation.fabric
         self._group_pads = pads  # keeps the blocks mapped
-        self._no_multicast = no_multicast(cards)
+        self._no_multicast = no_multicast(metadata)
         self._multicast: Multicast | None = None
         self._lock = threading.Lock()
 
@@ -99,7 +99,8 @@ class NativeMapping(SharedMapping):
         return CudaSignals(self.group, self.device, pads)
 
     def contiguous(self) -> tuple[int, int]:
-        # The own memory is put into its gap now: at each rendezvous this would take as long as mapping a peer's.
+        # This rank's memory is mapped into its gap here, because mapping it takes as long as mapping a peer's memory,
+        # and few programs need it.
         own, region = self.group.rank * self._stride, self._region
         with self._lock, self._driver.on(self._driver.ordinal(self.device)):
             try:
@@ -128,7 +129,7 @@ class NativeBackend(Backend):
     """Backend ``native``.
 
     Attributes:
-        pads: Signal pads of each group, by GPU.
+        pads: Signal pads, by group and GPU.
     """
 
     device_type = "cuda"
@@ -150,10 +151,10 @@ class NativeBackend(Backend):
 
     @functools.cached_property
     def driver(self) -> Driver:
-        """The CUDA driver; made when it is first needed, for it initialises CUDA.
+        """The CUDA driver. It is made on first use, because that initialises CUDA.
 
         Raises:
-            BackendUnavailableError: What is missing here.
+            BackendUnavailableError: Something is missing; the text names it.
         """
         return load_driver()
 
@@ -166,12 +167,12 @@ class NativeBackend(Backend):
         except (OSError, RuntimeError, SymmemError) as error:
             raise BackendUnavailableError(
                 f"the backend 'native' could not make, export and map memory: {error}",
-                hint="see the text above; a container may forbid it, or the GPU may be out of memory or have failed",
+                hint="a container may forbid it, or the GPU may be out of memory or have failed: see the error above",
             ) from error
         if not seen:
             raise BackendUnavailableError(
                 "on this GPU a store is not visible through a second mapping of the same memory",
-                hint="run `symmem doctor` again on an idle machine, and look at `dmesg` for Xid errors",
+                hint="run `symmem doctor` again on an idle machine, and look in `dmesg` for Xid errors",
             )
 
     def _pass_and_map(self, device: torch.device) -> bool:
@@ -183,7 +184,7 @@ class NativeBackend(Backend):
 
     @functools.cache  # noqa: B019  # a backend lives as long as its process
     def has_fabric(self, ordinal: int) -> bool:
-        """Whether memory of a GPU can be exported to other hosts, shown by doing it: the attribute alone lies."""
+        """Whether memory of a GPU can be exported to other hosts. It tries an export: the attribute may be wrong."""
         if not self.driver.attribute(ordinal, "HANDLE_TYPE_FABRIC_SUPPORTED"):
             return False
         try:
@@ -207,7 +208,7 @@ class NativeBackend(Backend):
             return MemoryHandle(self.driver, self.driver.create(ordinal, nbytes, self.has_fabric(ordinal)))
         except OutOfMemoryError as error:
             raise OutOfMemoryError(
-                f"{nbytes} bytes of memory on GPU {ordinal} ({self.driver.name(ordinal)}) cannot be had: {error.what}",
+                f"cannot allocate {nbytes} bytes on GPU {ordinal} ({self.driver.name(ordinal)}): {error.what}",
                 hint=error.hint,
             ) from error
 
@@ -215,7 +216,7 @@ class NativeBackend(Backend):
         return DeviceRange(self.driver, ordinal, nbytes, self._granularity(ordinal))
 
     def _map_own(self, ordinal: int, nbytes: int) -> tuple[MemoryHandle, DeviceRange]:
-        """New memory, mapped in this process alone; not zeroed."""
+        """New memory, mapped in this process only and not zeroed."""
         with contextlib.ExitStack() as undo:
             handle = self._create(ordinal, nbytes)
             undo.callback(handle.close)
@@ -227,11 +228,11 @@ class NativeBackend(Backend):
         return handle, region
 
     def allocate(self, nbytes: int, device: torch.device, group: Group | None) -> NativeAllocation:
-        # Zeroed before it returns, on a stream of its own: so the memory is of use on any stream, a peer can never
-        # store into it before it is zeroed, and an allocation amid a stream capture does not become part of the graph.
+        # The memory is zeroed on a separate stream before this returns. So it can be used on any stream, no peer stores
+        # into it earlier, and an allocation during a stream capture does not become part of the graph.
         ordinal = self.driver.ordinal(device)
         with self.driver.on(ordinal), contextlib.ExitStack() as undo:
-            free_what_is_left()
+            free_pending()
             extent = max(round_up(nbytes, self._granularity(ordinal)), self._granularity(ordinal))
             handle, region = self._map_own(ordinal, extent)
             undo.callback(handle.close)
@@ -241,8 +242,8 @@ class NativeBackend(Backend):
         return NativeAllocation(self, device, nbytes, handle, region)
 
     def rendezvous(self, allocation: Allocation, collective: Collective) -> NativeMapping:
-        # The driver does one of these calls at a time, over all processes of the host: their number is what a
-        # rendezvous costs. A rank imports and maps each peer's memory, and nothing else but new blocks of pads.
+        # The driver serialises these calls over all processes of the host, so their number decides the time of a
+        # rendezvous. A rank imports and maps the memory of every peer, and only new blocks of pads besides.
         assert isinstance(allocation, NativeAllocation)
         driver, group = self.driver, collective.group
         ordinal = driver.ordinal(allocation.device)
@@ -251,20 +252,21 @@ class NativeBackend(Backend):
             slot = pads.take(_pad_nbytes(group.size), functools.partial(self._make_block, ordinal, group.size))
             on_failure = undo.enter_context(contextlib.ExitStack())
             on_failure.callback(slot.give_back)
-            # Before the ranks agree that all have mapped: until then nobody signals.
+            # Zero the pad before the ranks agree that all have mapped: no rank signals before that.
             driver.zero(ordinal, slot.address, _pad_nbytes(group.size))
-            card = gpu_card(driver, ordinal, allocation.extent, why_not(driver, ordinal, group.settings))
-            card["pad"] = slot.card
+            mine = gpu_metadata(driver, ordinal, allocation.extent, why_not(driver, ordinal, group.settings))
+            mine["pad"] = slot.metadata
             received = undo.enter_context(
-                exchange_handles(driver, collective, "map", card, (allocation.handle, *slot.handles), allocation.fabric)
+                exchange_handles(driver, collective, "map", mine, (allocation.handle, *slot.handles), allocation.fabric)
             )
-            cards, tokens = [card for card, _tokens in received], [tokens for _card, tokens in received]
-            check_cards(driver, cards, ordinal, group)
-            pads.map(cards, tokens, group, functools.partial(self._reserve, ordinal))
-            region = self._map_peers(ordinal, allocation.extent, tokens, cards, group)
+            metadata = [entry for entry, _tokens in received]
+            tokens = [sent for _entry, sent in received]
+            check_gpus(driver, metadata, ordinal, group)
+            pads.map(metadata, tokens, group, functools.partial(self._reserve, ordinal))
+            region = self._map_peers(ordinal, allocation.extent, tokens, metadata, group)
             on_failure.callback(region.close)
-            mapping = NativeMapping(self, allocation, group, region, pads, slot, cards)
-            if any(len(sent) > 1 for sent in tokens):  # the same on all ranks
+            mapping = NativeMapping(self, allocation, group, region, pads, slot, metadata)
+            if any(len(sent) > 1 for sent in tokens):  # the same result on all ranks
                 collective.exchange("pads").close()
                 slot.block.shared = True
             on_failure.pop_all()
@@ -279,17 +281,17 @@ class NativeBackend(Backend):
         ordinal: int,
         extent: int,
         tokens: Sequence[tuple[Token, ...]],
-        cards: Sequence[dict[str, Any]],
+        metadata: Sequence[dict[str, Any]],
         group: Group,
     ) -> DeviceRange:
-        """All ranks' memory side by side, with a gap where this rank's would be."""
+        """The memory of all other ranks side by side, with a gap for this rank's memory."""
         region, peers = self._reserve(ordinal, group.size * extent), mapping_order(group)
         try:
             for peer in peers:
                 region.place(peer * extent, tokens[peer][0], extent)
             region.open()
         except SymmemError as error:
-            named = cannot_map(error, region, peers, cards, group)
+            named = cannot_map(error, region, peers, metadata, group)
             region.close()
             raise named from error
         return region

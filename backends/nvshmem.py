@@ -1,11 +1,11 @@
-"""NVSHMEM by NVSHMEM4Py: symmetric memory on NVIDIA GPUs, within one host and across hosts.
+"""NVSHMEM through NVSHMEM4Py: symmetric memory on NVIDIA GPUs, within one host and across hosts.
 
-NVSHMEM initialises once a process, over all ranks of the job, bound to one GPU; the first allocation does it
-(:mod:`symmem.backends.nvshmem_job`).
+A process initialises NVSHMEM once, over all ranks of the job, for one GPU. The first allocation does this, see
+:mod:`symmem.backends.nvshmem_job`.
 
-Collective over the job: allocation, and freeing, which is put off until all ranks meet for the next allocation
-(:mod:`symmem.backends.collective_heap`). A rendezvous is collective over its group only: every rank says which PE it
-is, and NVSHMEM has mapped what can be mapped already.
+Allocation and freeing are collective over the job. Freeing is delayed until the next allocation, see
+:mod:`symmem.backends.collective_heap`. A rendezvous is collective over its group only: the ranks exchange their PE
+numbers, because NVSHMEM has already mapped all reachable memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["NvshmemAllocation", "NvshmemBackend", "NvshmemMapping"]
 
 
 class NvshmemAllocation(Allocation):
-    """Memory on the symmetric heap; when it is gone here, it is freed once it is gone on all ranks."""
+    """Memory on the symmetric heap. It is freed after all ranks have lost their last reference."""
 
     def __init__(self, backend: NvshmemBackend, device: torch.device, nbytes: int, pointer: int) -> None:
         super().__init__(backend, device, nbytes, pointer)
@@ -36,16 +36,16 @@ class NvshmemAllocation(Allocation):
 
 
 class NvshmemMapping(PaddedMapping):
-    """The memory of all ranks of a group. Peers that are not load/store reachable are served by NVSHMEM's copies.
+    """The memory of all ranks of a group. NVSHMEM copies to and from peers that are not load/store reachable.
 
     Args:
-        backend: See :class:`Mapping`, as for ``group``, ``device`` and ``pointers``.
-        own: Address of this rank's memory, which names it on all PEs.
-        group: Ditto.
-        device: Ditto.
-        pointers: Ditto.
-        pads: See :class:`PaddedMapping`.
-        pes: Each rank's PE.
+        backend: See :class:`Mapping`.
+        own: Address of this rank's memory. NVSHMEM uses it as the address on every PE.
+        group: See :class:`Mapping`.
+        device: See :class:`Mapping`.
+        pointers: See :class:`Mapping`.
+        pads: See :class:`SignalledMapping`.
+        pes: Every rank's PE.
     """
 
     backend: NvshmemBackend
@@ -78,10 +78,10 @@ class NvshmemMapping(PaddedMapping):
         """See :meth:`Mapping.multicast`. Local."""
         self.check_multicast_is_on()
         if self._pes != tuple(range(self.backend.library.n_pes())):
-            self.no_multicast("NVSHMEM has it for all ranks of the job together, in their order, not for this group")
+            self.no_multicast("NVSHMEM has it only for all ranks of the job, in their order, not for this group")
         pointer = self.backend.library.multicast_pointer(self._own)
         if not pointer:
-            self.no_multicast("NVSHMEM gives no address: no NVLink SHARP joins the GPUs, or it was switched off")
+            self.no_multicast("NVSHMEM gives no address: the GPUs have no NVLink SHARP, or it was switched off")
         return pointer
 
 
@@ -115,9 +115,9 @@ class NvshmemBackend(Backend):
         return 4 * pad_words(size)
 
     def probe(self) -> None:
-        """See :meth:`Backend.probe`. Loads the library and asks it for its version, no more.
+        """See :meth:`Backend.probe`. It only loads the library and reads its version.
 
-        An allocation needs all ranks of the job, and would fix NVSHMEM's job for the life of this process.
+        An allocation would need all ranks of the job, and fix NVSHMEM's job for the life of this process.
         """
         gpu.require_gpu(self.name)
         self._load()
@@ -127,7 +127,7 @@ class NvshmemBackend(Backend):
 
         Raises:
             MismatchError, PeerTimeoutError, PeerLostError: Ranks ask for different sizes, or do not come.
-            InvalidArgumentError: Another GPU than the first time.
+            InvalidArgumentError: The GPU differs from the GPU of the first allocation.
         """
         device = gpu.check_device(self.name, device)
         self._load()
@@ -182,5 +182,5 @@ class NvshmemBackend(Backend):
                 hint="allocate less, or raise NVSHMEM_SYMMETRIC_SIZE or NVSHMEM_MAX_MEMORY_PER_GPU",
             )
         tensor_at(pointer, nbytes, device, None).zero_()
-        gpu.finish_stream(device)  # no peer may see it before
+        gpu.finish_stream(device)  # zero it before any peer can see it
         return pointer

@@ -1,9 +1,9 @@
-"""The few calls of NVSHMEM that symmem makes, through NVSHMEM4Py. Nothing else imports it.
+"""The calls of NVSHMEM that symmem makes, through NVSHMEM4Py. No other module imports NVSHMEM4Py.
 
-Memory is handled through ``nvshmem.bindings``, the C interface: buffers of ``nvshmem.core`` raise, or free, when the
-garbage collector meets them, know nothing of a library that PyTorch initialised, and refuse some dtypes
-(https://docs.nvidia.com/nvshmem/api/api/language_bindings/python). The initialisation goes through
-``nvshmem.core``, so that a user's own NVSHMEM4Py calls in the same process find it done.
+Memory goes through ``nvshmem.bindings``, the C interface. Buffers of ``nvshmem.core`` raise or free in the garbage
+collector, do not work with a library that PyTorch initialised, and refuse some dtypes
+(https://docs.nvidia.com/nvshmem/api/api/language_bindings/python). The initialisation goes through ``nvshmem.core``, so
+that a user's calls of NVSHMEM4Py in the same process find it initialised.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from symmem.errors import BackendUnavailableError
 __all__ = ["STAGING_NBYTES", "NvshmemLibrary", "Staging"]
 
 STAGING_NBYTES = 4 * 2**20
-"""Bytes of the staging memory: copies to and from unreachable peers go in pieces of this size."""
+"""Bytes of the staging memory. Copies to and from unreachable peers are made in pieces of this size."""
 
 
 class NvshmemLibrary:
-    """NVSHMEM's host library, loaded; it is the one that PyTorch's NVSHMEM transport uses, if that is loaded.
+    """NVSHMEM's host library, loaded. It is the same library that PyTorch's NVSHMEM transport uses.
 
-    Pointers and streams are integers, sizes are in bytes. Calls that are collective over all PEs wait for them
-    without a timeout: the caller makes sure that all come.
+    Pointers and streams are integers, sizes are in bytes. Collective calls wait for all PEs without a timeout: the
+    caller ensures that all of them come.
 
     Raises:
         BackendUnavailableError: NVSHMEM4Py or the library cannot be loaded.
@@ -44,7 +44,7 @@ class NvshmemLibrary:
         self._core, self._bindings = nvshmem.core, nvshmem.bindings
         try:
             self.version = str(self._core.get_version().libnvshmem_version)
-        except Exception as error:  # the finder of shared libraries and the bindings each have their own
+        except Exception as error:  # the library finder and the bindings have separate classes of errors
             raise BackendUnavailableError(
                 f"NVSHMEM4Py is installed, but NVSHMEM's library cannot be loaded: {error}",
                 hint=f"{gpu.install_hint('nvshmem')}; if torch requires a version of it, install that version",
@@ -52,18 +52,18 @@ class NvshmemLibrary:
 
     @property
     def initialized(self) -> bool:
-        """Whether somebody in this process has initialised it."""
+        """Whether this process has initialised it, by any code."""
         states = self._bindings.Init_status
         status = self._bindings.init_status()
         return bool(int(states.STATUS_IS_INITIALIZED) <= status < int(states.STATUS_INVALID))
 
     def unique_id(self) -> bytes:
-        """An id for :meth:`initialize`; from now on this process listens for the other PEs."""
+        """An id for :meth:`initialize`. From this call on, this process listens for the other PEs."""
         unique = self._core.get_unique_id()
         return ctypes.string_at(unique.ptr, unique._data.nbytes)
 
     def initialize(self, device_index: int, unique_id: bytes, pe: int, n_pes: int) -> None:
-        """Join the job, bound to one GPU. Collective over all PEs."""
+        """Join the job with one GPU. Collective over all PEs."""
         from cuda.core import Device
 
         unique = self._core.get_unique_id(empty=True)
@@ -78,7 +78,7 @@ class NvshmemLibrary:
         self._core.init(device=device, uid=unique, rank=pe, nranks=n_pes, initializer_method="uid")
 
     def finalize(self) -> None:
-        """Leave the job, and release all memory. Collective over all PEs."""
+        """Leave the job and free all memory. Collective over all PEs."""
         self._core.finalize()
 
     def pe(self) -> int:
@@ -86,27 +86,27 @@ class NvshmemLibrary:
         return int(self._bindings.my_pe())
 
     def n_pes(self) -> int:
-        """How many processes the job has."""
+        """The number of processes of the job."""
         return int(self._bindings.n_pes())
 
     def malloc(self, nbytes: int) -> int:
-        """Memory on the symmetric heap, or 0. Collective over all PEs."""
+        """Allocate on the symmetric heap; 0 if that fails. Collective over all PEs."""
         return int(self._bindings.malloc(nbytes))
 
     def free(self, pointer: int) -> None:
-        """Give memory back. Collective over all PEs."""
+        """Free memory. Collective over all PEs."""
         self._bindings.free(pointer)
 
     def peer_pointer(self, pointer: int, pe: int) -> int:
-        """Where a PE's memory is mapped into this process; 0 if it is not load/store reachable."""
+        """The address of a PE's memory in this process; 0 if it is not load/store reachable."""
         return int(self._bindings.ptr(pointer, pe))
 
     def multicast_pointer(self, pointer: int) -> int:
-        """The multicast address of memory, over all PEs; 0 if there is none."""
+        """The multicast address of memory over all PEs; 0 if it has none."""
         return int(self._bindings.mc_ptr(int(self._bindings.Team_id.TEAM_WORLD), pointer))
 
     def put(self, to: int, source: int, nbytes: int, pe: int, stream: int) -> None:
-        """Copy to the memory ``to`` of a PE, on a stream; complete at the PE when the stream goes on."""
+        """Copy to the memory ``to`` of a PE, on a stream. Later work of the stream runs after the copy is complete."""
         self._bindings.putmem_on_stream(to, source, nbytes, pe, stream)
         self._bindings.quiet_on_stream(stream)
 
@@ -116,14 +116,14 @@ class NvshmemLibrary:
 
 
 class Staging:
-    """Memory of the heap that copies to and from unreachable peers pass through.
+    """A buffer on the heap for copies to and from unreachable peers.
 
-    The network only reads and writes memory that NVSHMEM has registered, which a user's tensor is not.
+    The network can access only memory that NVSHMEM has registered. A user's tensor is not registered.
 
     Args:
         library: NVSHMEM.
         device: The GPU.
-        pointer: ``STAGING_NBYTES`` of the symmetric heap.
+        pointer: ``STAGING_NBYTES`` bytes on the symmetric heap.
     """
 
     def __init__(self, library: NvshmemLibrary, device: torch.device, pointer: int) -> None:
@@ -152,7 +152,7 @@ class Staging:
         self._record()
 
     def _wait(self) -> None:
-        """Let the current stream wait until the copy before, maybe of another stream, has left the staging memory."""
+        """Let the current stream wait until the last copy, maybe on another stream, no longer uses the buffer."""
         if self._done is not None:
             self._done.wait()
 

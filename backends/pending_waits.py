@@ -1,4 +1,4 @@
-"""Which threads of this process wait for another rank's signal: for whoever looks from outside."""
+"""The threads of this process that wait for a signal of another rank, for inspection from outside."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["Wait", "forget", "note", "waits"]
 
 
 class Wait(NamedTuple):
-    """A thread that waits, or a kernel.
+    """A wait of a thread or a kernel.
 
     Attributes:
-        group: Of whose ranks.
-        step: Names what for.
-        missing: Ranks that it waits for, at the moment; any thread may ask.
-        began: When it was noted, by ``time.monotonic``.
-        deadline: When it gives up.
-        thread: Its ``threading.get_ident()``; 0 if a kernel waits.
-        device: The GPU, if a kernel waits there.
+        group: The group.
+        step: The operation that waits.
+        missing: Returns the ranks that it waits for now. Any thread may call it.
+        began: The time when it was recorded, by ``time.monotonic``.
+        deadline: The time when it gives up.
+        thread: ``threading.get_ident()`` of the thread; 0 for a kernel.
+        device: The GPU of a kernel.
     """
 
     group: Group
@@ -35,23 +35,23 @@ class Wait(NamedTuple):
     device: str | None = None
 
 
-_waits: dict[int, Wait] = {}  # by identity: a signal handler may wait within a wait
+_waits: dict[int, Wait] = {}  # by id of the wait: a signal handler may wait during a wait
 
 
 def note(group: Group, step: str, missing: Callable[[], tuple[int, ...]], deadline: float) -> Wait:
-    """Enter a wait of this thread; :func:`forget` must follow."""
+    """Record a wait of this thread. :func:`forget` must follow."""
     wait = Wait(group, step, missing, time.monotonic(), deadline, threading.get_ident())
     _waits[id(wait)] = wait
     return wait
 
 
 def forget(wait: Wait) -> None:
-    """It is over."""
-    _waits.pop(id(wait), None)  # in a forked child it is gone already
+    """Remove a wait that is over."""
+    _waits.pop(id(wait), None)  # a fork may have cleared it
 
 
 def waits() -> list[Wait]:
-    """All threads that wait. Takes no lock."""
+    """The waits of all threads. Takes no lock."""
     return list(_waits.values())
 
 

@@ -1,17 +1,18 @@
-"""PyTorch's own symmetric memory (``torch.distributed._symmetric_memory``), one backend for each of its transports.
+"""PyTorch's symmetric memory (``torch.distributed._symmetric_memory``), with one backend per transport.
 
-``pytorch_cuda`` maps peers' memory by CUDA virtual memory management, ``pytorch_nccl`` by NCCL windows,
-``pytorch_nvshmem`` by NVSHMEM. A process has one of these transports, frozen at the first allocation; other backends
-work beside it.
+``pytorch_cuda`` maps the memory of peers by CUDA virtual memory management, ``pytorch_nccl`` by NCCL windows,
+``pytorch_nvshmem`` by NVSHMEM. A process can use one of these transports; the first allocation decides it. Other
+backends work in the same process.
 
-Signals are ours on all three, in our own pads behind the user's bytes (:mod:`symmem.backends.pads`): torch's NCCL
-transport has no barrier ("NYI"), that of its NVSHMEM transport does nothing. torch's operators, which use torch's
-pads, never meet our words; they work on the tensors as they are, since torch finds its allocation by the address.
+On all three, signals are symmem's, in pads behind the user's bytes (:mod:`symmem.backends.pads`). The barrier of
+torch's NCCL transport is not implemented ("NYI"), and the barrier of its NVSHMEM transport does nothing. torch's
+operators use torch's pads, so they do not conflict with ours. They work on our tensors, because torch finds its
+allocation by the address.
 
-torch's NVSHMEM transport allocates, and makes its own pad at a rendezvous, collectively over all ranks of the job,
-whatever the group; and it frees collectively when a tensor is collected. So here an allocation is rendezvoused over
-the default process group at once, other groups only translate ranks, and freeing is put off until all ranks meet
-(:mod:`symmem.backends.collective_heap`).
+torch's NVSHMEM transport allocates collectively over all ranks of the job. At a rendezvous of any group it makes a pad
+collectively over all ranks, and it frees collectively when a tensor is collected. So the backend makes the rendezvous
+over the default process group directly after the allocation. Other groups only translate ranks, and freeing is delayed
+until the next allocation (:mod:`symmem.backends.collective_heap`).
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class TorchAllocation(Allocation):
     """Memory of a torch transport.
 
     Attributes:
-        memory: torch's tensor, our pads included; torch frees it with its last reference.
-        slots: Room for our pads behind the user's bytes.
+        memory: torch's tensor, including our pads. torch frees it with its last reference.
+        slots: The pads behind the user's bytes.
     """
 
     def __init__(
@@ -67,13 +68,13 @@ class TorchMapping(PaddedMapping):
     """The memory of all ranks of a group.
 
     Args:
-        backend: See :class:`PaddedMapping`, as for ``group``, ``device``, ``pointers`` and ``pads``.
-        group: Ditto.
-        device: Ditto.
-        pointers: Ditto.
-        pads: Ditto.
+        backend: See :class:`Mapping`.
+        group: See :class:`Mapping`.
+        device: See :class:`Mapping`.
+        pointers: See :class:`Mapping`.
+        pads: See :class:`SignalledMapping`.
         multicast: torch's multicast address of the memory, or 0.
-        keep: torch's handle, which keeps peers' memory mapped.
+        keep: torch's handle, which keeps the memory of peers mapped.
     """
 
     def __init__(
@@ -90,16 +91,17 @@ class TorchMapping(PaddedMapping):
         self._multicast, self._keep = multicast, keep
 
     def multicast(self) -> int:
-        """See :meth:`Mapping.multicast`. Local: torch set it up, or not, in the rendezvous."""
+        """See :meth:`Mapping.multicast`. Local: torch made the address in the rendezvous, or none."""
         self.check_multicast_is_on()
         if not self._multicast:
-            why = "torch gives no address for this group: its transport, the GPUs or the group have no multicast"
-            self.no_multicast(why)
+            self.no_multicast(
+                "torch gives no address for this group: its transport, the GPUs or the group have no multicast"
+            )
         return self._multicast
 
 
 class _TorchBackend(Backend):
-    """What the three have in common."""
+    """The common part of the three backends."""
 
     device_type = "cuda"
     capabilities = Capability.REMOTE_TENSOR | Capability.SIGNALS | Capability.ONE_SIDED | Capability.SECOND_GROUP
@@ -115,10 +117,10 @@ class _TorchBackend(Backend):
         return 4 * pad_words(size)
 
     def probe(self) -> None:
-        """See :meth:`Backend.probe`. Asks whether torch has the transport, no more.
+        """See :meth:`Backend.probe`. It only checks that torch has the transport.
 
         An allocation would freeze torch's transport for the life of this process, and a rendezvous needs a process
-        group; the first of each tell by name what fails.
+        group. If they fail later, they raise named errors.
         """
         gpu.require_gpu(self.name)
         self.transport.check()
@@ -128,7 +130,7 @@ class TorchBackend(_TorchBackend):
     """Backend ``pytorch_cuda``: allocation is local, a rendezvous maps the group's memory."""
 
     def allocate(self, nbytes: int, device: torch.device, group: Group | None) -> Allocation:
-        """See :meth:`Backend.allocate`. The first one freezes torch's transport for this process.
+        """See :meth:`Backend.allocate`. The first allocation freezes torch's transport for this process.
 
         Raises:
             BackendUnavailableError: Another transport is frozen already.
@@ -141,31 +143,31 @@ class TorchBackend(_TorchBackend):
             if slots.extent > room:
                 raise OutOfMemoryError(
                     f"{nbytes} bytes on {device} were asked for, {room} are free",
-                    hint="free tensors, or let torch give back what it holds in reserve: torch.cuda.empty_cache()",
+                    hint="free tensors, or let torch release its unused cache: torch.cuda.empty_cache()",
                 )
             memory = self.transport.empty(slots.extent, device).zero_()
-            gpu.finish_stream(device)  # no peer may see it before
+            gpu.finish_stream(device)  # zero it before any peer can see it
         return TorchAllocation(self, device, nbytes, memory, slots)
 
     def rendezvous(self, allocation: Allocation, collective: Collective) -> TorchMapping:
         """See :meth:`Backend.rendezvous`.
 
         Raises:
-            GroupError: The group has no process group, or with NCCL, that has no ``nccl`` backend for CUDA.
+            GroupError: The group has no process group, or NCCL is needed and its backend for CUDA is not ``nccl``.
             RendezvousError: The ranks are not on one host.
         """
         assert isinstance(allocation, TorchAllocation)
         group, device = collective.group, allocation.device
         process_group = self._check_group(collective, device)
-        # Before anything of torch waits for the others, without this timeout: all ranks have got as far as here.
-        with collective.exchange("check", str(self.transport.meetings).encode()) as received:
-            meetings = max(int(contribution.payload) for contribution in received)
+        # Ensure that all ranks have come this far: torch waits for them without our timeout.
+        with collective.exchange("check", str(self.transport.rendezvous_count).encode()) as received:
+            count = max(int(contribution.payload) for contribution in received)
         with gpu.on_device(device):
-            self.transport.catch_up(meetings, device)
+            self.transport.catch_up(count, device)
             if self.transport.name == "NCCL":
                 connect(process_group, device)
             handle, pointers = self.transport.rendezvous(allocation.memory, process_group)
-            # This rank's own memory keeps the address that its tensors have; NCCL's window has another one.
+            # Tensors of this rank already use this address. NCCL's window has another address for the same memory.
             pointers[group.rank] = allocation.pointer
             return padded(
                 allocation.slots,
@@ -179,14 +181,14 @@ class TorchBackend(_TorchBackend):
         process_group = _process_group(self.name, collective.group)
         if self.transport.name == "NCCL" and (found := backend_of(process_group, device)) != "nccl":
             raise GroupError(
-                f"torch's NCCL transport needs a process group whose backend for CUDA is nccl; that of "
-                f"{collective.group.name!r} is {found}",
+                "torch's NCCL transport needs a process group with the backend nccl for CUDA; "
+                f"{collective.group.name!r} has {found}",
                 hint="init_process_group('cpu:gloo,cuda:nccl'), or new_group(..., backend='cpu:gloo,cuda:nccl')",
             )
         if not collective.passes_descriptors:
             raise RendezvousError(
-                f"the ranks of {collective.group.name!r} are on several hosts, or in containers apart, and torch's "
-                f"{self.transport.name} transport joins processes of one host",
+                f"the ranks of {collective.group.name!r} are on several hosts or in separate containers, and torch's "
+                f"{self.transport.name} transport works within one host only",
                 hint="choose a backend that spans hosts (`nvshmem`), or a group within one host",
             )
         return process_group
@@ -194,15 +196,15 @@ class TorchBackend(_TorchBackend):
 
 @dataclass
 class _Piece:
-    """Memory of NVSHMEM's heap, as torch's rendezvous over the default process group told."""
+    """Memory that all ranks allocated together, with the results of torch's rendezvous over all ranks."""
 
     memory: torch.Tensor
     pointers: tuple[int, ...]
     multicast: int
 
 
-class _AllocatingTogether(_TorchBackend):
-    """Those whose memory all ranks of the job allocate together, and release when the last rank has."""
+class _CollectiveAllocation(_TorchBackend):
+    """A backend with memory that all ranks of the job allocate together, and that is freed after all release it."""
 
     capabilities = _TorchBackend.capabilities | Capability.COLLECTIVE_ALLOCATION
 
@@ -216,7 +218,7 @@ class _AllocatingTogether(_TorchBackend):
         """See :meth:`Backend.allocate`. Collective over the default process group.
 
         Raises:
-            GroupError: There is none.
+            GroupError: No default process group exists.
             BackendUnavailableError: Another transport is frozen already.
             MismatchError, PeerTimeoutError, PeerLostError: Ranks ask for different sizes, or do not come.
         """
@@ -243,7 +245,7 @@ class _AllocatingTogether(_TorchBackend):
         raise NotImplementedError
 
     def _release(self, piece: _Piece) -> None:
-        """What becomes of memory that all ranks have released."""
+        """Free memory that all ranks have released, or keep it for reuse."""
         raise NotImplementedError
 
     def _quiesce(self) -> None:
@@ -252,11 +254,11 @@ class _AllocatingTogether(_TorchBackend):
 
 
 class TorchNvshmemAllocation(Allocation):
-    """Memory of torch's NVSHMEM transport. The heap keeps torch's tensor, until all ranks have released it.
+    """Memory of torch's NVSHMEM transport. The heap keeps torch's tensor until all ranks have released it.
 
     Attributes:
-        slots: Room for our pads behind the user's bytes.
-        world_pointers: Address of each global rank's memory, 0 if not reachable.
+        slots: The pads behind the user's bytes.
+        world_pointers: Address of every global rank's memory; 0 if it is not reachable.
         world_multicast: Multicast address over all ranks of the job, or 0.
     """
 
@@ -266,21 +268,21 @@ class TorchNvshmemAllocation(Allocation):
         self.world_pointers, self.world_multicast = piece.pointers, piece.multicast
 
 
-class TorchNvshmemBackend(_AllocatingTogether):
+class TorchNvshmemBackend(_CollectiveAllocation):
     """Backend ``pytorch_nvshmem``: allocation is collective over the job, a rendezvous translates ranks."""
 
     def _allocation(self, piece: _Piece, nbytes: int, slots: PadSlots) -> TorchNvshmemAllocation:
         return TorchNvshmemAllocation(self, piece.memory.device, nbytes, piece, slots)
 
     def rendezvous(self, allocation: Allocation, collective: Collective) -> TorchMapping:
-        """See :meth:`Backend.rendezvous`. Calls nothing of torch: the job's other ranks need not come."""
+        """See :meth:`Backend.rendezvous`. It does not call torch, so other ranks of the job need not take part."""
         assert isinstance(allocation, TorchNvshmemAllocation)
         group, device = collective.group, allocation.device
         with collective.exchange("translate", str(dist.get_rank()).encode()) as received:
             ranks = [int(contribution.payload) for contribution in received]
         pointers = [allocation.world_pointers[rank] for rank in ranks]
-        everybody = ranks == list(range(len(allocation.world_pointers)))
-        multicast = allocation.world_multicast if everybody else 0
+        is_whole_job = ranks == list(range(len(allocation.world_pointers)))
+        multicast = allocation.world_multicast if is_whole_job else 0
         return padded(
             allocation.slots,
             pointers,
@@ -291,35 +293,35 @@ class TorchNvshmemBackend(_AllocatingTogether):
     def _make(self, nbytes: int, device: torch.device, collective: Collective, process_group: ProcessGroup) -> _Piece:
         self.transport.activate(device)
         self.transport.obey(collective.group.settings)
-        collective.exchange("activate").close()  # no rank waits in NVSHMEM for one that failed until here
+        collective.exchange("activate").close()  # no rank waits in NVSHMEM for a rank that failed before
         memory = self.transport.empty(nbytes, device)
-        # torch frees it collectively with the last reference: that is up to `_release`, and to no error or exit.
+        # torch frees it collectively with its last reference. Only `_release` may do that, not an error or the exit.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))
         memory.zero_()
-        gpu.finish_stream(device)  # no peer may see it before
+        gpu.finish_stream(device)  # zero it before any peer can see it
         if process_group.size() == 1:  # torch makes no team of one
             return _Piece(memory, (memory.data_ptr(),), 0)
         handle, pointers = self.transport.rendezvous(memory, process_group)
         return _Piece(memory, tuple(pointers), handle.multicast_ptr)
 
     def _release(self, piece: _Piece) -> None:
-        # The heap's own reference is the last one.
+        # The heap holds the last reference.
         ctypes.pythonapi.Py_DecRef(ctypes.py_object(piece.memory))
         del piece.memory
 
 
-class TorchNcclBackend(_AllocatingTogether, TorchBackend):
-    """Backend ``pytorch_nccl``: memory that was released is used again, and never given back to NCCL.
+class TorchNcclBackend(_CollectiveAllocation, TorchBackend):
+    """Backend ``pytorch_nccl``: released memory is reused, and never returned to NCCL.
 
-    torch frees such memory (ncclMemFree) while NCCL's windows over it are still registered. What is allocated next at
-    that address is then reached through the stale window: illegal accesses, with torch 2.11 and NCCL 2.28.9. Memory
-    that is used again keeps its windows, which torch finds by process group; that is right only if all ranks use the
-    same pieces again, which is why they allocate together.
+    torch frees such memory (ncclMemFree) while NCCL's windows over it are still registered. A later allocation at the
+    same address is then reached through the stale window: illegal accesses with torch 2.11 and NCCL 2.28.9. Reused
+    memory keeps its windows, and torch finds them by process group. This is correct only if all ranks reuse the same
+    pieces, so they allocate together.
     """
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._spare: dict[int, list[_Piece]] = {}  # by bytes; alike on all ranks
+        self._spare: dict[int, list[_Piece]] = {}  # by bytes; the same on all ranks
 
     def _allocation(self, piece: _Piece, nbytes: int, slots: PadSlots) -> TorchAllocation:
         return TorchAllocation(self, piece.memory.device, nbytes, piece.memory, slots)
@@ -329,7 +331,7 @@ class TorchNcclBackend(_AllocatingTogether, TorchBackend):
         spare = self._spare.get(nbytes)
         piece = spare.pop() if spare else _Piece(self.transport.empty(nbytes, device), (), 0)
         piece.memory.zero_()
-        gpu.finish_stream(device)  # no peer may see it before
+        gpu.finish_stream(device)  # zero it before any peer can see it
         return piece
 
     def _release(self, piece: _Piece) -> None:

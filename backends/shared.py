@@ -1,47 +1,48 @@
-"""What the backends share that export memory and map all ranks' side by side: ``host`` and ``native``.
+"""The common part of ``host`` and ``native``, which export memory and map the memory of all ranks side by side.
 
-They differ in what memory is and how it is imported (:class:`Range`), in where signal pads lie, and in who signals.
+The two differ in the kind of memory and how it is imported (:class:`Range`), in the place of the signal pads, and in
+the implementation of signals.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from symmem.backends.base import Backend, Group, Mapping, Signals, tensor_at
+from symmem.backends.base import Backend, Group, tensor_at
 from symmem.backends.descriptors import close_all
+from symmem.backends.signalled import SignalledMapping
 
 __all__ = ["Range", "SharedMapping", "pass_and_map"]
 
 
 class Range(Protocol):
-    """A reserved range of addresses, in which memory is mapped; unmapped when the last reference to it is gone."""
+    """A reserved range of addresses, in which memory is mapped. It is unmapped with the last reference to it."""
 
     address: int
 
     def place(self, offset: int, token: Any, nbytes: int) -> int:
-        """Map the first ``nbytes`` of what another process exported at ``offset``; returns the address."""
+        """Map the first ``nbytes`` of memory that another process exported at ``offset``; returns the address."""
 
     def open(self) -> None:
-        """Allow access to what was placed."""
+        """Allow access to the memory placed so far."""
 
 
-class SharedMapping(Mapping):
-    """All ranks' memory side by side in one range of addresses, and their signal pads anywhere.
+class SharedMapping(SignalledMapping):
+    """The memory of all ranks side by side in one range of addresses, and their signal pads anywhere.
 
     Args:
-        backend: Whose it is.
-        group: The group that met.
-        device: Where tensors over the memory lie.
+        backend: The backend that made it.
+        group: The group of the rendezvous.
+        device: The device of tensors over the memory.
         region: The range; rank r's memory is at ``r * stride``.
-        stride: Bytes of each rank's memory.
-        own: Address that this rank's tensors have already; they keep it.
-        pads: Address of each rank's pad.
+        stride: Bytes of every rank's memory.
+        own: Address at which this rank's tensors already use the memory; they keep it.
+        pads: Address of every rank's pad.
     """
 
     def __init__(
@@ -56,43 +57,21 @@ class SharedMapping(Mapping):
     ) -> None:
         pointers = [region.address + rank * stride for rank in range(group.size)]
         pointers[group.rank] = own
-        super().__init__(backend, group, device, pointers)
+        super().__init__(backend, group, device, pointers, pads)
         self._region, self._stride = region, stride
-        self._pads = tuple(pads)
-
-    @functools.cached_property
-    def signals(self) -> Signals:
-        """Those of the whole memory; made when they are first used."""
-        return self.signals_at(self._pads)
-
-    def barrier(self, channel: int, timeout: float) -> None:
-        self.signals.barrier(channel, timeout)
-
-    def put_signal(self, rank: int, channel: int, timeout: float) -> None:
-        self.signals.put_signal(rank, channel, timeout)
-
-    def wait_signal(self, rank: int, channel: int, timeout: float) -> None:
-        self.signals.wait_signal(rank, channel, timeout)
-
-    def check(self) -> None:
-        if signals := vars(self).get("signals"):  # nothing can have failed of signals that were never made
-            signals.check()
 
     def contiguous(self) -> tuple[int, int]:
         return self._region.address, self._stride
 
-    def signal_pad(self, rank: int) -> tuple[int, int]:
-        return self.signals.signal_pad(rank)
-
 
 def pass_and_map(descriptor: int, nbytes: int, reserve: Callable[[int], Range], memory: torch.Tensor) -> bool:
-    """Pass memory through a socket, map it a second time, and say whether a store is seen there. For probes.
+    """Pass memory through a socket, map it a second time, and return whether a store is visible there. For probes.
 
     Args:
-        descriptor: The exported memory; stays the caller's.
-        nbytes: Bytes of it.
+        descriptor: The exported memory; the caller keeps it.
+        nbytes: Bytes of the memory.
         reserve: Makes a range of so many bytes.
-        memory: The same memory as it is mapped already, as a uint8 tensor.
+        memory: The same memory through its first mapping, as a uint8 tensor.
     """
     with contextlib.ExitStack() as undo:
         left, right = (undo.enter_context(end) for end in socket.socketpair())

@@ -6,24 +6,26 @@ A pad holds uint32 words, all 0 at first::
     arrived[channel, source]    how many barriers of this channel `source` has come to, modulo 2**32
     turn[channel]               how many the owner has come to
 
-``source`` puts a signal by turning its flag in the receiver's pad from 0 to 1, for which it waits until the word is 0;
-the receiver takes it by turning 1 to 0. So every operation leaves the word as the next one needs it, and a captured
-CUDA graph can be replayed. This is the protocol of PyTorch's CUDASymmetricMemory, whose kernels work on the flags too.
+To put a signal, ``source`` waits until its flag in the receiver's pad is 0, and sets it to 1. To take the signal, the
+receiver waits until the flag is 1, and sets it to 0. So every operation leaves the word as the next one needs it, and a
+captured CUDA graph can be replayed. PyTorch's CUDASymmetricMemory uses the same protocol, and its kernels can work on
+these flags.
 
-A barrier counts instead: each rank stores its turn into every peer's pad and waits until all have reached it, all to
-all in one kernel. A store goes one way, where a compare-and-swap on a flag at the peer goes there and back. The turn
-is counted on the device, so that a graph can be replayed.
+A barrier counts instead. In one kernel, every rank stores its turn into every peer's pad and waits until all have
+reached that turn. A store travels one way, but a compare-and-swap on a flag at the peer makes a round trip. The turn is
+counted on the device, so a graph can be replayed.
 
-Order: a put, and a rank's arrival (a fence, then the store), release at system scope; a take, and the wait for the
-others, acquire (PTX ISA, "Memory Consistency Model"). So what kernels before it have stored, in any rank's memory, is
-seen by kernels after it.
+Order: a put, and the arrival of a rank (a fence, then the store), release at system scope. A take, and the wait for the
+others, acquire (PTX ISA, "Memory Consistency Model"). So kernels after the operation see the stores of kernels before
+it, in the memory of any rank.
 
-Failure: a kernel whose time is up writes which peer it waited for into host memory, and traps. A trap makes the CUDA
-context of this process unusable, on purpose: no later kernel, in a graph or not, can go on with data that never came.
+Failure: a kernel that times out writes the awaited peer to host memory and traps. The trap makes the CUDA context of
+this process unusable on purpose: no later kernel, in a graph or not, can continue with data that never came.
 
-Long waits: each thread that waits says so in the same memory, and says it again after every beat. Nobody takes it back:
-who reads it twice and finds it unchanged knows that the wait is over (:mod:`symmem.backends.kernel_words`). So nothing
-is to be done at the end of a wait, however many threads, blocks and streams wait for a rank at a time.
+Long waits: a waiting thread writes a report to the same memory, and again after every beat. It never removes the
+report. A reader that finds it unchanged in two readings knows that the wait is over
+(:mod:`symmem.backends.kernel_words`). So the end of a wait costs nothing, for any number of threads, blocks and streams
+that wait for a rank.
 """
 
 from __future__ import annotations
@@ -36,27 +38,27 @@ __all__ = [
 ]
 
 OPERATIONS = ("barrier", "put_signal", "wait_signal")
-"""Names of the kernels; the first is Operation 1 in the status that a kernel leaves."""
+"""Names of the kernels. The first is operation 1 in the status."""
 
 BAD_CHANNEL = 4
-"""In the status: a kernel of the user's own named a channel that is not there, of as many as the peer's place says."""
+"""An operation in the status: a user's kernel used a missing channel. The peer is then the number of channels."""
 
 BEAT, TICK = 26, 20
-"""Who waits says so each time that 2**BEAT nanoseconds (67 ms) have passed, and since when in 2**TICK (1.05 ms)."""
+"""A waiting thread reports every 2**BEAT nanoseconds (67 ms). Reports count time in 2**TICK nanoseconds (1.05 ms)."""
 
 PLACES, GROUP_SPREAD = 512, 61
-"""Places of 16 bytes for what those that wait say, behind the status. Group g's wait for a peer is told at the place
-(GROUP_SPREAD * g + peer) % PLACES. Peers of one group never share one, and groups of up to 61 ranks seldom do; of those
-that do, who spoke last is seen."""
+"""Places of 16 bytes behind the status, for the reports of waiting threads. A wait of group g for a peer is reported at
+place (GROUP_SPREAD * g + peer) % PLACES. Peers of one group never share a place, and groups of up to 61 ranks rarely
+do. In a shared place, the last report remains."""
 
 
 def pad_words(world: int) -> int:
-    """Words of a pad in a group of ``world`` ranks."""
+    """The number of words of a pad in a group of ``world`` ranks."""
     return SIGNAL_CHANNELS * (2 * world + 1)
 
 
 def memory_access(bits: int) -> str:
-    """Source of what kernels load and store other ranks' words of 32 or 64 bits with, at system scope, and a fence."""
+    """CUDA source: loads and stores of other ranks' words of 32 or 64 bits at system scope, and a fence."""
     register = {32: "r", 64: "l"}[bits]
     return (
         (
@@ -86,17 +88,19 @@ __device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.sys;" : : 
 
 
 def lateness(operation: str, detail: str) -> str:
-    """Source of what a thread that waits calls, for a ``struct Call`` with ``status``, ``limit`` and ``group``.
+    """CUDA source: timeouts and reports of waiting threads.
 
-    Where a wait is told: {operation (8 bits), group (24)}, {detail (16), peer (16)}, ticks since it began, ticks left.
+    The source uses ``status``, ``limit`` and ``group`` of a ``struct Call``.
+    A report is {operation (8 bits), group (24)}, {detail (16), peer (16)}, ticks since the start, ticks left.
 
     Args:
-        operation: Its number, in C++, made of ``call``, a pointer, and ``what``, which the caller says.
-        detail: The second word of the status, ditto.
+        operation: C++ expression for the number of the operation. It may use the pointer ``call``, and ``what``, an
+            argument of the waiting code.
+        detail: C++ expression for the second word of the status, with the same variables.
     """
     numbers = f"const u32 BEAT = {BEAT}, TICK = {TICK}, PLACES = {PLACES}, GROUP_SPREAD = {GROUP_SPREAD};\n"
     source = r"""
-const u32 SPINS = 64;  // looks between two readings of the clock
+const u32 SPINS = 64;  // loads between two readings of the clock
 
 __device__ __forceinline__ u64 read_clock() {
   u64 now;
@@ -104,7 +108,7 @@ __device__ __forceinline__ u64 read_clock() {
   return now;
 }
 
-// One store of 16 bytes, so that what two threads write at a time does not mix.
+// One store of 16 bytes, so the reports of two threads never mix.
 __device__ __forceinline__ void leave_word(u32 *at, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};"
                : : "l"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
@@ -116,11 +120,11 @@ __device__ __forceinline__ void stop(const Call *call, u32 what, u32 peer) {
   __trap();
 }
 
-// Keeps the compiler from preparing, before anybody waits, what is made of these.
+// Keeps the compiler from computing values from these before the wait, in the fast path.
 __device__ __forceinline__ void not_before(const Call *&call, u32 &peer) { asm volatile("" : "+l"(call), "+r"(peer)); }
 
-// Called now and then by who waits, with 0 at first; returns when the wait began, to 256 ns, and in the lowest 8 bits
-// how often it was told.
+// A waiting thread calls this from time to time, first with began = 0. Returns the start of the wait, rounded to
+// 256 ns, with the number of reports in the lowest 8 bits.
 __device__ __forceinline__ u64 give_up_when_late(const Call *call, u32 what, u32 peer, u64 began) {
   const u64 now = read_clock();
   if (began == 0) return now & ~255ull;
@@ -147,8 +151,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 struct Call {
-  u32 *pads[WORLD];  // each rank's pad, in this process's addresses
-  u32 *status;       // host memory: {operation, channel, peer, group} of who gave up; then of those that wait
+  u32 *pads[WORLD];  // every rank's pad, as an address of this process
+  u32 *status;       // host memory: {operation, channel, peer, group} after a timeout; then the places of reports
   u64 limit;         // nanoseconds
   u32 channel, rank, peer, group;
 };
@@ -178,14 +182,14 @@ __device__ __forceinline__ void take(const Call &call, u32 operation, u32 peer) 
   u64 began = 0;
   for (u32 spins = 1; load_acquire(flag) == 0; ++spins)
     if (spins % SPINS == 0) began = give_up_when_late(&call, operation, peer, began);
-  store_relaxed(flag, 0);  // the word is the receiver's as long as it is 1: nobody else writes it
+  store_relaxed(flag, 0);  // only the receiver writes the word while it is 1
 }
 
 __device__ __forceinline__ u32 *arrived(const Call &call, u32 at, u32 source) {
   return call.pads[at] + (CHANNELS + call.channel) * WORLD + source;
 }
 
-// A thread for each rank. The fence does not wait for the turn to be loaded, nor the load for the fence.
+// One thread per rank. The fence and the load of the turn do not wait for each other.
 extern "C" __global__ void barrier(const __grid_constant__ Call call) {
   u32 *turns = call.pads[call.rank] + 2 * CHANNELS * WORLD + call.channel;
   const u32 turn = load_relaxed(turns) + 1;
@@ -197,7 +201,7 @@ extern "C" __global__ void barrier(const __grid_constant__ Call call) {
     for (u32 spins = 1; int(load_acquire(arrived(call, call.rank, peer)) - turn) < 0; ++spins)
       if (spins % SPINS == 0) began = give_up_when_late(&call, BARRIER, peer, began);
   }
-  __syncthreads();  // all have loaded the turn before it changes
+  __syncthreads();  // all threads have loaded the turn before it changes
   if (peer == 0) store_relaxed(turns, turn);
 }
 
@@ -206,4 +210,4 @@ extern "C" __global__ void put_signal(const __grid_constant__ Call call) { put(c
 extern "C" __global__ void wait_signal(const __grid_constant__ Call call) { take(call, WAIT, call.peer); }
 """
 )
-"""For NVRTC, with ``WORLD`` defined as the number of ranks. Needs no header, and sm_70 or newer."""
+"""CUDA source for NVRTC. ``WORLD`` is the number of ranks. It includes no header, and needs sm_70 or newer."""

@@ -3,16 +3,16 @@
 A rank's pad holds uint32 words, all 0 at first::
 
     flag[channel, source]    1 while a signal from `source` has not been taken; `source` sets it, the owner clears it
-    arrived[channel]         how many barriers of this channel the owner has come to, modulo 2**32
-    abandoned[channel]       1 + the rank because of which the owner gave up a barrier; the highest bit is set if that
-                             rank came, but was interrupted
+    arrived[channel]         number of barriers on this channel that the owner has reached, modulo 2**32
+    abandoned[channel]       1 + the rank that made the owner give up a barrier; the highest bit is set if that rank
+                             came, but was interrupted
 
-Each word has one writer at a time (a flag's ownership passes with its value), so no atomic read-modify-write is
-needed: aligned 32-bit stores, a fence between data and word, and futex(2), which compares the word and sleeps in
-one step, so that a wake-up cannot be lost.
+A word has one writer at a time: the value of a flag says which side may write it. So no atomic read-modify-write is
+needed, only aligned 32-bit stores, a fence between data and word, and futex(2). A futex compares the word and sleeps
+in one step, so no wake-up is lost.
 
-The barrier is one store by each rank and world - 1 loads (all-to-all, one round); it counts instead of setting and
-clearing, so that a rank may run into the next barrier while others still read the words of this one.
+A barrier is one store and world - 1 loads per rank (all-to-all, one round). It counts instead of setting and clearing,
+so a rank may enter the next barrier while others still read the words of this one.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
 
 __all__ = ["SharedSignals"]
 
-_SPINS = 20  # looks, each giving way to others, before it sleeps
+_SPINS = 20  # loads, with a yield after every load, before it sleeps
 _INTERRUPTED = 0x80000000  # in the word `abandoned`
-_NAP = 0.05  # seconds between two looks at whether the awaited process still lives
+_NAP = 0.05  # seconds between two checks that the awaited process is alive
 
 
 class SharedSignals:
     """Signal pads of all ranks, mapped into this process.
 
     Args:
-        group: For its rank, size, name, and which ranks are lost.
-        pads: Address of each rank's pad.
-        owner: Kept alive, since it keeps the pads mapped.
-        purpose: Says what a wait is part of, if that is more than a signal.
+        group: Gives the rank, size, name and lost ranks.
+        pads: Address of every rank's pad.
+        owner: The object that keeps the pads mapped. It is kept alive.
+        purpose: Returns the name of the operation that a wait is part of, if it is not just a signal.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class SharedSignals:
         return 4 * SIGNAL_CHANNELS * (size + 2)
 
     def signal_pad(self, rank: int) -> tuple[int, int]:
-        """See :meth:`Mapping.signal_pad`. What lies behind the flags is private."""
+        """See :meth:`Mapping.signal_pad`. The words behind the flags are private."""
         return self._pads[rank], 4 * SIGNAL_CHANNELS * self._group.size
 
     def check(self) -> None:
-        """See :meth:`Mapping.check`. What fails here, fails in the call."""
+        """See :meth:`Mapping.check`. Nothing to do: a signal on the host fails in its call."""
 
     def barrier(self, channel: int, timeout: float) -> None:
-        """See :meth:`Mapping.barrier`. Once a rank gives up, the channel's barrier is unusable on all ranks."""
+        """See :meth:`Mapping.barrier`. After a rank gives up, no rank can use the barrier of this channel again."""
         self._check_abandoned(self._rank, channel)
         try:
             self._arrive(channel)
@@ -84,12 +84,12 @@ class SharedSignals:
             raise
 
     def arrive(self, channel: int) -> None:
-        """The first half of a barrier: the others need not wait for this rank. :meth:`complete` must follow."""
+        """The first half of a barrier: the others no longer wait for this rank. :meth:`complete` must follow."""
         self._check_abandoned(self._rank, channel)
         self._arrive(channel)
 
     def complete(self, channel: int, timeout: float) -> None:
-        """The second half: wait for the others. What :meth:`barrier` says of errors holds."""
+        """The second half of a barrier: wait for the others. Errors are the same as in :meth:`barrier`."""
         try:
             self._complete(channel, timeout)
         except BaseException as error:
@@ -121,7 +121,7 @@ class SharedSignals:
         fence()
 
     def _abandon(self, channel: int, error: BaseException) -> None:
-        """It has been counted, so to come again would be to come twice: nobody can use this channel any more."""
+        """Make the channel unusable. This rank already counted in the barrier, so a retry would count twice."""
         cause = error.peers[0] if isinstance(error, RendezvousError) else self._rank
         interrupted = not isinstance(error, PeerLostError | PeerTimeoutError)
         self._words[self._rank][self._abandoned + channel] = (1 + cause) | (_INTERRUPTED if interrupted else 0)
@@ -155,12 +155,12 @@ class SharedSignals:
         step: str,
         channel: int | None = None,
     ) -> None:
-        """Wait until word ``at`` of ``pad`` is ready, which is up to ``peer``: spin, then sleep."""
+        """Wait until ``peer`` has made word ``at`` of ``pad`` ready: spin, then sleep."""
         words = self._words[pad]
         for _ in range(_SPINS):
             if ready(words[at]):
                 return
-            os.sched_yield()  # the awaited rank may have to run on this very processor
+            os.sched_yield()  # the awaited rank may need this processor
         wait: Wait | None = None
         try:
             while not ready(word := words[at]):
@@ -183,7 +183,7 @@ class SharedSignals:
                 pending_waits.forget(wait)
 
     def _missing(self, peer: int, channel: int | None) -> tuple[int, ...]:
-        """Whom a wait for ``peer`` is for: if it is in a barrier, for all that have not come to it."""
+        """The ranks that a wait for ``peer`` waits for: in a barrier, all ranks that have not come."""
         if channel is None:
             return (peer,)
         at = self._arrived + channel
@@ -195,13 +195,13 @@ class SharedSignals:
         if peer in lost:
             error = PeerLostError(
                 f"rank {peer}'s process ended before it came",
-                hint=f"look at the log of rank {peer} for the first error; then restart the job",
+                hint=f"look in the log of rank {peer} for the first error; then restart the job",
                 peers=(peer,),
             )
         else:
             error = PeerTimeoutError(
                 f"rank {peer} did not come in time",
-                hint=f"see what rank {peer} does; if it is only slow, raise signal_timeout",
+                hint=f"find out what rank {peer} does; if it is only slow, raise signal_timeout",
                 peers=(peer,),
             )
         error.located(rank=self._rank, group=self._group.name, step=step)
@@ -213,14 +213,14 @@ class SharedSignals:
             return
         cause = (word & ~_INTERRUPTED) - 1
         kind: type[RendezvousError] = PeerTimeoutError
-        why = "did not come in time"
+        reason = "did not come in time"
         if cause in self._group.lost():
-            kind, why = PeerLostError, "died"
+            kind, reason = PeerLostError, "died"
         elif word & _INTERRUPTED:
-            kind, why = RendezvousError, "was interrupted in it"
+            kind, reason = RendezvousError, "was interrupted in it"
         raise kind(
-            f"rank {rank} gave up a barrier on this channel when {'it' if cause == rank else f'rank {cause}'} {why}",
-            hint="use another channel, or allocate the tensor anew once the cause is mended",
+            f"rank {rank} gave up a barrier on this channel when {'it' if cause == rank else f'rank {cause}'} {reason}",
+            hint="fix the cause; then use another channel, or allocate the tensor again",
             peers=(cause,),
             rank=self._rank,
             group=self._group.name,

@@ -1,13 +1,14 @@
 """GPU memory from the driver's virtual memory management: handles and ranges of addresses that free themselves.
 
-Freeing and kernels. A peer's memory lives until the last process unmaps it, so nobody has to be asked before memory
-is freed. This process's own kernels are another matter: cuMemUnmap does not wait for them (vllm PR 43020, and
-PyTorch's expandable segments say the same), and a kernel whose memory is unmapped under it is a fatal fault. So the
-device is synchronised first, as PyTorch's CUDA transport does. The price is that the last tensor's end may wait for
-kernels, within a barrier for as long as its timeout; memory that comes and goes belongs in an arena.
+Freeing needs no agreement with peers, because memory lives until the last process unmaps it. Kernels of this process
+are different: cuMemUnmap does not wait for them (vllm PR 43020 and PyTorch's expandable segments confirm this), and a
+kernel that uses unmapped memory is a fatal fault. So the device is synchronised first, as in PyTorch's CUDA transport.
+The price is that freeing the last tensor may wait for kernels; if a kernel waits in a barrier, for as long as the
+timeout. Short-lived memory belongs in an arena.
 
-Synchronising would end a stream capture. What is freed during one is kept, and unmapped by the next free or
-allocation after it. So a collection of garbage is safe at any time, on any thread, and never waits for another rank.
+Synchronising would end a stream capture. So memory that is freed during a capture is kept, and the next free or
+allocation after the capture unmaps it. A garbage collection is therefore safe at any time and on any thread, and never
+waits for another rank.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from symmem.backends.base import Collective
 from symmem.backends.driver import Driver
 from symmem.errors import SymmemError
 
-__all__ = ["DeviceRange", "MemoryHandle", "Token", "exchange_handles", "free_what_is_left"]
+__all__ = ["DeviceRange", "MemoryHandle", "Token", "exchange_handles", "free_pending"]
 
 log = logging.getLogger("symmem.vmm")
 
 Token: TypeAlias = "int | bytes"
-"""Physical memory on its way between processes: a file descriptor, or an exported fabric handle."""
+"""Physical memory in a message between processes: a file descriptor, or an exported fabric handle."""
 
 
 class MemoryHandle:
-    """A reference to physical memory, or to a multicast object; released with the last reference to this.
+    """A reference to physical memory or a multicast object. It is released with the last reference to this object.
 
     Attributes:
         value: The driver's handle.
@@ -46,17 +47,17 @@ class MemoryHandle:
         self._driver = driver
         self._descriptor: int | None = None
         self._closing: Callable[[], object] = lambda: None
-        # Not at the interpreter's exit: the driver takes back all that a process had.
+        # Not at the interpreter's exit: the driver frees everything of a process.
         self._finalizer = weakref.finalize(self, _release, driver, os.getpid(), value)
         self._finalizer.atexit = False
 
     def close(self) -> None:
-        """Release it now; may be called again."""
+        """Release it now. May be called again."""
         self._finalizer()
         self._closing()
 
     def descriptor(self) -> int:
-        """The memory as a file descriptor that lives as long as this; exported when it is first asked for."""
+        """The memory as a file descriptor, exported on the first call. It is closed with this object."""
         if self._descriptor is None:
             self._descriptor = self._driver.export_descriptor(self.value)
             self._closing = closing = weakref.finalize(self, os.close, self._descriptor)
@@ -65,25 +66,25 @@ class MemoryHandle:
 
     @classmethod
     def take(cls, driver: Driver, token: Token) -> MemoryHandle:
-        """Import a token, which stays the caller's."""
+        """Import a token; the caller keeps it."""
         if isinstance(token, bytes):
             return cls(driver, driver.import_fabric(token))
         return cls(driver, driver.import_descriptor(token))
 
 
 class DeviceRange:
-    """A reserved range of a GPU's addresses; unmapped and given back with the last reference, or by ``close()``.
+    """A reserved range of a GPU's addresses. It is unmapped and freed with its last reference, or by ``close()``.
 
     Args:
         driver: The driver.
         ordinal: The GPU that will access it.
         nbytes: A multiple of ``alignment``.
-        alignment: Of the address; the granularity of what is mapped into it.
+        alignment: Alignment of the address; the granularity of memory mapped into the range.
 
     Attributes:
-        address: The first one.
-        pieces: Address and bytes of each mapping.
-        afterwards: Called once nothing is mapped any more.
+        address: The first address.
+        pieces: Address and bytes of every mapping.
+        afterwards: Functions to call after everything is unmapped.
     """
 
     def __init__(self, driver: Driver, ordinal: int, nbytes: int, alignment: int) -> None:
@@ -91,13 +92,13 @@ class DeviceRange:
         self.address = driver.reserve(nbytes, alignment)
         self.pieces: list[tuple[int, int]] = []
         self.afterwards: list[Callable[[], object]] = []
-        self._opened = 0  # how many pieces the GPU may access
-        grave = _Grave(driver, ordinal, self.address, nbytes, self.pieces, self.afterwards)
-        self._finalizer = weakref.finalize(self, _bury, grave)
+        self._opened = 0  # number of pieces that the GPU may access
+        remains = _Remains(driver, ordinal, self.address, nbytes, self.pieces, self.afterwards)
+        self._finalizer = weakref.finalize(self, _free, remains)
         self._finalizer.atexit = False
 
     def close(self) -> None:
-        """Unmap and give back now; may be called again."""
+        """Unmap and free it now. May be called again."""
         self._finalizer()
 
     def map(self, offset: int, handle: MemoryHandle, nbytes: int) -> int:
@@ -112,7 +113,7 @@ class DeviceRange:
         return any(address == self.address + offset for address, _nbytes in self.pieces)
 
     def place(self, offset: int, token: Token, nbytes: int) -> int:
-        """Import memory of a process, maybe this one, and map it at ``offset``; returns the address."""
+        """Import memory of any process, this one included, and map it at ``offset``; returns the address."""
         handle = MemoryHandle.take(self._driver, token)
         try:
             address = self.map(offset, handle, nbytes)
@@ -121,17 +122,16 @@ class DeviceRange:
         return address
 
     def open(self) -> None:
-        """Let the GPU access what was mapped since the last time.
+        """Let the GPU access the pieces mapped since the last call. After an error it may be called again.
 
-        One call for all pieces that touch: setting access takes most of the time of a rendezvous. After an error it
-        may be called again.
+        Adjacent pieces share one call of the driver, because setting access takes most of the time of a rendezvous.
         """
         for run in _runs(self.pieces[self._opened :]):
             self._driver.allow(self._ordinal, *run)
         self._opened = len(self.pieces)
 
     def first_closed(self) -> int:
-        """After an error: the index of the first piece that the GPU cannot access, or else of the next one."""
+        """After an error, the index of the first piece that the GPU cannot access; else the number of pieces."""
         for index, piece in enumerate(self.pieces):
             try:
                 self._driver.allow(self._ordinal, *piece)
@@ -141,7 +141,7 @@ class DeviceRange:
 
 
 def _runs(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The pieces in order of address, those that touch made one."""
+    """The pieces in order of address, with adjacent pieces merged."""
     runs: list[tuple[int, int]] = []
     for address, nbytes in sorted(pieces):
         if runs and sum(runs[-1]) == address:
@@ -152,8 +152,8 @@ def _runs(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class _Grave:
-    """What is left of a range that nobody refers to: enough to give it back."""
+class _Remains:
+    """The data to free a range that has no reference left."""
 
     driver: Driver
     ordinal: int
@@ -164,9 +164,9 @@ class _Grave:
     process: int = field(default_factory=os.getpid)
 
     def give_back(self) -> bool:
-        """Unmap and give back; False if it has to wait for the end of a stream capture."""
+        """Unmap and free it; False if that must wait for the end of a stream capture."""
         if self.process != os.getpid():
-            return True  # a forked child has no part in the GPU's memory
+            return True  # the GPU's memory is the parent's
         try:
             with self.driver.on(self.ordinal):
                 if not self.driver.quiesce(self.ordinal):
@@ -176,28 +176,28 @@ class _Grave:
                 quietly(self.driver.unreserve, self.address, self.nbytes)
                 for step in self.afterwards:
                     quietly(step)
-        except SymmemError as error:  # a device that has failed: all it had is gone
+        except SymmemError as error:  # the device has failed, and its memory is gone
             log.debug("cannot unmap %#x: %s", self.address, error)
         return True
 
 
-_graves: deque[_Grave] = deque()  # what could not be given back yet
+_pending: deque[_Remains] = deque()  # ranges to free after a stream capture
 
 
-def _bury(grave: _Grave) -> None:
-    _graves.append(grave)
-    free_what_is_left()
+def _free(remains: _Remains) -> None:
+    _pending.append(remains)
+    free_pending()
 
 
-def free_what_is_left() -> None:
-    """Unmap what came free during a stream capture, unless one is still going on."""
-    for _ in range(len(_graves)):
+def free_pending() -> None:
+    """Unmap the ranges that lost their last reference during a stream capture, unless a capture is in progress."""
+    for _ in range(len(_pending)):
         try:
-            grave = _graves.popleft()
-        except IndexError:  # another thread was quicker
+            remains = _pending.popleft()
+        except IndexError:  # another thread was faster
             return
-        if not grave.give_back():
-            _graves.append(grave)
+        if not remains.give_back():
+            _pending.append(remains)
 
 
 def _release(driver: Driver, process: int, handle: int) -> None:
@@ -206,7 +206,7 @@ def _release(driver: Driver, process: int, handle: int) -> None:
 
 
 def quietly(function: Callable[..., object], *arguments: int) -> None:
-    """Free something. A device that has failed refuses, and there is nobody to tell."""
+    """Call a function that frees something, and log its error: a failed device refuses, and no caller can react."""
     try:
         function(*arguments)
     except SymmemError as error:
@@ -218,33 +218,34 @@ def exchange_handles(
     driver: Driver,
     collective: Collective,
     step: str,
-    card: dict[str, Any],
+    metadata: dict[str, Any],
     handles: Sequence[MemoryHandle],
     fabric: bool,
 ) -> Iterator[list[tuple[dict[str, Any], tuple[Token, ...]]]]:
-    """Give every rank's card and handles to every rank. Collective.
+    """Give the metadata and handles of every rank to every rank. Collective.
 
     Args:
         driver: The driver.
         collective: The operation in progress.
-        step: Named in errors.
-        card: Plain data.
+        step: Its name in errors.
+        metadata: Plain data.
         handles: Physical memory.
         fabric: Whether the handles can be exported to other hosts.
 
     Yields:
-        Each rank's card and tokens, valid within the block.
+        Metadata and tokens of every rank, valid within the block.
 
     Raises:
-        SymmemError: The same on all ranks; between hosts, unless all ranks have fabric handles, it names the hosts.
+        SymmemError: The same on all ranks. If ranks are on several hosts and not all have fabric handles, it names the
+            hosts.
     """
     with contextlib.ExitStack() as undo:
         if fabric and not collective.passes_descriptors:
-            card = card | {"fabric": [driver.export_fabric(handle.value).hex() for handle in handles]}
-            received = undo.enter_context(collective.exchange(step, json.dumps(card).encode()))
-            cards = [json.loads(each.payload) for each in received]
-            yield [(card, tuple(map(bytes.fromhex, card.pop("fabric")))) for card in cards]
+            metadata = metadata | {"fabric": [driver.export_fabric(handle.value).hex() for handle in handles]}
+            received = undo.enter_context(collective.exchange(step, json.dumps(metadata).encode()))
+            entries = [json.loads(contribution.payload) for contribution in received]
+            yield [(entry, tuple(map(bytes.fromhex, entry.pop("fabric")))) for entry in entries]
             return
         descriptors = [handle.descriptor() for handle in handles]
-        received = undo.enter_context(collective.exchange(step, json.dumps(card).encode(), descriptors))
-        yield [(json.loads(each.payload), each.descriptors) for each in received]
+        received = undo.enter_context(collective.exchange(step, json.dumps(metadata).encode(), descriptors))
+        yield [(json.loads(contribution.payload), contribution.descriptors) for contribution in received]

@@ -172,7 +172,7 @@ def test_kernels(task: Any, backend: str, pool: RankPool) -> None:
     [
         ("triton", "PeerTimeoutError.*barrier on channel 5.*rank 1 did not come in time"),
         ("late", "PeerTimeoutError.*barrier on channel 2.*rank 1 did not come in time"),
-        ("bad_channel", "InvalidArgumentError.*signal channel 64, of which its device view has 64"),
+        ("bad_channel", "InvalidArgumentError.*signal channel 64, but its device view has 64 channels"),
     ],
 )
 def test_who_is_late_is_named(how: str, said: str) -> None:

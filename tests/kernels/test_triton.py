@@ -101,7 +101,7 @@ def late(channel: int) -> str:
 
     with pytest.raises(Exception, match="PeerTimeoutError") as caught:
         wait()
-    with pytest.raises(Exception, match="signal channel 64, of which its device view has 64"):
+    with pytest.raises(Exception, match="signal channel 64, but its device view has 64 channels"):
         kernels().meet[(1,)](view.signals, 64, dist.get_rank(), world)
     error: BaseException | None = caught.value
     while error is not None and not isinstance(error, symmem.errors.PeerTimeoutError):
