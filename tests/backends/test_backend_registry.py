@@ -176,7 +176,7 @@ def test_auto_without_a_gpu_takes_host(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_device_that_no_backend_serves_is_named() -> None:
     text = refusal(("auto",), "meta")
     assert "meta tensors" in text
-    assert "there are: cuda, cpu" in text
+    assert "use cuda or cpu tensors" in text
 
 
 @pytest.mark.parametrize("kind", [AttributeError, OSError, RuntimeError, SyntaxError])

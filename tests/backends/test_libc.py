@@ -168,7 +168,7 @@ def test_a_kernel_without_membarrier_is_named(refused: int, monkeypatch: pytest.
 def test_an_unknown_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel()
     pretend(monkeypatch, "s390x", kernel)
-    with pytest.raises(BackendUnavailableError, match=r"x86_64, aarch64.* not for 's390x'"):
+    with pytest.raises(BackendUnavailableError, match=r"x86_64, aarch64.* not 's390x'"):
         HostBackend("host").probe()
     assert kernel.calls == []
 

@@ -72,7 +72,7 @@ def test_probe_names_torch_without_cuda(name: str) -> None:
 def test_probe_names_a_machine_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendUnavailableError, match="finds none"):
+    with pytest.raises(BackendUnavailableError, match="finds no usable GPU"):
         get_backend("pytorch_cuda").probe()
 
 
