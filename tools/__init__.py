@@ -1,6 +1,6 @@
-"""Programs over symmem: the command line, the demo, benchmarks, the conformance suite, and pools of ranks."""
+"""Tools for symmem: the command line, benchmarks, the conformance suite, and pools of ranks."""
 
 import warnings
 
-# torch says so once a process where there is no NumPy, which nothing here uses.
+# torch warns once per process if NumPy is missing; nothing here uses it.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")

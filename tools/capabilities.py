@@ -1,4 +1,4 @@
-"""What each backend can do, as a table for ``docs/backends.md``: made from the backends' own flags."""
+"""The capabilities of all backends as a table for ``docs/backends.md``, made from the backends' flags."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _MEANING: Mapping[Capability, str] = {
 
 
 def capability_table() -> str:
-    """The table in Markdown: a row for each capability, a column for each backend that symmem brings.
+    """Make the table in Markdown, with a row per capability and a column per built-in backend.
 
-    Probes nothing, so it is the same on every machine.
+    It probes nothing, so it is the same on every machine.
     """
     backends = [get_backend(name) for name in BACKENDS]
     rows = [("", *(f"`{backend.name}`" for backend in backends)), ("---",) * (len(backends) + 1)]

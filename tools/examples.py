@@ -1,4 +1,4 @@
-"""The example programs, and what each needs: ``symmem validate`` and the tests run them, on the ranks of a pool."""
+"""Runs the example programs on a pool of ranks, for ``symmem validate`` and the tests."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["EXAMPLES", "Example", "run_example", "why_not"]
 
 @dataclass(frozen=True)
 class Example:
-    """What an example needs.
+    """The requirements of an example.
 
     Attributes:
-        modules: That it imports beyond torch, on any machine.
-        cuda_modules: And where there are GPUs.
-        compiles: Whether it compiles kernels for the CPU, for which it takes a C++ compiler and half a minute.
+        modules: Modules that it imports beyond torch, on any machine.
+        cuda_modules: More modules that it imports on a machine with GPUs.
+        compiles: Whether it compiles kernels for the CPU. That needs a C++ compiler and half a minute.
     """
 
     modules: tuple[str, ...] = ()
@@ -44,11 +44,11 @@ EXAMPLES: Mapping[str, Example] = {
     "expert_dispatch.py": Example(),
     "anywhere.py": Example(cuda_modules=("cuda.core",)),
 }
-"""By file name; all of ``examples/``."""
+"""All examples of ``examples/``, by file name."""
 
 
 def why_not(name: str, *, cuda: bool) -> str:
-    """Why an example cannot run on this machine; empty if it can."""
+    """Return why an example cannot run on this machine; empty if it can."""
     example = EXAMPLES[name]
     for module in (*example.modules, *(example.cuda_modules if cuda else ())):
         parent = module.partition(".")[0]
@@ -58,10 +58,10 @@ def why_not(name: str, *, cuda: bool) -> str:
 
 
 def run_example(path: Path, world: int, env: Mapping[str, str | None] | None = None, timeout: float = 60.0) -> str:
-    """Run an example on ``world`` ranks, as torchrun would; returns what rank 0 printed.
+    """Run an example on ``world`` ranks, as torchrun does, and return the output of rank 0.
 
     Raises:
-        RanksFailedError: Some rank raised, or did not exit with 0.
+        RanksFailedError: A rank raised, or did not exit with 0.
     """
     with RankPool(world, env=env, timeout=timeout, process_group=None) as pool:
         printed: list[str] = pool.run(_run, str(path))
@@ -69,7 +69,7 @@ def run_example(path: Path, world: int, env: Mapping[str, str | None] | None = N
 
 
 def _run(path: str) -> str:
-    # The store is that of the pool, as under torchrun it is the agent's.
+    # The example uses the pool's store, as it uses the agent's store under torchrun.
     store = rank_store()
     assert isinstance(store, TCPStore)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}

@@ -410,8 +410,8 @@ def test_pairs_make_maps_ours_before_the_peers() -> None:
 def test_the_rest_makes_bars_by_unit() -> None:
     count = Figure("reclaim_rounds", "host", 2, 2048, 2, "count")
     assert panels([BARRIER, count]) == [
-        Bars("host", "us", [("barrier\n2 ranks", {"symmem": 12.0, "gloo": 300.0})]),
-        Bars("host", "count", [("reclaim_rounds\n2 ranks, 2 KiB", {"symmem": 2})]),
+        Bars("host", "us", [("barrier, 2 ranks", {"symmem": 12.0, "gloo": 300.0})]),
+        Bars("host", "count", [("reclaim_rounds, 2 ranks, 2 KiB", {"symmem": 2})]),
     ]
 
 

@@ -94,7 +94,7 @@ def test_demo_prints_a_table(capsys: Output) -> None:
     assert out[0].startswith("1 processes started by ")
     assert out[2].split() == ["rank", "pid", "step", "ms", "check", "what", "it", "did"]
     assert [line.split()[-1] for line in out[4:5]] == ["'host'"]
-    assert out[-1] == "All ranks saw what they should."
+    assert out[-1] == "All results are right."
 
 
 @pytest.mark.parametrize(

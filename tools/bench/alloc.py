@@ -1,7 +1,6 @@
-"""``symmem bench alloc``: allocation in a warm arena, reclaiming, and what a long run leaves, on any backend.
+"""``symmem bench alloc``: allocation in a warm arena, reclaiming, and leaks of a long run, on any backend.
 
-Beside it, in processes of its own, what PyTorch takes for an allocation and a rendezvous, where there
-are GPUs.
+With GPUs, the peer is an allocation and a rendezvous of PyTorch's transports, in separate processes.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ __all__ = ["measure", "run"]
 
 _SIZES = (4 << 10, 2 << 20)
 _ALLOCATIONS = 2000
-_BLOCKS, _BLOCK = 10_000, 256  # how many, and bytes of each
-_LONG_RUN = 16 << 10  # bytes of each
+_BLOCKS, _BLOCK = 10_000, 256  # number of blocks, and bytes of one
+_LONG_RUN = 16 << 10  # bytes of an allocation
 
 
 def _warm(backend: str, nbytes: int) -> float:
-    """Median seconds from the request to a tensor whose peers can be reached, in a warm arena."""
+    """Median seconds from a request to a tensor with reachable peers, in a warm arena."""
     allocate = partial(symmem.allocate, (nbytes,), torch.uint8, backend=backend)
     kept = [allocate() for _ in range(8)]  # grows the arena
     samples = []
@@ -49,7 +48,7 @@ def _warm(backend: str, nbytes: int) -> float:
 
 
 def _reclaim(backend: str, rounds: int = 5) -> tuple[float, float, int]:
-    """Median seconds to reclaim quarantined blocks, contiguous and every second one; and the exchanges it takes."""
+    """Median seconds to reclaim contiguous blocks, and every second block; and the number of rounds."""
     group = symmem.resolve_group()
     medians, exchanges = [], 0
     for step in (1, 2):
@@ -80,7 +79,7 @@ def _usage() -> tuple[int, int, int]:
 
 
 def _long_run(backend: str, pairs: int) -> tuple[int, int, int]:
-    """What a process has more of after so many allocations, each dropped at once: bytes, descriptors, address space."""
+    """Growth of resident bytes, descriptors and address space after ``pairs`` allocations that are dropped at once."""
     allocate = partial(symmem.allocate, (_LONG_RUN,), torch.uint8, backend=backend)
     for _ in range(pairs // 10):
         allocate()
@@ -99,7 +98,7 @@ def _theirs(transport: str, nbytes: int, rounds: int = 5) -> float:
 def measure(
     backend: str, peers: Sequence[str], world: int, pairs: int, progress: Progress = SILENT
 ) -> Iterator[Figure]:
-    """All figures of a backend, in a step for each peer and four more; of all ranks, the slowest counts."""
+    """Yield all figures of a backend at one world size; the slowest rank counts."""
     others = {}
     for peer in peers:
         progress.step(f"alloc_warm, {world} ranks, torch_{peer}")
@@ -127,11 +126,10 @@ def measure(
 def run(
     backend: str, peers: Sequence[str] | None, ranks: Sequence[int], pairs: int, progress: Progress = SILENT
 ) -> Iterator[Figure]:
-    """All figures of a backend at these world sizes; beside all of torch's transports that work here, unless some are
-    named.
+    """Yield all figures. Without ``peers``, they are beside all of torch's transports that work here.
 
     Raises:
-        UnsupportedError: Peers are named, but the backend's memory is the CPU's; or see :func:`.gpu.check_gpus`.
+        UnsupportedError: There are peers, but the backend is for the CPU; or see :func:`.gpu.check_gpus`.
     """
     cuda = get_backend(backend).device_type == "cuda"
     if peers and not cuda:

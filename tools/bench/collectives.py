@@ -1,10 +1,10 @@
-"""``symmem bench collectives``: the collective operators beside gloo's, or NCCL's and PyTorch's, in the same processes.
+"""``symmem bench collectives``: collective operators beside gloo, or NCCL and PyTorch, in the same processes.
 
-On the CPU a figure is named like the operator. On CUDA each has three:
+On the CPU a figure has the operator's name. On CUDA an operator has three figures:
 
-* ``all_reduce_graph``: one of many calls in a CUDA graph, by the clock of the stream.
-* ``all_reduce_eager``: one of many calls from Python, by the clock of the stream.
-* ``all_reduce_host``: how long Python takes for one of those, until it is on the stream.
+* ``all_reduce_graph``: time of one of many calls in a CUDA graph, by the clock of the stream.
+* ``all_reduce_eager``: time of one of many calls from Python, by the clock of the stream.
+* ``all_reduce_host``: time in Python of one of these calls, until it is on the stream.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ SIZES = {
     "cpu": tuple(1 << power for power in (10, 14, 16, 18, 20, 22, 24)),
     "cuda": tuple(1 << power for power in (11, 13, 15, 16, 17, 19, 21, 23, 25, 27)),
 }
-"""Bytes, by type of device: of the tensor, or of the one that has a row for each rank."""
+"""Sizes by type of device: bytes of the tensor, or of the tensor with a row per rank."""
 
 Samples = dict[tuple[str, str], list[float]]
-"""Seconds of one call in each round, by figure's ending and name of the contender."""
+"""Seconds of one call in every round, by the figure's ending and the contender's name."""
 
 _ROUNDS = 9
 _IN_GRAPH = 20  # calls
@@ -45,7 +45,7 @@ _VECTOR = 16  # bytes
 
 
 def sample(operator: str, found: Sequence[Contender], clock: Clock, rounds: int = _ROUNDS) -> Samples:
-    """On each rank: check what the contenders do, and time them in turns. Collective over all ranks."""
+    """Check the results of the contenders, and time them in turns. Collective over all ranks."""
     for each in found:
         check(operator, each)
     counts = [enough(each.call, clock) for each in found]
@@ -56,7 +56,7 @@ def sample(operator: str, found: Sequence[Contender], clock: Clock, rounds: int 
         return {("", name): [times.device for times in eager[name]] for name in names}
     replays = [partial(_replayed, clock, clock.capture(each.call, _IN_GRAPH)) for each in found]
     graphs = dict(zip(names, in_turns(replays, rounds + 1), strict=True))
-    clock.all_here()  # before the graphs and their memory go
+    clock.all_here()  # before the graphs and their memory are freed
     return {
         **{("_graph", name): graphs[name][1:] for name in names},  # the first replay uploads the graph
         **{("_eager", name): [times.device for times in eager[name]] for name in names},
@@ -74,7 +74,7 @@ def _on_rank(operator: str, nbytes: int, backend: str, largest: int) -> Samples:
 
 
 def merged(results: Sequence[Samples]) -> dict[str, dict[str, float]]:
-    """Median seconds by figure's ending and contender, of all ranks' samples; in each round the slowest rank counts."""
+    """Median seconds by the figure's ending and contender. In every round the slowest rank counts."""
     medians: dict[str, dict[str, float]] = defaultdict(dict)
     for ending, name in results[0]:
         medians[ending][name] = statistics.median(slowest([result[ending, name] for result in results]))
@@ -82,7 +82,7 @@ def merged(results: Sequence[Samples]) -> dict[str, dict[str, float]]:
 
 
 def with_backend(backend: str) -> str:
-    """``SYMMEM_ENABLE`` as it is, but with this backend: the operators take memory of what is configured."""
+    """``SYMMEM_ENABLE`` with another backend. The operators use memory of the configured backend."""
     known = {setting.option for setting in SETTINGS.values()}
     options = parse_options(os.environ.get("SYMMEM_ENABLE", ""), "SYMMEM_ENABLE", known)
     kept = [f"{o.name}({','.join(a.text for a in o.args)})" for o in options if o.name != BACKEND_OPTION]
@@ -96,10 +96,7 @@ def measure(
     operators: Sequence[str] = OPERATORS,
     progress: Progress = SILENT,
 ) -> Iterator[Figure]:
-    """All figures of a backend at one world size, in microseconds; of all sizes unless some are given.
-
-    A step for each operator and size.
-    """
+    """Yield all figures of a backend at one world size, in microseconds. ``sizes`` defaults to :data:`SIZES`."""
     sizes = sizes or SIZES[get_backend(backend).device_type]
     with RankPool(world, env={"SYMMEM_ENABLE": with_backend(backend)}, timeout=240) as pool:
         for operator in operators:
@@ -120,12 +117,12 @@ def run(
     operators: Sequence[str],
     progress: Progress = SILENT,
 ) -> Iterator[Figure]:
-    """All figures of a backend; unless ``ranks`` says otherwise, at one rank a GPU, on the CPU with 2 and with 4.
+    """Yield all figures. ``ranks`` defaults to the number of GPUs, and on the CPU to 2 and 4.
 
     Raises:
-        InvalidArgumentError: A size is no multiple of 16 bytes, or has less than that for each rank.
+        InvalidArgumentError: A size is no multiple of 16 bytes, or less than 16 bytes per rank.
         UnsupportedError: See :func:`.gpu.check_gpus`.
-        WrongResultError: A contender's result is wrong.
+        WrongResultError: The result of a contender is wrong.
     """
     device = get_backend(backend).device_type
     sizes = sizes or SIZES[device]

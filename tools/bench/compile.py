@@ -1,7 +1,7 @@
-"""``symmem bench compile``: what symmem.compile makes of a function, beside stock Inductor and eager code.
+"""``symmem bench compile``: functions compiled with symmem.compile, beside stock Inductor and eager code.
 
 ``chain``: 8 layers of a product and a sum over all ranks. ``input``: an argument that the compiler does not own.
-``overhead``: what a call takes more for each registered argument. ``compile``: what compiling takes more.
+``overhead``: extra time of a call per registered argument. ``compile``: time to compile.
 
 Ranks import Inductor, which takes seconds; this module does not.
 """
@@ -25,7 +25,7 @@ from symmem.tools.bench.progress import SILENT, Progress
 from symmem.tools.bench.timing import slowest
 from symmem.tools.ranks import RankPool
 
-__all__ = ["BATCH", "LAYERS", "PARTS", "Compiling", "Copies", "Found", "measure", "run"]
+__all__ = ["BATCH", "LAYERS", "PARTS", "Compiling", "Copies", "Measured", "measure", "run"]
 
 PARTS = ("overhead", "compile", "chain", "input")
 
@@ -35,18 +35,18 @@ _MODES: dict[str, tuple[tuple[str, str | None], ...]] = {
     "cpu": (("", None),),
     "cuda": (("", None), ("_graph", "reduce-overhead")),
 }
-"""Ending of a figure's name, and mode of torch.compile."""
+"""Endings of figure names, and modes of torch.compile."""
 
 
 class Copies(NamedTuple):
-    """Copies of one call: by the copy engine of a GPU, and by kernels; on the CPU, all count as the latter."""
+    """Copies of one call by a GPU's copy engine, and by kernels. On the CPU, all copies count as kernels."""
 
     engine: int
     kernel: int
 
 
-class Found(NamedTuple):
-    """Of one contender: buffers, copies, and seconds of one call in each round."""
+class Measured(NamedTuple):
+    """One contender: its buffers, its copies, and seconds of one call in every round."""
 
     buffers: int
     copies: Copies
@@ -54,11 +54,11 @@ class Found(NamedTuple):
 
 
 class Compiling(NamedTuple):
-    """What compiling a function takes.
+    """The cost of compiling a function.
 
     Attributes:
-        calls: Of Python functions; nearly the same each time, on any machine.
-        seconds: Of this process's CPU, in the quickest round.
+        calls: Number of calls of Python functions; nearly the same in every run, on any machine.
+        seconds: CPU seconds of this process, in the fastest round.
     """
 
     calls: int
@@ -66,7 +66,7 @@ class Compiling(NamedTuple):
 
 
 def _figures(part: str, backend: str, world: int, nbytes: int, ending: str, results: Sequence[Any]) -> Iterator[Figure]:
-    """Of a chain or an input: ours, each beside all peers. Of seconds, in each round those of the slowest rank."""
+    """Yield the figures of a chain or an input beside all peers. In every round the slowest rank counts."""
     first = results[0]
     measured: dict[tuple[str, str], dict[str, float]] = {
         ("_copies", "count"): {name: sum(first[name].copies) for name in first},
@@ -90,21 +90,21 @@ def _on_rank(module: str, function: str, *args: Any) -> Any:
 def measure(
     backend: str, world: int, hidden: int | None, parts: Sequence[str], rounds: int, progress: Progress = SILENT
 ) -> Iterator[Figure]:
-    """All figures of a backend at one world size, in :func:`_steps`."""
+    """Yield all figures of a backend at one world size."""
     device_type = get_backend(backend).device_type
     hidden = hidden or _HIDDEN[device_type]
     with tempfile.TemporaryDirectory() as cache:
         env = {
             "SYMMEM_ENABLE": with_backend(backend),
             "TORCHINDUCTOR_CACHE_DIR": cache,
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no processes beside the ranks
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no worker processes beside the ranks
         }
         with RankPool(world, env=env, timeout=240) as pool:
             if "overhead" in parts:
                 progress.step(f"host_overhead, {world} ranks")
                 results = pool.run(_on_rank, "costs", "overhead", device_type)
                 for kind, count in results[0]:
-                    # Ranks do not wait for one another here: what disturbs one of them is no part of it.
+                    # Ranks do not communicate here, so a disturbance of one rank should not count.
                     value = statistics.median(each[kind, count] for each in results) * 1e6
                     yield Figure(f"host_overhead_{kind}_{count}", backend, world, 0, value, "us")
             if "compile" in parts:
@@ -130,11 +130,11 @@ def run(
     rounds: int,
     progress: Progress = SILENT,
 ) -> Iterator[Figure]:
-    """All figures of a backend; unless ``ranks`` says otherwise, at one rank a GPU, on the CPU with 2.
+    """Yield all figures. ``ranks`` defaults to the number of GPUs, and on the CPU to 2.
 
     Raises:
         UnsupportedError: See :func:`.gpu.check_gpus` and :func:`.compiled_counts.copies`.
-        WrongResultError: What is compiled returns something wrong.
+        WrongResultError: A compiled function returns a wrong result.
     """
     device = get_backend(backend).device_type
     worlds = ranks or ((torch.cuda.device_count(),) if device == "cuda" else (2,))

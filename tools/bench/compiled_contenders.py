@@ -1,4 +1,4 @@
-"""Who takes part in ``symmem bench compile``: ours, stock Inductor and eager code; checked, counted and timed."""
+"""Checks, counts and times the contenders of ``symmem bench compile``: symmem, stock Inductor and eager code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 import symmem
 from symmem.tools.bench import compiled_counts as counts
 from symmem.tools.bench import compiled_graphs as graphs
-from symmem.tools.bench.compile import BATCH, LAYERS, Found
+from symmem.tools.bench.compile import BATCH, LAYERS, Measured
 from symmem.tools.bench.compiled_counts import Compiled, Function, compiled
 from symmem.tools.bench.compiled_graphs import Chain
 from symmem.tools.bench.gpu import Torch
@@ -28,11 +28,11 @@ log = logging.getLogger("symmem.bench")
 
 
 def attempted(name: str, make: Callable[[], object]) -> bool:
-    """Whether a peer can do it on all ranks; a warning if not. Collective over all ranks."""
+    """Return whether ``make`` works on all ranks, and warn if not. Collective over all ranks."""
     failure = ""
     try:
         make()
-    except Exception as error:  # whatever it is: torch's compiler wraps what went wrong, and so it is told
+    except Exception as error:  # any error, because torch's compiler wraps the cause
         failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     with symmem.resolve_group().collective(name) as collective:
         failures = [each.payload.decode() for each in collective.exchange("whether it compiles", failure.encode())]
@@ -42,7 +42,7 @@ def attempted(name: str, make: Callable[[], object]) -> bool:
 
 
 def _forget() -> None:
-    """Compile anew what is compiled so far: a failure amid a warm-up of CUDA graphs leaves all of them unusable."""
+    """Forget compiled functions, because a failed warm-up of a CUDA graph makes all CUDA graphs unusable."""
     torch._dynamo.reset()
     if torch.cuda.is_available():
         reset_cudagraph_trees()
@@ -54,19 +54,19 @@ def line_up(
     arguments: Callable[[str, int], tuple[Any, ...]],
     expected: Callable[[int], torch.Tensor],
 ) -> dict[str, Compiled]:
-    """Compile all, and check what they return, before anything is timed. Collective over all ranks.
+    """Compile all functions, and check their results before anything is timed. Collective over all ranks.
 
-    Stock Inductor may fail, and a failure may end all CUDA graphs of this process. So it is attempted before the others
-    are compiled, and compiled anew with them if it can do it.
+    Stock Inductor may fail, and then all CUDA graphs of this process may be unusable. So its functions are tried first,
+    and compiled again with the others if they work.
 
     Args:
-        functions: What is compiled, and by what, by name.
-        mode: Of torch.compile.
-        arguments: Those of a contender in a step.
-        expected: What all return in a step.
+        functions: Functions and backends of torch.compile, by name.
+        mode: Mode of torch.compile.
+        arguments: Returns the arguments of a contender in a step.
+        expected: Returns the expected result of a step.
 
     Raises:
-        WrongResultError: One returns something else.
+        WrongResultError: A function returns another result.
     """
 
     def make(name: str, check: bool = True) -> Compiled:
@@ -88,8 +88,8 @@ def line_up(
 
 def sample(
     found: Mapping[str, Compiled], arguments: Callable[[str, int], tuple[Any, ...]], device_type: str
-) -> dict[str, Found]:
-    """Count what contenders allocate and copy, and time them in turns. Collective over all ranks."""
+) -> dict[str, Measured]:
+    """Count allocations and copies of the contenders, and time them in turns. Collective over all ranks."""
     clock: Clock = clock_of(device_type)
     calls = {name: partial(made.call, *arguments(name, 0)) for name, made in found.items()}
     counted = {
@@ -102,12 +102,12 @@ def sample(
     runs = [partial(mean, clock, call, enough(call, clock)) for call in calls.values()]
     times = dict(zip(calls, in_turns(runs, _ROUNDS), strict=True))
     clock.all_here()
-    return {name: Found(*counted[name], [each.device for each in times[name]]) for name in calls}
+    return {name: Measured(*counted[name], [each.device for each in times[name]]) for name in calls}
 
 
 @torch.no_grad()
-def chain(device_type: str, hidden: int, mode: str | None) -> dict[str, Found]:
-    """On each rank: the 8 layers."""
+def chain(device_type: str, hidden: int, mode: str | None) -> dict[str, Measured]:
+    """Measure the 8 layers. Runs on every rank."""
     _prepare(device_type)
     data = Chain(LAYERS, hidden, BATCH, device_type, dist.get_rank(), dist.get_world_size())
     total, stock = graphs.total(device_type), graphs.stock()
@@ -127,8 +127,8 @@ def chain(device_type: str, hidden: int, mode: str | None) -> dict[str, Found]:
 
 
 @torch.no_grad()
-def graph_input(device_type: str, hidden: int, mode: str | None) -> dict[str, Found]:
-    """On each rank: one operator with an argument of the caller, in plain and in symmetric memory."""
+def graph_input(device_type: str, hidden: int, mode: str | None) -> dict[str, Measured]:
+    """Measure one operator with an argument of the caller, in plain and symmetric memory. Runs on every rank."""
     _prepare(device_type)
     rank, world = dist.get_rank(), dist.get_world_size()
     xs = [graphs.numbers(BATCH, hidden, step, rank).to(device_type) for step in range(4)]
@@ -140,9 +140,9 @@ def graph_input(device_type: str, hidden: int, mode: str | None) -> dict[str, Fo
     total = graphs.total(device_type)
     peer = total if device_type == "cuda" else graphs.stock()
     functions: dict[str, tuple[Function, str | None]] = {
-        "": (graphs.anew(lambda x: total(x)), "symmem"),
-        "_symmetric": (graphs.anew(lambda x: total(x)), "symmem"),
-        "inductor": (graphs.anew(lambda x: peer(x)), "inductor"),
+        "": (graphs.fresh_code(lambda x: total(x)), "symmem"),
+        "_symmetric": (graphs.fresh_code(lambda x: total(x)), "symmem"),
+        "inductor": (graphs.fresh_code(lambda x: peer(x)), "inductor"),
         "eager": (lambda x: total(memory.copy_(x)), None),
     }
 
@@ -155,7 +155,7 @@ def graph_input(device_type: str, hidden: int, mode: str | None) -> dict[str, Fo
 
 
 def _symmetric(device_type: str, like: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Symmetric memory of the kind that :func:`.compiled_graphs.total` needs, and what keeps it mapped."""
+    """Symmetric memory for :func:`.compiled_graphs.total`, and the object that keeps it mapped."""
     if device_type == "cpu":
         handle = symmem.allocate(tuple(like.shape), like.dtype).rendezvous()
         return handle.tensor, handle

@@ -1,4 +1,4 @@
-"""What symmem.compile costs on the host: for each registered argument at each call, and when a function is compiled."""
+"""Costs of symmem.compile on the host: per registered argument of a call, and of compiling a function."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from symmem.tools.bench.timing import clock_of, in_turns, repeated
 __all__ = ["compiling", "overhead"]
 
 _ROUNDS = 15
-_CALLS = 500  # of a round
+_CALLS = 500  # per round
 _ARGUMENTS = (1, 8)
 
 
 @torch.no_grad()
 def overhead(device_type: str) -> dict[tuple[str, int], float]:
-    """On each rank: seconds that a call takes more for each registered argument, by its kind and their number.
+    """Extra seconds of a call per registered argument, by kind and number of arguments. Runs on every rank.
 
-    ``copy`` is what copies of plain inputs take just before the call of an operator that takes any memory, and
-    ``input_beside_copy`` what ours takes more than both.
+    ``copy`` is the time of copies of plain inputs before a call of an operator that takes any memory.
+    ``input_beside_copy`` is the extra time of symmem over that call and the copies together.
     """
     torch._dynamo.reset()
     clock, found = clock_of(device_type), {}
@@ -77,11 +77,11 @@ def _copy_and_call(targets: Sequence[torch.Tensor], sources: list[torch.Tensor],
 
 @torch.no_grad()
 def compiling(device_type: str, rounds: int) -> dict[str, list[Compiling]]:
-    """On each rank: what it takes to compile a function and to call it once, by ours and by stock Inductor."""
+    """The cost of compiling a function and calling it once, with symmem and stock Inductor. Runs on every rank."""
     weights = [torch.randn(64, 64, device=device_type) / 8 for _ in range(3)]
     x = torch.randn(8, 64, device=device_type)
     name = graphs.group()
-    # An operator that is registered would be placed by torch from 2.13 on, where it can.
+    # Two operators, because torch 2.13 and later would place the registered one in stock Inductor, too.
     registered, same = (
         graphs.layers(lambda x: BENCH.same(torch.relu(x), name)),
         graphs.layers(lambda x: BENCH.same_any(torch.relu(x), name)),
@@ -91,7 +91,7 @@ def compiling(device_type: str, rounds: int) -> dict[str, list[Compiling]]:
         for kind, functions in (("unregistered", (graphs.norms, graphs.norms)), ("registered", (registered, same))):
             pairs = list(zip(functions, ("symmem", "inductor"), strict=True))
             for pair in pairs:
-                _cold(*pair, x, weights)  # compiles kernels, and imports
+                _cold(*pair, x, weights)  # compiles kernels, and imports modules
             calls = [_calls(partial(_cold, *pair, x, weights)) for pair in pairs]
             samples = in_turns([partial(_cold, *pair, x, weights) for pair in pairs], rounds)
             found[kind] = [Compiling(*each) for each in zip(calls, map(min, samples), strict=True)]
@@ -99,12 +99,12 @@ def compiling(device_type: str, rounds: int) -> dict[str, list[Compiling]]:
 
 
 def _cold(function: Function, backend: str, *args: Any) -> float:
-    """CPU seconds of this process: not those of a C++ compiler, whose results are kept."""
+    """CPU seconds of this process, without the C++ compiler's; its results come from a cache."""
     torch._dynamo.reset()
     FxGraphCache.clear()
     AOTAutogradCache.clear()
     gc.collect()
-    made = torch.compile(graphs.anew(function), backend=backend)
+    made = torch.compile(graphs.fresh_code(function), backend=backend)
     begin = time.process_time()
     made(*args)
     return time.process_time() - begin

@@ -1,4 +1,4 @@
-"""What a compiled or eager function allocates and copies, counted: in generated code, and in a profile of one call."""
+"""Counts allocations and copies of a function, in its generated code and in a profile of one call."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _RETURNED = re.compile(r"^\s*\w+ = torch\.ops\.(\w+)\.(\w+)\.(\w+)\(", re.MULTIL
 _FUSED = re.compile(r"^\s*(?:cpp_fused\w*|\w+\.run)\(", re.MULTILINE)
 _COPY_KERNEL = re.compile(r"^(?!Memcpy).*[Cc]opy|^triton_(?!tem|mm)")
 _OPERATOR = re.compile(r"^(?:symmem\w*|symm_mem|_c10d_functional|c10d)::")
-_OURS = ("symmem::_place",)  # an operator in whose name a copy is the compiler's
+_OURS = ("symmem::_place",)  # copies inside this operator belong to the compiled code
 
 
 @contextmanager
 def sources() -> Iterator[list[str]]:
-    """Collect the code of what is compiled, or comes out of a cache, within."""
-    hook.install()  # which must find what is changed here as torch has it
+    """Collect the code of functions that are compiled, or loaded from a cache, in the block."""
+    hook.install()  # before the patch below, because it checks that torch is unpatched
     found: list[str] = []
     known: Any = CompiledFxGraph.post_compile
 
@@ -57,14 +57,14 @@ def sources() -> Iterator[list[str]]:
 
 
 class Compiled(NamedTuple):
-    """A function that was compiled, or eager code, and the generated code; empty if there is none."""
+    """A compiled or eager function, and the generated code; empty for eager code."""
 
     call: Function
     source: str
 
 
 def compiled(function: Function, backend: str | None, mode: str | None, *args: Any) -> Compiled:
-    """Compile a function for these arguments, by ``"symmem"``, ``"inductor"`` or, with None, not at all."""
+    """Compile a function for these arguments, with ``"symmem"``, ``"inductor"``, or not at all with None."""
     if backend is None:
         return Compiled(function, "")
     made = torch.compile(function, backend=backend, mode=mode)
@@ -74,20 +74,22 @@ def compiled(function: Function, backend: str | None, mode: str | None, *args: A
 
 
 def buffers(source: str) -> int:
-    """Buffers that generated code allocates, regular and symmetric, and those that operators return to it."""
+    """Count the buffers that generated code allocates, regular and symmetric, and the results of operators."""
     operators = [getattr(getattr(getattr(torch.ops, a), b), c) for a, b, c in _RETURNED.findall(source)]
     return len(_ALLOCATED.findall(source)) + sum(map(_made_by, operators))
 
 
 def _made_by(op: Any) -> int:
-    """How many tensors an operator returns that are not its arguments."""
-    if op.namespace == "_c10d_functional" and op._opname == "wait_tensor":  # which its schema does not tell
+    """Count the results of an operator that are new tensors."""
+    if (
+        op.namespace == "_c10d_functional" and op._opname == "wait_tensor"
+    ):  # its result is its argument, but the schema does not say so
         return 0
     returns: Any = op._schema.returns
     return sum(1 for each in returns if str(each.type) == "Tensor" and each.alias_info is None)
 
 
-class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # so is what it does on subclassing
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -96,7 +98,7 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # so is
 
 
 def allocations(call: Callable[[], object]) -> int:
-    """Tensors that the operators of eager code make in one call."""
+    """Count the tensors that operators of eager code make in one call."""
     mode: Any = _Allocations
     with mode() as counting:
         call()
@@ -104,15 +106,15 @@ def allocations(call: Callable[[], object]) -> int:
 
 
 def copies(call: Callable[[], object], device_type: str, source: str = "") -> Copies:
-    """Copies of one warm call of a function that has nothing to compute but products and sums over all ranks.
+    """Count the copies of one warm call of a function that computes only products and sums over all ranks.
 
-    On CUDA: what runs on the device and is a copy, or generated, in a CUDA graph or not. On the CPU: calls of the copy
-    operator, but for those within a collective operation, and the generated loops.
+    On CUDA: copies and generated kernels on the device, inside and outside of CUDA graphs. On the CPU: generated loops,
+    and calls of the copy operator outside of collective operators.
 
     Args:
         call: The call.
-        device_type: Where.
-        source: The generated code, for the CPU.
+        device_type: "cpu" or "cuda".
+        source: The generated code; needed on the CPU.
 
     Raises:
         UnsupportedError: The profiler does not see the device.
@@ -130,23 +132,23 @@ def copies(call: Callable[[], object], device_type: str, source: str = "") -> Co
     if not names:
         raise UnsupportedError(
             "the profiler saw nothing on the device, so copies cannot be counted",
-            hint="let processes use CUPTI: no other profiler at the same time, and see NVIDIA's ERR_NVGPUCTRPERM",
+            hint="allow CUPTI: stop other profilers, and see NVIDIA's page on ERR_NVGPUCTRPERM",
         )
     return Copies(sum(map(is_engine_copy, names)), sum(map(is_copy_kernel, names)))
 
 
 def is_engine_copy(name: str) -> bool:
-    """Whether what runs on a device by this name is a copy by its copy engine."""
+    """Whether this name of a device event is a copy by the copy engine."""
     return name.startswith("Memcpy DtoD")
 
 
 def is_copy_kernel(name: str) -> bool:
-    """Whether what runs on a device by this name is a kernel that copies, or a generated loop."""
+    """Whether this name of a device event is a kernel that copies, or a generated loop."""
     return _COPY_KERNEL.search(name) is not None
 
 
 def _within(event: Any) -> bool:
-    """Whether an event is part of a collective operation."""
+    """Whether an event is part of a collective operator."""
     parent = event.cpu_parent
     while parent is not None:
         if _OPERATOR.match(parent.name) and parent.name not in _OURS:

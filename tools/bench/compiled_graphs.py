@@ -1,4 +1,4 @@
-"""What ``symmem bench compile`` compiles: its operators, the functions with them, and what these must return."""
+"""The operators and functions that ``symmem bench compile`` compiles, and their expected results."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from symmem.tools.bench.contenders import WrongResultError
 __all__ = [
     "BENCH",
     "Chain",
-    "anew",
     "compare",
     "eager_chain",
+    "fresh_code",
     "group",
     "inputs",
     "intermediates",
@@ -33,12 +33,12 @@ __all__ = [
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 Function = Callable[..., Any]
 
-_EXACT = 16  # bfloat16 has the sum of whole numbers up to this, one of each of 16 ranks, exactly
-_LIBRARY: Any = symmem.ops.Library("symmem_bench", "DEF")  # type: ignore[no-untyped-call]  # so are its methods
+_EXACT = 16  # sums of whole numbers up to this over 16 ranks are exact in bfloat16
+_LIBRARY: Any = symmem.ops.Library("symmem_bench", "DEF")  # type: ignore[no-untyped-call]  # its methods are untyped, too
 
 
 def _total_out(x: torch.Tensor, group_name: str, *, out: torch.Tensor) -> None:
-    """The sum over all ranks, read where it lies with each of them."""
+    """Sum over all ranks, by reading the peers' memory directly."""
     group = symmem.resolve_group(group_name)
     handle = symmem.SymmetricTensor.wrap(x)
     handle.barrier(group=group)
@@ -73,7 +73,7 @@ def _define(schema: str, kernel: Function, fake: Function | None = None) -> None
 
 _define("total(Tensor x, str group_name) -> Tensor", _total, lambda x, group_name: torch.empty_like(x))
 _define("total_out(Tensor x, str group_name, *, Tensor(a!) out) -> ()", _total_out)
-for _suffix in ("", "_any"):  # the latter are not registered, and take any memory
+for _suffix in ("", "_any"):  # operators with _any are not registered, and take any memory
     _define(
         f"same{_suffix}(Tensor x, str group_name) -> Tensor", lambda x, g: x.clone(), lambda x, g: torch.empty_like(x)
     )
@@ -91,8 +91,8 @@ def group() -> str:
     return str(dist.distributed_c10d._get_default_group().group_name)
 
 
-def anew(function: Function) -> Function:
-    """The same function with code of its own: what is compiled for others of the code costs a look at each call."""
+def fresh_code(function: Function) -> Function:
+    """Copy a function with its code object, because torch checks all versions compiled from a code object per call."""
     return types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
@@ -106,13 +106,13 @@ def anew(function: Function) -> Function:
 
 
 def own() -> Reduce:
-    """symmem's operator, which takes any memory."""
+    """symmem's operator. It takes any memory."""
     name = group()
     return lambda x: symmem.ops.all_reduce(x, name)
 
 
 def total(device_type: str) -> Reduce:
-    """An operator whose argument must be symmetric memory: torch's for CUDA, on the CPU one of this benchmark."""
+    """An operator that needs a symmetric argument: torch's on CUDA, this benchmark's on the CPU."""
     name = group()
     if device_type == "cuda":
         op = torch.ops.symm_mem.one_shot_all_reduce
@@ -121,7 +121,7 @@ def total(device_type: str) -> Reduce:
 
 
 def stock() -> Reduce:
-    """torch's functional all-reduce, by NCCL or gloo, in any memory."""
+    """torch's functional all-reduce over NCCL or gloo, in any memory."""
     name: Any = group()
     return lambda x: functional.all_reduce(x, "sum", name)
 
@@ -135,31 +135,31 @@ def _in_place(x: torch.Tensor) -> torch.Tensor:
 
 
 def layers(reduce: Reduce) -> Function:
-    """``f(x, weights)``: for each weight a product and a sum over all ranks."""
+    """``f(x, weights)``: a product and a sum over all ranks per weight."""
 
     def chain(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
         for weight in weights:
             x = reduce(x @ weight)
         return x
 
-    return anew(chain)
+    return fresh_code(chain)
 
 
 def eager_chain() -> Function:
-    """As eager code has it: each product is summed in place."""
+    """The chain in eager code, which sums every product in place."""
     return layers(_in_place)
 
 
 def intermediates(op: Any) -> Function:
-    """``f(xs)``: an operator takes tensors that are computed, one of each of the caller's."""
+    """``f(xs)``: an operator takes tensors computed from the caller's."""
     name = group()
-    return anew(lambda xs: op([x @ x for x in xs], name))
+    return fresh_code(lambda xs: op([x @ x for x in xs], name))
 
 
 def inputs(op: Any) -> Function:
-    """``f(xs)``: an operator takes tensors of the caller."""
+    """``f(xs)``: an operator takes the caller's tensors."""
     name = group()
-    return anew(lambda xs: op(list(xs), name))
+    return fresh_code(lambda xs: op(list(xs), name))
 
 
 def norms(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -170,23 +170,23 @@ def norms(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def numbers(batch: int, hidden: int, step: int, rank: int) -> torch.Tensor:
-    """[batch, hidden] whole numbers, other ones for each rank and step."""
+    """Whole numbers of shape [batch, hidden] that differ between ranks and steps."""
     values = torch.arange(batch * hidden) * 7 + rank * 13 + step * 31
     return (values % (2 * _EXACT + 1) - _EXACT).to(torch.bfloat16).view(batch, hidden)
 
 
 class Chain:
-    """Data for :func:`layers` whose result is known to the bit, of any number of ranks.
+    """Data for :func:`layers` with an exactly known result, for any number of ranks.
 
-    Each layer permutes columns. A rank's weight has the part of the permutation for every ``world``-th column, so that
-    the sum over all ranks has all of them.
+    Every layer permutes columns. The weight of a rank has the part of the permutation for every ``world``-th column, so
+    that the sum over all ranks has all columns.
 
     Args:
-        count: Layers.
-        hidden: Columns.
-        batch: Rows.
-        device: Where.
-        rank: Whose data.
+        count: Number of layers.
+        hidden: Number of columns.
+        batch: Number of rows.
+        device: Device of the data.
+        rank: This rank.
         world: Number of ranks.
     """
 
@@ -200,25 +200,27 @@ class Chain:
             mine = columns[rank::world]
             weight[source[mine], mine] = 1
             self.weights.append(weight.to(device))
-            torch._dynamo.mark_static_address(self.weights[-1])  # like parameters, which CUDA graphs read in place
-            # Whose column, and which, each column of the result is.
+            torch._dynamo.mark_static_address(
+                self.weights[-1]
+            )  # as for parameters, so that CUDA graphs read them in place
+            # By column of the result: the rank and the column that it comes from.
             if index == 0:
                 self._owner, self._order = columns % world, source
             else:
                 self._owner, self._order = self._owner[source], self._order[source]
 
     def x(self, step: int, rank: int | None = None) -> torch.Tensor:
-        """What a rank, this one unless another is named, puts in: [batch, hidden]."""
+        """The input of a rank, by default this one, of shape [batch, hidden]."""
         return numbers(self._batch, self._hidden, step, self._rank if rank is None else rank).to(self._device)
 
     def expected(self, step: int) -> torch.Tensor:
-        """What all ranks get out."""
+        """The result on all ranks."""
         everyone = torch.stack([self.x(step, rank) for rank in range(self._world)])
         return everyone[self._owner.to(self._device), :, self._order.to(self._device)].T
 
 
 def compare(name: str, result: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Compare each bit.
+    """Compare all bits.
 
     Raises:
         WrongResultError: They differ.
@@ -227,6 +229,6 @@ def compare(name: str, result: torch.Tensor, wanted: torch.Tensor) -> None:
     if len(wrong):
         raise WrongResultError(
             f"{name} has {len(wrong)} of {wanted.numel()} elements wrong, the first at {int(wrong[0])}",
-            hint="its time would mean nothing",
+            hint="a time of a wrong result means nothing",
             rank=dist.get_rank(),
         )

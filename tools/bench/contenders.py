@@ -1,6 +1,6 @@
-"""Who can do a collective operation: ours, PyTorch's symmetric memory, NCCL and gloo, each over the memory it needs.
+"""Contenders of a collective operation: symmem, PyTorch's symmetric memory, NCCL and gloo, with their memory.
 
-PyTorch's operations by multicast are not among them: their set-up is not allowed on all hosts.
+PyTorch's multicast operators are not included, because not all hosts allow their set-up.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ OPERATORS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadc
 
 _TORCH = {"torch_one_shot": "one_shot_all_reduce", "torch_two_shot": "two_shot_all_reduce_"}
 _VECTOR = 16  # bytes
-_EXACT = 256  # bfloat16 has all whole numbers up to this
+_EXACT = 256  # bfloat16 represents all whole numbers up to this
 
 
 class WrongResultError(SymmemError, RuntimeError):
-    """What was to be measured does not do what it should."""
+    """A contender of a benchmark returns a wrong result."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One library's way to do an operation.
+    """An operation of one library.
 
     Attributes:
         name: ``symmem``, ``torch_one_shot``, ``torch_two_shot``, ``nccl`` or ``gloo``.
-        source: What it reads; may be filled anew.
-        call: Does it once; returns the result, or None.
-        out: Holds the result, if the call returns None.
+        source: The input. Callers may write to it.
+        call: Runs the operation once; returns the result, or None.
+        out: Holds the result if the call returns None.
     """
 
     name: str
@@ -50,21 +50,21 @@ class Contender:
     out: torch.Tensor
 
     def __call__(self) -> torch.Tensor:
-        """Do it once; returns the result."""
+        """Run the operation once, and return the result."""
         returned = self.call()
         return self.out if returned is None else returned
 
 
 def contenders(operator: str, nbytes: int, backend: str, largest: int) -> list[Contender]:
-    """Ours first, then the peers. Collective over all ranks, the first time.
+    """Return symmem's contender, then the peers. The first call is collective over all ranks.
 
     Args:
         operator: One of :data:`OPERATORS`.
-        nbytes: Of the tensor; where there is one with a row for each rank, of that.
-        backend: Ours. With one for CUDA ours works on symmetric memory, as torch's does, and in bfloat16; on the CPU
-            on plain memory and in float32.
-        largest: The most that ``nbytes`` will be, so that memory for all sizes is made once: torch's transports may
-            take new memory at an old address for the old one.
+        nbytes: Bytes of the tensor, or of the tensor with a row per rank.
+        backend: symmem's backend. On CUDA, symmem and torch work on symmetric memory in bfloat16; on the CPU, symmem
+            works on plain memory in float32.
+        largest: The largest ``nbytes`` of all calls. Memory for all sizes is allocated once, because torch's transports
+            may confuse new memory at an old address with the old memory.
     """
     if get_backend(backend).device_type == "cpu":
         return line_up(operator, {name: torch.zeros(nbytes // 4) for name in ("symmem", "gloo")})
@@ -78,9 +78,10 @@ def contenders(operator: str, nbytes: int, backend: str, largest: int) -> list[C
 
 
 def line_up(operator: str, memories: Mapping[str, torch.Tensor], ours: torch.Tensor | None = None) -> list[Contender]:
-    """Those who work on these memories, by name; each of the same dtype and [elements]. Fills them with zeros.
+    """Make the contenders over these memories, by name. All memories have the same dtype and shape [elements].
 
-    ``ours`` is for our result, of the same dtype, or larger; all others, and without it ours too, get memory of torch.
+    Fills the memories with zeros. ``ours`` is memory for symmem's result, of the same dtype and at least as large.
+    Without it, and for the other contenders, results are in plain memory.
     """
     group, found = symmem.resolve_group(), []
     for name, memory in memories.items():
@@ -97,14 +98,14 @@ def line_up(operator: str, memories: Mapping[str, torch.Tensor], ours: torch.Ten
         elif name == "torch_one_shot" or source.nbytes % (_VECTOR * group.size) == 0:
             default = dist.distributed_c10d._get_default_group().group_name
             call = partial(getattr(torch.ops.symm_mem, _TORCH[name]), source, "sum", default)
-        else:  # two-shot gives each rank a slice of whole vectors
+        else:  # two-shot needs a slice of whole vectors per rank
             continue
         found.append(Contender(name, source, call, out))
     return found
 
 
 def shapes(operator: str, elements: int, world: int) -> tuple[torch.Size, torch.Size | None]:
-    """Shapes of the source and of the result; None for the latter if the operation is done in place."""
+    """Shapes of the source and of the result. The second is None if the operation works in place."""
     row, rows = torch.Size([elements // world]), torch.Size([world, elements // world])
     return {
         "all_reduce": (torch.Size([elements]), None),
@@ -115,7 +116,7 @@ def shapes(operator: str, elements: int, world: int) -> tuple[torch.Size, torch.
     }[operator]
 
 
-# Memory that stays for as long as the process lives, with what keeps it mapped.
+# Memory that lives as long as the process, and the handles that keep it mapped.
 
 
 @functools.cache
@@ -149,10 +150,10 @@ def _call_dist(operator: str, source: torch.Tensor, out: torch.Tensor) -> Callab
 
 
 def check(operator: str, contender: Contender) -> None:
-    """Do it once with numbers whose sums are exact, compare each bit, and leave zeros. Collective over all ranks.
+    """Run the operation on numbers with exact sums, compare all bits, and leave zeros. Collective over all ranks.
 
     Raises:
-        WrongResultError: The result is not what float64 gives.
+        WrongResultError: The result differs from a float64 result.
     """
     rank, world, source = dist.get_rank(), dist.get_world_size(), contender.source
     source.copy_(_pattern(rank, source, world))
@@ -163,17 +164,17 @@ def check(operator: str, contender: Contender) -> None:
         raise WrongResultError(
             f"{contender.name}'s {operator} of {source.nbytes} bytes has {len(wrong)} of {result.numel()} elements "
             f"wrong, the first at {first}: {float(result.reshape(-1)[first])}",
-            hint="its time would mean nothing; `symmem validate` tests ours",
+            hint="a time of a wrong result means nothing; `symmem validate` tests symmem",
             rank=rank,
         )
     source.zero_()  # so that repeated sums stay finite
 
 
 def expected(operator: str, rank: int, world: int, source: torch.Tensor) -> torch.Tensor:
-    """What ``rank`` must have, if :func:`_pattern` filled each rank's source, of the shape of ``source``; float64."""
+    """The expected result of ``rank`` in float64, if :func:`_pattern` filled the sources of all ranks."""
     if operator == "broadcast":
         return _pattern(0, source, world)
-    # One rank after the other: all at once would take eight times the memory for each of them.
+    # A generator, because float64 patterns of all ranks at once would need much memory.
     patterns = (_pattern(each, source, world) for each in range(world))
     if operator in ("all_gather", "all_to_all"):
         return torch.stack([each if operator == "all_gather" else each[rank] for each in patterns])
@@ -184,7 +185,7 @@ def expected(operator: str, rank: int, world: int, source: torch.Tensor) -> torc
 
 
 def _pattern(rank: int, like: torch.Tensor, world: int) -> torch.Tensor:
-    """Whole numbers so small that any sum over ranks is exact in bfloat16, other ones on each rank; float64."""
+    """Whole numbers that differ between ranks, small enough for exact sums over ranks in bfloat16; as float64."""
     reach = max(1, _EXACT // world)
     numbers = torch.arange(like.numel(), device=like.device) * 7 + rank * 13
     return (numbers % (2 * reach + 1) - reach).double().view(like.shape)

@@ -1,4 +1,4 @@
-"""One shape for every figure of every benchmark."""
+"""The format of all figures of all benchmarks."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import NamedTuple
 __all__ = ["UNITS", "Figure", "Measurement", "measurements", "pair_of"]
 
 UNITS = {"us": False, "GB/s": True, "count": False, "bytes": False}
-"""Each unit, and whether more of it is better."""
+"""All units, and whether more is better."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measurement beside a peer's from the same run.
+    """One measurement, beside a peer's from the same run.
 
     Attributes:
-        figure: What was measured: ``barrier``, ``all_reduce_graph``, ...; of a pair of ranks with them at its end:
-            ``p2p_pull_alone/0/3`` is what rank 0 did with rank 3's memory.
-        backend: Of symmem.
+        figure: Name, such as ``barrier`` or ``all_reduce_graph``. A figure of a pair of ranks ends with the pair:
+            ``p2p_pull_alone/0/3`` is a copy by rank 0 from rank 3's memory.
+        backend: symmem's backend.
         world: Number of ranks.
-        bytes: Size of the operation; 0 where it has none.
-        value: Ours, in ``unit``.
+        bytes: Size of the operation, or 0.
+        value: symmem's value, in ``unit``.
         unit: One of :data:`UNITS`.
-        peer: What it is compared with: ``gloo``, ``nccl``, ``local``, ...; empty if there is nothing to compare.
-        peer_value: The peer's, in ``unit``.
+        peer: Name of the peer, such as ``gloo``, ``nccl`` or ``local``; empty without a peer.
+        peer_value: The peer's value, in ``unit``.
     """
 
     figure: str
@@ -45,23 +45,23 @@ class Figure:
         return self.value / self.peer_value if self.peer_value else None
 
     def json(self) -> str:
-        """One line."""
+        """Write the figure as one line of JSON."""
         return json.dumps(asdict(self) | {"ratio": self.ratio})
 
 
 class Measurement(NamedTuple):
-    """One of ours with all peers of the same run: the lines that differ only in the peer."""
+    """A measurement with all its peers: figures that differ only in the peer."""
 
     lines: tuple[Figure, ...]
 
     @property
     def first(self) -> Figure:
-        """Any of the lines."""
+        """Any of the lines; they have the same value."""
         return self.lines[0]
 
     @property
     def best(self) -> Figure | None:
-        """The line of the best peer; None if there is no peer."""
+        """The line of the best peer; None without a peer."""
         found = [line for line in self.lines if line.peer_value is not None]
         if not found:
             return None
@@ -69,13 +69,13 @@ class Measurement(NamedTuple):
 
 
 def measurements(figures: Iterable[Figure]) -> list[Measurement]:
-    """Put together what was measured once and compared with several peers, line after line."""
+    """Group consecutive figures that differ only in the peer."""
     grouped = groupby(figures, lambda f: (f.figure, f.backend, f.world, f.bytes, f.unit, f.value))
     return [Measurement(tuple(lines)) for _, lines in grouped]
 
 
 def pair_of(figure: str) -> tuple[str, int, int] | None:
-    """What was measured, the rank and its peer, of the name of a figure; None if it is not of a pair of ranks."""
+    """Split the name of a figure into name, rank and peer; None if it is not about a pair of ranks."""
     name, *ranks = figure.split("/")
     if len(ranks) != 2 or not all(map(str.isdecimal, ranks)):
         return None

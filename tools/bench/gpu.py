@@ -1,4 +1,4 @@
-"""``symmem bench gpu``: ours beside one of torch's transports in the same processes, on all GPUs of this machine."""
+"""``symmem bench gpu``: a backend beside torch's transports, on all GPUs of this machine."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from symmem.tools.ranks import RankPool
 __all__ = ["PEERS", "Torch", "check_gpus", "fresh", "measure", "run"]
 
 PEERS = {"cuda": "CUDA", "nvshmem": "NVSHMEM", "nccl": "NCCL"}
-"""Names of torch's transports: in figures, and as torch spells them."""
+"""Names of torch's transports: the name in figures, and torch's name."""
 
 _FRESH = (4 << 10, 2 << 20, 64 << 20, 1 << 30)
 _COPIES = (64 << 20, 1 << 30)
 
 
 class Torch:
-    """torch's symmetric memory with one transport."""
+    """torch's symmetric memory over one transport."""
 
     def __init__(self, transport: str) -> None:
         import torch.distributed._symmetric_memory as symm_mem
@@ -38,19 +38,19 @@ class Torch:
         # torch 2.11 refuses to set "CUDA", which is the default.
         if symm_mem.get_backend(self._device) != transport:
             symm_mem.set_backend(transport)  # type: ignore[arg-type]
-        if transport == "NCCL":  # it needs a communicator, and does not make one
+        if transport == "NCCL":  # it needs a communicator, and does not make it
             dist.all_reduce(torch.zeros(1, device=self._device))
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """Fresh memory, in bytes."""
+        """Allocate fresh memory of ``nbytes``."""
         from torch._C._distributed_c10d import _SymmetricMemory
 
-        # `symm_mem.empty` takes from a pool, and what was rendezvoused stays so: that is no fresh allocation.
+        # Not `symm_mem.empty`: it reuses memory of a pool, which has been through a rendezvous already.
         memory: torch.Tensor = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, self._device)
         return memory
 
     def rendezvous(self, memory: torch.Tensor) -> Any:
-        """The handle of memory that all ranks have allocated. Collective over all ranks."""
+        """Return the handle of memory that all ranks have allocated. Collective over all ranks."""
         return self._module.rendezvous(memory, dist.group.WORLD)
 
 
@@ -62,7 +62,7 @@ def _timed(call: Callable[[], object]) -> tuple[float, Any]:
 
 
 def fresh(transport: str | None, backend: str, nbytes: int, rounds: int) -> list[float]:
-    """Median seconds of allocate and of rendezvous: torch's with a transport, ours with None."""
+    """Median seconds of allocate and of rendezvous: torch's with a transport, symmem's with None."""
     allocate: Callable[[], Any] = partial(symmem.allocate, nbytes, torch.uint8, backend=backend, arena=False)
     rendezvous: Callable[[Any], Any] = symmem.SymmetricTensor.rendezvous
     if transport:
@@ -82,7 +82,7 @@ def fresh(transport: str | None, backend: str, nbytes: int, rounds: int) -> list
 
 
 def _copies(transport: str, backend: str, rounds: int = 5) -> list[float]:
-    """Median seconds of a pull and a push, all ranks at once with their neighbour: ours, then torch's; by size."""
+    """Median seconds of a pull and a push by size, symmem's and torch's. All ranks copy at once, with a neighbour."""
     theirs = Torch(transport)
     peer = (dist.get_rank() + 1) % dist.get_world_size()
     largest = max(_COPIES)
@@ -105,13 +105,13 @@ def _copies(transport: str, backend: str, rounds: int = 5) -> list[float]:
 
 
 def _streamed(clock: CudaClock, call: Callable[[], object], repeats: int) -> float:
-    """Seconds of one call, by the clock of the stream; all ranks begin together."""
+    """Seconds of one call by the clock of the stream. All ranks begin together."""
     clock.all_here()
     return clock.seconds(repeated(call, repeats)).device / repeats
 
 
 def _barrier(transport: str, backend: str, count: int = 100, rounds: int = 15) -> list[float]:
-    """Median seconds of a barrier within a CUDA graph, and of one eager call: ours, then torch's."""
+    """Median seconds of a barrier in a CUDA graph, and of an eager call: symmem's, then torch's."""
     theirs = Torch(transport)
     st = symmem.allocate(1024, torch.uint8, backend=backend, arena=False).rendezvous()
     handle = theirs.rendezvous(theirs.allocate(1024))
@@ -134,7 +134,7 @@ def _barrier(transport: str, backend: str, count: int = 100, rounds: int = 15) -
 
 
 def measure(backend: str, peer: str, world: int, progress: Progress = SILENT) -> Iterator[Figure]:
-    """All figures of a backend beside one of torch's transports, in ten steps. Of all ranks, the slowest counts."""
+    """Yield all figures of a backend beside one of torch's transports; the slowest rank counts."""
 
     def figure(name: str, nbytes: int, ours: float, theirs: float, unit: str = "us") -> Figure:
         def convert(seconds: float) -> float:
@@ -150,12 +150,12 @@ def measure(backend: str, peer: str, world: int, progress: Progress = SILENT) ->
             yield figure("p2p_pull", nbytes, pull, peer_pull, "GB/s")
             yield figure("p2p_push", nbytes, push, peer_push, "GB/s")
         progress.step(f"barrier, {world} ranks, beside torch_{peer}")
-        if peer == "cuda":  # of torch 2.11's transports, the only one whose barrier is implemented
+        if peer == "cuda":  # the only transport of torch 2.11 with a barrier
             graph, eager, peer_graph, peer_eager = slowest(pool.run(_barrier, PEERS[peer], backend, timeout=240))
             yield figure("barrier_graph", 0, graph, peer_graph)
             yield figure("barrier_eager", 0, eager, peer_eager)
-    # Each in processes of its own: while any mapping of a peer's memory lives, the driver makes the next one in a
-    # fraction of the time, so what one of the two keeps mapped would help the other.
+    # The two sides run in separate processes. While a process has any mapping of a peer's memory, the driver makes the
+    # next one in a fraction of the time, so a mapping of one side would speed up the other.
     sides: list[list[list[float]]] = []
     for transport in (None, PEERS[peer]):
         sides.append([])
@@ -171,10 +171,10 @@ def measure(backend: str, peer: str, world: int, progress: Progress = SILENT) ->
 
 
 def check_gpus(suite: str, world: int) -> None:
-    """Raise unless there is what a suite for GPUs needs.
+    """Check the number of GPUs and ranks.
 
     Raises:
-        UnsupportedError: This machine has less than two GPUs, or less ranks than that were asked for.
+        UnsupportedError: There are fewer than two GPUs or ranks.
     """
     gpus = torch.cuda.device_count()
     if min(gpus, world) < 2:
@@ -182,7 +182,7 @@ def check_gpus(suite: str, world: int) -> None:
 
 
 def run(backend: str, peers: Sequence[str], ranks: int | None, progress: Progress = SILENT) -> Iterator[Figure]:
-    """All figures of a backend beside each of these peers; on all GPUs unless ``ranks`` says otherwise.
+    """Yield all figures of a backend beside these peers. ``ranks`` defaults to the number of GPUs.
 
     Raises:
         UnsupportedError: See :func:`check_gpus`.

@@ -1,4 +1,4 @@
-"""``symmem bench host``: barrier, remote copy, and allocate + rendezvous of host shared memory."""
+"""``symmem bench host``: barrier, remote copies, allocation and rendezvous of host shared memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FRESH = 64 << 20
 
 
 def _barrier() -> tuple[float, float]:
-    """Median seconds of a barrier, ours and gloo's, each the mean over a run of them."""
+    """Median seconds of a barrier, symmem's and gloo's; every sample is the mean of many."""
     st = symmem.allocate(1, backend="host", arena=False).rendezvous()
     count = 200
 
@@ -43,9 +43,9 @@ def _barrier() -> tuple[float, float]:
 
 
 def _copies() -> list[tuple[float, float]]:
-    """On rank 0: median seconds of a pull and of a push of a peer's 16 MiB, each beside a local copy.
+    """On rank 0: median seconds of a pull and of a push of a peer's 16 MiB, both beside a local copy.
 
-    Which physical pages a tensor gets decides some percent of its speed, so several tensors of each kind are measured.
+    The physical pages of a tensor change its speed by some percent, so several tensors are measured.
     """
     samples = [_copies_of_one() for _ in range(7)]
     return [
@@ -62,7 +62,7 @@ def _copies_of_one() -> list[tuple[float, float]]:
     timings = []
     if dist.get_rank() == 0:
         remote = st.remote_tensor(1)
-        # Each pair reads from, or writes to, the same tensor: what is in a cache helps both alike.
+        # Both sides read from, or write to, the same tensor, so that caches help them equally.
         for target, source, beside in (
             (local, remote, partial(local.copy_, other)),
             (remote, local, partial(other.copy_, local)),
@@ -74,7 +74,7 @@ def _copies_of_one() -> list[tuple[float, float]]:
 
 
 def _fresh() -> tuple[float, float, float]:
-    """Median seconds to allocate 64 MiB, to rendezvous it, and of the exchange of bytes and descriptors alone."""
+    """Median seconds to allocate 64 MiB, to rendezvous it, and to exchange bytes and descriptors alone."""
     group = resolve_group()
     samples = []
     for _ in range(15):
@@ -84,7 +84,7 @@ def _fresh() -> tuple[float, float, float]:
         allocated = perf_counter()
         st.rendezvous()
         met = perf_counter()
-        # As many rounds as a rendezvous has (compare, map, agree), with nothing to map.
+        # The rounds of a rendezvous (compare, map, agree) with nothing to map.
         with group.collective("measure") as collective:
             collective.exchange("compare", b"x" * 300)
             collective.exchange("map", b"", [0, 0]).close()
@@ -94,7 +94,7 @@ def _fresh() -> tuple[float, float, float]:
 
 
 def measure(world: int, progress: Progress = SILENT) -> list[Figure]:
-    """All figures at one world size, in three steps; of all ranks, the slowest counts."""
+    """Return all figures at one world size; the slowest rank counts."""
     with RankPool(world) as pool:
         progress.step(f"barrier, {world} ranks")
         barrier = max(pool.run(_barrier))
@@ -111,6 +111,6 @@ def measure(world: int, progress: Progress = SILENT) -> list[Figure]:
 
 
 def run(ranks: Sequence[int], progress: Progress = SILENT) -> Iterator[Figure]:
-    """All figures at these world sizes."""
+    """Yield all figures at these world sizes."""
     for world in ranks:
         yield from measure(world, progress)

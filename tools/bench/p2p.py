@@ -1,8 +1,9 @@
-"""``symmem bench p2p``: what each rank reads from and writes to each other's memory, one pair alone and all at once.
+"""``symmem bench p2p``: copies between all pairs of ranks, one pair alone and all ranks together.
 
-Four figures for each pair, in GB/s: ``p2p_pull_alone/A/B`` is rank A copying rank B's memory to its own while nobody
-else does anything, ``p2p_push_alone/A/B`` the other way. In ``p2p_pull_together/A/B`` and ``p2p_push_together/A/B`` all
-ranks copy at the same time, each with the rank as far after it as B is after A, so that no two meet at one memory.
+There are four figures per pair, in GB/s. In ``p2p_pull_alone/A/B`` rank A copies rank B's memory to its own while the
+other ranks are idle; ``p2p_push_alone/A/B`` is the other direction. In ``p2p_pull_together/A/B`` and
+``p2p_push_together/A/B`` all ranks copy at the same time, at the same distance from rank to peer, so that every memory
+is used by one copy.
 """
 
 from __future__ import annotations
@@ -30,24 +31,24 @@ SIZES = {"cpu": 16 << 20, "cuda": 64 << 20}
 """Bytes of a copy, by type of device."""
 
 Memory = Callable[[int], torch.Tensor]
-"""A peer's memory, by its rank."""
+"""Returns a peer's memory, by its rank."""
 
 Copies = dict[tuple[str, int], tuple[float, float]]
-"""Median seconds of a copy, ours and the peer's, by figure and rank of the peer."""
+"""Median seconds of a copy, symmem's and the comparison's, by figure and rank of the peer."""
 
-_RUN = {"cpu": 64 << 20, "cuda": 1 << 30}  # bytes that are copied in each turn
+_RUN = {"cpu": 64 << 20, "cuda": 1 << 30}  # bytes copied in a turn
 
 
 def copies(ours: Memory, theirs: Memory, own: torch.Tensor, clock: Clock, repeats: int, rounds: int = 5) -> Copies:
-    """All copies of this rank, ours and theirs in turns. Collective over all ranks.
+    """Time all copies of this rank, ``ours`` and ``theirs`` in turns. Collective over all ranks.
 
     Args:
-        ours: The memory of each rank, of the shape of ``own``.
-        theirs: What it is compared with, likewise.
+        ours: Returns the memory of a rank, of the shape of ``own``.
+        theirs: The same for the comparison.
         own: Plain memory of this rank.
-        clock: Times it.
-        repeats: Copies at a time.
-        rounds: How often each is timed, after once that does not count.
+        clock: Times the copies.
+        repeats: Number of copies per timing.
+        rounds: Number of timings of a copy, after a first one that does not count.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     medians: Copies = {}
@@ -69,12 +70,12 @@ def copies(ours: Memory, theirs: Memory, own: torch.Tensor, clock: Clock, repeat
     _meet()
     for shift in range(1, world):
         measure("together", (rank + shift) % world)
-    clock.all_here()  # before anyone's memory goes
+    clock.all_here()  # before any rank's memory is freed
     return medians
 
 
 def _meet() -> None:
-    """Wait for all ranks, by gloo: one that waits leaves its GPU alone, where NCCL's barrier would not."""
+    """Wait for all ranks over gloo, because a wait in NCCL's barrier would keep the GPU busy."""
     dist.all_reduce(torch.zeros(1))
 
 
@@ -95,7 +96,7 @@ def _on_rank(backend: str, nbytes: int) -> Copies:
         memory = transport.allocate(nbytes)
         handle: Any = transport.rendezvous(memory)
         theirs: Memory = partial(_buffer, handle, nbytes)
-    else:  # what a copy within a process takes
+    else:  # a copy inside the process
         local = torch.ones(nbytes, dtype=torch.uint8)
         theirs = partial(_same, local)
     return copies(st.remote_tensor, theirs, own, clock, max(1, _RUN[device] // nbytes))
@@ -111,7 +112,7 @@ def _same(memory: torch.Tensor, peer: int) -> torch.Tensor:
 
 
 def measure(backend: str, world: int, nbytes: int) -> Iterator[Figure]:
-    """The figures of all pairs of ranks."""
+    """Yield the figures of all pairs of ranks."""
     peer_name = "torch_cuda" if get_backend(backend).device_type == "cuda" else "local"
     with RankPool(world, timeout=240) as pool:
         results = pool.run(_on_rank, backend, nbytes)
@@ -123,10 +124,10 @@ def measure(backend: str, world: int, nbytes: int) -> Iterator[Figure]:
 
 
 def run(backend: str, ranks: Sequence[int] | None, nbytes: int | None, progress: Progress = SILENT) -> Iterator[Figure]:
-    """All figures; unless ``ranks`` says otherwise, at one rank a GPU, on the CPU with 2 and with 4.
+    """Yield all figures. ``ranks`` defaults to the number of GPUs, and on the CPU to 2 and 4.
 
     Raises:
-        InvalidArgumentError: One rank has no pairs.
+        InvalidArgumentError: There is only one rank.
         UnsupportedError: See :func:`.gpu.check_gpus`.
     """
     device = get_backend(backend).device_type

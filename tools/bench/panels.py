@@ -1,6 +1,6 @@
-"""What a picture of figures shows, as numbers and texts: curves over bytes or ranks, maps of pairs, and bars.
+"""The content of a picture of figures: curves over bytes or ranks, maps of pairs, and bars.
 
-Nothing is drawn here: see :mod:`symmem.tools.bench.plot`.
+:mod:`symmem.tools.bench.plot` draws it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Curves:
-    """One figure over sizes: a line for ours and one for each peer.
+    """One figure over sizes: a line for symmem and a line per peer.
 
     Attributes:
-        title: What it is of.
-        unit: Of the values.
-        axis: ``bytes`` or ``ranks``: what the first number of each point is.
-        lines: By who it is of, ours first; ascending.
-        ratios: Ours over the best peer's; ascending, empty if there are no peers.
+        title: Figure, backend and number of ranks.
+        unit: Unit of the values.
+        axis: ``bytes`` or ``ranks``, the meaning of the first number of a point.
+        lines: Points by library, symmem first, in ascending order.
+        ratios: symmem's value over the best peer's, in ascending order; empty without peers.
     """
 
     title: str
@@ -41,19 +41,19 @@ class Curves:
 
 @dataclass(frozen=True)
 class Map:
-    """One figure of all pairs of ranks.
+    """One figure for all pairs of ranks.
 
     Attributes:
-        name: What was measured.
+        name: Name of the figure.
         place: Backend and number of ranks.
-        who: Whose it is.
-        unit: Of the values.
-        cells: [rank][peer]; None where there is no figure.
+        library: symmem or a peer.
+        unit: Unit of the values.
+        cells: Values as [rank][peer]; None if there is no figure.
     """
 
     name: str
     place: str
-    who: str
+    library: str
     unit: str
     cells: list[list[float | None]]
 
@@ -63,9 +63,9 @@ class Bars:
     """Figures of one size only, in one unit.
 
     Attributes:
-        backend: Of symmem.
-        unit: Of the values.
-        rows: A label for each, and the values by who they are of, ours first.
+        backend: symmem's backend.
+        unit: Unit of the values.
+        rows: A label, and values by library, symmem first.
     """
 
     backend: str
@@ -77,7 +77,7 @@ Panel = Curves | Map | Bars
 
 
 def panels(figures: Sequence[Figure]) -> list[Panel]:
-    """What to draw: maps of pairs, curves where there are several sizes or numbers of ranks, and bars for the rest."""
+    """Choose the panels: maps of pairs, curves for several sizes or numbers of ranks, and bars for the rest."""
     found: list[Panel] = [*maps(figures)]
     bars: dict[tuple[str, str], list[Measurement]] = defaultdict(list)
     rest = measurements(figure for figure in figures if pair_of(figure.figure) is None)
@@ -116,17 +116,17 @@ def _curves(found: Sequence[Measurement], axis: str) -> Curves:
         if each.best is not None and each.best.ratio is not None:
             ratios[at].append(each.best.ratio)
     title = f"{first.figure}, {first.backend}" + (f", {first.world} ranks" if axis == "bytes" else "")
-    points = {who: _points(line) for who, line in lines.items()}
+    points = {library: _points(line) for library, line in lines.items()}
     return Curves(title, first.unit, axis, points, _points(ratios))
 
 
 def _points(values: Mapping[int, Sequence[float]]) -> Points:
-    """The median where one thing was measured several times, beside one peer after the other."""
+    """Take the median if a figure was measured several times, beside one peer after the other."""
     return [(at, statistics.median(values[at])) for at in sorted(values)]
 
 
 def maps(figures: Iterable[Figure]) -> list[Map]:
-    """The maps of all pairs there are; ours of each world size in a row, then those of the peers."""
+    """The maps of all pairs: symmem's maps of a world size, then the peers'."""
     cells: dict[tuple[str, int, str, str, str], dict[tuple[int, int], float]] = defaultdict(dict)
     for f in figures:
         pair = pair_of(f.figure)
@@ -138,9 +138,13 @@ def maps(figures: Iterable[Figure]) -> list[Map]:
     rows = list(dict.fromkeys(key[:3] for key in cells))
     return [
         Map(
-            name, f"{backend}, {world} ranks", who, unit, [[of.get((a, b)) for b in range(world)] for a in range(world)]
+            name,
+            f"{backend}, {world} ranks",
+            library,
+            unit,
+            [[of.get((a, b)) for b in range(world)] for a in range(world)],
         )
-        for (backend, world, who, name, unit), of in sorted(cells.items(), key=lambda item: rows.index(item[0][:3]))
+        for (backend, world, library, name, unit), of in sorted(cells.items(), key=lambda item: rows.index(item[0][:3]))
     ]
 
 
@@ -148,4 +152,4 @@ def _bar(each: Measurement) -> tuple[str, Mapping[str, float]]:
     f = each.first
     size = f", {nbytes(f.bytes)}" if f.bytes and f.unit != "bytes" else ""
     peers = {line.peer: line.peer_value for line in each.lines if line.peer_value is not None}
-    return f"{f.figure}\n{f.world} ranks{size}", {OURS: f.value, **peers}
+    return f"{f.figure}, {f.world} ranks{size}", {OURS: f.value, **peers}

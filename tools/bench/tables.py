@@ -12,16 +12,14 @@ __all__ = ["table"]
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """A row for each measurement with all its peers, its ratio being over the best one's; a matrix for all pairs."""
+    """A row per measurement with all its peers and the ratio to the best; a matrix for figures of pairs."""
     parts = []
     if rows := _rows([figure for figure in figures if pair_of(figure.figure) is None]):
         parts.append(render(("figure", "backend", "world", "bytes", "ours", "peers", "ratio"), rows))
     for each in maps(figures):
         ranks = range(len(each.cells))
         cells = [[rank, *("-" if cell is None else f"{cell:.1f}" for cell in each.cells[rank])] for rank in ranks]
-        title = (
-            f"{each.name}, {each.place}, {each.who}: {each.unit} of each rank (row) with each rank's memory (column)"
-        )
+        title = f"{each.name}, {each.place}, {each.library}: {each.unit} by rank (row) and owner of the memory (column)"
         parts.append(title + "\n" + render(("rank", *map(str, ranks)), cells))
     return "\n\n".join(parts)
 

@@ -1,4 +1,4 @@
-"""How a call is timed: on the CPU by the host's clock, on a GPU by the stream's, eager and in a CUDA graph."""
+"""Timing of calls: on the CPU by the host's clock, on a GPU by the stream's clock, eager and in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ Call = Callable[[], object]
 
 _RUN = 0.01  # seconds that a run of many calls should take
 _LEAD = 5  # calls before a run
-_HEAD_START = 1_000_000  # cycles, half a millisecond: by then the host has put all on the stream that is to be timed
+_HEAD_START = 1_000_000  # cycles, half a millisecond, in which the host puts the timed calls on the stream
 
 
 class Times(NamedTuple):
-    """Seconds that something took on the device, and until the host was done with it; the same on the CPU."""
+    """Seconds on the device, and seconds until the host was done; on the CPU they are the same."""
 
     device: float
     host: float
 
 
 class Clock(Protocol):
-    """Times what this rank does. On the CPU and on CUDA; tests have one of their own.
+    """Times calls of this rank. There is a clock for the CPU, one for CUDA, and another in the tests.
 
     Attributes:
         graphs: Whether there is :meth:`capture`.
@@ -49,20 +49,20 @@ class Clock(Protocol):
     graphs: bool
 
     def all_here(self) -> None:
-        """Wait until all ranks have come here with nothing left to do. Collective over all ranks."""
+        """Wait until all ranks are here and their device work is done. Collective over all ranks."""
 
     def together(self) -> None:
-        """Let what comes next begin at the same time on all ranks' devices. Collective over all ranks."""
+        """Make the next work begin at the same time on all ranks' devices. Collective over all ranks."""
 
     def seconds(self, run: Call) -> Times:
         """Call ``run`` once and wait until it is done."""
 
     def capture(self, call: Call, count: int) -> Call:
-        """What replays ``count`` calls. Collective if the call is."""
+        """Capture ``count`` calls, and return a function that replays them. Collective if the call is."""
 
 
 class HostClock:
-    """See :class:`Clock`: for the CPU."""
+    """A :class:`Clock` for the CPU."""
 
     graphs = False
 
@@ -80,12 +80,12 @@ class HostClock:
         return Times(took, took)
 
     def capture(self, call: Call, count: int) -> Call:
-        """There are no graphs on the CPU."""
+        """The CPU has no graphs."""
         raise NotImplementedError
 
 
 class CudaClock:
-    """See :class:`Clock`: for the current GPU and stream. Needs NCCL in the default process group."""
+    """A :class:`Clock` for the current GPU and stream. The default process group needs NCCL."""
 
     graphs = True
 
@@ -99,7 +99,7 @@ class CudaClock:
         torch.cuda.synchronize()
 
     def together(self) -> None:
-        """See :class:`Clock`. Ranks leave an all-reduce on the stream within a microsecond or two of each other."""
+        """See :class:`Clock`. Ranks leave an all-reduce on the stream within one or two microseconds."""
         self.all_here()
         torch.cuda._sleep(_HEAD_START)  # type: ignore[no-untyped-call]
         dist.all_reduce(self._one)
@@ -119,7 +119,7 @@ class CudaClock:
         """See :class:`Clock`."""
         self.all_here()
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on meanwhile: NCCL's watchdog looks at events.
+        # NCCL's watchdog thread queries events meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             repeated(call, count)()
         return graph.replay
@@ -135,7 +135,7 @@ def clock_of(device_type: str) -> Clock:
 
 
 def repeated(call: Call, count: int) -> Call:
-    """What makes ``count`` calls."""
+    """Return a function that makes ``count`` calls."""
 
     def run() -> None:
         for _ in range(count):
@@ -145,16 +145,17 @@ def repeated(call: Call, count: int) -> Call:
 
 
 def enough(call: Call, clock: Clock) -> int:
-    """How many calls make a run, the same on all ranks; warms up. Collective over all ranks."""
+    """The number of calls of a run, the same on all ranks. Warms up. Collective over all ranks."""
     seconds = torch.tensor(mean(clock, call, 3).device, dtype=torch.float64)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
     return max(3, min(200, int(_RUN / float(seconds))))
 
 
 def mean(clock: Clock, call: Call, count: int) -> Times:
-    """What one of ``count`` calls takes. Collective over all ranks.
+    """The mean time of one of ``count`` calls. Collective over all ranks.
 
-    Some calls go before: no rank is done with them until all have begun, by up to a millisecond one after the other.
+    Ranks begin up to a millisecond apart. Some untimed calls come first, because no rank finishes them before all ranks
+    have begun.
     """
     clock.all_here()
     repeated(call, _LEAD)()
@@ -163,7 +164,7 @@ def mean(clock: Clock, call: Call, count: int) -> Times:
 
 
 def in_turns(calls: Sequence[Callable[[], T]], rounds: int) -> list[list[T]]:
-    """What each call returned, by round. Each is as often first as any other, so that drift treats all alike."""
+    """Results of every call, by round. All calls are first equally often, so that drift affects them equally."""
     returned: list[list[T]] = [[] for _ in calls]
     turns = list(zip(returned, calls, strict=True))
     for _ in range(rounds):
@@ -174,12 +175,12 @@ def in_turns(calls: Sequence[Callable[[], T]], rounds: int) -> list[list[T]]:
 
 
 def alternate(ours: Call, peer: Call, rounds: int) -> tuple[float, float]:
-    """Median seconds of two calls on the CPU, taken in turns."""
+    """Median seconds of two calls on the CPU, timed in turns."""
     clock = HostClock()
     samples = in_turns([lambda: clock.seconds(ours).host, lambda: clock.seconds(peer).host], rounds)
     return statistics.median(samples[0]), statistics.median(samples[1])
 
 
 def slowest(results: Sequence[Sequence[float]]) -> list[float]:
-    """Of what each rank has measured, the largest of each figure."""
+    """The largest value of every figure over all ranks."""
     return [max(column) for column in zip(*results, strict=True)]

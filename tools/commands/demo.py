@@ -1,4 +1,4 @@
-"""``symmem demo``: several processes allocate symmetric memory, reach each other's and reduce over it."""
+"""``symmem demo``: processes allocate symmetric memory, access each other's, and reduce over it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from symmem.tools.table import render
 
 __all__ = ["run"]
 
-_ELEMENTS = 1 << 18  # 1 MiB of float32 on each rank
+_ELEMENTS = 1 << 18  # 1 MiB of float32 per rank
 
 
 def _rank(backend: str | None) -> list[dict[str, Any]]:
-    """What each rank does: a list of steps, each with what it did, whether the result is right, and the time."""
+    """Run the demo on one rank. Returns its steps with a description, the check of the result, and the time."""
     rank, world = dist.get_rank(), dist.get_world_size()
     neighbour, before = (rank + 1) % world, (rank - 1) % world
     steps: list[dict[str, Any]] = []
@@ -75,7 +75,7 @@ def _rank(backend: str | None) -> list[dict[str, Any]]:
 
 
 def run(ranks: int, backend: str | None, *, as_json: bool) -> int:
-    """Run the demo; the exit code is 0 if every rank saw what it should."""
+    """Run the demo. The exit code is 0 if all results are right."""
     settings = load_settings({} if backend is None else {"backend": backend})
     chosen = select_backend(settings.backend, None)
     with RankPool(ranks) as pool:
@@ -83,8 +83,8 @@ def run(ranks: int, backend: str | None, *, as_json: bool) -> int:
         pids = pool.pids
     right = all(step["right"] for steps in results for step in steps)
     if as_json:
-        told = [{"rank": rank, "pid": pids[rank], "steps": steps} for rank, steps in enumerate(results)]
-        print(json.dumps({"backend": chosen.name, "ranks": ranks, "right": right, "results": told}, indent=2))
+        outcomes = [{"rank": rank, "pid": pids[rank], "steps": steps} for rank, steps in enumerate(results)]
+        print(json.dumps({"backend": chosen.name, "ranks": ranks, "right": right, "results": outcomes}, indent=2))
         return 0 if right else 1
     print(f"{ranks} processes started by {os.getpid()}, backend {chosen.name!r}\n")
     rows = [
@@ -93,5 +93,5 @@ def run(ranks: int, backend: str | None, *, as_json: bool) -> int:
         for step in steps
     ]
     print(render(("rank", "pid", "step", "ms", "check", "what it did"), rows))
-    print("\nAll ranks saw what they should." if right else "\nSomething is WRONG: see the table.")
+    print("\nAll results are right." if right else "\nA result is WRONG: see the table.")
     return 0 if right else 1

@@ -1,4 +1,4 @@
-"""``symmem doctor``: probe every backend, and say what works, what doesn't, why, and what to do."""
+"""``symmem doctor``: probes every backend, and prints which ones work and how to fix the others."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = ["Finding", "examine", "run"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found about one backend.
+    """The result of a probe of one backend.
 
     Attributes:
-        backend: Its name.
+        backend: Name of the backend.
         available: Whether a real allocation, export and map succeeded.
-        device: Where its memory lies.
-        capabilities: What it can do, as names of :class:`Capability`.
-        why_not: Why it is not available.
-        remedy: What would make it available.
+        device: Device type of its memory.
+        capabilities: Names of its :class:`Capability` flags.
+        why_not: The reason why it is not available.
+        remedy: A way to make it available.
     """
 
     backend: str
@@ -41,7 +41,7 @@ class Finding:
 
 
 def examine(name: str) -> Finding:
-    """Probe one backend. Takes memory for a moment; not collective."""
+    """Probe one backend. Uses memory for a moment. Local."""
     try:
         backend = get_backend(name)
     except SymmemError as error:
@@ -51,23 +51,23 @@ def examine(name: str) -> Finding:
         backend.probe()
     except SymmemError as error:
         return Finding(name, False, backend.device_type, flags, error.what, error.hint or "")
-    except Exception as error:  # a fault of the backend, which must not hide what the others say
+    except Exception as error:  # a fault of this backend must not hide the other findings
         why = f"its probe failed: {type(error).__name__}: {error}"
-        return Finding(name, False, backend.device_type, flags, why, "report this to those who made the backend")
+        return Finding(name, False, backend.device_type, flags, why, "report this to the authors of the backend")
     return Finding(name, True, backend.device_type, flags)
 
 
 def _eager_calls() -> str:
-    """How collective operators are called on CUDA; compiles what is needed for that."""
+    """How collective operators are called on CUDA. Compiles the C module if needed."""
     try:
         eager.compiled()
     except (ImportError, OSError) as error:
-        return f"in Python, for there is no module in C ({error})"
+        return f"in Python, because the C module does not compile ({error})"
     return "in C"
 
 
 def run(*, as_json: bool) -> int:
-    """Print the findings; the exit code is 0 if any backend works."""
+    """Print the findings. The exit code is 0 if any backend works."""
     findings = [examine(name) for name in available_names()]
     machine = {
         "symmem": VERSION,

@@ -1,4 +1,4 @@
-"""``symmem ops list``: which arguments of which operators must lie in symmetric memory."""
+"""``symmem ops list``: lists the operator arguments that must be symmetric memory."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ __all__ = ["add_parser"]
 
 def add_parser(subparsers: SubParsers) -> None:
     """Add the command ``ops``."""
-    commands = add_group(subparsers, "ops", "which operators take symmetric memory")
-    listing = commands.add_parser("list", help="print each op, its arguments and group, and who registered it")
+    commands = add_group(subparsers, "ops", "show the operators that need symmetric memory")
+    listing = commands.add_parser(
+        "list", help="list operators with their symmetric arguments, group, and origin of the registration"
+    )
     listing.add_argument("--json", action="store_true", help="print JSON")
-    what = "import MODULE first, so that what it registers is shown; may be repeated"
-    listing.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE", help=what)
+    modules = "import MODULE first, to show the operators that it registers; may be repeated"
+    listing.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE", help=modules)
     listing.set_defaults(run=_list)
 
 
 def _list(args: argparse.Namespace) -> int:
-    sys.path.insert(0, os.getcwd())  # as for `python -m`: the command's own folder is of no use
+    sys.path.insert(0, os.getcwd())  # as for `python -m`, instead of the folder of the command
     for name in args.modules:
         _import(name)
     from symmem.ops import registered
@@ -70,5 +72,5 @@ def _as_data(known: Registration) -> dict[str, Any]:
 def _as_row(known: Registration) -> tuple[str, str, str, str]:
     types = {name: known.parameters[name].type for name in known.args}
     args = [name if types[name] == "Tensor" else f"{name}: {types[name]}" for name in known.args]
-    group = "not said" if known.unclear_group else known.group_arg or "default group"
+    group = "unclear" if known.unclear_group else known.group_arg or "default group"
     return known.op, ", ".join(args), group, known.source

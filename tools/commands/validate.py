@@ -1,4 +1,4 @@
-"""``symmem validate``: the conformance suite, the examples and the figures of this machine, as a report."""
+"""``symmem validate``: runs the conformance suite, the examples and benchmarks, and writes a report."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from symmem.version import VERSION
 
 __all__ = ["Result", "conformance", "examples", "run"]
 
-# A rank that fails a case must not let the others wait for long.
+# Short timeouts, so that ranks do not wait long for a rank that failed a case.
 _ENV = {"SYMMEM_ENABLE": "rendezvous_timeout(60s),signal_timeout(20s)"}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one case on one backend.
+    """The result of one case on one backend.
 
     Attributes:
-        backend: Name.
+        backend: Name of the backend.
         world: Number of ranks.
-        case: Name; empty if the whole backend was skipped.
+        case: Name of the case; empty if the whole backend was skipped.
         outcome: ``passed``, ``skipped`` or ``failed``.
-        why: Why it was skipped or how it failed.
-        seconds: What it took.
+        why: The reason for the skip, or the error.
+        seconds: Duration.
     """
 
     backend: str
@@ -86,7 +86,7 @@ def _one(pool: RankPool, case: Case, backend: str, world: int) -> Result:
 
 
 def coexistence(backends: Sequence[str], world: int) -> Iterator[Result]:
-    """Run sets of backends together in one process, as far as all of a set were asked for and work here."""
+    """Run the sets of backends that were all asked for and all work here, together in one process."""
     for names in SETS:
         if not set(names) <= set(backends) or not all(examine(name).available for name in names):
             continue
@@ -102,7 +102,7 @@ def coexistence(backends: Sequence[str], world: int) -> Iterator[Result]:
 
 
 def _figures(backends: Sequence[str], world: int) -> Iterator[Figure]:
-    """Ours beside the peers', as far as this machine has them."""
+    """Yield the figures of the suites that this machine can run."""
     if "host" in backends:
         from symmem.tools.bench import host
 
@@ -121,7 +121,7 @@ def examples(folder: Path, world: int) -> Iterator[Result]:
         begin = time.monotonic()
         outcome, why = "skipped", why_not(name, cuda=torch.cuda.is_available())
         if not (folder / name).is_file():
-            why = f"there is no {folder / name}: examples are in the sources, not installed; see --examples"
+            why = f"{folder / name} does not exist: examples are not installed; name their folder with --examples"
         if not why:
             try:
                 run_example(folder / name, world, _ENV, timeout=120)
@@ -146,13 +146,13 @@ def _machine() -> dict[str, Any]:
     }
     with contextlib.suppress(FileNotFoundError):
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        told = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
-        machine["gpus"] = told.stdout.strip().splitlines() if told.returncode == 0 else []
+        done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+        machine["gpus"] = done.stdout.strip().splitlines() if done.returncode == 0 else []
     return machine
 
 
 def _markdown(machine: dict[str, Any], world: int, results: Sequence[Result], figures: Sequence[Figure]) -> str:
-    """The report for people."""
+    """Make the report in Markdown."""
     gpus: dict[str, int] = {}
     for gpu in machine["gpus"]:
         gpus[gpu] = gpus.get(gpu, 0) + 1
@@ -182,7 +182,7 @@ def _markdown(machine: dict[str, Any], world: int, results: Sequence[Result], fi
             for r in chosen:
                 why = (r.why.strip().splitlines() or [""])[-1 if outcome == "failed" else 0]
                 lines.append(f"| {r.backend} | {r.case or 'all'} | {why.replace('|', '/')} |")
-    lines += ["", "## Figures", "", "| figure | backend | bytes | ours | peer | peer's | ratio |"]
+    lines += ["", "## Figures", "", "| figure | backend | bytes | symmem | peer | peer value | ratio |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for f in figures:
         theirs = "" if f.peer_value is None else f"{f.peer_value:.2f} {f.unit}"
@@ -217,18 +217,18 @@ def run(
     *,
     figures: bool,
 ) -> int:
-    """Validate, print a line a case, and write ``validation-N.md`` and ``.json``.
+    """Validate, print a line per case, and write ``validation-N.md`` and ``validation-N.json``.
 
     Args:
-        backends: Names.
-        required: Whose skips are failures.
+        backends: Names of the backends to test.
+        required: Names of backends whose skipped cases count as failures.
         world: Number of ranks.
-        report: The folder to write to.
-        programs: The folder of the examples.
-        figures: Whether to measure.
+        report: Folder of the report.
+        programs: Folder of the examples.
+        figures: Whether to run the benchmarks.
 
     Returns:
-        The exit code: 1 if a case or an example failed, or a required backend was skipped or had a case skipped.
+        The exit code: 1 if a case or an example failed, or a required backend or one of its cases was skipped.
     """
     results: list[Result] = []
     suites = [conformance(backend, world) for backend in backends]
@@ -236,7 +236,7 @@ def run(
         results.append(result)
         print(f"{result.outcome:8}{result.seconds:7.2f} s  {result.backend}: {result.case} {result.why}", flush=True)
     measured: list[Figure] = []
-    _write(report, world, results, measured)  # already now: a figure that fails must not cost what was found
+    _write(report, world, results, measured)  # now, because a benchmark may fail
     if figures:
         try:
             for figure in _figures(backends, world):
