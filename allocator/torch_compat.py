@@ -1,4 +1,4 @@
-"""``torch.distributed._symmetric_memory`` over symmem: change the import line, and the code runs on every backend.
+"""``torch.distributed._symmetric_memory`` over symmem: change the import, and the code runs on every backend.
 
     import symmem.torch_compat as symm_mem          # was: torch.distributed._symmetric_memory
 
@@ -8,12 +8,13 @@
     peer = hdl.get_buffer((hdl.rank + 1) % hdl.world_size, t.shape, t.dtype)
 
 Names, arguments and units are PyTorch's (2.11 and newer): timeouts are in milliseconds, storage offsets in elements,
-``offset`` in bytes, and ``multicast_ptr`` is 0 where there is none. What differs, on purpose:
+``offset`` in bytes, and ``multicast_ptr`` is 0 if there is none. These differences are intended:
 
 * A timeout of 0, PyTorch's default, is the setting ``signal_timeout``, not forever.
-* Errors are symmem's, by name; what cannot be had raises, with the reason, instead of handing out a null pointer.
-* :func:`set_backend` holds for what is allocated from then on, and takes the names of all backends.
-* ``torch.ops.symm_mem`` work on tensors from here if their backend is one of PyTorch's transports.
+* Errors are classes of ``symmem.errors``. An unsupported request raises an error with the reason, instead of returning
+  a null pointer.
+* :func:`set_backend` applies to later allocations, and takes the names of all backends.
+* ``torch.ops.symm_mem`` work on tensors from this module if their backend is one of PyTorch's transports.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ __all__ = [
     "wait_signal",
 ]
 
-_ALIGNMENT = 256  # bytes; of the room for a signal pad behind a tensor
+_ALIGNMENT = 256  # bytes; for the signal pad behind a tensor
 
 _backend: str | None = None
 _pad_nbytes = 32 * 72 * 4  # PyTorch's default: 32 blocks, 72 ranks
@@ -60,9 +61,9 @@ _workspaces: dict[str, torch.Tensor] = {}
 
 
 def empty(*size: Any, dtype: torch.dtype | None = None, device: torch.device | str | int | None = None) -> torch.Tensor:
-    """A tensor in symmetric memory, with room for a signal pad behind it. Zeroed.
+    """Allocate a tensor in symmetric memory, with a signal pad behind it. Zeroed.
 
-    Not collective, unless the backend has ``COLLECTIVE_ALLOCATION``.
+    Local, unless the backend has ``COLLECTIVE_ALLOCATION``.
 
     Args:
         *size: Integers, or one sequence of them.
@@ -86,7 +87,7 @@ def _allocate(
     device = torch.get_default_device() if device is None else device
     nbytes = math.prod(sizes) * dtype.itemsize
     begin = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-    # Not from an arena: PyTorch's memory is zeroed, of no group yet, and allocated by any rank alone.
+    # Not from an arena: PyTorch's memory is zeroed, has no group yet, and any rank may allocate alone.
     whole = SymmetricTensor.allocate(
         begin + _pad_nbytes, torch.uint8, device, group=group, backend=_backend, arena=False
     )
@@ -99,10 +100,10 @@ def rendezvous(tensor: torch.Tensor, group: GroupLike = None) -> Handle:
 
     Args:
         tensor: From :func:`empty`, or any other tensor in symmetric memory; the same on all ranks.
-        group: A process group or its name; also all else that :meth:`SymmetricTensor.rendezvous` takes.
+        group: A process group or its name, or another group that :meth:`SymmetricTensor.rendezvous` takes.
 
     Raises:
-        NotSymmetricError: The tensor is not symmetric memory; says why.
+        NotSymmetricError: The tensor is not in symmetric memory; says why.
         SymmemError: See :meth:`SymmetricTensor.rendezvous`.
     """
     handle = SymmetricTensor.wrap(tensor)
@@ -122,12 +123,12 @@ def wait_signal(hdl: Handle, peer: int) -> None:
 
 
 def is_symm_mem_tensor(tensor: torch.Tensor) -> bool:
-    """Whether a tensor, or what it is a view of, lies in symmetric memory. Local, O(log n)."""
+    """Whether a tensor or view is in symmetric memory. Local, O(log n)."""
     return find(tensor) is not None
 
 
 def set_signal_pad_size(size: int) -> None:
-    """Set the bytes of the signal pads of tensors that :func:`empty` makes from now on; the same on all ranks."""
+    """Set the signal pads' bytes for later calls of :func:`empty`; must be the same on all ranks."""
     global _pad_nbytes
     if size < 1:
         raise InvalidArgumentError(f"a signal pad must have at least 1 byte, not {size!r}")
@@ -140,10 +141,10 @@ def get_signal_pad_size() -> int:
 
 
 def set_backend(name: str) -> None:
-    """Choose the backend of tensors that :func:`empty` makes from now on; else the configuration does.
+    """Choose the backend for later calls of :func:`empty`, instead of the configuration's.
 
     Args:
-        name: PyTorch's ``CUDA``, ``NCCL`` or ``NVSHMEM``, or the name of any backend of symmem.
+        name: PyTorch's ``CUDA``, ``NCCL`` or ``NVSHMEM``, or a backend of symmem.
 
     Raises:
         ConfigError: There is no such backend.
@@ -155,9 +156,9 @@ def set_backend(name: str) -> None:
 
 
 def get_backend(device: torch.device | str | int) -> str | None:
-    """The backend that :func:`empty` uses for a device, by PyTorch's name if it has one; None if none works.
+    """Return the backend that :func:`empty` uses for a device; None if none works. Probes it. Local.
 
-    It is probed. Local.
+    The name is PyTorch's if PyTorch has one.
     """
     order = (_backend,) if _backend else load_settings().backend
     try:
@@ -168,7 +169,7 @@ def get_backend(device: torch.device | str | int) -> str | None:
 
 
 def is_nvshmem_available() -> bool:
-    """Whether the backend ``nvshmem`` or ``pytorch_nvshmem`` works here, as far as probing tells."""
+    """Whether a probe of the backend ``nvshmem`` or ``pytorch_nvshmem`` succeeds here."""
     for name in ("nvshmem", "pytorch_nvshmem"):
         with contextlib.suppress(BackendUnavailableError):
             _named_backend(name).probe()
@@ -177,11 +178,11 @@ def is_nvshmem_available() -> bool:
 
 
 def enable_symm_mem_for_group(group_name: str) -> None:
-    """Nothing: no group needs to be enabled, as in PyTorch today."""
+    """Do nothing: groups need not be enabled, as in PyTorch today."""
 
 
 def is_symm_mem_enabled_for_group(group_name: str) -> bool:
-    """Whether there is such a group, and this process is in it."""
+    """Whether the group exists and this process is in it."""
     with contextlib.suppress(GroupError):
         resolve_group(group_name)
         return True
@@ -189,9 +190,10 @@ def is_symm_mem_enabled_for_group(group_name: str) -> bool:
 
 
 def get_symm_mem_workspace(group_name: str, min_size: int) -> Handle:
-    """A buffer of at least ``min_size`` bytes that all users of a group share; grows when more is asked for.
+    """Return a buffer of at least ``min_size`` bytes that all users of a group share.
 
-    Collective over the group whenever it is made or grows. On the current CUDA device if there is one, else the CPU.
+    The first call, and calls that need a larger buffer, are collective over the group. The buffer is on the current
+    CUDA device if there is one, else on the CPU.
     """
     tensor = _workspaces.get(group_name)
     if tensor is None or tensor.numel() < min_size:

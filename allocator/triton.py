@@ -1,37 +1,39 @@
-"""Symmetric memory inside of Triton kernels: functions to call from a ``@triton.jit`` function.
+"""Symmetric memory inside Triton kernels: functions to call from a ``@triton.jit`` function.
 
     from symmem import triton as symm
 
     @triton.jit
     def kernel(x, pointers, signals, rank, world: tl.constexpr, ...):
         tl.store(x + offsets, ...)                                      # this rank's part
-        symm.barrier(signals, tl.program_id(0), rank, world)            # block b meets block b of all other ranks
-        theirs = symm.load(x + offsets, pointers, rank, peer, mask)     # the same elements, at a peer
+        symm.barrier(signals, tl.program_id(0), rank, world)            # block b waits for block b of all other ranks
+        theirs = symm.load(x + offsets, pointers, rank, peer, mask)     # the same elements of a peer
 
     view = st.device_view()
     kernel[grid](st.tensor, view.pointers, view.signals, view.rank, view.world_size, ...)
 
-Arguments that mean the same everywhere:
+Arguments that all functions share:
 
 * ``pointer``: a pointer, or a block of pointers, into this rank's symmetric tensor;
 * ``pointers``: ``st.remote_pointers``, or ``view.pointers``; int64 [world];
 * ``signals``: ``view.signals``;
 * ``rank``: this rank; ``world``: the number of ranks, a ``tl.constexpr``; ``peer``: another rank, or this one.
 
-Over any backend whose peers are load/store reachable. On CPU tensors the kernels run in Triton's interpreter
-(``TRITON_INTERPRET=1``, set before ``triton`` is imported); its atomics are the processor's, so ranks may be processes.
+These functions need a backend with load/store reachable peers. On CPU tensors the kernels run in Triton's interpreter
+(set ``TRITON_INTERPRET=1`` before ``triton`` is imported). The interpreter uses the processor's atomics, so ranks may
+be processes.
 
-Signals. Each rank has words [channel][source], 0 at rest. A word counts what ``source`` has put and the owner has not
-taken: a semaphore. So every operation leaves it as the next one needs it, and a captured CUDA graph can be replayed.
-The words are the flags of :meth:`SymmetricTensor.put_signal` and ``wait_signal``: a kernel may take what the host put,
-and the other way round, while at most one signal is under way on that word. symmem.cuh does the same in CUDA C++.
+Signals. Every rank has words [channel][source]; they are 0 at rest. A word is a semaphore: it counts the signals that
+``source`` has put and the owner has not taken. Every operation leaves the word ready for the next operation, so a
+captured CUDA graph can be replayed. The words are also the flags of :meth:`SymmetricTensor.put_signal` and
+``wait_signal``. A kernel may take the host's signal, and the host a kernel's, while at most one signal is pending on
+the word. symmem.cuh implements the same protocol in CUDA C++.
 
-Time. A wait that takes longer than the view's ``timeout`` leaves word of the peer it waited for, and traps, which makes
-this process's CUDA context unusable; :meth:`SymmetricTensor.synchronize` then raises PeerTimeoutError by name. In the
-interpreter the kernel raises, with that error as the cause. On a GPU, a long wait on a channel below 65536 is shown by
-``symmem dump`` and ``symmem top`` meanwhile; of several peers at a time, one.
+Time. A wait that takes longer than the view's ``timeout`` records the peer and traps. The trap makes this process's
+CUDA context unusable; :meth:`SymmetricTensor.synchronize` then raises a PeerTimeoutError that names the peer. In the
+interpreter the kernel raises, with that error as the cause. On a GPU, ``symmem dump`` and ``symmem top`` show long
+waits on channels below 65536; if a block waits for several peers, they show one.
 
-Memory order is that of the PTX ISA, "Memory Consistency Model"; all scopes are sys, for peers are other devices.
+Memory order follows the PTX ISA, "Memory Consistency Model". All scopes are sys, because peers are other devices.
 """
 
 import os
@@ -62,19 +64,19 @@ __all__ = [
     "wait_signal",
 ]
 
-# The operations as `symmem.backends.signal_kernels` numbers them.
+# The numbers of operations; the same as in `symmem.backends.signal_kernels`.
 BARRIER = tl.constexpr(1)
 WAIT_SIGNAL = tl.constexpr(3)
 BAD_CHANNEL = tl.constexpr(4)
 
-# Where, and how often, a wait is told; see `symmem.backends.signal_kernels.lateness`.
+# Where and how often a wait is reported; see `symmem.backends.signal_kernels.lateness`.
 BEAT, TICK = tl.constexpr(signal_kernels.BEAT), tl.constexpr(signal_kernels.TICK)
 PLACES, GROUP_SPREAD = tl.constexpr(signal_kernels.PLACES), tl.constexpr(signal_kernels.GROUP_SPREAD)
 
 ACQ_REL = tl.constexpr("acq_rel")
 
-# Words that are looked at together, one for each thread of a warp. Were there fewer, several threads of a warp would
-# load the same word, and might see it change between them; were there more, warps would have to meet while they wait.
+# Words that are read together, one per thread of a warp. With fewer words, several threads of a warp would load the
+# same word and might see different values. With more words, warps would have to synchronize while they wait.
 LANES = tl.constexpr(32)
 
 
@@ -83,71 +85,71 @@ LANES = tl.constexpr(32)
 
 @triton.jit
 def remote_pointer(pointer, pointers, rank, peer):
-    """The pointer, or block of pointers, to the same elements at ``peer``.
+    """Return the pointer, or block of pointers, to the same elements of ``peer``.
 
-    1. An address only; it orders nothing. Any access through it is as the caller makes it.
+    1. This computes an address and orders nothing. The caller chooses how to access it.
     """
     size: tl.constexpr = (pointer.dtype.element_ty.primitive_bitwidth + 7) // 8
-    # Memory begins at the same address modulo 16 on all ranks: so the compiler still knows how elements are aligned.
+    # Memory begins at the same address modulo 16 on all ranks, so the compiler still knows the alignment of elements.
     elements = (tl.load(pointers + peer) - tl.load(pointers + rank)) // size
     return pointer + tl.multiple_of(elements, 16 // size)
 
 
 @triton.jit
 def load(pointer, pointers, rank, peer, mask=None, other=None):
-    """What ``peer`` has at ``pointer``.
+    """Load the elements of ``peer`` at ``pointer``.
 
-    1. A weak load: it may be made only after a barrier or a wait that orders it after the store.
+    1. A weak load: make it after a barrier or a wait that orders it after the store.
     """
     return tl.load(remote_pointer(pointer, pointers, rank, peer), mask=mask, other=other)
 
 
 @triton.jit
 def store(pointer, value, pointers, rank, peer, mask=None):
-    """Store to ``peer``, at ``pointer``.
+    """Store to the elements of ``peer`` at ``pointer``.
 
-    1. A weak store: others may read it only after a barrier or a put_signal that follows it.
+    1. A weak store: other ranks may read it only after a later barrier or put_signal.
     """
     tl.store(remote_pointer(pointer, pointers, rank, peer), value, mask=mask)
 
 
 @triton.jit
 def atomic_add(pointer, value, pointers, rank, peer, mask=None, sem: tl.constexpr = ACQ_REL):
-    """Add at ``peer``; returns what was there.
+    """Add to the elements of ``peer``; returns the previous values.
 
-    1. ``sem`` is "acq_rel", "acquire", "release" or "relaxed", of the thread that does it, with scope sys; towards what
-       other threads of the block have stored, put a ``tl.debug_barrier()`` between.
-    2. Atomic towards all atomics of scope sys, of any GPU.
+    1. ``sem`` is "acq_rel", "acquire", "release" or "relaxed", with scope sys, for the thread that executes the atomic.
+       To order stores of other threads of the block, put a ``tl.debug_barrier()`` between.
+    2. Atomic with respect to all atomics of scope sys, of any GPU.
     """
     return tl.atomic_add(remote_pointer(pointer, pointers, rank, peer), value, mask=mask, sem=sem, scope="sys")
 
 
 @triton.jit
 def atomic_xchg(pointer, value, pointers, rank, peer, mask=None, sem: tl.constexpr = ACQ_REL):
-    """Store at ``peer``; returns what was there. Order: as :func:`atomic_add`, 1. and 2."""
+    """Store to ``peer``; returns the previous values. Order: as :func:`atomic_add`, 1. and 2."""
     return tl.atomic_xchg(remote_pointer(pointer, pointers, rank, peer), value, mask=mask, sem=sem, scope="sys")
 
 
 @triton.jit
 def atomic_cas(pointer, expected, value, pointers, rank, peer, sem: tl.constexpr = ACQ_REL):
-    """Store at ``peer`` where ``expected`` is there; returns what was there. Order: as :func:`atomic_add`, 1. and 2."""
+    """Store to ``peer`` if it has ``expected``; returns the previous values. Order: as :func:`atomic_add`, 1. and 2."""
     return tl.atomic_cas(remote_pointer(pointer, pointers, rank, peer), expected, value, sem=sem, scope="sys")
 
 
-# Meeting and signals.
+# Barrier and signals.
 
 
 @triton.jit
 def barrier(signals, channel, rank, world: tl.constexpr):
-    """Wait until the blocks that call it with this channel have come on all ranks: one block a rank.
+    """Wait until one block of every rank has called it with this channel.
 
-    1. Release: what any thread of the block has stored before, in any rank's memory, is visible to all threads of the
-       blocks that meet, after the barrier. (bar.sync, then atom.release.sys by one thread for each rank.)
-    2. Acquire: no load that follows it is made before. (atom.acquire.sys, which reads what was released, then
+    1. Release: all earlier stores of any thread of the block, to any rank's memory, are visible after the barrier to
+       all threads of the participating blocks. (bar.sync, then atom.release.sys by one thread per rank.)
+    2. Acquire: no later load is made before the barrier. (atom.acquire.sys, which reads the released value, then
        bar.sync.)
-    3. It orders nothing between blocks of one rank, and blocks of one rank do not wait for each other. All blocks that
-       meet must be running: no more of them than the GPU holds at a time.
-    4. A channel is used by one block of a rank at a time; never by barriers and signals in turn.
+    3. It orders nothing between blocks of one rank, and blocks of one rank do not wait for each other. All
+       participating blocks must run at the same time, so there may be no more of them than the GPU can hold.
+    4. One block of a rank may use a channel at a time. A channel must not alternate between barriers and signals.
     """
     _check_channel(signals, channel, rank, world)
     tl.debug_barrier()
@@ -162,10 +164,10 @@ def barrier(signals, channel, rank, world: tl.constexpr):
 
 @triton.jit
 def put_signal(signals, peer, channel, rank, world: tl.constexpr, count=1):
-    """Add ``count`` to this rank's word at ``peer``. Waits for nobody.
+    """Add ``count`` to this rank's word at ``peer``. Does not wait.
 
-    1. Release: as for :func:`barrier`, towards the block that takes it. (bar.sync, then atom.release.sys by one
-       thread.)
+    1. Release: earlier stores of the block are visible to the block that takes the signal, as for :func:`barrier`.
+       (bar.sync, then atom.release.sys by one thread.)
     """
     _check_channel(signals, channel, rank, world)
     tl.debug_barrier()
@@ -175,14 +177,14 @@ def put_signal(signals, peer, channel, rank, world: tl.constexpr, count=1):
 
 @triton.jit
 def wait_signal(signals, source, channel, rank, world: tl.constexpr, count=1, keep: tl.constexpr = False):
-    """Wait until the word of ``source`` is ``count`` or more, and take ``count`` from it.
+    """Wait until the word of ``source`` is ``count`` or more, and subtract ``count`` from it.
 
-    With ``keep``, leave it as it is: then counts only grow, and the caller says which one it waits for (an epoch, below
-    2**31).
+    With ``keep``, the word does not change. Counts then only grow, and the caller waits for an epoch below 2**31.
 
-    1. Acquire: what the blocks that put those ``count`` have stored before is visible to all threads of this block
-       afterwards. (atom.acquire.sys by one thread, which reads what was released; then bar.sync.)
-    2. One block takes from a word at a time.
+    1. Acquire: stores that the signalling blocks made before they put these ``count`` signals are visible to all
+       threads of this block afterwards. (atom.acquire.sys by one thread, which reads the released value, then
+       bar.sync.)
+    2. Only one block may take from a word at a time.
     """
     _check_channel(signals, channel, rank, world)
     lanes = tl.arange(0, LANES)
@@ -193,8 +195,8 @@ def wait_signal(signals, source, channel, rank, world: tl.constexpr, count=1, ke
 def put_with_signal(pointer, value, pointers, signals, peer, channel, rank, world: tl.constexpr, mask=None, count=1):
     """Store ``value`` at ``peer``, then put a signal.
 
-    1. As :func:`store`, then :func:`put_signal`: who has taken the signal sees the value, and all that this block has
-       stored before.
+    1. As :func:`store`, then :func:`put_signal`: a block that has taken the signal sees the value and all earlier
+       stores of this block.
     """
     store(pointer, value, pointers, rank, peer, mask)
     put_signal(signals, peer, channel, rank, world, count)
@@ -202,7 +204,7 @@ def put_with_signal(pointer, value, pointers, signals, peer, channel, rank, worl
 
 @triton.jit
 def _take(signals, channel, sources, mask, count, taken, rank, world: tl.constexpr, operation: tl.constexpr):
-    """Wait until this rank's words of all ``sources`` [LANES] are ``count`` or more; take ``taken`` from each."""
+    """Wait until this rank's words of all ``sources`` [LANES] are ``count`` or more; subtract ``taken`` from them."""
     words = tl.load(signals + rank).to(tl.pointer_type(tl.int32)) + channel * world + sources
     missing = _missing(words, sources, mask, count)
     if missing >= 0:
@@ -215,18 +217,18 @@ def _take(signals, channel, sources, mask, count, taken, rank, world: tl.constex
                 _fail(signals, operation, channel, missing, rank, world)
             if _beats(waited) != beats:
                 beats = _beats(waited)
-                _tell(signals, operation, channel, missing, waited, limit, world)
+                _report_wait(signals, operation, channel, missing, waited, limit, world)
             missing = _missing(words, sources, mask, count)
-    tl.debug_barrier()  # each warp has looked for itself: nothing is taken before all have seen it
+    tl.debug_barrier()  # every warp reads the words itself, so subtract only after all warps have seen the values
     tl.atomic_add(words, -taken, mask=mask, sem="acquire", scope="sys")
     tl.debug_barrier()
 
 
 @triton.jit
 def _missing(words, sources, mask, count):
-    """The last of the sources whose word is below ``count``, or -1; the same for all threads of a warp.
+    """Return the last source with a word below ``count``, or -1; the same for all threads of a warp.
 
-    A volatile load is relaxed at scope sys (PTX ISA, "ld"); the acquire is in the read-modify-write that takes.
+    A volatile load is relaxed at scope sys (PTX ISA, "ld"); the later read-modify-write is the acquire.
     """
     seen = tl.load(words, mask=mask, other=count, volatile=True)
     return tl.max(tl.where(seen < count, sources, -1), 0)
@@ -242,20 +244,20 @@ def _check_channel(signals, channel, rank, world: tl.constexpr):
 if triton.knobs.runtime.interpret:
 
     def _now():
-        """Nanoseconds."""
-        os.sched_yield()  # the awaited rank may have to run on this very processor
+        """Return a time in nanoseconds."""
+        os.sched_yield()  # the awaited rank may need this processor
         return time.monotonic_ns()
 
     def _beats(waited):
-        """Nobody looks for waits in the interpreter."""
+        """Waits in the interpreter are not reported."""
         return 0
 
     def _number(value):
-        """What a kernel has as a number: of Python, a constant, or a tensor of the interpreter."""
+        """Convert a kernel's number: a Python number, a constant, or a tensor of the interpreter."""
         return int(value.handle.data.item() if isinstance(value, tl.tensor) else getattr(value, "value", value))
 
     def _fail(signals, operation, channel, peer, rank, world):
-        """Say what was wrong, and stop."""
+        """Raise the error."""
         channel, peer, rank = (_number(value) for value in (channel, peer, rank))
         if operation.value == BAD_CHANNEL.value:
             raise InvalidArgumentError(
@@ -266,7 +268,7 @@ if triton.knobs.runtime.interpret:
             )
         raise PeerTimeoutError(
             f"rank {peer} did not come in time",
-            hint=f"see what rank {peer} does; if it is only slow, give device_view() a longer timeout",
+            hint=f"check what rank {peer} is doing; if it is only slow, give device_view() a longer timeout",
             rank=rank,
             step=f"{'barrier' if operation.value == BARRIER.value else 'wait_signal'} on channel {channel}",
             peers=(peer,),
@@ -276,26 +278,26 @@ else:
 
     @triton.jit
     def _now():
-        """Nanoseconds."""
+        """Return a time in nanoseconds."""
         return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
 
     @triton.jit
     def _beats(waited):
-        """How often a wait has been told after so many nanoseconds."""
+        """Return how often a wait must have been reported after ``waited`` nanoseconds."""
         return waited >> BEAT
 
     @triton.jit
-    def _tell(signals, operation: tl.constexpr, channel, peer, waited, limit, world: tl.constexpr):
-        """Say that a block waits where the host looks."""
+    def _report_wait(signals, operation: tl.constexpr, channel, peer, waited, limit, world: tl.constexpr):
+        """Report to the host that a block waits."""
         if channel < 65536:
             group = tl.load(signals + world + 2).to(tl.int32)
             place = tl.load(signals + world + 1) + 16 * (1 + (group * GROUP_SPREAD + peer) % PLACES)
-            who, whom = operation << 24 | group, channel << 16 | peer
-            _leave_word(place, who, whom, (waited >> TICK).to(tl.int32), ((limit - waited) >> TICK).to(tl.int32))
+            waiting, awaited = operation << 24 | group, channel << 16 | peer
+            _leave_word(place, waiting, awaited, (waited >> TICK).to(tl.int32), ((limit - waited) >> TICK).to(tl.int32))
 
     @triton.jit
     def _leave_word(at, a, b, c, d):
-        """One store of 16 bytes, so that what two threads write at a time does not mix."""
+        """Store 16 bytes at once, so that the records of two threads do not mix."""
         tl.inline_asm_elementwise(
             """{
             st.volatile.global.v4.u32 [$1], {$2, $3, $4, $5};
@@ -310,7 +312,7 @@ else:
 
     @triton.jit
     def _fail(signals, operation: tl.constexpr, channel, peer, rank, world: tl.constexpr):
-        """Say what was wrong where SymmetricTensor.synchronize() looks, and stop."""
+        """Record the error for SymmetricTensor.synchronize(), and trap."""
         group = tl.load(signals + world + 2).to(tl.int32)
         _leave_word(tl.load(signals + world + 1), operation, channel, peer, group)
         tl.inline_asm_elementwise(

@@ -1,23 +1,24 @@
-// Symmetric memory inside of CUDA C++ kernels. For nvcc and NVRTC; includes nothing. Needs sm_70 or newer.
+// Symmetric memory inside CUDA C++ kernels. For nvcc and NVRTC; includes nothing. Needs sm_70 or newer.
 //
 //   #include "symmem.cuh"                                  // -I$(symmem include-path), or symmem.include_path()
 //   __global__ void kernel(symmem::View view, float *x) {  // bytes(st.device_view()), by value
 //     x[threadIdx.x] = 1;
-//     symmem::barrier(view, blockIdx.x);                   // block b of this rank meets block b of all others
+//     symmem::barrier(view, blockIdx.x);                   // block b waits for block b of all other ranks
 //     float theirs = *symmem::remote(view, x + threadIdx.x, peer);
 //   }
 //
-// Signals. Each rank has words signals[channel][source], all 0 at rest. A word counts what `source` has put and the
-// owner has not taken: a semaphore. So every operation leaves it as the next one needs it, and a captured CUDA graph can
-// be replayed. The words are the flags of SymmetricTensor.put_signal and wait_signal, so a kernel may take what the host
-// put, and the other way round, while at most one signal is under way on that word. Atomics on peers' memory need NVLink,
-// or PCIe that has atomics.
+// Signals. Every rank has words signals[channel][source]; they are 0 at rest. A word is a semaphore: it counts the
+// signals that `source` has put and the owner has not taken. Every operation leaves the word ready for the next
+// operation, so a captured CUDA graph can be replayed. The words are also the flags of SymmetricTensor.put_signal and
+// wait_signal. A kernel may take the host's signal, and the host a kernel's, while at most one signal is pending on the
+// word. Atomics on peers' memory need NVLink, or PCIe with atomics.
 //
-// Time. Whoever waits longer than view.limit writes whom it waited for into view.status and traps; that makes this
-// process's CUDA context unusable, on purpose. SymmetricTensor.synchronize() then raises PeerTimeoutError by name. Whoever
-// waits for long, on a channel below 65536, says so behind the status meanwhile: `symmem dump` and `symmem top` show it.
+// Time. A wait that takes longer than view.limit writes the peer into view.status and traps. The trap makes this
+// process's CUDA context unusable, on purpose. SymmetricTensor.synchronize() then raises a PeerTimeoutError that names
+// the peer. A long wait on a channel below 65536 is reported behind the status meanwhile; `symmem dump` and `symmem
+// top` show it.
 //
-// Memory order is that of the PTX ISA, "Memory Consistency Model"; all scopes are .sys, for peers are other devices.
+// Memory order follows the PTX ISA, "Memory Consistency Model". All scopes are .sys, because peers are other devices.
 #pragma once
 
 namespace symmem {
@@ -25,13 +26,13 @@ namespace symmem {
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// What a kernel knows of a symmetric tensor; made by SymmetricTensor.device_view(). All addresses are this process's.
+// A symmetric tensor as kernels see it; made by SymmetricTensor.device_view(). All addresses are of this process.
 struct View {
-  void *const *pointers;  // [world]: the first byte of each rank's tensor; in device memory
-  u32 *const *signals;    // [world]: each rank's words [channels][world]; in device memory
-  u32 *status;            // host memory: {operation, channel, peer, group} of the wait that failed; then of long waits
-  u64 nbytes;             // bytes of each rank's tensor
-  u64 limit;              // nanoseconds that a wait may take
+  void *const *pointers;  // [world]: the first byte of every rank's tensor; in device memory
+  u32 *const *signals;    // [world]: every rank's words [channels][world]; in device memory
+  u32 *status;            // host memory: {operation, channel, peer, group} of the failed wait; then long waits
+  u64 nbytes;             // bytes of a rank's tensor
+  u64 limit;              // longest wait in nanoseconds
   u32 rank, world, channels;
   u32 group;              // number of the group, for the status
 };
@@ -63,7 +64,7 @@ __device__ __forceinline__ u64 now() {
   return nanoseconds;
 }
 
-// One store of 16 bytes, so that what two threads write at a time does not mix.
+// Store 16 bytes at once, so that the records of two threads do not mix.
 __device__ __forceinline__ void leave_word(u32 *at, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};"
                : : "l"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
@@ -75,10 +76,10 @@ __device__ __noinline__ void fail(const View &view, u32 operation, u32 channel, 
   __trap();
 }
 
-// As symmem.backends.signal_kernels has them, where it is said how a wait is told.
+// The same as in symmem.backends.signal_kernels, which describes how waits are reported.
 enum : u32 { BEAT = 26, TICK = 20, PLACES = 512, GROUP_SPREAD = 61 };
 
-__device__ __noinline__ void tell(const View &view, u32 operation, u32 channel, u32 peer, u64 waited) {
+__device__ __noinline__ void report_wait(const View &view, u32 operation, u32 channel, u32 peer, u64 waited) {
   if (channel < 65536)
     leave_word(view.status + 4 * (1 + (view.group * GROUP_SPREAD + peer) % PLACES), operation << 24 | view.group,
                channel << 16 | peer, u32(waited >> TICK), u32((view.limit - waited) >> TICK));
@@ -95,7 +96,7 @@ __device__ __forceinline__ u32 *word(const View &view, u32 owner, u32 channel, u
   return view.signals[owner] + u64(channel) * view.world + source;
 }
 
-// By one thread. The read-modify-write that takes is the acquire: it reads what the last add_release has written.
+// Called by one thread. The final read-modify-write is the acquire: it reads the value of the last add_release.
 __device__ __forceinline__ void take(const View &view, u32 operation, u32 channel, u32 source, u32 count, bool keep) {
   u32 *own = word(view, view.rank, channel, source);
   if (load_relaxed(own) < count) {
@@ -106,7 +107,7 @@ __device__ __forceinline__ void take(const View &view, u32 operation, u32 channe
       if (waited > view.limit) fail(view, operation, channel, source);
       if (u32(waited >> BEAT) == beats) continue;
       beats = u32(waited >> BEAT);
-      tell(view, operation, channel, source, waited);
+      report_wait(view, operation, channel, source, waited);
     }
   }
   add_acquire(own, keep ? 0 : 0u - count);
@@ -116,31 +117,31 @@ __device__ __forceinline__ void take(const View &view, u32 operation, u32 channe
 
 // Pointers.
 
-// The address, at `peer`, of what lies at `local` in this rank's tensor.
-//   1. An address only; it orders nothing. Any access through it is as the caller makes it.
+// Return the address in `peer`'s tensor that corresponds to `local` in this rank's tensor.
+//   1. This computes an address and orders nothing. The caller chooses how to access it.
 template <typename T> __device__ __forceinline__ T *remote(const View &view, T *local, u32 peer) {
   const u64 offset = u64(local) - u64(view.pointers[view.rank]);
   return (T *)((char *)view.pointers[peer] + offset);
 }
 
-// Loads, stores and atomics to a rank, each by the calling thread alone.
+// Loads, stores and atomics on a peer's memory. The calling thread acts alone.
 
-// What `peer` has at `local`.
-//   1. A weak load: it may be made only after a barrier or a wait that orders it after the store.
+// Load the element of `peer` at `local`.
+//   1. A weak load: make it after a barrier or a wait that orders it after the store.
 template <typename T> __device__ __forceinline__ T load(const View &view, const T *local, u32 peer) {
   return *remote(view, local, peer);
 }
 
-// Store to `peer`, at `local`.
-//   1. A weak store: others may read it only after a barrier or a put_signal that follows it.
+// Store to the element of `peer` at `local`.
+//   1. A weak store: other ranks may read it only after a later barrier or put_signal.
 template <typename T> __device__ __forceinline__ void store(const View &view, T *local, T value, u32 peer) {
   *remote(view, local, peer) = value;
 }
 
-// Read-modify-write at `peer` of 4 or 8 bytes; returns what was there.
-//   1. acq_rel.sys: what this thread did before is visible to who reads the result with acquire; and what the one whose
-//      value it read did before a release is visible to this thread afterwards.
-//   2. Atomic towards all atomics of scope sys, of any GPU; not towards the CPU, unless the memory is the host's.
+// Read-modify-write of 4 or 8 bytes at `peer`; returns the previous value.
+//   1. acq_rel.sys: a thread that reads the result with acquire sees this thread's earlier stores. This thread sees the
+//      stores that were released with the value it reads.
+//   2. Atomic with respect to all atomics of scope sys, of any GPU. With respect to the CPU only in host memory.
 #define SYMMEM_ATOMIC(TYPE, LETTER, BITS)                                                                         \
   __device__ __forceinline__ TYPE atomic_add(const View &view, TYPE *local, TYPE value, u32 peer) {               \
     TYPE old;                                                                                                     \
@@ -164,15 +165,15 @@ SYMMEM_ATOMIC(u32, "r", "32")
 SYMMEM_ATOMIC(u64, "l", "64")
 #undef SYMMEM_ATOMIC
 
-// Meeting and signals. All threads of a block call them together, as __syncthreads.
+// Barrier and signals. All threads of a block must call them together, as __syncthreads.
 
-// Wait until the blocks that call it with this channel have come on all ranks: one block a rank.
-//   1. Release: what any thread of the block has stored before, in any rank's memory, is visible to all threads of the
-//      blocks that meet, after the barrier. (__syncthreads, then red.release.sys by one thread for each rank.)
-//   2. Acquire: no load that follows it is made before. (atom.acquire.sys, then __syncthreads.)
-//   3. It orders nothing between blocks of one rank, and blocks of one rank do not wait for each other. All blocks that
-//      meet must be running: no more of them than the GPU holds at a time.
-//   4. A channel is used by one block of a rank at a time; never by barriers and signals in turn.
+// Wait until one block of every rank has called it with this channel.
+//   1. Release: all earlier stores of any thread of the block, to any rank's memory, are visible after the barrier to
+//      all threads of the participating blocks. (__syncthreads, then red.release.sys by one thread per rank.)
+//   2. Acquire: no later load is made before the barrier. (atom.acquire.sys, then __syncthreads.)
+//   3. It orders nothing between blocks of one rank, and blocks of one rank do not wait for each other. All
+//      participating blocks must run at the same time, so there may be no more of them than the GPU can hold.
+//   4. One block of a rank may use a channel at a time. A channel must not alternate between barriers and signals.
 __device__ __forceinline__ void barrier(const View &view, u32 channel) {
   __syncthreads();
   for (u32 peer = detail::thread(); peer < view.world; peer += detail::threads())
@@ -182,26 +183,27 @@ __device__ __forceinline__ void barrier(const View &view, u32 channel) {
   __syncthreads();
 }
 
-// Add `count` to this rank's word at `peer`. Waits for nobody.
-//   1. Release: as for barrier, towards the block that takes it. (__syncthreads, then red.release.sys by one thread.)
+// Add `count` to this rank's word at `peer`. Does not wait.
+//   1. Release: earlier stores of the block are visible to the block that takes the signal, as for barrier.
+//      (__syncthreads, then red.release.sys by one thread.)
 __device__ __forceinline__ void put_signal(const View &view, u32 peer, u32 channel, u32 count = 1) {
   __syncthreads();
   if (detail::thread() == 0) detail::add_release(detail::word(view, peer, channel, view.rank), count);
 }
 
-// Wait until the word of `source` is `count` or more, and take `count` from it; with `keep`, leave it as it is: then
-// counts only grow, and the caller says which one it waits for (an epoch, below 2**32).
-//   1. Acquire: what the blocks that put those `count` have stored before is visible to all threads of this block
-//      afterwards. (atom.acquire.sys by one thread, then __syncthreads.)
-//   2. One block takes from a word at a time.
+// Wait until the word of `source` is `count` or more, and subtract `count` from it. With `keep`, the word does not
+// change. Counts then only grow, and the caller waits for an epoch below 2**32.
+//   1. Acquire: stores that the signalling blocks made before they put these `count` signals are visible to all threads
+//      of this block afterwards. (atom.acquire.sys by one thread, then __syncthreads.)
+//   2. Only one block may take from a word at a time.
 __device__ __forceinline__ void wait_signal(
     const View &view, u32 source, u32 channel, u32 count = 1, bool keep = false) {
   if (detail::thread() == 0) detail::take(view, WAIT_SIGNAL, channel, source, count, keep);
   __syncthreads();
 }
 
-// Copy `elements` from anywhere to `local` at `peer`, with all threads of the block; then put_signal.
-//   1. As store, and put_signal: who has taken the signal sees the elements.
+// Copy `elements` elements from any memory to `local` at `peer`, with all threads of the block; then put_signal.
+//   1. As store, then put_signal: a block that has taken the signal sees the elements.
 template <typename T>
 __device__ __forceinline__ void put_with_signal(
     const View &view, T *local, const T *source, u64 elements, u32 peer, u32 channel) {

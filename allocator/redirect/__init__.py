@@ -1,1 +1,1 @@
-"""Redirect ordinary PyTorch allocations into an arena: `use_symmetric_memory`."""
+"""Redirect ordinary PyTorch allocations into an arena, for `use_symmetric_memory`."""

@@ -1,7 +1,7 @@
-"""``symmem.use_symmetric_memory``: what any op makes inside of a ``with`` block lies in symmetric memory.
+"""``symmem.use_symmetric_memory``: all tensors that ops make inside a ``with`` block are in symmetric memory.
 
-On the CPU a dispatch mode lets each op run, and moves what is new in its result into the group's arena
-(:mod:`.cpu_dispatch`). On CUDA torch's caching allocator gets its memory from the arena (:mod:`.cuda_pool`).
+On the CPU, a dispatch mode runs every op and moves new tensors into the group's arena (:mod:`.cpu_dispatch`). On CUDA,
+torch's caching allocator gets its memory from the arena (:mod:`.cuda_pool`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from symmem.errors import UnsupportedError
 from symmem.group.group import GroupLike, default_group, resolve_group
 from symmem.memory import cuda_graphs
-from symmem.redirect.cpu_dispatch import Moving
-from symmem.redirect.cuda_pool import Pool
+from symmem.redirect.cpu_dispatch import ArenaMode
+from symmem.redirect.cuda_pool import ArenaPool
 from symmem.tensor.request import arena_of, choose_source
 
 if TYPE_CHECKING:
@@ -28,37 +28,36 @@ __all__ = ["use_symmetric_memory"]
 
 
 class use_symmetric_memory(contextlib.ContextDecorator):
-    """Within it, this thread's new tensors lie in the symmetric memory of a group, by whichever op they are made.
+    """Put this thread's new tensors into the symmetric memory of a group, for any op.
 
-    A context manager, or a decorator. ``symmem.find(y)`` then gives the handle, which has rendezvoused over the group.
-    All ranks of the group must run the same ops in the same order. Local, unless the arena must grow: that is
-    collective over the group. One object can be used many times, also nested, and by several threads; it applies to
-    the thread that entered it. Where two are nested, the inner one decides.
+    A context manager, or a decorator. ``symmem.find(y)`` then returns a handle that the group has rendezvoused.
+    All ranks of the group must run the same ops in the same order. Local, unless the arena must grow; growth is
+    collective over the group. It applies to the thread that entered it. One object can be used many times, also nested,
+    and by several threads. If two are nested, the inner one decides.
 
-    On the CPU: views, and what ops write to, stay where they are. So does memory that comes from no op: of
+    On the CPU: views and the targets of writes keep their memory. So does memory that no op allocates: from
     ``torch.load``, ``torch.from_numpy``, ``torch.frombuffer`` and ``copy.deepcopy``. A tensor cannot be resized beyond
-    its memory. Functions of ``torch.compile`` run uncompiled, and a custom op's own temporaries are not in the arena.
+    its memory. Functions of ``torch.compile`` run uncompiled, and temporaries inside a custom op are not in the arena.
 
-    On CUDA: all memory that this thread's ops ask for on that device, in pieces of at least 2 MiB, of which torch cuts
-    tensors; ``find`` gives the handle of the piece. ``backward()`` runs on this thread. Once all tensors of a block
-    are gone, its pieces go back to the arena at the next entry, or at :func:`symmem.collect`. A CUDA graph cannot be
-    captured inside.
+    On CUDA: all memory that this thread's ops request on that device comes from the arena, in pieces of at least
+    2 MiB. Torch cuts tensors from the pieces, and ``find`` returns the handle of the piece. ``backward()`` runs on this
+    thread. After the last tensor of a ``with`` block is gone, the next entry or :func:`symmem.collect` returns the
+    block's pieces to the arena. A CUDA graph cannot be captured inside.
 
     Args:
-        group: Whose arena; None for the default process group.
-        device: Of the tensors; default: that of the backend; with ``auto``, the current CUDA device if there is one,
-            else CPU. Tensors on other devices are left alone.
+        group: The arena's group; None for the default process group.
+        device: The tensors' device. Default: the backend's; with ``auto``, the current CUDA device if there is one,
+            else CPU. Tensors on other devices are not affected.
         backend: A name, or names in order of preference; default: the configuration's.
 
     Raises:
-        DivergenceError: Ranks have allocated differently; see :meth:`SymmetricTensor.allocate`.
+        DivergenceError: Ranks made different allocations; see :meth:`SymmetricTensor.allocate`.
         GroupError: There is no such group.
-        OutOfMemoryError, ResourceLimitError: The arena cannot grow. Both, and DivergenceError, on the CPU by the op; on
-            CUDA torch raises ``torch.OutOfMemoryError`` there, in the place of which they are raised where the block
-            ends.
-        UnsupportedError: It was entered amid the capture of a CUDA graph; or the backend cannot be used with an arena,
-            or torch with pools.
-        SymmemError: Whatever :meth:`SymmetricTensor.allocate` raises for these arguments.
+        OutOfMemoryError, ResourceLimitError: The arena cannot grow. On the CPU the op raises these errors and
+            DivergenceError. On CUDA the op raises ``torch.OutOfMemoryError``, and the end of the block replaces it.
+        UnsupportedError: It was entered during the capture of a CUDA graph; or the backend cannot have an arena, or
+            torch's allocator cannot have pools.
+        SymmemError: Other errors of :meth:`SymmetricTensor.allocate` for these arguments.
     """
 
     def __init__(
@@ -72,12 +71,12 @@ class use_symmetric_memory(contextlib.ContextDecorator):
 
     def __enter__(self) -> None:
         arena = self._arena()
-        entries = _here.entries
+        entries = _thread.entries
         outer = _innermost(arena.device)
         if outer is not None and outer.arena is arena:
             entries.append(outer)
             return
-        entry = Pool(arena) if arena.device.type == "cuda" else Moving(arena)
+        entry = ArenaPool(arena) if arena.device.type == "cuda" else ArenaMode(arena)
         if outer is not None:
             outer.pause()
         try:
@@ -91,8 +90,8 @@ class use_symmetric_memory(contextlib.ContextDecorator):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        entry = _here.entries.pop()
-        if entry in _here.entries:
+        entry = _thread.entries.pop()
+        if entry in _thread.entries:
             return
         try:
             entry.stop()
@@ -104,7 +103,7 @@ class use_symmetric_memory(contextlib.ContextDecorator):
             raise cause from error
 
     def _arena(self) -> Arena:
-        """The arena to use, if it can be used now."""
+        """Return the arena to use, or raise if it cannot be used now."""
         group = default_group() if self._group is None else resolve_group(self._group)
         try:
             source = choose_source(group, self._backend, self._device)
@@ -112,28 +111,28 @@ class use_symmetric_memory(contextlib.ContextDecorator):
                 raise UnsupportedError(f"use_symmetric_memory is for tensors on the CPU or CUDA, not {source.device}")
             if cuda_graphs.is_capturing(source.device):
                 raise UnsupportedError(
-                    "use_symmetric_memory cannot be entered during the capture of a CUDA graph: torch would give the "
-                    "memory of the graph's tensors to others once the block ends",
-                    hint="allocate with symmem.allocate, which may be called amid a capture, and let ops write there "
+                    "use_symmetric_memory cannot be entered during the capture of a CUDA graph: torch would reuse the "
+                    "memory of the graph's tensors after the block ends",
+                    hint="allocate with symmem.allocate, which works during a capture, and let ops write there "
                     "(out=, copy_)",
                 )
             return arena_of(source, group)
         except Exception as error:
-            # As for allocate(): the others need not wait for this rank until the timeout.
+            # As in allocate(): the other ranks need not wait for the timeout.
             if group is not None and self._group is not None and getattr(error, "known_to", None) is None:
                 group.fail("use_symmetric_memory", error)
             raise
 
 
-class _Here(threading.local):
-    """What this thread has entered, the innermost last. One that is entered again is listed again."""
+class _Entries(threading.local):
+    """The modes and pools that this thread has entered, the innermost last. Nested entries may repeat one."""
 
     def __init__(self) -> None:
-        self.entries: list[Moving | Pool] = []
+        self.entries: list[ArenaMode | ArenaPool] = []
 
 
-_here = _Here()
+_thread = _Entries()
 
 
-def _innermost(device: torch.device) -> Moving | Pool | None:
-    return next((entry for entry in reversed(_here.entries) if entry.arena.device == device), None)
+def _innermost(device: torch.device) -> ArenaMode | ArenaPool | None:
+    return next((entry for entry in reversed(_thread.entries) if entry.arena.device == device), None)

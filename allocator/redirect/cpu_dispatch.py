@@ -1,7 +1,7 @@
-"""On the CPU: a dispatch mode that moves what ops make into an arena.
+"""For the CPU: a dispatch mode that moves the results of ops into an arena.
 
-It lets each op run, and gives what is new in the result another storage, in the arena; an op that only allocates is
-served from the arena at once. It works below autograd, which sees ordinary ops.
+It runs every op, and then replaces the storage of new tensors by memory of the arena. Ops that only allocate get memory
+of the arena directly. The mode works below autograd, so autograd sees ordinary ops.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from symmem.memory.layout import Layout
 if TYPE_CHECKING:
     from symmem.arena.arena import Arena
 
-__all__ = ["Moving", "caller"]
+__all__ = ["ArenaMode", "caller"]
 
 
 def caller() -> FrameType:
-    """The innermost frame that is neither torch's nor of symmem; of a program that is all torch's, the innermost."""
+    """Return the innermost frame outside of torch and symmem; the innermost of all if there is no such frame."""
     first = sys._getframe(1)
     frame: FrameType | None = first
     while frame is not None:
@@ -38,8 +38,8 @@ def caller() -> FrameType:
     return first
 
 
-class Moving(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Moves what ops make into an arena; of one thread."""
+class ArenaMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Moves the results of one thread's ops into an arena."""
 
     supports_higher_order_operators = True
 
@@ -49,54 +49,54 @@ class Moving(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._paused = False
 
     def start(self) -> None:
-        """Begin, on this thread."""
+        """Start on this thread."""
         flags.enter(self)
 
     def stop(self) -> None:
-        """End, on the thread that began."""
+        """Stop, on the thread that started."""
         flags.leave(self)
 
     def pause(self) -> None:
-        """Leave allocations alone for now."""
+        """Do nothing until :meth:`resume`."""
         self._paused = True
 
     def resume(self) -> None:
-        """Go on."""
+        """End a pause."""
         self._paused = False
 
     def cause_of(self, error: BaseException | None) -> BaseException | None:
-        """What to raise in the place of an error: nothing, for ops have raised what there was."""
+        """Return the error to raise instead; always None, because ops raise their errors themselves."""
         return None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        beneath = any(not isinstance(mode, Moving) for mode in _modes())
-        if not beneath and any(_dispatches(kind) for kind in types):
-            return NotImplemented  # its own ops, on the tensors that it wraps, come here again
+        has_other_modes = any(not isinstance(mode, ArenaMode) for mode in _modes())
+        if not has_other_modes and any(_has_dispatch(kind) for kind in types):
+            return NotImplemented  # the subclass runs ops on the tensors that it wraps; those come here
         if self._paused or kwargs.get("pin_memory") or os.getpid() != self.arena.process:
             return func(*args, **kwargs)  # a forked child, such as a data loader's worker, has inherited the mode
-        if func in _FILLS and not beneath:
-            made = self._made(func, args, kwargs)
-            if made is not None:
-                return made
+        if func in _FILLS and not has_other_modes:
+            filled = self._fill(func, args, kwargs)
+            if filled is not None:
+                return filled
         old = set() if func in _FRESH else set(_storages((args, kwargs)))
         result = func(*args, **kwargs)
         if func.namespace in _ASYNCHRONOUS:
-            # A thread of torch's still writes the result, and finds it by its storage when somebody waits for it.
-            for each in _tensors(result):
-                torch.ops._c10d_functional.wait_tensor(each)
+            # A thread of torch still writes the result, and torch finds the pending work by the result's storage.
+            for tensor in _tensors(result):
+                torch.ops._c10d_functional.wait_tensor(tensor)
         new: dict[int, list[torch.Tensor]] = {}
-        for each in _tensors(_unaliased(func, result)):
-            if (key := _storage(each)._cdata) not in old:
-                new.setdefault(key, []).append(each)
+        for tensor in _tensors(_without_views(func, result)):
+            if (key := _storage(tensor)._cdata) not in old:
+                new.setdefault(key, []).append(tensor)
         if new:
             with _python_dispatch._disable_current_modes():
                 for tensors in new.values():
                     self._move(tensors)
         return result
 
-    def _made(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
-        """What a function that takes no data makes; None if that is nothing for an arena."""
+    def _fill(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+        """Run an op of ``_FILLS`` in memory of the arena; None if its result cannot be in an arena."""
         like = args[0] if args and isinstance(args[0], torch.Tensor) else None
         device = kwargs.get("device") or (like.device if like is not None else self.arena.device)
         if torch.device(device).type != "cpu":
@@ -105,7 +105,7 @@ class Moving(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if model.layout != torch.strided or model.is_quantized or not model.numel():
             return None
         layout = Layout.of(model, 0)
-        storage = self._carve(layout, layout.nbytes)
+        storage = self._allocate(layout, layout.nbytes)
         out = torch.empty(0, dtype=model.dtype).set_(storage, 0, model.size(), model.stride())
         fill = _FILLS[func]
         if fill is not None:
@@ -113,21 +113,21 @@ class Moving(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _move(self, tensors: list[torch.Tensor]) -> None:
-        """Move tensors that share a storage, as they are, into the arena."""
+        """Move tensors that share a storage into the arena; afterwards they share the new storage."""
         storage = _storage(tensors[0])
         start, nbytes, layout = 0, storage.nbytes(), None
         if len(tensors) == 1:
             layout = Layout.of(tensors[0], 0)
             start, nbytes = int(tensors[0].storage_offset()) * layout.dtype.itemsize, layout.nbytes
-        moved = self._carve(layout, nbytes)
+        moved = self._allocate(layout, nbytes)
         _bytes(moved, 0, nbytes).copy_(_bytes(storage, start, nbytes))
-        for each in tensors:
-            offset = each.storage_offset() - start // each.dtype.itemsize
-            # The tensor itself, not another one: whatever the op has noted on it stays.
-            each.set_(moved, offset, each.size(), each.stride())
+        for tensor in tensors:
+            offset = tensor.storage_offset() - start // tensor.dtype.itemsize
+            # The tensor object stays the same, and so do attributes that the op has set on it.
+            tensor.set_(moved, offset, tensor.size(), tensor.stride())
 
-    def _carve(self, layout: Layout | None, nbytes: int) -> Any:
-        """A storage in the arena."""
+    def _allocate(self, layout: Layout | None, nbytes: int) -> Any:
+        """Allocate a storage in the arena."""
         if layout is None or layout.overlaps:
             layout = Layout((nbytes,), (1,), torch.uint8)
         block = self.arena.carve(layout, None, caller())
@@ -135,72 +135,77 @@ class Moving(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _modes() -> list[Any]:
-    """The modes that are asked after this one; it is not among them while it is asked."""
+    """Return the modes that run after this one; the running mode is not in torch's stack."""
     return _python_dispatch._get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
 
 
-def _dispatches(kind: type) -> bool:
-    """Whether a class of tensors has a dispatch of its own; most that do have no memory."""
+def _has_dispatch(kind: type) -> bool:
+    """Whether a subclass of tensors defines a dispatch; most of these subclasses have no memory."""
     return getattr(kind, "__torch_dispatch__", _NO_DISPATCH) is not _NO_DISPATCH
 
 
 _NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
 
 
-def _storage(each: torch.Tensor) -> Any:
-    return each.untyped_storage()
+def _storage(tensor: torch.Tensor) -> Any:
+    return tensor.untyped_storage()
 
 
 def _bytes(storage: Any, start: int, nbytes: int) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage, start, (nbytes,), (1,))
 
 
-def _has_memory(each: torch.Tensor) -> bool:
-    """Whether a tensor has memory on the CPU that torch has allocated: not symmetric already, nor of anybody else."""
-    if each.device.type != "cpu" or each.layout != torch.strided or each.is_quantized or _dispatches(type(each)):
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether torch allocated the tensor's memory on the CPU; not so for symmetric memory and for foreign memory."""
+    if (
+        tensor.device.type != "cpu"
+        or tensor.layout != torch.strided
+        or tensor.is_quantized
+        or _has_dispatch(type(tensor))
+    ):
         return False
-    if each.is_nested:
+    if tensor.is_nested:
         return False
-    storage = _storage(each)
-    # An empty one has no address, and an op may still resize it.
+    storage = _storage(tensor)
+    # An empty storage has no address, and an op may still resize it.
     return bool(storage.nbytes() > 0 and storage.resizable())
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What an op takes or returns, one by one."""
+    """Yield the values in an op's arguments or results, without their tuples, lists and dicts."""
     if isinstance(value, tuple | list):
-        for each in value:
-            yield from _leaves(each)
+        for item in value:
+            yield from _leaves(item)
     elif isinstance(value, dict):
-        for each in value.values():
-            yield from _leaves(each)
+        for item in value.values():
+            yield from _leaves(item)
     else:
         yield value
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors among what an op returns, that could be moved."""
-    return (each for each in _leaves(value) if isinstance(each, torch.Tensor) and _has_memory(each))
+    """Return the tensors in an op's results that can be moved."""
+    return (leaf for leaf in _leaves(value) if isinstance(leaf, torch.Tensor) and _has_memory(leaf))
 
 
-def _unaliased(func: Any, result: Any) -> Any:
-    """What an op returns, but for views: their memory is that of an argument, even where that has no storage itself."""
+def _without_views(func: Any, result: Any) -> Any:
+    """Return an op's results without views, because views use the memory of an argument."""
     if func in _FRESH:
         return result
-    views = [each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns]
+    views = [item.alias_info is not None and not item.alias_info.is_write for item in func._schema.returns]
     if not any(views):
         return result
-    return [each for each, view in zip(result, views, strict=False) if not view] if len(views) > 1 else ()
+    return [item for item, view in zip(result, views, strict=False) if not view] if len(views) > 1 else ()
 
 
 def _storages(value: Any) -> Iterator[int]:
-    """The storages among what an op takes, and of the tensors there."""
-    for each in _leaves(value):
-        if isinstance(each, torch.Tensor):
-            if _has_memory(each):
-                yield _storage(each)._cdata
-        elif isinstance(each, torch.UntypedStorage | torch.TypedStorage):  # of set_()
-            yield each._cdata
+    """Yield the storages in an op's arguments, and the storages of its tensors."""
+    for leaf in _leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            if _has_memory(leaf):
+                yield _storage(leaf)._cdata
+        elif isinstance(leaf, torch.UntypedStorage | torch.TypedStorage):  # an argument of set_()
+            yield leaf._cdata
 
 
 _ASYNCHRONOUS = ("_c10d_functional", "_c10d_functional_autograd")
@@ -212,17 +217,18 @@ _FILLS: dict[Any, int | str | None] = {
     **dict.fromkeys((_aten.ones.default, _aten.ones_like.default, _aten.new_ones.default), 1),
     **dict.fromkeys((_aten.full.default, _aten.full_like.default, _aten.new_full.default), "fill_value"),
 }
-"""Ops that need no input but sizes, and what they fill with: nothing, a number, or the argument of that name."""
+"""Ops that need only sizes, and the value that they fill with: None, a number, or the name of an argument."""
 
 _FRESH = {_aten.lift_fresh.default}
-"""Ops that return an argument which nobody else has seen: torch.tensor() makes its tensor without any op."""
+"""Ops whose argument is new and unshared: torch.tensor() makes its tensor without an op and then calls this one."""
 
 
 class _Flags:
-    """What torch notes of dispatch modes for the whole process, so that its compiler keeps away.
+    """Torch's process-wide flags that keep its compiler away while a dispatch mode is active.
 
-    Each mode notes what it found and puts that back; where threads overlap, the last one to leave would put back, for
-    ever, what another one had noted that left before it.
+    A mode saves the flags when it starts and restores them when it stops. If the modes of two threads overlap, the last
+    one to stop would restore a flag that the other one had set, and it would stay set. This class restores the flags
+    from before the first mode.
     """
 
     def __init__(self) -> None:
@@ -230,14 +236,14 @@ class _Flags:
         self._inside = 0
         self._before: dict[str, bool] = {}
 
-    def enter(self, mode: Moving) -> None:
+    def enter(self, mode: ArenaMode) -> None:
         with self._lock:
             if not self._inside:
                 self._before = self._now()
             mode.__enter__()  # type: ignore[no-untyped-call]
             self._inside += 1
 
-    def leave(self, mode: Moving) -> None:
+    def leave(self, mode: ArenaMode) -> None:
         with self._lock:
             now = self._now()
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
 """Turn the arguments of a request for memory into a source of memory, a layout, and a factory for the tensor.
 
-Programs repeat their requests, so every group remembers the results of its own.
+Programs repeat their requests, so every group remembers earlier results.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import symmem
 from symmem.errors import DivergenceError, GroupError, ResourceLimitError, UnsupportedError
 from symmem.group.group import Group, resolve_group
 from symmem.redirect import cuda_pool as cuda_pools
-from symmem.redirect.context import _here
+from symmem.redirect.context import _thread
 
 inside = symmem.use_symmetric_memory
 
@@ -32,7 +32,7 @@ def _one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
-        assert not _here.entries
+        assert not _thread.entries
         assert not torch._C._len_torch_dispatch_stack()
         assert not _python_dispatch._is_in_torch_dispatch_mode
     finally:
@@ -551,7 +551,7 @@ def test_what_cannot_be() -> None:
         pass
     with pytest.raises(symmem.SymmemError), inside(device="meta"):
         pass
-    assert not _here.entries
+    assert not _thread.entries
     with inside():
         made = torch.empty(3)
         with pytest.raises(RuntimeError, match="resiz"):
@@ -664,9 +664,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTorch]:
     monkeypatch.setattr(inside, "_arena", lambda self: self._group)
     yield made
     assert not made.begun
-    assert not cuda_pools._here.active
+    assert not cuda_pools._thread.active
     cuda_pools.sweep()
-    assert not cuda_pools._over
+    assert not cuda_pools._left
 
 
 def within(arena: FakeArena) -> Any:
@@ -871,7 +871,7 @@ def diverge() -> None:
     group = resolve_group()
     with inside(), pytest.raises(DivergenceError, match="diverge"):
         symmem.collect() if torch.ones(3 + dist.get_rank()).any() else None
-    assert not _here.entries
+    assert not _thread.entries
     group.close()
 
 
