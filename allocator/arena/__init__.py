@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from symmem._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from symmem.arena.arena import Arena, arena_for, carves
+    from symmem.arena.arena import Arena, arena_for, supports_arenas
 
-__all__ = ["Arena", "arena_for", "carves"]
+__all__ = ["Arena", "arena_for", "supports_arenas"]
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "Arena": "symmem.arena.arena",
         "arena_for": "symmem.arena.arena",
-        "carves": "symmem.arena.arena",
+        "supports_arenas": "symmem.arena.arena",
     },
 )

@@ -1,26 +1,68 @@
-"""Allocation records: the log of an arena has one for every allocation."""
+"""The allocation log of an arena: the state that ranks keep equal without communication.
+
+Every rank makes the same calls in the same order on its own log. An allocation adds a record, and the digest, a rolling
+hash, covers all records. The ranks compare the digests whenever they communicate. Equal digests mean equal segments,
+slots, offsets and free memory.
+
+A slot is the number of a live block, and of its signal pad. A reclaim round makes the slots of dropped blocks free
+again.
+
+A few fields describe this rank alone: the blocks that it has dropped, its statistics of live and quarantined bytes, and
+its signal pads for further groups.
+"""
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable
+import os
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from time import perf_counter
 from types import CodeType
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from weakref import WeakSet, ref
 
+from symmem.arena.segment import Segment, SignalPads
+from symmem.arena.slot_mask import masks_of, slots_of
+from symmem.errors import (
+    DivergenceError,
+    ForkedError,
+    GroupError,
+    InvalidArgumentError,
+    SymmemError,
+    from_wire,
+    to_wire,
+)
 from symmem.memory.call_site import CallSite
 from symmem.memory.layout import Layout
+from symmem.memory.registry import register
 
-__all__ = ["AllocationRecord", "RawRecord", "nbytes_of"]
+if TYPE_CHECKING:
+    import torch
+
+    from symmem.backends.base import Allocation, Backend, Mapping
+    from symmem.group.group import Group
+    from symmem.memory.block import Block
+
+__all__ = ["AllocationLog", "AllocationRecord", "RawRecord", "hash_of_name"]
+
+_ABSORBED_AT_ONCE = 256  # blocks that a reclaim round frees itself, in half a millisecond
+_SHOWN = 4096  # blocks of one reclaim round that the events show
+_HISTORY = 16384  # allocations, and other events, that the log remembers
 
 RawRecord: TypeAlias = tuple[int, int, float, int, int, int, Layout, CodeType, int, "str | None"]
-"""The fields of an :class:`AllocationRecord` as a plain tuple, which takes less time to make."""
+"""The fields of an :class:`AllocationRecord` as a plain tuple, because that is faster to make."""
 
-nbytes_of: Callable[[RawRecord], int] = operator.itemgetter(5)
-"""Bytes of a raw record."""
+_nbytes_of: Callable[[RawRecord], int] = operator.itemgetter(5)
+
+_logs: WeakSet[AllocationLog] = WeakSet()
 
 
 class AllocationRecord(NamedTuple):
-    """One allocation from an arena. All ranks have equal records, except for the time and the call site."""
+    """One allocation from an arena. The records of all ranks are equal, except for the time and the call site."""
 
     number: int
     digest: int
@@ -34,7 +76,7 @@ class AllocationRecord(NamedTuple):
 
     @classmethod
     def of(cls, raw: RawRecord) -> AllocationRecord:
-        """The record with the fields of a raw record."""
+        """Make a record from its fields."""
         return cls(*raw[:7], CallSite(*raw[7:9]), raw[9])
 
     def __str__(self) -> str:
@@ -42,3 +84,276 @@ class AllocationRecord(NamedTuple):
         usual = layout.strides == Layout.make(layout.sizes, layout.dtype, None).strides
         strides = "" if usual else f" with strides {list(layout.strides)}"
         return f"{list(layout.sizes)} of {layout.dtype}{strides}{named}, {self.nbytes} bytes, at {self.site}"
+
+
+class AllocationLog:
+    """The log of one arena on one rank. Its methods are local; callers hold :attr:`lock`.
+
+    Args:
+        group: The group of the arena.
+        backend: The backend that makes the memory.
+        device: The device of the memory.
+
+    Attributes:
+        process: The process that made the log; a forked child must not use it.
+        lock: Protects everything here. A reclaim round holds it as long as it takes.
+        in_transaction: True while a change is half done. See :meth:`check_idle`.
+        restricted: True if an allocation must call :meth:`check_usable` first.
+        segments: In the order in which the arena grew.
+        pads: The signal pads of the slots.
+        count: Number of allocations so far.
+        digest: Rolling hash of all allocations and reclaim rounds.
+        history: The most recent allocations.
+        records: Record by slot; None for a free slot.
+        blocks: Block by slot; a dead reference in quarantine.
+        free_slots: The last one is used first.
+        slot_marks: By slot, whether the block was dropped. See :mod:`symmem.arena.slot_mask`.
+        further_pads: By slot of a dropped block, its further groups and this rank's pads for them.
+        dropped: Dropped blocks that are not counted yet: time, record, bytes. See :meth:`count_drops`.
+        agreed: Mask of the slots that reclaim rounds have freed, but :meth:`absorb` has not processed yet.
+        agreed_bytes: Bytes of the ``agreed`` slots.
+        drops: The most recent drops: time, record, bytes. See :meth:`flush_events`.
+        reclaims: The most recently reclaimed blocks: time, record. See :meth:`flush_events`.
+        changes: The most recent changes of segments: time, "grow" or "trim", index, bytes.
+        live_bytes: Bytes of blocks that are neither free nor in quarantine.
+        peak_bytes: The maximum of ``live_bytes`` so far.
+        quarantined_bytes: Bytes of ``quarantined_blocks``, the blocks in quarantine.
+        reclaimed_blocks: Number of blocks that ``collections`` reclaim rounds have freed.
+        growths: Number of segments that were added.
+    """
+
+    def __init__(self, group: Group, backend: Backend, device: torch.device) -> None:
+        self.group, self.backend, self.device = group, backend, device
+        self.process = os.getpid()
+        self.lock = threading.RLock()
+        self.in_transaction = self.restricted = False
+        self._divergence: SymmemError | None = None
+        self.segments: list[Segment] = []
+        self.pads = SignalPads(backend.pad_nbytes(group.size), device)
+        self.count = self.digest = 0
+        self.history: deque[RawRecord] = deque(maxlen=_HISTORY)
+        self.records: list[RawRecord | None] = []
+        self.blocks: list[ref[Block] | None] = []
+        self.free_slots: list[int] = []
+        self.slot_marks = bytearray()
+        self.further_pads: dict[int, list[tuple[ref[Group], int]]] = {}
+        self.dropped: list[tuple[float, RawRecord, int]] = []
+        self.agreed = self.agreed_bytes = 0
+        self.drops: deque[tuple[float, RawRecord, int]] = deque(maxlen=_HISTORY)
+        self.reclaims: deque[tuple[float, RawRecord]] = deque(maxlen=_HISTORY)
+        self.changes: deque[tuple[float, str, int, int]] = deque(maxlen=_HISTORY)
+        # Events that are not in `drops` and `reclaims` yet: a batch of drops, or time and mask of a reclaim round.
+        self._pending: list[tuple[float, int] | list[tuple[float, RawRecord, int]]] = []
+        self.live_bytes = self.peak_bytes = self.quarantined_bytes = self.quarantined_blocks = 0
+        self.reclaimed_blocks = self.collections = self.growths = 0
+        _logs.add(self)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of all segments."""
+        return sum(segment.nbytes for segment in self.segments)
+
+    # Allocations.
+
+    def proposal(self, size: int, layout: Layout, site: CallSite, name: str | None) -> AllocationRecord:
+        """The record of the next allocation, before its segment and offset are known."""
+        digest = hash((self.digest, layout.fingerprint, 0 if name is None else hash_of_name(name)))
+        return AllocationRecord(self.count + 1, digest, 0.0, 0, 0, size, layout, site, name)
+
+    def recent(self) -> list[AllocationRecord]:
+        """The most recent allocations, in order."""
+        return [AllocationRecord.of(raw) for raw in self.history]
+
+    def add_slots(self, number: int) -> None:
+        """Add free slots."""
+        first = len(self.records)
+        self.records += [None] * number
+        self.blocks += [None] * number
+        self.slot_marks += bytes(number)
+        self.free_slots += range(first + number - 1, first - 1, -1)
+
+    def add_segment(self, allocation: Allocation, mapping: Mapping) -> Segment:
+        """Add a segment; returns it."""
+        segment = Segment(self.growths, allocation, self.group, mapping, self.blocks)
+        self.growths += 1
+        self.segments.append(segment)
+        register(segment)
+        self.changes.append((perf_counter(), "grow", segment.index, segment.nbytes))
+        return segment
+
+    # Dropped blocks.
+
+    def count_drops(self) -> None:
+        """Move the blocks in ``dropped`` from the live ones to the quarantined ones."""
+        number = len(self.dropped)  # the collector may add more meanwhile
+        if not number:
+            return
+        batch = self.dropped[:number]
+        del self.dropped[:number]
+        total = sum(map(operator.itemgetter(2), batch))
+        self.live_bytes -= total
+        self.quarantined_bytes += total
+        self.quarantined_blocks += number
+        self._pending.append(batch)
+
+    def quarantine(self) -> tuple[int, int]:
+        """Masks of the slots in quarantine, and of those that have also signalled. All of them are counted."""
+        dropped, signalled = masks_of(self.slot_marks)
+        self.count_drops()  # after reading the marks, because a block enters `dropped` before it is marked
+        return dropped & ~self.agreed, signalled & ~self.agreed
+
+    def reclaim(self, agreed: int) -> int:
+        """Free the slots of a mask that all ranks have in quarantine. The mask is the same on all ranks.
+
+        If there are many, this only notes them, so that no rank waits for another meanwhile. They are freed when the
+        arena has no other room, before it would grow; see :meth:`absorb`.
+
+        Returns:
+            Bytes freed.
+        """
+        number, total = agreed.bit_count(), self.quarantined_bytes
+        if number != self.quarantined_blocks:
+            total = sum(map(_nbytes_of, self._used(slots_of(agreed))))
+        if agreed:  # otherwise a program that only collects would add events forever
+            self._pending.append((perf_counter(), agreed))
+        self.digest = hash((self.digest, number, agreed))
+        self.quarantined_bytes -= total
+        self.quarantined_blocks -= number
+        self.agreed |= agreed
+        self.agreed_bytes += total
+        self.reclaimed_blocks += number
+        self.collections += 1
+        if self.agreed.bit_count() <= _ABSORBED_AT_ONCE:
+            self.absorb()
+        return total
+
+    def absorb(self) -> None:
+        """Free the memory and the slots in ``agreed``. All ranks do this at the same point of the sequence."""
+        self.flush_events()
+        by_index: dict[int, tuple[Segment, list[int]]] = {segment.index: (segment, []) for segment in self.segments}
+        slots = slots_of(self.agreed)
+        for slot, record in zip(slots, self._used(slots), strict=True):
+            index, offset = record[3], record[4]
+            segment, offsets = by_index[index]
+            offsets.append(offset)
+            del segment.slots[offset]
+            self.records[slot] = self.blocks[slot] = None
+            self.slot_marks[slot] = 0
+            if pads := self.further_pads.pop(slot, None):
+                segment.free_pads([pad for _, pad in pads])
+        for segment, offsets in by_index.values():
+            segment.space.free_many(offsets)
+            segment.tidy()
+        self.free_slots += reversed(slots)
+        self.agreed = self.agreed_bytes = 0
+
+    def trim(self) -> None:
+        """Remove segments without live blocks and signal pads. The same on all ranks."""
+        self.absorb()
+        for segment in [segment for segment in self.segments if not segment.space.used]:
+            self.segments.remove(segment)
+            self.changes.append((perf_counter(), "trim", segment.index, segment.nbytes))
+
+    def flush_events(self) -> None:
+        """Move pending events to ``drops`` and ``reclaims``. It must happen before the slots are used again."""
+        for event in self._pending:
+            if isinstance(event, list):
+                self.drops += event
+            else:
+                when, agreed = event
+                self.reclaims += zip(itertools.repeat(when), self._used(slots_of(agreed)[-_SHOWN:]), strict=False)
+        self._pending.clear()
+
+    def _used(self, slots: Sequence[int]) -> list[RawRecord]:
+        """The records of slots that are in use."""
+        records: list[Any] = list(map(self.records.__getitem__, slots))
+        return records
+
+    # Signal pads of further groups. Every rank has its own.
+
+    def dropped_pads(self, group: Group) -> list[int]:
+        """Slots of blocks that this rank has dropped, but that still hold a signal pad for a further group."""
+        further = list(self.further_pads.items())
+        return sorted(slot for slot, pads in further if any(known() is group for known, _ in pads))
+
+    def free_pads(self, slots: Sequence[int], group: Group) -> None:
+        """Free this rank's pads for a further group, after all ranks of that group have dropped the tensors."""
+        with self.lock:
+            by_index = {segment.index: segment for segment in self.segments}
+            for slot, record in zip(slots, self._used(slots), strict=True):
+                pads = self.further_pads[slot]
+                by_index[record[3]].free_pads([pad for known, pad in pads if known() is group])
+                self.further_pads[slot] = [(known, pad) for known, pad in pads if known() is not group]
+
+    # Refusals.
+
+    def check_idle(self, step: str) -> None:
+        """Raise if a change is in progress.
+
+        Raises:
+            GroupError: It is in progress on this thread, and this is a finalizer or a signal handler. Or an exception
+                from a signal handler has interrupted it half-way, and this log may differ from the other ranks' logs.
+        """
+        if self.in_transaction:
+            raise GroupError(
+                f"{step!r} was called during another allocation or collection of the same arena, or after an exception "
+                "from a signal handler had stopped one half-way",
+                hint="do not allocate or collect in a finalizer, a signal handler or another callback. If a signal "
+                "handler raised, the arena cannot be used any more: make a new group, or allocate with arena=False",
+                rank=self.group.rank,
+                group=self.group.name,
+                step=step,
+            )
+
+    def check_usable(self) -> None:
+        """Raise if nothing can be allocated.
+
+        Raises:
+            ForkedError: This is a forked child.
+            GroupError: See :meth:`check_idle`.
+            DivergenceError: The ranks have diverged before.
+        """
+        if self.process != os.getpid():
+            raise ForkedError(
+                "this process was forked after the arena was made, and the memory still belongs to the parent",
+                hint="make a group in the child, or start workers with the 'spawn' method",
+                group=self.group.name,
+                step="allocate",
+            )
+        self.check_idle("allocate")
+        if self._divergence:
+            raise DivergenceError(
+                f"this arena cannot be used because its ranks diverged: {self._divergence.what}",
+                hint=self._divergence.hint,
+                rank=self.group.rank,
+                group=self.group.name,
+                step="allocate",
+                peers=self._divergence.peers,
+            )
+
+    def invalidate(self, error: DivergenceError) -> DivergenceError:
+        """Let every further allocation fail with this error; returns the error."""
+        # Keep a copy. The error itself has a traceback, and would keep its frames and their objects alive.
+        self._divergence, self.restricted = from_wire(to_wire(error)), True
+        return error
+
+
+def hash_of_name(name: str) -> int:
+    """The part of a digest that stands for the name of an allocation.
+
+    Raises:
+        InvalidArgumentError: It is not text.
+    """
+    try:
+        return zlib.crc32(name.encode())
+    except (AttributeError, UnicodeError) as error:
+        raise InvalidArgumentError(f"name must be text, not {name!r}") from error
+
+
+def _restrict_child() -> None:
+    """In a forked child, refuse allocations, and replace locks that a thread of the parent may have held."""
+    for log in list(_logs):
+        log.lock, log.restricted = threading.RLock(), True
+
+
+os.register_at_fork(after_in_child=_restrict_child)

@@ -1,47 +1,48 @@
-"""``symmem.collect``: free what all ranks have dropped, now."""
+"""``symmem.collect``: free the memory that all ranks have dropped."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from symmem.arena.reclaim import Meeting, used_arenas
+from symmem.arena.arena import used_arenas
+from symmem.arena.reclaim import ReclaimRound
 from symmem.group.group import GroupLike, resolve_group
 from symmem.memory import cuda_graphs
 
 __all__ = ["before_collecting", "collect"]
 
 before_collecting: list[Callable[[], object]] = []
-"""What :func:`collect` calls first, so that memory that is no longer used shows as such."""
+"""Functions that :func:`collect` calls first. They drop memory that is no longer used."""
 
 
 def collect(group: GroupLike = None, *, trim: bool = False, timeout: float | None = None) -> int:
-    """Free the tensors that all ranks of a group have dropped. Collective over the group: one exchange, and agreeing.
+    """Free the tensors that all ranks of a group have dropped. Collective over the group, with two exchanges.
 
-    An arena does this by itself when it would have to grow, and at each rendezvous of its group. Waits for the work
-    that was enqueued on the devices concerned. Garbage that Python has not collected yet counts as in use.
+    An arena also does this before it would grow, and at every rendezvous of its group. The call waits for the work that
+    is enqueued on the devices of the arenas. Garbage that Python has not collected yet counts as in use.
 
     Args:
         group: See :meth:`SymmetricTensor.rendezvous`.
-        trim: Give up segments in which nothing lives, on all ranks.
+        trim: Whether to release segments without live blocks.
         timeout: Seconds; default the setting ``rendezvous_timeout``.
 
     Returns:
-        Bytes freed on this rank, which all ranks can use again.
+        Bytes freed on this rank. All ranks can use them again.
 
     Raises:
         DivergenceError: The ranks have allocated differently.
-        GroupError: It was called from a callback amid another collective operation of the group.
+        GroupError: A callback called this during another collective operation of the group.
         UnsupportedError: A CUDA graph is being captured.
         SymmemError: See :meth:`Group.collective`.
     """
     resolved = resolve_group(group)
     arenas = used_arenas(resolved)
-    if not any(cuda_graphs.is_capturing(arena.device) for arena in arenas):  # else all ranks refuse, below
+    if not any(cuda_graphs.is_capturing(arena.device) for arena in arenas):  # otherwise all ranks refuse below
         for prepare in before_collecting:
             prepare()
-    with Meeting(arenas, trim) as meeting:
+    with ReclaimRound([arena.log for arena in arenas], trim) as reclaim_round:
         with resolved.collective("collect", timeout) as collective:
             for arena in arenas:
                 cuda_graphs.refuse(arena.device, "arenas cannot be collected")
-            meeting.hold(collective)
-        return meeting.settle()
+            reclaim_round.run(collective)
+        return reclaim_round.apply()

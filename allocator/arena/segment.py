@@ -1,56 +1,54 @@
-"""A segment of an arena, and the blocks that are carved from it."""
+"""The memory of an arena: segments, and the signal pads in them."""
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from symmem.arena.slot_mask import DROPPED, SIGNALLED
 from symmem.arena.suballocator import SubAllocator
-from symmem.backends.base import Capability, tensor_at
+from symmem.backends import gpu
+from symmem.backends.base import tensor_at
+from symmem.backends.libc import round_up
 from symmem.errors import ResourceLimitError
 from symmem.memory.address_index import IntegerSet
-from symmem.memory.block import Block
 
 if TYPE_CHECKING:
-    from symmem.arena.allocation_log import RawRecord
-    from symmem.arena.arena import Arena
-    from symmem.backends.base import Allocation, Mapping, Signals
-    from symmem.group.group import Group
-    from symmem.memory.layout import Layout
+    import torch
 
-__all__ = ["GRANULE", "GRANULE_BITS", "SPARE", "Carve", "MappedSegments", "Segment", "finish"]
+    from symmem.backends.base import Allocation, Mapping
+    from symmem.group.group import Group
+    from symmem.memory.block import Block
+
+__all__ = ["GRANULE", "GRANULE_BITS", "SPARE", "MappedSegments", "Segment", "SignalPads"]
 
 GRANULE_BITS = 8
 GRANULE = 1 << GRANULE_BITS
-"""Offsets of tensors and of their signal pads are multiples of this."""
+"""Bytes. Offsets of tensors and of their signal pads are multiples of this."""
 
 SPARE = 128
-"""One part in so many of a segment is for signal pads of further groups."""
+"""A segment keeps 1/SPARE of its memory for the signal pads of further groups."""
 
-_STALE = 1024  # places where blocks began that a segment remembers at least
+_STALE = 1024  # starts of freed blocks that a segment always tolerates in its index
 
 
 class Segment:
-    """One allocation of the backend, cut into blocks.
+    """One allocation of the backend, from which blocks are sub-allocated.
 
     Args:
-        index: Its number within the arena.
+        index: Its number in the arena.
         allocation: The memory.
-        group: The arena's.
-        mapping: Every rank's memory; made over that group.
+        group: The group of the arena.
+        mapping: Every rank's memory, made for that group.
         blocks: The arena's blocks, by slot.
 
     Attributes:
-        first: What every block of it has from the beginning: mappings, and what was compared.
-        space: What is carved, the same on all ranks.
-        slots: The slot of each block, by offset.
-        starts: The granules at which blocks begin, or have begun, for finding a block by an address within.
+        first: The ``mappings`` and ``compared`` of a new block.
+        space: The sub-allocator; the same on all ranks.
+        slots: Slot by offset of the block.
+        starts: The granules at which blocks begin, or began earlier. Used to find a block by an address inside it.
     """
 
     def __init__(
@@ -59,7 +57,7 @@ class Segment:
         allocation: Allocation,
         group: Group,
         mapping: Mapping,
-        blocks: Sequence[weakref.ref[Carve] | None],
+        blocks: Sequence[weakref.ref[Block] | None],
     ) -> None:
         self.index, self.allocation = index, allocation
         self.mapping = mapping
@@ -69,12 +67,13 @@ class Segment:
         self.slots: dict[int, int] = {}
         self._blocks = blocks
         self.starts = IntegerSet(self.nbytes >> GRANULE_BITS)
-        # Pads of further groups, each rank for itself; free again when all ranks of the group have dropped the tensor.
+        # Pads of further groups. Every rank allocates its own. A pad is free again when all ranks of the group have
+        # dropped the tensor.
         self._spare = SubAllocator(self.nbytes // SPARE, GRANULE)
         self._lock = threading.Lock()
 
     def tidy(self) -> None:
-        """Forget where blocks began that are no more, once that is most of what is known."""
+        """Rebuild ``starts`` if most of its members are starts of freed blocks."""
         if len(self.starts) > 4 * len(self.slots) + _STALE:
             starts = IntegerSet(self.nbytes >> GRANULE_BITS)
             for offset in self.slots:
@@ -82,9 +81,9 @@ class Segment:
             self.starts = starts
 
     def at(self, address: int) -> Block | None:
-        """The live block that holds an address within the segment; it needs no lock.
+        """The live block that holds an address in the segment. Needs no lock.
 
-        O(log n), but for what began in its place before, and for entering each place in the index once.
+        O(log n), plus the freed blocks that began in the same place, plus one insertion per new block.
         """
         offset = address - self.pointer
         slot, granule = self.slots.get(offset), offset >> GRANULE_BITS
@@ -98,14 +97,14 @@ class Segment:
                 return None
         known = self._blocks[slot]
         block = known() if known else None
-        # What holds a live tensor stays as it is. Of any other address the slot may be another block's by now.
+        # A live tensor keeps its block in place. For any other address, the slot may belong to another block by now.
         return block if block and block.offset <= offset < block.offset + max(block.nbytes, 1) else None
 
     def take_pad(self, group: Group) -> int:
-        """Offset of a zeroed signal pad for a group that is not the arena's. Local.
+        """Take a zeroed signal pad for a further group, other than the arena's; returns its offset. Local.
 
         Raises:
-            ResourceLimitError: There is no room for one more.
+            ResourceLimitError: There is no room for another pad.
         """
         backend, device = self.allocation.backend, self.allocation.device
         nbytes = backend.pad_nbytes(group.size)
@@ -113,13 +112,13 @@ class Segment:
             offset = self._spare.allocate(nbytes)
         if offset is None:
             raise ResourceLimitError(
-                f"{len(self._spare)} tensors of this segment are in use by further groups, and there is no room for "
-                "another signal pad",
-                hint="let go of some, on all ranks, set a larger arena_size, or allocate with arena=False",
+                f"further groups use {len(self._spare)} tensors of this segment, and there is no room for another "
+                "signal pad",
+                hint="drop some of these tensors on all ranks, set a larger arena_size, or allocate with arena=False",
             )
         offset += self.space.capacity
         tensor_at(self.pointer + offset, nbytes, device, self).zero_()
-        finish(device)
+        _finish(device)
         return offset
 
     def free_pads(self, offsets: Sequence[int]) -> None:
@@ -129,90 +128,50 @@ class Segment:
 
 
 class MappedSegments(weakref.WeakKeyDictionary[Segment, "Mapping"]):
-    """Mappings of segments of other groups' arenas that one group has rendezvoused; kept in ``group.extensions``."""
+    """Segments of other groups' arenas that one group has rendezvoused, and their mappings; see ``Group.extension``."""
 
 
-def finish(device: torch.device) -> None:
+class SignalPads:
+    """The signal pads of an arena's slots.
+
+    Memory for pads is never used for anything else. A pad must be zero on all ranks before any rank signals, but a rank
+    hands out a tensor without knowing what its peers do.
+
+    Args:
+        nbytes: Bytes of one pad, or 0 if the backend needs none.
+        device: The device of the memory.
+
+    Attributes:
+        nbytes: Bytes per pad, a multiple of ``GRANULE``.
+        capacity: Slots that have a pad.
+        areas: First slot, segment and offset of every range of pads, in order.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.nbytes, self._device = round_up(nbytes, GRANULE), device
+        self.capacity = 0 if nbytes else sys.maxsize
+        self.areas: list[tuple[int, Segment, int]] = []
+
+    def add(self, segment: Segment, offset: int, count: int) -> None:
+        """Use memory at an offset of a segment for the next ``count`` pads."""
+        self.areas.append((self.capacity, segment, offset))
+        self.capacity += count
+
+    def locate(self, slot: int) -> tuple[Segment, int]:
+        """The segment and the offset of a slot's pad."""
+        first, segment, offset = next(area for area in reversed(self.areas) if area[0] <= slot)
+        return segment, offset + (slot - first) * self.nbytes
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Zero this rank's pads of slots, before any rank can use them again."""
+        for slot in slots:
+            segment, offset = self.locate(slot)
+            tensor_at(segment.pointer + offset, self.nbytes, self._device, segment).zero_()
+        if slots:
+            _finish(self._device)
+
+
+def _finish(device: torch.device) -> None:
     """Wait until the current stream has done its work."""
     if device.type == "cuda":
-        from symmem.backends.gpu import finish_stream
-
-        finish_stream(device)
-
-
-_NONE: dict[Any, Any] = {}  # stands for the many dicts that stay empty; never changed
-
-
-class Carve(Block):
-    """A block of an arena. When nothing refers to it any more, it is in quarantine."""
-
-    __slots__ = ("_entry", "_mark", "_signals", "_taken", "arena", "segment", "slot")
-
-    def __init__(
-        self, arena: Arena, segment: Segment, slot: int, offset: int, nbytes: int, layout: Layout, entry: RawRecord
-    ) -> None:
-        # All that Block.__init__ does, in a part of the time.
-        self.allocation, self.layout, self.offset, self.nbytes = segment.allocation, layout, offset, nbytes
-        self.pointer = segment.pointer + offset
-        self.mappings, self.compared = segment.first
-        self.first, self.process, self.closed = None, arena.process, False
-        self.arena, self.segment, self.slot, self._entry = arena, segment, slot, entry
-        self._signals: dict[Mapping, Signals] = _NONE
-        self._taken: dict[Group, int] = _NONE  # offset of this rank's pad, of further groups
-        self._mark = DROPPED
-
-    def __del__(self) -> None:
-        # Called by the collector as well, anywhere and on any thread: each of these is one step, and the mark the last.
-        arena, slot = self.arena, self.slot
-        if self._taken:
-            arena.further[slot] = [(weakref.ref(group), pad) for group, pad in self._taken.items()]
-        arena.dropped.append((perf_counter(), self._entry, self._entry[5]))
-        arena.marks[slot] = self._mark
-
-    @property
-    def home(self) -> tuple[str, int, int]:
-        """The group whose arena it is part of: its name, its size, and this rank in it."""
-        return self.arena.group.name, self.arena.group.size, self.arena.group.rank
-
-    def mapping_for(self, group: Group) -> Mapping | None:
-        """That of the segment, whichever of its tensors the group has met for."""
-        return self.mappings.get(group) or group.extension(MappedSegments).get(self.segment)
-
-    def dropped_pads(self, group: Group) -> list[int] | None:
-        """See :meth:`Block.dropped_pads`."""
-        if group is self.arena.group or Capability.SIGNALS not in self.allocation.backend.capabilities:
-            return None
-        return self.arena.dropped_pads(group)
-
-    def free_pads(self, group: Group, slots: Sequence[int]) -> None:
-        """See :meth:`Block.free_pads`."""
-        self.arena.free_pads(slots, group)
-
-    def pad_for(self, group: Group) -> int:
-        """See :meth:`Block.pad_for`."""
-        if group not in self._taken:
-            self._taken = {**self._taken, group: self.segment.take_pad(group)}
-        return self._taken[group]
-
-    def enter(self, group: Group, mapping: Mapping, pads: Sequence[int]) -> None:
-        """See :meth:`Block.enter`."""
-        super().enter(group, mapping, pads)
-        group.extension(MappedSegments)[self.segment] = mapping
-        if pads:
-            self._signals = {**self._signals, mapping: _signals_at(mapping, pads)}
-
-    def signals(self, mapping: Mapping) -> Signals:
-        """Who signals for this tensor alone: within an arena, each has pads of its own."""
-        if Capability.SIGNALS not in mapping.backend.capabilities:
-            return mapping  # whose methods say so
-        self._mark = SIGNALLED
-        if mapping not in self._signals:
-            segment, offset = self.arena.pad_of(self.slot)
-            signals = _signals_at(segment.mapping, (offset,) * mapping.group.size)
-            self._signals = {**self._signals, mapping: signals}
-        return self._signals[mapping]
-
-
-def _signals_at(mapping: Mapping, offsets: Sequence[int]) -> Signals:
-    """Signals over the pads at each rank's offset."""
-    return mapping.signals_at([p + o if p else 0 for p, o in zip(mapping.pointers, offsets, strict=True)])
+        gpu.finish_stream(device)

@@ -1,4 +1,4 @@
-"""What symmetric memory a process has: figures, and a snapshot as plain data. Nothing here is collective."""
+"""Statistics of the symmetric memory of this process, and a snapshot of it as plain data. Nothing is collective."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from symmem.arena.allocation_log import AllocationRecord
-from symmem.arena.arena import Arena
-from symmem.arena.reclaim import Arenas
+from symmem.arena.allocation_log import AllocationLog, AllocationRecord
+from symmem.arena.arena import arenas_of
 from symmem.arena.segment import Segment
 from symmem.arena.slot_mask import masks_of, slots_of
 from symmem.group.group import GroupLike, known_groups, resolve_group
@@ -26,122 +25,121 @@ if TYPE_CHECKING:
 
 __all__ = ["figures", "layout_of", "memory_snapshot", "memory_stats", "outside_of_arenas", "quiet"]
 
-_PATIENCE = 0.1  # seconds
+_PATIENCE = 0.1  # seconds to wait for a lock
 
 
 def memory_stats(group: GroupLike = None) -> dict[str, int | float]:
-    """The figures of a group's arenas on this rank together. Local.
+    """Statistics of all arenas of a group on this rank. Local.
 
     Args:
         group: See :meth:`SymmetricTensor.rendezvous`.
 
     Returns:
-        By name, in bytes unless the name says otherwise: ``reserved_bytes`` (of all segments), ``live_bytes``,
-        ``peak_live_bytes`` (the sum of each arena's peak), ``quarantined_bytes`` (dropped here, and not yet by all),
-        ``free_bytes``, ``largest_free_bytes``, ``fragmentation`` (the part of the free bytes outside of each
-        segment's largest free block), and the numbers of ``segments``, ``live_blocks``, ``quarantined_blocks``,
-        ``allocations``, ``reclaims`` (blocks that came free), ``collections`` (meetings at which they did) and
-        ``growths``.
+        A dict. In bytes: ``reserved_bytes`` (of all segments), ``live_bytes``, ``peak_live_bytes`` (the sum of the
+        arenas' peaks), ``quarantined_bytes`` (dropped here, but not yet by all ranks), ``free_bytes`` and
+        ``largest_free_bytes``. Counts: ``segments``, ``live_blocks``, ``quarantined_blocks``, ``allocations``,
+        ``reclaims`` (blocks that were freed), ``collections`` (reclaim rounds that freed them) and ``growths``. A
+        fraction: ``fragmentation`` (free bytes outside of the largest free block of their segment).
     """
-    return figures(list(resolve_group(group).extension(Arenas).values()))
+    return figures([arena.log for arena in arenas_of(resolve_group(group))])
 
 
 def memory_snapshot() -> dict[str, Any]:
-    """All symmetric memory of this process as plain data that :mod:`json` can write. Local.
+    """All symmetric memory of this process, as plain data that :mod:`json` can write. Local.
 
     Returns:
-        ``arenas``: of each arena its group, rank, figures, segments with their blocks by address, live bytes by call
-        site, and what happened last, by the clock ``time.perf_counter`` in seconds; if it is in the middle of a
-        ``meeting``, without the blocks. ``graphs``: how many blocks are kept for each CUDA graph that lives;
-        ``tensors``: what has memory of its own. ``symmem memory-map`` makes a picture of it.
+        ``arenas``: per arena its group, rank, statistics, segments with their blocks by address, live bytes by call
+        site, and the most recent events, with times in seconds of ``time.perf_counter``. During a reclaim round
+        ``meeting`` is true and the blocks are left out. ``graphs``: how many blocks are kept for every live CUDA graph.
+        ``tensors``: the tensors outside of arenas. ``symmem memory-map`` makes a picture of a snapshot.
     """
     return {
         "symmem": VERSION,
         "time": time.time(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "arenas": [_arena(arena) for group in known_groups() for arena in list(group.extension(Arenas).values())],
+        "arenas": [_snapshot(arena.log) for group in known_groups() for arena in arenas_of(group)],
         "graphs": {str(number): blocks for number, blocks in cuda_graphs.kept().items()},
         "tensors": outside_of_arenas(),
     }
 
 
 @contextlib.contextmanager
-def quiet(arena: Arena) -> Iterator[bool]:
-    """Keep the arena from changing; False if it is in the middle of a meeting, which may take long."""
-    held = arena.lock.acquire(timeout=_PATIENCE)
+def quiet(log: AllocationLog) -> Iterator[bool]:
+    """Try to lock an allocation log. Yields False if a reclaim round holds it, because that may take long."""
+    held = log.lock.acquire(timeout=_PATIENCE)
     try:
         yield held
     finally:
         if held:
-            arena.lock.release()
+            log.lock.release()
 
 
-def figures(arenas: Sequence[Arena]) -> dict[str, int | float]:
-    """What :func:`memory_stats` says, of these."""
-    for arena in arenas:
-        with quiet(arena) as held:
+def figures(logs: Sequence[AllocationLog]) -> dict[str, int | float]:
+    """The statistics of :func:`memory_stats` for some arenas."""
+    for log in logs:
+        with quiet(log) as held:
             if held:
-                arena.look()
-                arena.note()
-    segments = [segment for arena in arenas for segment in arena.segments]
-    stats: dict[str, int | float] = {
-        "segments": len(segments),
-        "reserved_bytes": sum(segment.nbytes for segment in segments),
-        "live_bytes": sum(arena.live_bytes for arena in arenas),
-        "peak_live_bytes": sum(arena.peak_bytes for arena in arenas),
-        "quarantined_bytes": sum(arena.quarantined_bytes for arena in arenas),
-        "free_bytes": sum(segment.space.free_bytes for segment in segments) + sum(a.agreed_bytes for a in arenas),
-        "largest_free_bytes": max((segment.space.largest_free for segment in segments), default=0),
-        "live_blocks": sum(len(segment.slots) for segment in segments)
-        - sum(arena.quarantined_blocks + arena.agreed.bit_count() for arena in arenas),
-        "quarantined_blocks": sum(arena.quarantined_blocks for arena in arenas),
-        "allocations": sum(arena.count for arena in arenas),
-        "reclaims": sum(arena.reclaimed_blocks for arena in arenas),
-        "collections": sum(arena.collections for arena in arenas),
-        "growths": sum(arena.growths for arena in arenas),
-    }
+                log.count_drops()
+                log.flush_events()
+    segments = [segment for log in logs for segment in log.segments]
     free = sum(segment.space.free_bytes for segment in segments)
     usable = sum(segment.space.largest_free for segment in segments)
-    return stats | {"fragmentation": 1 - usable / free if free else 0.0}
+    return {
+        "segments": len(segments),
+        "reserved_bytes": sum(segment.nbytes for segment in segments),
+        "live_bytes": sum(log.live_bytes for log in logs),
+        "peak_live_bytes": sum(log.peak_bytes for log in logs),
+        "quarantined_bytes": sum(log.quarantined_bytes for log in logs),
+        "free_bytes": free + sum(log.agreed_bytes for log in logs),
+        "largest_free_bytes": max((segment.space.largest_free for segment in segments), default=0),
+        "live_blocks": sum(len(segment.slots) for segment in segments)
+        - sum(log.quarantined_blocks + log.agreed.bit_count() for log in logs),
+        "quarantined_blocks": sum(log.quarantined_blocks for log in logs),
+        "allocations": sum(log.count for log in logs),
+        "reclaims": sum(log.reclaimed_blocks for log in logs),
+        "collections": sum(log.collections for log in logs),
+        "growths": sum(log.growths for log in logs),
+        "fragmentation": 1 - usable / free if free else 0.0,
+    }
 
 
-def _arena(arena: Arena) -> dict[str, Any]:
-    with quiet(arena) as held:
-        stats = figures([arena])
-        agreed = set(slots_of(arena.agreed))
-        gone = set(slots_of(masks_of(arena.marks)[0]))
+def _snapshot(log: AllocationLog) -> dict[str, Any]:
+    with quiet(log) as held:
+        stats = figures([log])
+        agreed = set(slots_of(log.agreed))
+        dropped = set(slots_of(masks_of(log.slot_marks)[0]))
         live: Counter[str] = Counter()
         blocks: Counter[str] = Counter()
-        for slot, entry in enumerate(arena.entries):
-            if entry is not None and slot not in gone:
-                site = str(AllocationRecord.of(entry).site)
-                live[site] += entry[5]
+        for slot, raw in enumerate(log.records):
+            if raw is not None and slot not in dropped:
+                site = str(AllocationRecord.of(raw).site)
+                live[site] += raw[5]
                 blocks[site] += 1
         return {
-            "backend": arena.backend.name,
-            "device": str(arena.device),
-            "group": arena.group.name,
-            "rank": arena.group.rank,
-            "world": arena.group.size,
+            "backend": log.backend.name,
+            "device": str(log.device),
+            "group": log.group.name,
+            "rank": log.group.rank,
+            "world": log.group.size,
             "stats": stats,
             "segments": [
                 {
                     "index": segment.index,
                     "nbytes": segment.nbytes,
-                    "blocks": list(_blocks(arena, segment, agreed, gone)) if held else [],
+                    "blocks": list(_blocks(log, segment, agreed, dropped)) if held else [],
                 }
-                for segment in arena.segments
+                for segment in log.segments
             ],
             "meeting": not held,
             "sites": [
                 {"site": site, "live_bytes": nbytes, "live_blocks": blocks[site]} for site, nbytes in live.most_common()
             ],
-            "events": _events(arena),
+            "events": _events(log),
         }
 
 
-def _blocks(arena: Arena, segment: Segment, agreed: set[int], gone: set[int]) -> Iterator[dict[str, Any]]:
+def _blocks(log: AllocationLog, segment: Segment, agreed: set[int], dropped: set[int]) -> Iterator[dict[str, Any]]:
     for offset, nbytes, in_use in segment.space.blocks():
         slot = segment.slots.get(offset)
         if not in_use or slot in agreed:
@@ -149,13 +147,13 @@ def _blocks(arena: Arena, segment: Segment, agreed: set[int], gone: set[int]) ->
         elif slot is None:
             yield {"offset": offset, "nbytes": nbytes, "state": "live", "site": "signal pads", "name": "signal pads"}
         else:
-            entry, known = arena.entries[slot], arena.blocks[slot]
-            assert entry is not None
-            record, block = AllocationRecord.of(entry), known() if known else None
+            raw, known = log.records[slot], log.blocks[slot]
+            assert raw is not None
+            record, block = AllocationRecord.of(raw), known() if known else None
             yield {
                 "offset": offset,
                 "nbytes": nbytes,
-                "state": "quarantined" if slot in gone else "live",
+                "state": "quarantined" if slot in dropped else "live",
                 **layout_of(record.layout),
                 "site": str(record.site),
                 "name": record.name,
@@ -166,7 +164,7 @@ def _blocks(arena: Arena, segment: Segment, agreed: set[int], gone: set[int]) ->
         yield {"offset": segment.space.capacity, "nbytes": tail, "state": "live", "site": site, "name": site}
 
 
-def _events(arena: Arena) -> list[dict[str, Any]]:
+def _events(log: AllocationLog) -> list[dict[str, Any]]:
     allocations = [
         {
             "time": record.time,
@@ -177,22 +175,22 @@ def _events(arena: Arena) -> list[dict[str, Any]]:
             "nbytes": record.nbytes,
             "site": str(record.site),
         }
-        for record in arena.records()
+        for record in log.recent()
     ]
     others = [
-        {"time": when, "event": what, "segment": entry[3], "offset": entry[4], "nbytes": entry[5]}
-        for what, events in (("drop", arena.drops), ("reclaim", arena.reclaims))
-        for when, entry, *_ in events
+        {"time": when, "event": kind, "segment": raw[3], "offset": raw[4], "nbytes": raw[5]}
+        for kind, events in (("drop", log.drops), ("reclaim", log.reclaims))
+        for when, raw, *_ in events
     ]
     changes = [
-        {"time": when, "event": what, "segment": segment, "nbytes": nbytes}
-        for when, what, segment, nbytes in arena.changes
+        {"time": when, "event": kind, "segment": segment, "nbytes": nbytes}
+        for when, kind, segment, nbytes in log.changes
     ]
     return sorted(allocations + others + changes, key=lambda event: event["time"])
 
 
 def outside_of_arenas() -> list[dict[str, Any]]:
-    """The tensors of this process that have memory of their own."""
+    """The tensors of this process that are not in an arena, as plain data."""
     blocks = (memory for memory in live_ranges() if isinstance(memory, Block))
     return [_tensor(block) for block in blocks if block.process == os.getpid()]
 

@@ -130,7 +130,7 @@ class ArenaMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Allocate a storage in the arena."""
         if layout is None or layout.overlaps:
             layout = Layout((nbytes,), (1,), torch.uint8)
-        block = self.arena.carve(layout, None, caller())
+        block = self.arena.sub_allocate(layout, None, caller())
         return storage_at(block.pointer, nbytes, self.arena.device, block)
 
 

@@ -176,7 +176,7 @@ class ArenaPool:
                 )
             self.pause()  # the arena may allocate with torch when it grows
             try:
-                block = self.arena.carve(Layout((nbytes,), (1,), torch.uint8), None, caller())
+                block = self.arena.sub_allocate(Layout((nbytes,), (1,), torch.uint8), None, caller())
             finally:
                 self.resume()
         except BaseException as error:  # C cannot handle it

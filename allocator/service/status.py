@@ -18,9 +18,8 @@ from itertools import islice
 from types import FrameType
 from typing import Any, TypeVar
 
-from symmem.arena.allocation_log import AllocationRecord
-from symmem.arena.arena import Arena
-from symmem.arena.reclaim import Arenas
+from symmem.arena.allocation_log import AllocationLog, AllocationRecord
+from symmem.arena.arena import arenas_of
 from symmem.arena.slot_mask import masks_of, slots_of
 from symmem.arena.statistics import figures, layout_of, memory_snapshot, outside_of_arenas, quiet
 from symmem.backends.kernel_status import gpu_waits
@@ -115,29 +114,28 @@ def _group(group: Group, waiting: Sequence[Wait]) -> dict[str, Any]:
         for wait in waiting
         if wait.group is group
     ]
-    arenas = [_arena(arena) for arena in list(group.extension(Arenas).values())]
-    return {**group.status(), "signals": signals, "arenas": arenas}
+    return {**group.status(), "signals": signals, "arenas": [_arena(arena.log) for arena in arenas_of(group)]}
 
 
-def _arena(arena: Arena) -> dict[str, Any]:
-    with quiet(arena) as held:
-        return {"backend": arena.backend.name, "device": str(arena.device), "busy": not held, **figures([arena])}
+def _arena(log: AllocationLog) -> dict[str, Any]:
+    with quiet(log) as held:
+        return {"backend": log.backend.name, "device": str(log.device), "busy": not held, **figures([log])}
 
 
 def _tensors() -> Iterator[dict[str, Any]]:
     for group in _groups():
-        for arena in list(group.extension(Arenas).values()):
-            yield from _carved(arena)
+        for arena in arenas_of(group):
+            yield from _in_arena(arena.log)
     for each in outside_of_arenas():
         yield {**each, "group": None}
 
 
-def _carved(arena: Arena) -> Iterator[dict[str, Any]]:
-    with quiet(arena):
-        entries, blocks = list(arena.entries), list(arena.blocks)
-        gone = set(slots_of(masks_of(arena.marks)[0]))
+def _in_arena(log: AllocationLog) -> Iterator[dict[str, Any]]:
+    with quiet(log):
+        entries, blocks = list(log.records), list(log.blocks)
+        gone = set(slots_of(masks_of(log.slot_marks)[0]))
     named = functools.cache(str)  # call sites are few
-    backend, device, group = arena.backend.name, str(arena.device), arena.group.name
+    backend, device, group = log.backend.name, str(log.device), log.group.name
     for slot, (entry, known) in enumerate(zip(entries, blocks, strict=False)):
         if entry is None or slot in gone:
             continue

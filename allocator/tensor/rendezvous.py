@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from symmem.arena.reclaim import Meeting, used_arenas
+from symmem.arena.arena import used_arenas
+from symmem.arena.reclaim import ReclaimRound
 from symmem.backends.base import Capability
 from symmem.errors import ClosedError, MismatchError, UnsupportedError
 from symmem.group.group import Collective, Group, differing
@@ -63,13 +64,13 @@ def rendezvous(block: Block, layout: Layout, group: Group, timeout: float | None
         "group of the arena": block.home and block.home[:2],
     }
     # The same round reclaims what all ranks have dropped from the group's arenas.
-    with Meeting(used_arenas(group)) as meeting:
+    with ReclaimRound([arena.log for arena in used_arenas(group)]) as reclaim_round:
         with group.collective("rendezvous", timeout) as collective:
             cuda_graphs.refuse(allocation.device, "a first rendezvous cannot be made")
             state: dict[str, Any] = {
                 "mapped": mapping is not None,
                 "dropped": block.dropped_pads(group),
-                "arenas": meeting.card(),
+                "arenas": reclaim_round.metadata(),
                 "home": block.home and block.home[2],
             }
             received = _compare(collective, metadata, state)
@@ -78,13 +79,13 @@ def rendezvous(block: Block, layout: Layout, group: Group, timeout: float | None
                     f"the ranks do not share an arena: each has one of a group that is named {block.home[0]!r}",
                     hint="allocate in the arena of a group that has all of these ranks, or with arena=False",
                 )
-            meeting.agree(collective, [peer["arenas"] for peer in received])
+            reclaim_round.agree(collective, [peer["arenas"] for peer in received])
             # A rank that failed after the others had agreed has no mapping; then all ranks map again.
             if mapping is None or not all(peer["mapped"] for peer in received):
                 mapping = allocation.backend.rendezvous(allocation, collective)
                 mapping.serial = collective.serial
             pads = _pads(block, group, collective, [peer["dropped"] for peer in received])
-        meeting.settle()
+        reclaim_round.apply()
     block.enter(group, mapping, pads)
     block.compared |= {block.key(group, layout)}
     if block.closed:  # another thread closed it; checked last, so that one of the two threads drops the mapping

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from symmem.arena.arena import Arena, arena_for, carves
+from symmem.arena.arena import Arena, arena_for, supports_arenas
 from symmem.backends import select_backend
 from symmem.backends.base import Backend, storage_at
 from symmem.config import load_settings
@@ -129,7 +129,7 @@ def _choose(group: Group | None, backend: BackendNames, device: DeviceLike) -> S
     follows_current = requested.type == "cuda" and requested.index is None
     if follows_current:
         requested = torch.device("cuda", torch.cuda.current_device())
-    arena = arena_for(group, chosen, requested) if group and carves(chosen) else None
+    arena = arena_for(group, chosen, requested) if group and supports_arenas(chosen) else None
     return Source(chosen, requested, arena, follows_current, requested.type == "cuda")
 
 

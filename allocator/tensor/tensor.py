@@ -97,7 +97,7 @@ class SymmetricTensor:
         try:
             source, layout, make_tensor = resolve_request(resolved, (sizes, dtype, device, strides, backend))
             if arena or (arena is None and source.arena is not None):
-                block: Block = (source.arena or arena_of(source, resolved)).carve(layout, name, sys._getframe(1))
+                block: Block = (source.arena or arena_of(source, resolved)).sub_allocate(layout, name, sys._getframe(1))
                 if source.is_cuda and cuda_graphs.is_capturing_cuda():
                     cuda_graphs.keep(block)
             else:

@@ -22,9 +22,10 @@ from thread_ranks import make_groups, succeed
 
 import symmem
 from symmem.arena import suballocator
-from symmem.arena.arena import Arena
-from symmem.arena.reclaim import Arenas
-from symmem.arena.segment import GRANULE, Carve
+from symmem.arena.allocation_log import AllocationLog
+from symmem.arena.arena import arenas_of
+from symmem.arena.arena_block import ArenaBlock
+from symmem.arena.segment import GRANULE
 from symmem.backends import get_backend
 from symmem.backends.base import tensor_at
 from symmem.errors import (
@@ -59,18 +60,18 @@ class Rank:
         return symmem.collect(self.group, **options)
 
     @property
-    def arena(self) -> Arena:
-        return next(iter(self.group.extension(Arenas).values()))
+    def log(self) -> AllocationLog:
+        return arenas_of(self.group)[0].log
 
     @property
     def book(self) -> tuple[int, int]:
         """Bytes that are live, and in quarantine."""
-        self.arena.look()
-        return self.arena.live_bytes, self.arena.quarantined_bytes
+        self.log.count_drops()
+        return self.log.live_bytes, self.log.quarantined_bytes
 
     @property
     def segments(self) -> list[int]:
-        return [segment.nbytes for segment in self.arena.segments]
+        return [segment.nbytes for segment in self.log.segments]
 
 
 @pytest.fixture
@@ -125,10 +126,10 @@ def test_every_dtype(dtype: torch.dtype, rank: Rank) -> None:
 @pytest.mark.parametrize("dtype", sorted(QUANTIZED, key=str), ids=str)
 def test_a_refused_dtype_leaves_the_arena_as_it_was(dtype: torch.dtype, rank: Rank) -> None:
     keep = rank.allocate()
-    before = rank.arena.count, rank.arena.digest, rank.book
+    before = rank.log.count, rank.log.digest, rank.book
     with pytest.raises(InvalidArgumentError):
         rank.allocate(3, dtype)
-    assert (rank.arena.count, rank.arena.digest, rank.book) == before
+    assert (rank.log.count, rank.log.digest, rank.book) == before
     del keep
 
 
@@ -161,25 +162,25 @@ def test_tensors_of_nothing_and_of_no_dimensions(sizes: Any, rank: Rank) -> None
 @pytest.mark.parametrize("name", [5, b"x", ["a"], "\ud800"], ids=repr)
 def test_a_name_that_is_no_text(name: Any, rank: Rank) -> None:
     rank.allocate()
-    before = rank.arena.digest
+    before = rank.log.digest
     with pytest.raises(InvalidArgumentError, match="name"):
         rank.allocate(name=name)
-    assert rank.arena.digest == before
+    assert rank.log.digest == before
     assert rank.allocate(name="weights").tensor.shape == (8,)
 
 
 def test_memory_of_its_own(rank: Rank) -> None:
     st = rank.allocate(arena=False)
-    assert not isinstance(st._block, Carve)
+    assert not isinstance(st._block, ArenaBlock)
     assert st.groups == ()
-    assert rank.arena.count == 0
+    assert rank.log.count == 0
     with pytest.raises(GroupError, match="there is none"):
         symmem.allocate(8, backend="host", arena=True)
 
 
 def test_the_call_site_is_the_users(rank: Rank) -> None:
     st = rank.allocate(name="here")
-    record = rank.arena.records()[-1]
+    record = rank.log.recent()[-1]
     assert record.site.code.co_name == "allocate"
     assert record.site.code.co_filename == __file__
     assert str(record).startswith("[8] of torch.uint8 named 'here', 256 bytes, at ")
@@ -194,7 +195,7 @@ def test_a_call_site_within_symmem_is_that_of_its_caller(module: str, named: boo
     exec("def through(allocate, *args, **options):\n    return allocate(*args, **options)", namespace)
     for _ in range(2):  # the second time it is known
         namespace["through"](symmem.allocate, 8, torch.uint8, group=rank.group, backend="host")
-        found = rank.arena.records()[-1].site.code.co_name
+        found = rank.log.recent()[-1].site.code.co_name
         assert found == ("through" if named else "test_a_call_site_within_symmem_is_that_of_its_caller")
 
 
@@ -239,7 +240,7 @@ def test_whatever_reaches_the_memory_keeps_it(what: str, shape: tuple[int, ...],
     assert rank.book == (0, 2 * live)
     assert rank.collect() == 2 * live
     assert rank.book == (0, 0)
-    assert rank.allocate(1000).tensor.data_ptr() == pointer or len(rank.arena.segments) == 1
+    assert rank.allocate(1000).tensor.data_ptr() == pointer or len(rank.log.segments) == 1
 
 
 def test_what_was_dropped_is_not_reused_before_a_meeting(rank: Rank) -> None:
@@ -372,9 +373,9 @@ def over(pointer: int, owner: object, nbytes: int = 1) -> torch.Tensor:
 def test_what_lies_between_blocks_is_not_found(rank: Rank) -> None:
     st, behind = rank.allocate(100), rank.allocate(100)
     begin, end = span(st)
-    segment = rank.arena.segments[0]
+    segment = rank.log.segments[0]
     assert symmem.find(over(end - 1, segment))._block is st._block  # type: ignore[union-attr]
-    pads, offset = rank.arena.pad_of(st._block.slot)  # type: ignore[attr-defined]
+    pads, offset = rank.log.pads.locate(st._block.slot)  # type: ignore[attr-defined]
     places = [end, begin + 255, pads.pointer + offset, segment.pointer + segment.nbytes - 1]
     for pointer in places:
         assert symmem.find(over(pointer, segment)) is None
@@ -387,7 +388,7 @@ def test_what_lies_between_blocks_is_not_found(rank: Rank) -> None:
 
 def test_what_was_dropped_is_not_found(rank: Rank) -> None:
     first, st, last = rank.allocate(1000), rank.allocate(1000), rank.allocate(1000)
-    segment, (begin, end) = rank.arena.segments[0], span(st)
+    segment, (begin, end) = rank.log.segments[0], span(st)
     del st
     for _ in ("in quarantine", "reclaimed"):
         assert symmem.find(over(begin, segment)) is None
@@ -483,7 +484,7 @@ def test_two_threads_in_one_arena(rank: Rank) -> None:
         sys.setswitchinterval(before)
     assert len({st._block.pointer for st in live}) == 1600
     assert len({st._block.slot for st in live}) == 1600  # type: ignore[attr-defined]
-    assert rank.arena.count == 1601
+    assert rank.log.count == 1601
     assert rank.book[0] == 1600 * 512
 
 
@@ -504,7 +505,7 @@ def test_two_threads_in_one_arena(rank: Rank) -> None:
 def test_growth_by_policy(size: str, growth: float, limit: str, expected: list[int], make: Make) -> None:
     rank = make(arena_size=size, arena_growth=growth, arena_limit=limit)
     live = []
-    while len(rank.group.extension(Arenas)) == 0 or len(rank.segments) < len(expected):
+    while not arenas_of(rank.group) or len(rank.segments) < len(expected):
         live.append(rank.allocate(500_000))
     assert rank.segments == [nbytes * MIB for nbytes in expected]
     spans = sorted(map(span, live))
@@ -553,11 +554,11 @@ def test_the_limit(make: Make) -> None:
     with pytest.raises(ResourceLimitError, match="arena_limit, 4194304 bytes"):
         rank.allocate(5 * MIB)
     live = [rank.allocate(MIB) for _ in range(2)]
-    before = rank.arena.count, rank.arena.digest, rank.book, rank.segments
+    before = rank.log.count, rank.log.digest, rank.book, rank.segments
     for _ in range(2):
         with pytest.raises(ResourceLimitError, match="0 in quarantine"):
             rank.allocate(MIB)
-    after = rank.arena.count, rank.book, rank.segments
+    after = rank.log.count, rank.book, rank.segments
     assert after == (before[0], *before[2:])
     assert rank.allocate(MIB // 4).tensor.shape == (MIB // 4,)
     del live[0]
@@ -569,7 +570,7 @@ def test_at_the_limit_slots_are_used_again(make: Make) -> None:
     """Where there is no memory for more signal pads, what was dropped makes room, each time; and is dropped at once."""
     rank = make(arena_size="2MiB", arena_limit="2MiB")
     live = [rank.allocate(64)]
-    live += [rank.allocate(64) for _ in range(rank.arena._slots - 1)]
+    live += [rank.allocate(64) for _ in range(rank.log.pads.capacity - 1)]
     for _ in range(3):
         live.pop()
         live.append(rank.allocate(64))
@@ -601,7 +602,7 @@ def test_what_follows_a_step_that_one_rank_had_no_memory_for_is_dropped_at_once(
 
 def test_out_of_memory_leaves_the_arena_as_it_was(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     keep = rank.allocate()
-    before = rank.book, rank.segments, rank.arena.count
+    before = rank.book, rank.segments, rank.log.count
 
     def none(*_: Any) -> Any:
         raise OutOfMemoryError("planted")
@@ -610,7 +611,7 @@ def test_out_of_memory_leaves_the_arena_as_it_was(rank: Rank, monkeypatch: pytes
         patch.setattr(get_backend("host"), "allocate", none)
         with pytest.raises(OutOfMemoryError, match="planted"):
             rank.allocate(8 * MIB)
-    assert (rank.book, rank.segments, rank.arena.count) == before
+    assert (rank.book, rank.segments, rank.log.count) == before
     assert rank.allocate(8 * MIB).tensor.numel() == 8 * MIB
     del keep
 
@@ -673,17 +674,17 @@ def test_counters(rank: Rank) -> None:
     assert rank.book == (256, 1024)
     rank.allocate(5)
     assert rank.book == (256, 1280)
-    arena = rank.arena
-    assert (arena.peak_bytes, arena.reclaimed_blocks, arena.collections, arena.growths) == (1280, 0, 0, 1)
+    log = rank.log
+    assert (log.peak_bytes, log.reclaimed_blocks, log.collections, log.growths) == (1280, 0, 0, 1)
     assert rank.collect() == 1280
     assert rank.book == (256, 0)
-    assert (arena.peak_bytes, arena.reclaimed_blocks, arena.collections) == (1280, 2, 1)
+    assert (log.peak_bytes, log.reclaimed_blocks, log.collections) == (1280, 2, 1)
     del other
     rank.collect()
     assert rank.book == (0, 0)
-    assert [what for _, what, *_ in arena.changes] == ["grow"]
-    assert [[entry[5] for _, entry, *_ in events] for events in (arena.drops, arena.reclaims)] == [[1024, 256, 256]] * 2
-    assert all(one[0] < other[0] for one, other in zip(arena.drops, arena.reclaims, strict=True))
+    assert [what for _, what, *_ in log.changes] == ["grow"]
+    assert [[entry[5] for _, entry, *_ in events] for events in (log.drops, log.reclaims)] == [[1024, 256, 256]] * 2
+    assert all(one[0] < other[0] for one, other in zip(log.drops, log.reclaims, strict=True))
 
 
 def test_each_drop_is_noted(rank: Rank) -> None:
@@ -694,9 +695,9 @@ def test_each_drop_is_noted(rank: Rank) -> None:
     many = [rank.allocate(3000 + size) for size in sizes]
     del many
     assert rank.book == (0, sum(max(-(-size // 256), 1) * 256 for size in (*sizes, *(3000 + size for size in sizes))))
-    rank.arena.note()
-    assert sorted(entry[6].sizes[0] for _, entry, _ in rank.arena.drops) == [*sizes, *(3000 + size for size in sizes)]
-    assert rank.arena.quarantined_blocks == len(rank.arena.drops)
+    rank.log.flush_events()
+    assert sorted(entry[6].sizes[0] for _, entry, _ in rank.log.drops) == [*sizes, *(3000 + size for size in sizes)]
+    assert rank.log.quarantined_blocks == len(rank.log.drops)
 
 
 def test_many_blocks_at_once(rank: Rank) -> None:
@@ -706,7 +707,7 @@ def test_many_blocks_at_once(rank: Rank) -> None:
     del kept[::2]
     assert rank.book == (500 * GRANULE, 500 * GRANULE)
     assert rank.collect() == 500 * GRANULE
-    assert rank.arena.agreed.bit_count() == 500
+    assert rank.log.agreed.bit_count() == 500
     assert rank.collect() == 0
     (told,) = (each for each in symmem.memory_snapshot()["arenas"] if each["stats"]["allocations"] == 1000)
     happened = Counter(each["event"] for each in told["events"])
@@ -717,26 +718,26 @@ def test_many_blocks_at_once(rank: Rank) -> None:
     assert symmem.memory_stats(rank.group)["live_blocks"] == 500
     del kept[::2]
     assert rank.collect() == 250 * GRANULE
-    rank.arena.absorb()
+    rank.log.absorb()
     assert rank.book == (250 * GRANULE, 0)
-    assert len(rank.arena._free_slots) == len(rank.arena.entries) - 250
+    assert len(rank.log.free_slots) == len(rank.log.records) - 250
 
 
 def test_meetings_for_nothing_leave_nothing(rank: Rank) -> None:
     kept = [rank.allocate(8) for _ in range(1000)]
     del kept[::2]
     rank.collect()
-    arena = rank.arena
-    before, remembered = arena.collections, (len(arena.reclaims), len(arena._unnoted))
+    log = rank.log
+    before, remembered = log.collections, (len(log.reclaims), len(log._pending))
     for _ in range(3):
         assert rank.collect() == 0
-    assert arena.agreed
-    assert (len(arena.reclaims), len(arena._unnoted)) == remembered
-    assert arena.collections == before + 3
-    arena.absorb()
-    remembered = len(arena.reclaims), 0
+    assert log.agreed
+    assert (len(log.reclaims), len(log._pending)) == remembered
+    assert log.collections == before + 3
+    log.absorb()
+    remembered = len(log.reclaims), 0
     rank.collect()
-    assert (len(arena.reclaims), len(arena._unnoted)) == remembered
+    assert (len(log.reclaims), len(log._pending)) == remembered
 
 
 def test_the_book_after_much_use(rank: Rank) -> None:
@@ -745,13 +746,13 @@ def test_the_book_after_much_use(rank: Rank) -> None:
         some = [rank.allocate(turn * 37 + n) for n in range(20)]
         del some
         rank.collect()
-    arena = rank.arena
+    log = rank.log
     assert rank.book == (sum(max(-(-n // 256), 1) * 256 for n in range(0, 3000, 100)), 0)
-    assert arena.quarantine() == (0, 0)
-    live = {slot for slot, entry in enumerate(arena.entries) if entry}
+    assert log.quarantine() == (0, 0)
+    live = {slot for slot, entry in enumerate(log.records) if entry}
     assert live == {st._block.slot for st in kept}  # type: ignore[attr-defined]
-    assert sorted(slot for segment in arena.segments for slot in segment.slots.values()) == sorted(live)
-    assert sorted(live | set(arena._free_slots)) == list(range(len(arena.entries)))
+    assert sorted(slot for segment in log.segments for slot in segment.slots.values()) == sorted(live)
+    assert sorted(live | set(log.free_slots)) == list(range(len(log.records)))
 
 
 # Signal pads.
@@ -785,10 +786,10 @@ def test_a_rendezvous_of_a_view_leaves_the_pads(rank: Rank) -> None:
 def test_what_comes_free_when_pads_run_out_is_one_piece(rank: Rank) -> None:
     """The tensor for which there was none goes to the beginning of it, and does not cut off what lies before it."""
     first = rank.allocate(8)._block.offset
-    while not rank.arena.collections:
+    while not rank.log.collections:
         rank.allocate(8)
-    assert len(rank.arena.segments) == 1
-    space = rank.arena.segments[0].space
+    assert len(rank.log.segments) == 1
+    space = rank.log.segments[0].space
     live = [(offset, offset + nbytes) for offset, nbytes, in_use in space.blocks() if in_use]
     assert live == [(0, first), (first, first + GRANULE)]  # the pads, and the tensor; what is free lies behind them
 
@@ -923,8 +924,8 @@ def test_an_allocation_in_a_finalizer_amid_an_allocation(rank: Rank, monkeypatch
 
     monkeypatch.setattr(suballocator.SubAllocator, "_put", put)
     keep.append(rank.allocate())
-    assert ["amid another allocation" in str(error) for error in told] == [True, True]
-    assert rank.arena.count == 3
+    assert ["during another allocation" in str(error) for error in told] == [True, True]
+    assert rank.log.count == 3
     keep.append(rank.allocate())
     assert len({st._block.pointer for st in keep}) == 3
 
@@ -937,7 +938,7 @@ def test_an_allocation_that_an_interrupt_cuts_short(rank: Rank, monkeypatch: pyt
         raise Interrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("symmem.arena.arena.Carve", interrupted)
+        patch.setattr("symmem.arena.arena.ArenaBlock", interrupted)
         with pytest.raises(Interrupt):
             rank.allocate()
     for use in (rank.allocate, rank.collect):
@@ -988,7 +989,7 @@ def test_collecting_in_a_signal_handler(rank: Rank) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert "" in told
-    assert all("amid" in text for text in told if text)
+    assert all("during another" in text or "was begun amid" in text for text in told if text)
     assert all((st.tensor == value).all() for value, st in kept)
     spans = sorted(span(st) for _, st in kept)
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
@@ -1001,7 +1002,7 @@ def test_what_an_allocation_reclaims_is_entered_as_a_whole(rank: Rank, monkeypat
     enter = suballocator.SubAllocator.free_many
 
     def interrupted(self: suballocator.SubAllocator, offsets: Any) -> None:
-        with pytest.raises(GroupError, match="amid") as caught:
+        with pytest.raises(GroupError, match="during another") as caught:
             rank.collect()
         told.append(str(caught.value))
         enter(self, offsets)
@@ -1015,7 +1016,7 @@ def test_what_an_allocation_reclaims_is_entered_as_a_whole(rank: Rank, monkeypat
     monkeypatch.undo()
     assert rank.segments == segments
     assert rank.collect() == 0
-    assert rank.arena.live_bytes == (3 << 19) + (len(others) << 20)
+    assert rank.log.live_bytes == (3 << 19) + (len(others) << 20)
     del large
 
 
@@ -1055,7 +1056,7 @@ def test_a_forked_child_has_no_arena(rank: Rank) -> None:
     held, over = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with rank.arena.lock:
+        with rank.log.lock:
             held.set()
             over.wait(10)
 

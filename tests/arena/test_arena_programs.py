@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 
 import symmem
-from symmem.arena.reclaim import Arenas
+from symmem.arena.arena import arenas_of
 from symmem.errors import NotSymmetricError
 from symmem.group.group import resolve_group
 
@@ -85,11 +85,11 @@ def test_a_handle_whose_tensor_was_given_other_memory_says_so(one_rank: Any) -> 
 
 def test_statistics_do_not_wait_for_a_meeting(one_rank: Any) -> None:
     symmem.allocate(4, torch.float32, backend="host")
-    (arena,) = resolve_group().extension(Arenas).values()
+    (arena,) = arenas_of(resolve_group())
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with arena.lock:
+        with arena.log.lock:
             held.set()
             done.wait(30)
 
@@ -109,7 +109,7 @@ def test_statistics_do_not_wait_for_a_meeting(one_rank: Any) -> None:
 
 def test_a_processor_by_its_number_is_the_same_device(one_rank: Any) -> None:
     first, second = (symmem.allocate(4, torch.float32, device, backend="host") for device in ("cpu", "cpu:0"))
-    assert len(resolve_group().extension(Arenas)) == 1
+    assert len(arenas_of(resolve_group())) == 1
     del first, second
 
 
@@ -124,7 +124,7 @@ def test_a_first_tensor_of_any_size_fits(one_rank: Any, mebibytes: int) -> None:
 
 def test_pads_grow_when_they_run_out_often(one_rank: Any) -> None:
     symmem.allocate(4, torch.float32, backend="host")
-    (arena,) = resolve_group().extension(Arenas).values()
+    (arena,) = arenas_of(resolve_group())
     for _ in range(40_000):
         symmem.allocate(4, torch.float32, backend="host")
-    assert arena.collections <= 12
+    assert arena.log.collections <= 12

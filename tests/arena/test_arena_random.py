@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import symmem
-from symmem.arena.reclaim import Arenas
+from symmem.arena.arena import arenas_of
 from symmem.tools.ranks import RankPool, rank_store
 
 SETTINGS = "arena_size(2MiB),arena_growth(1.5),arena_limit(256MiB),rendezvous_timeout(20s),signal_timeout(10s)"
@@ -195,15 +195,16 @@ class Program:
 
     def book(self) -> list[Any]:
         """What must be the same on all ranks."""
-        (arena,) = self.all.extension(Arenas).values()  # type: ignore[union-attr]
-        arena.look()
-        self.used["grown"] += arena.growths > 1
-        total = sum(entry[5] for entry in arena.entries if entry)
-        assert arena.live_bytes + arena.quarantined_bytes == total
-        for segment in arena.segments:
+        (arena,) = arenas_of(self.all)  # type: ignore[arg-type]
+        log = arena.log
+        log.count_drops()
+        self.used["grown"] += log.growths > 1
+        total = sum(entry[5] for entry in log.records if entry)
+        assert log.live_bytes + log.quarantined_bytes == total
+        for segment in log.segments:
             assert {offset for offset, _, live in segment.space.blocks() if live} >= set(segment.slots)
-        spaces = [(s.index, list(s.space.blocks()), sorted(s.slots.items())) for s in arena.segments]
-        return [arena.count, arena.digest, total, spaces, arena._free_slots, arena.reclaimed_blocks]
+        spaces = [(s.index, list(s.space.blocks()), sorted(s.slots.items())) for s in log.segments]
+        return [log.count, log.digest, total, spaces, log.free_slots, log.reclaimed_blocks]
 
 
 def run(seed: int, steps: int) -> tuple[list[Any], dict[str, int]]:
@@ -228,9 +229,10 @@ def run(seed: int, steps: int) -> tuple[list[Any], dict[str, int]]:
         program.kept.clear()
         gc.collect()
         symmem.collect(program.all)
-        (arena,) = program.all.extension(Arenas).values()  # type: ignore[union-attr]
-        assert (arena.live_bytes, arena.quarantined_bytes) == (0, 0)
-        assert not any(arena.entries)
+        (arena,) = arenas_of(program.all)  # type: ignore[arg-type]
+        log = arena.log
+        assert (log.live_bytes, log.quarantined_bytes) == (0, 0)
+        assert not any(log.records)
         program.meet()
     finally:
         gc.set_threshold(*threshold)

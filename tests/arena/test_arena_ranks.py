@@ -20,9 +20,10 @@ import pytest
 import torch
 
 import symmem
-from symmem.arena.arena import Arena, arena_for
-from symmem.arena.reclaim import Arenas
-from symmem.arena.segment import Carve
+from symmem.arena.allocation_log import AllocationLog
+from symmem.arena.arena import arena_for, arenas_of
+from symmem.arena.arena_block import ArenaBlock
+from symmem.arena.segment import SignalPads
 from symmem.backends import get_backend
 from symmem.backends.host import HostBackend
 from symmem.errors import OutOfMemoryError, SymmemError
@@ -97,8 +98,8 @@ def allocate(group: symmem.Group, sizes: Any = 8, dtype: Any = torch.uint8, **op
     return symmem.allocate(sizes, dtype, group=group, backend="host", **options)
 
 
-def arena_of(group: symmem.Group) -> Arena:
-    return next(iter(group.extension(Arenas).values()))
+def log_of(group: symmem.Group) -> AllocationLog:
+    return arenas_of(group)[0].log
 
 
 def works(group: symmem.Group) -> None:
@@ -154,7 +155,7 @@ def allocate_with_another_backend(group: symmem.Group) -> Any:
     import sys
 
     arena = arena_for(group, HostBackend("toy"), torch.device("cpu"))
-    return arena.carve(Layout.make((8,), torch.uint8, None), None, sys._getframe(0))
+    return arena.sub_allocate(Layout.make((8,), torch.uint8, None), None, sys._getframe(0))
 
 
 # What the odd rank does, what the others do, and what the message says of each.
@@ -356,7 +357,7 @@ def run_out(where: str) -> tuple[list[Told], Any, Any]:
     keep = allocate(group)
     works(group)
     symmem.collect(group)
-    before = held(), arena_of(group).count, arena_of(group).digest
+    before = held(), log_of(group).count, log_of(group).digest
     results = []
     if where == "limit":
         results = [told(lambda: allocate(group, 65 * MIB)) for _ in range(3)]
@@ -376,7 +377,7 @@ def run_out(where: str) -> tuple[list[Told], Any, Any]:
         results = [told(lambda: allocate(group, 5 * MIB)) for _ in range(3)]
         if group.rank == 1:
             backend.allocate = original  # type: ignore[method-assign]
-    after = held(), arena_of(group).count, None
+    after = held(), log_of(group).count, None
     works(group)
     assert allocate(group, 5 * MIB).tensor.numel() == 5 * MIB
     symmem.collect(group, trim=True)
@@ -415,7 +416,7 @@ def drop_in_another_order(turns: int) -> tuple[list[int], list[int]]:
             freed.append(symmem.collect(group))
     gc.collect()
     freed.append(symmem.collect(group))
-    arena = arena_of(group)
+    log = log_of(group)
     for st in kept:
         st.tensor.fill_(group.rank + 1)
     more = [allocate(group, 4000) for _ in range(50)]
@@ -427,8 +428,8 @@ def drop_in_another_order(turns: int) -> tuple[list[int], list[int]]:
         for peer in range(group.size):
             assert not (st.remote_tensor(peer) == 99).any()
     meet(group)
-    arena.look()
-    stats = [arena.live_bytes, arena.quarantined_bytes, sum(segment.space.used for segment in arena.segments)]
+    log.count_drops()
+    stats = [log.live_bytes, log.quarantined_bytes, sum(segment.space.used for segment in log.segments)]
     return freed, stats
 
 
@@ -541,7 +542,7 @@ def use_subgroups() -> list[int]:
         one.wait_signal(peer, 4, group=pair)
     meet(group)
     one.barrier(group=group)
-    before = arena_of(group).quarantined_bytes
+    before = log_of(group).quarantined_bytes
     one.close()
     del one, two, st
     gc.collect()
@@ -600,7 +601,7 @@ def die_with_quarantine(moment: str, victim: int) -> tuple[Told, Told, bool]:
     del dropped
     if group.rank == victim:
         if moment == "while cleaning":
-            Arena.reclaim = Arena.clean_pads = lambda *_: die()  # type: ignore[assignment,method-assign]
+            AllocationLog.reclaim = SignalPads.clear = lambda *_: die()  # type: ignore[assignment,method-assign]
             symmem.collect(group)
         time.sleep(0.1)
         die()
@@ -662,7 +663,7 @@ def interrupt_half_way(where: str) -> list[Told]:
     kept = [allocate(group, 1000) for _ in range(10)]
     del kept[5:]
     if group.rank == 1:
-        owner: Any = Arena if where == "reclaim" else Carve
+        owner: Any = AllocationLog if where == "reclaim" else ArenaBlock
         name = "reclaim" if where == "reclaim" else "__init__"
         original = getattr(owner, name)
 
@@ -701,10 +702,10 @@ def books_that_differ() -> list[Told]:
     allocate(group, 1000)
     live = [allocate(group, 10)]
     if group.rank == 1:
-        original = Arena.reclaim
-        Arena.reclaim = lambda *_: 0  # type: ignore[assignment,method-assign]
+        original = AllocationLog.reclaim
+        AllocationLog.reclaim = lambda *_: 0  # type: ignore[assignment,method-assign]
         symmem.collect(group)
-        Arena.reclaim = original  # type: ignore[method-assign]
+        AllocationLog.reclaim = original  # type: ignore[method-assign]
     else:
         symmem.collect(group)
     results = [told(lambda: symmem.collect(group)), told(lambda: live.append(allocate(group)))]
@@ -715,14 +716,14 @@ def books_that_differ() -> list[Told]:
 def test_books_that_differ_though_the_allocations_do_not(pool: RankPool) -> None:
     for meeting, later in pool.run(books_that_differ):
         assert meeting.kind == later.kind == "DivergenceError", (meeting, later)
-        assert "what was freed, differs" in meeting.text
+        assert "or the freed blocks differ" in meeting.text
 
 
 def places_that_differ() -> Told:
     group = group_of("places")
     keep = [allocate(group, 1000)]
     if group.rank == 1:  # as when an interrupt had left a block that nobody has
-        arena_of(group).segments[0].space.allocate(256)
+        log_of(group).segments[0].space.allocate(256)
     keep.append(allocate(group))
     result = told(lambda: symmem.collect(group))
     del keep
@@ -745,16 +746,16 @@ def collect_in_callbacks(kind: str) -> Told:
         def __del__(self) -> None:
             seen.append(told(lambda: symmem.collect(group)))
 
-    original = Carve.__init__
+    original = ArenaBlock.__init__
 
     def amid(*args: Any) -> None:
-        Carve.__init__ = original  # type: ignore[method-assign]
+        ArenaBlock.__init__ = original  # type: ignore[method-assign]
         Collects()
         original(*args)
 
     if kind == "in an allocation":
         if group.rank == 1:
-            Carve.__init__ = amid  # type: ignore[method-assign]
+            ArenaBlock.__init__ = amid  # type: ignore[method-assign]
         # The others collect at this very place, which is not amid anything there.
         kept.append(allocate(group))
         if group.rank != 1:
@@ -776,7 +777,7 @@ def collect_in_callbacks(kind: str) -> Told:
 def test_a_finalizer_that_collects(kind: str, pool: RankPool) -> None:
     outcomes = pool.run(collect_in_callbacks, kind)
     assert outcomes[1].kind == "GroupError", outcomes
-    assert "amid" in outcomes[1].text
+    assert ("during another" if kind == "in an allocation" else "was begun amid") in outcomes[1].text
     for outcome in (outcomes[0], outcomes[2]):
         assert outcome.kind == ("GroupError" if kind == "in an allocation" else ""), outcome
 
@@ -854,8 +855,8 @@ def use_much() -> tuple[Any, Any, list[int]]:
         assert (views[1] == views[0].sum() * 0).numel() == MIB
         del views
         symmem.collect(group, trim=True)
-    arena = arena_of(group)
-    return before, held(), [len(arena.segments), arena.live_bytes, arena.quarantined_bytes]
+    log = log_of(group)
+    return before, held(), [len(log.segments), log.live_bytes, log.quarantined_bytes]
 
 
 def test_what_is_trimmed_is_gone(pool: RankPool) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from fake_libraries import FakeNvshmem, FakeTorch, install
 
 import symmem
-from symmem.arena.reclaim import Arenas
+from symmem.arena.arena import Arenas
 from symmem.backends import get_backend, nvshmem_job, nvshmem_library
 from symmem.errors import (
     BackendUnavailableError,

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from fake_driver import GRANULARITY, FakeDriver, descriptors, install
 
 import symmem
-from symmem.arena.reclaim import Arenas
+from symmem.arena.arena import Arenas
 from symmem.backends import get_backend, native
 from symmem.errors import (
     BackendUnavailableError,

@@ -51,7 +51,7 @@ def lies(tensor: torch.Tensor) -> bool:
 
 def arena_of(tensor: torch.Tensor) -> Any:
     found = symmem.find(tensor)
-    return None if found is None else found._block.arena  # type: ignore[attr-defined]
+    return None if found is None else found._block.log  # type: ignore[attr-defined]
 
 
 x = torch.arange(12, dtype=torch.float32).view(3, 4)
@@ -587,7 +587,7 @@ class FakeArena:
         self.error: BaseException | None = None
         self._base = base
 
-    def carve(self, layout: Any, name: str | None, frame: Any) -> FakeBlock:
+    def sub_allocate(self, layout: Any, name: str | None, frame: Any) -> FakeBlock:
         assert (layout.dtype, layout.strides) == (torch.uint8, (1,))
         assert cuda_pools._torch.pool_of_this_thread(self.device.index) is None  # type: ignore[union-attr]
         if self.error:

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import symmem
-from symmem.arena.reclaim import Arenas
+from symmem.arena.arena import arenas_of
 from symmem.backends import kernel_status, kernel_words
 from symmem.backends.kernel_words import NBYTES, KernelWords
 from symmem.backends.pending_waits import forget, note
@@ -343,7 +343,7 @@ def test_an_arena_that_another_thread_holds_is_busy(group: symmem.Group) -> None
     held, over = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with next(iter(group.extension(Arenas).values())).lock:
+        with arenas_of(group)[0].log.lock:
             held.set()
             over.wait(20)
 

@@ -62,7 +62,7 @@ def what_one_rank_keeps_is_not_reused(ctx: Context) -> None:
 @case(arena=True)
 def what_all_have_dropped_is_reused(ctx: Context) -> None:
     nbytes = 1 << 16
-    stats = ctx.allocate(1)._block.arena  # type: ignore[attr-defined]
+    stats = ctx.allocate(1)._block.log  # type: ignore[attr-defined]
     symmem.collect()
     segments, live = len(stats.segments), stats.live_bytes
     for turn in range(5000):  # many more than fit into a segment

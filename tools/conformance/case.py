@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import symmem
-from symmem.arena.arena import carves
+from symmem.arena.arena import supports_arenas
 from symmem.backends import get_backend
 from symmem.backends.base import Backend, Capability
 from symmem.errors import SymmemError, UnsupportedError
@@ -166,7 +166,7 @@ def run_case(name: str, backend: str) -> str | None:
     chosen, context = CASES[name], Context(backend, CASES[name].arena)
     if context.world < chosen.world:
         return f"needs {chosen.world} ranks"
-    if chosen.arena and not carves(context.backend):
+    if chosen.arena and not supports_arenas(context.backend):
         return "an arena cannot hold this backend's memory"
     lacking = (chosen.requires or Capability(0)) & ~context.backend.capabilities
     function = functools.partial(_refuses, lacking=lacking) if lacking else chosen.function
@@ -193,7 +193,7 @@ def _warm_up(ctx: Context) -> None:
     """Let the group and the backend's library set up, once, what stays: sockets, watched processes, heaps, kernels."""
     if ctx.backend.name not in _warm:
         st = ctx.shared(16, arena=False)
-        carved = ctx.shared(16, arena=True) if carves(ctx.backend) else None
+        carved = ctx.shared(16, arena=True) if supports_arenas(ctx.backend) else None
         if Capability.SIGNALS in ctx.backend.capabilities:
             st.barrier()
         if carved and Capability.CONTIGUOUS_VIEW in ctx.backend.capabilities:

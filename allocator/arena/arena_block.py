@@ -1,0 +1,106 @@
+"""Blocks of arenas."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from symmem.arena.segment import MappedSegments, Segment
+from symmem.arena.slot_mask import DROPPED, SIGNALLED
+from symmem.backends.base import Capability
+from symmem.memory.block import Block
+
+if TYPE_CHECKING:
+    from symmem.arena.allocation_log import AllocationLog, RawRecord
+    from symmem.backends.base import Mapping, Signals
+    from symmem.group.group import Group
+    from symmem.memory.layout import Layout
+
+__all__ = ["ArenaBlock"]
+
+_NONE: dict[Any, Any] = {}  # shared by all blocks without entries; never changed
+
+
+class ArenaBlock(Block):
+    """A block of an arena. It goes into quarantine when the last reference to it is dropped."""
+
+    __slots__ = ("_further_pads", "_mark", "_record", "_signals", "log", "segment", "slot")
+
+    def __init__(
+        self,
+        log: AllocationLog,
+        segment: Segment,
+        slot: int,
+        offset: int,
+        nbytes: int,
+        layout: Layout,
+        record: RawRecord,
+    ) -> None:
+        # This does all that Block.__init__ does, but faster.
+        self.allocation, self.layout, self.offset, self.nbytes = segment.allocation, layout, offset, nbytes
+        self.pointer = segment.pointer + offset
+        self.mappings, self.compared = segment.first
+        self.first, self.process, self.closed = None, log.process, False
+        self.log, self.segment, self.slot, self._record = log, segment, slot, record
+        self._signals: dict[Mapping, Signals] = _NONE
+        self._further_pads: dict[Group, int] = _NONE  # offset of this rank's pad
+        self._mark = DROPPED
+
+    def __del__(self) -> None:
+        # The collector may call this anywhere and on any thread. So every statement takes effect in a single step, and
+        # the mark comes last.
+        log, slot = self.log, self.slot
+        if self._further_pads:
+            log.further_pads[slot] = [(weakref.ref(group), pad) for group, pad in self._further_pads.items()]
+        log.dropped.append((perf_counter(), self._record, self._record[5]))
+        log.slot_marks[slot] = self._mark
+
+    @property
+    def home(self) -> tuple[str, int, int]:
+        """See :attr:`Block.home`."""
+        return self.log.group.name, self.log.group.size, self.log.group.rank
+
+    def mapping_for(self, group: Group) -> Mapping | None:
+        """The mapping of the segment, if the group has rendezvoused any block of it."""
+        return self.mappings.get(group) or group.extension(MappedSegments).get(self.segment)
+
+    def dropped_pads(self, group: Group) -> list[int] | None:
+        """See :meth:`Block.dropped_pads`."""
+        if group is self.log.group or Capability.SIGNALS not in self.allocation.backend.capabilities:
+            return None
+        return self.log.dropped_pads(group)
+
+    def free_pads(self, group: Group, slots: Sequence[int]) -> None:
+        """See :meth:`Block.free_pads`."""
+        self.log.free_pads(slots, group)
+
+    def pad_for(self, group: Group) -> int:
+        """See :meth:`Block.pad_for`."""
+        if group not in self._further_pads:
+            self._further_pads = {**self._further_pads, group: self.segment.take_pad(group)}
+        return self._further_pads[group]
+
+    def enter(self, group: Group, mapping: Mapping, pads: Sequence[int]) -> None:
+        """See :meth:`Block.enter`."""
+        super().enter(group, mapping, pads)
+        group.extension(MappedSegments)[self.segment] = mapping
+        if pads:
+            self._signals = {**self._signals, mapping: _signals_at(mapping, pads)}
+
+    def signals(self, mapping: Mapping) -> Signals:
+        """The signals of this tensor. Every tensor of an arena has its own signal pads."""
+        if Capability.SIGNALS not in mapping.backend.capabilities:
+            return mapping  # its methods raise the right error
+        self._mark = SIGNALLED
+        if mapping not in self._signals:
+            segment, offset = self.log.pads.locate(self.slot)
+            signals = _signals_at(segment.mapping, (offset,) * mapping.group.size)
+            self._signals = {**self._signals, mapping: signals}
+        return self._signals[mapping]
+
+
+def _signals_at(mapping: Mapping, offsets: Sequence[int]) -> Signals:
+    """Signals over the pads at every rank's offset."""
+    return mapping.signals_at([p + o if p else 0 for p, o in zip(mapping.pointers, offsets, strict=True)])
