@@ -542,7 +542,7 @@ def test_threads_started_inside_are_not_inside() -> None:
 def test_the_call_site_is_the_programs() -> None:
     with inside():
         made = torch.nn.functional.gelu(torch.nn.functional.linear(x, x))
-    records = arena_of(made).records()
+    records = arena_of(made).recent()
     assert [record.site.code.co_name for record in records] == ["test_the_call_site_is_the_programs"] * len(records)
 
 
