@@ -1,15 +1,17 @@
-"""Operators that take symmetric memory: which arguments of which op, and what happens where one is plain memory.
+"""The registry of operators with symmetric arguments, and the operators ``torch.ops.symmem``.
+
+Register the arguments that must be in symmetric memory, and check eager calls:
 
     symmem.register_symm_mem_args("lib::op", ["x", "outs"])     # once, where the op is defined
-    symmem.ops.registration("lib::op")                          # what is known of it; None if nothing
-    with symmem.ops.checked():                                  # eager calls with plain memory: an error, or a copy
+    symmem.ops.registration("lib::op")                          # the registration, or None
+    with symmem.ops.checked():                                  # for plain memory, raises or copies
         torch.ops.lib.op(x, outs, "tp")
 
-What torch brings itself, ``torch.ops.symm_mem``, is registered already.
+``torch.ops.symm_mem``, the operators of torch itself, are already registered.
 
-And operators of our own, ``torch.ops.symmem``, with a function each:
+Every operator of ``torch.ops.symmem`` has a function, for example:
 
-    y = symmem.ops.all_reduce(x, group)                         # functional; also in place and into an out tensor
+    y = symmem.ops.all_reduce(x, group)                         # functional; also in place, and with out=
 """
 
 from __future__ import annotations

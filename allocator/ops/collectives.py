@@ -1,7 +1,7 @@
 """Collective operators, ``torch.ops.symmem.*``: definitions, kernels and fake kernels.
 
-Each comes in three forms. The functional one returns a new tensor; the others return nothing, so that compilers need
-not guess what aliases what::
+An operator has three forms. The functional form returns a new tensor. The other forms return nothing, so compilers need
+not guess which tensors alias::
 
     torch.ops.symmem.all_reduce(x, "sum", group_name) -> Tensor
     torch.ops.symmem.all_reduce_(x, "sum", group_name)
@@ -17,24 +17,28 @@ all_to_all       [world, *shape]       as x            x                        
 broadcast        shape                 shape           x                                   on root the sum, else zeros
 ================ ===================== =============== =================================== =========================
 
-Gradients are those of reverse mode; derivatives in forward mode are refused.
+Gradients are for reverse mode. Forward mode raises UnsupportedError.
 
-All ranks of the group call the same operators with the same shapes and dtypes, in the same order; that holds for
-backward passes as well. ``x`` is any memory, symmetric or not, of any strides: what is not contiguous is copied. Sums
-of float16, bfloat16 and float8 are made in float32; results are bitwise the same on all ranks and from run to run. On
-the CPU an operator is done when it returns, on CUDA it is work on the current stream.
+All ranks of the group call the same operators with the same shapes and dtypes, in the same order. This includes
+backward passes. ``x`` may be any memory, symmetric or not, with any strides; a tensor that is not contiguous is copied.
+Sums of float16, bfloat16 and float8 are computed in float32. Results are bitwise equal on all ranks and from run to
+run. On the CPU an operator is complete when it returns. On CUDA it is work on the current stream.
 
-On CUDA, what ``all_gather``, ``all_to_all`` or ``broadcast`` moves in parts of more than 1 MiB goes straight into the
-peers' results where these are symmetric memory that was allocated as such, and not by any op within
-``use_symmetric_memory``. So there ``out`` is in symmetric memory on all ranks, at the same offset of the same
-allocation, or on none; anything else ends in a MismatchError.
+On CUDA, ``all_gather``, ``all_to_all`` and ``broadcast`` store parts of more than 1 MiB directly into the peers'
+results, if the results were allocated as symmetric memory (and not by an op within ``use_symmetric_memory``). So for
+such sizes ``out`` must be in symmetric memory on all ranks, at the same offset of the same allocation, or in other
+memory on all ranks. Anything else ends in a MismatchError.
 
-A rank whose arguments are refused raises InvalidArgumentError, and on the CPU the others raise MismatchError, which
-names it; ranks that do not call alike all raise MismatchError there. On CUDA ranks compare nothing, for that takes
-longer than the operation, unless the setting ``collective_check`` is ``each``: then, on any device, ranks that do not
-call alike all raise MismatchError before anything is done, and where one refuses its arguments the others raise its
-error. One that does not come within the setting ``signal_timeout``, or dies, is named by PeerTimeoutError or
-PeerLostError.
+Errors:
+
+* A rank with invalid arguments raises InvalidArgumentError. On the CPU the other ranks raise MismatchError, which names
+  this rank.
+* If ranks make different calls, all of them raise MismatchError on the CPU. On CUDA ranks compare nothing, because a
+  comparison takes longer than the operation.
+* With the setting ``collective_check: each``, ranks compare their calls on any device before the operation starts. If
+  the calls differ, all ranks raise MismatchError. If a rank refuses its arguments, the others raise its error.
+* If a rank does not come within the setting ``signal_timeout``, or dies, the others raise PeerTimeoutError or
+  PeerLostError, which names it.
 """
 
 from __future__ import annotations
@@ -56,7 +60,7 @@ from symmem.ops.gradients import with_gradient, without_gradient
 __all__ = ["KINDS", "LIBRARY", "OperatorKind", "functional", "in_place", "into"]
 
 LIBRARY: Any = torch.library.Library("symmem", "FRAGMENT")  # type: ignore[no-untyped-call]  # so are its methods
-"""Defines the operators; they are there as long as it is."""
+"""Defines the operators. They exist as long as this object."""
 
 _FLOATS = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -68,7 +72,7 @@ _REDUCED = {
     *itertools.product(_INTEGERS, ("sum", "min", "max")),
     *itertools.product((torch.complex64, torch.complex128), ("sum", "avg")),
 }
-"""Dtypes, and the reductions that there are of them."""
+"""Valid pairs of dtype and reduction."""
 
 Shape = Sequence[int]  # or symbolic integers
 
@@ -80,12 +84,12 @@ class OperatorKind:
     """One collective operation.
 
     Attributes:
-        name: Of the operator, and of the engine's method.
-        option: The one argument between tensor and group, as the schema declares it; may be empty.
-        shape: The result's, of the shape of ``x`` and the number of ranks.
-        in_place: Does it in the memory of ``x``: engine, group, a contiguous tensor, and options. None where the
-            engine can: where ``out`` may be ``x`` itself.
-        rows: Whether ``x`` has a row for each rank; in place, whether it has.
+        name: The name of the operator and of the engine's method.
+        option: The declaration of the argument between tensor and group in the schema. May be empty.
+        shape: Computes the result's shape from the shape of ``x`` and the number of ranks.
+        in_place: Works in the memory of ``x``. Takes engine, group, a contiguous tensor and the options. None if the
+            engine itself accepts ``x`` as ``out``.
+        rows: Whether ``x`` has one row per rank: in the functional form, and in the in-place form.
     """
 
     name: str
@@ -95,7 +99,7 @@ class OperatorKind:
     rows: tuple[bool, bool]
 
     def check(self, x: torch.Tensor, options: Sequence[Any], world: int, in_place: bool = False) -> None:
-        """Raise unless a call is sound, as far as that shows without looking at memory."""
+        """Raise if a call is invalid. Does not read memory."""
         if x.layout is not torch.strided:
             raise InvalidArgumentError(f"x must be a dense tensor, not {x.layout}")
         if self.option == _REDUCTION:
@@ -105,12 +109,12 @@ class OperatorKind:
             _check_root(options[0], world)
         if self.rows[in_place] and (x.dim() == 0 or x.shape[0] != world):
             raise InvalidArgumentError(
-                f"x must have a row for each of {world} ranks, not the shape {list(x.shape)}",
+                f"x must have a first dimension of {world}, the number of ranks, not the shape {list(x.shape)}",
                 hint=f"x.unflatten(0, ({world}, -1)) makes rows of a first dimension that is a multiple of {world}",
             )
 
     def check_out(self, x: torch.Tensor, out: torch.Tensor, world: int) -> None:
-        """Raise unless ``out`` is of the right kind for ``x``."""
+        """Raise if ``out`` has the wrong shape, dtype or device for ``x``."""
         shape = x.shape if self.like_x else tuple(self.shape(x.shape, world))
         if out.shape != shape or out.dtype != x.dtype or out.device != x.device:
             text = "shape {}, dtype {}, device {}"
@@ -119,12 +123,12 @@ class OperatorKind:
 
     @functools.cached_property
     def like_x(self) -> bool:
-        """Whether the result has the shape of ``x``, so that it can take its place."""
+        """Whether the result has the shape of ``x``, so that it can replace ``x``."""
         return self.shape is _as_x
 
     def result(self, x: torch.Tensor, world: int) -> torch.Tensor:
-        """A new tensor for the result, where ``x`` is contiguous."""
-        return torch.empty_like(x) if self.like_x else x.new_empty(self.shape(x.shape, world))  # the former is quicker
+        """Allocate the result. ``x`` must be contiguous."""
+        return torch.empty_like(x) if self.like_x else x.new_empty(self.shape(x.shape, world))  # empty_like is quicker
 
 
 def _refuse_reduction(dtype: torch.dtype, reduction: str) -> NoReturn:
@@ -135,7 +139,7 @@ def _refuse_reduction(dtype: torch.dtype, reduction: str) -> NoReturn:
 
 def _check_root(root: int, world: int) -> None:
     if not 0 <= root < world:
-        raise RankError(f"root {root} is not in range({world})", hint="ranks are those of the group, not global ranks")
+        raise RankError(f"root {root} is not in range({world})", hint="pass a rank of the group, not a global rank")
 
 
 # In place.
@@ -176,17 +180,17 @@ KINDS = {
 
 
 def _refused(group: Group, device: torch.device, operation: str, error: SymmemError) -> None:
-    """Tell the other ranks, which come for an operation that this rank does not do."""
+    """Report the error to the other ranks, which wait for this rank in the operation."""
     error.located(rank=group.rank, group=group.name, step=operation)
     engine = group.extension(Engines).get(device)
     if engine is None:
-        group.fail(operation, error)  # they are about to make the engine
+        group.fail(operation, error)  # the others are about to make the engine
     elif hasattr(engine, "refuse"):
         engine.refuse(operation, error)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the elements lie in memory as they are, one after the other."""
+    """Whether the memory holds the elements themselves, contiguously."""
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
@@ -197,26 +201,26 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 def _check_written(tensor: torch.Tensor, name: str) -> None:
     if not tensor.is_contiguous() and torch._debug_has_internal_overlap(tensor) == 1:
         raise InvalidArgumentError(
-            f"several elements of {name} share memory, so results would overwrite one another",
+            f"elements of {name} share memory, so results would overwrite one another",
             hint="pass a tensor that was not expanded",
         )
 
 
 def _check_apart(kind: OperatorKind, x: torch.Tensor, out: torch.Tensor) -> None:
-    """Raise if results would be written to memory that is still read. What is copied first cannot be."""
+    """Raise if results would overwrite memory that is still read. Tensors that are copied first cannot overlap."""
     begin, other = x.data_ptr(), out.data_ptr()
     if begin + x.nbytes <= other or other + out.nbytes <= begin or not (_is_plain(x) and _is_plain(out)):
         return
     same = kind.in_place is None
     if not (same and begin == other):
         raise InvalidArgumentError(
-            "x and out share memory" + (", and are not the same" if same else ""),
+            "x and out share memory" + (", but are not the same tensor" if same else ""),
             hint="pass another out" + ("" if same else f", or call symmem::{kind.name}_ to work in place"),
         )
 
 
 def functional(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[Any]) -> torch.Tensor:
-    """What an operator that returns its result does; see the table above."""
+    """The kernel of the functional form."""
     try:
         kind.check(x, options, group.size)
     except SymmemError as error:
@@ -230,7 +234,7 @@ def functional(kind: OperatorKind, group: Group, x: torch.Tensor, options: Seque
 
 
 def into(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[Any], out: torch.Tensor) -> None:
-    """What an operator with ``out`` does."""
+    """The kernel of the form with ``out``."""
     try:
         kind.check(x, options, group.size)
         kind.check_out(x, out, group.size)
@@ -250,7 +254,7 @@ def into(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[An
 
 
 def in_place(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[Any]) -> None:
-    """What an operator does that puts its result in the place of x."""
+    """The kernel of the in-place form."""
     try:
         kind.check(x, options, group.size, in_place=True)
         plain = _is_plain(x)
@@ -271,12 +275,12 @@ def in_place(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequenc
 
 
 def _written(tensor: torch.Tensor) -> None:
-    """Let autograd know, so that a backward pass that needs what was there raises."""
+    """Tell autograd, so that a backward pass that needs the old values raises."""
     if not tensor.is_inference():
         torch._C._increment_version((tensor,))
 
 
-# Fake kernels: the same checks, as far as nothing lies in memory.
+# Fake kernels: the same checks, without memory.
 
 
 def _fake_functional(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[Any]) -> torch.Tensor:
@@ -294,7 +298,7 @@ def _fake_in_place(kind: OperatorKind, group: Group, x: torch.Tensor, options: S
 
 
 def _by_name(work: Callable[..., Any], kind: OperatorKind) -> Callable[..., Any]:
-    """A kernel: the arguments are x, the kind's option if it has one, and the group's name."""
+    """Make a kernel. Its arguments are x, the option if there is one, and the group's name."""
 
     def kernel(x: torch.Tensor, *rest: Any, **out: torch.Tensor) -> Any:
         return work(kind, group_named(rest[-1]), x, rest[:-1], **out)
@@ -313,7 +317,7 @@ def _define(kind: OperatorKind) -> None:
         kernel = _by_name(work, kind)
         LIBRARY.define(form + schema)
         LIBRARY.impl(form, kernel, "CompositeExplicitAutograd")
-        for lazy in ("Conjugate", "Negative"):  # torch's own way with these fails for operators that return nothing
+        for lazy in ("Conjugate", "Negative"):  # torch's fallback for these fails if an operator returns nothing
             LIBRARY.impl(form, torch.library.fallthrough_kernel, lazy)
         torch.library.register_fake(f"symmem::{form}", _by_name(fake, kind), lib=LIBRARY)
         connect = with_gradient if form == name else without_gradient

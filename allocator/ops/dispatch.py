@@ -1,8 +1,8 @@
-"""When nothing comes between a call of an operator and the kernel of its device, which can then be called at once.
+"""Recognise ordinary eager calls, where the dispatcher would do nothing but call the device's kernel.
 
-The dispatcher says what a call has to pass as a set of keys: modes, tracing, functorch, fake and wrapped tensors, lazy
-conjugation and more each have one. So it is enough to know the few sets that stand for the usual eager call; whatever
-else there is, or will be, goes through the dispatcher.
+The dispatcher describes a call by a set of keys. Modes, tracing, functorch, fake and wrapped tensors, lazy conjugation
+and other features have their own keys. So it is enough to know the few key sets of an ordinary eager call. Any other
+set, now or in a later torch, goes through the dispatcher.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _IN_AUTOGRAD = frozenset(_keys(device, f"Autograd{device}") for device in _DEVIC
 _OF_TENSORS = frozenset(
     _keys(device, f"Autocast{device}", *more)
     for device in _DEVICES
-    for more in ((f"Autograd{device}", "ADInplaceOrView"), ())  # the latter: of a tensor made in inference mode
+    for more in ((f"Autograd{device}", "ADInplaceOrView"), ())  # (): a tensor made in inference mode
 )
 USUAL_THREADS = _keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect")
-"""The keys that a thread adds to each call where nothing else takes part; the latter in inference mode."""
+"""The keys that a thread adds to ordinary calls: normally, and in inference mode."""
 _CLASSES = (torch.Tensor, torch.nn.Parameter)
 
 
-# Looked up once: together these take a microsecond of each call.
+# Looked up once: together the lookups would add a microsecond to every call.
 _is_compiling = torch.compiler.is_compiling
 _keys_of_thread = torch._C._dispatch_tls_local_include_set
 _keys_of_tensor = torch._C._dispatch_keys
@@ -41,21 +41,21 @@ _is_profiling = torch._C._autograd._profiler_enabled
 
 
 def in_forward_mode() -> bool:
-    """Whether tensors may have tangents, which no key tells."""
+    """Whether tensors may have tangents. No dispatch key shows this."""
     return forward_ad._current_level >= 0
 
 
 def is_usual_keyset(keyset: torch._C.DispatchKeySet) -> bool:
-    """Whether a kernel of an Autograd key, which was given these keys, may call that of the device itself."""
+    """Whether an Autograd kernel that received these keys may call the device's kernel directly."""
     return keyset.raw_repr() in _IN_AUTOGRAD
 
 
 def is_usual(x: torch.Tensor, out: torch.Tensor | None = None) -> bool:
-    """Whether a call with these tensors would do nothing but run the kernel of their device, with no gradient.
+    """Whether a call with these tensors would only run their device's kernel, without a gradient.
 
-    False as well while a profiler runs, which is told of operators by the dispatcher.
+    False while a profiler runs, because the dispatcher reports operators to it.
     """
-    if _is_compiling():  # which is to see the operators; asked first, since a compiler cannot follow the rest
+    if _is_compiling():  # a compiler must see the operators; comes first, because it cannot trace the rest
         return False
     if _keys_of_thread().raw_repr() not in USUAL_THREADS or _function_modes() or _is_profiling() or in_forward_mode():
         return False

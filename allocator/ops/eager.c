@@ -1,24 +1,24 @@
-// Collective operators on CUDA, called eagerly without Python: a call that is like one before, but for where its
-// tensors lie, is one kernel launch with the same arguments but for two addresses.
+// Eager calls of the collective operators on CUDA, repeated without Python. If a call differs from an earlier call only
+// in the addresses of its tensors, it is one kernel launch with the same arguments, except for two addresses.
 //
-// Python makes the first call of each kind, checks all there is to check of shapes, dtypes and options, and leaves here
-// what was launched (Calls.add). What may differ from call to call is looked at for each: that nothing else takes part
-// in it (modes, gradients, a profiler, a capture), that group and device are as they were, and that the tensors are
-// plain memory, and apart. Where anything is not so, run() returns None, has done nothing, and Python does the call.
+// Python makes the first call of a kind, checks shapes, dtypes and options, and stores the launch here (Calls.add). A
+// repeated call checks what may change from call to call. Nothing may intercept the call (modes, gradients, a profiler,
+// a capture). Group and device must be unchanged. The tensors must be plain memory and must not overlap. If a check
+// fails, run() does nothing and returns None, and Python makes the call.
 //
-// A function that asks whether something is so says 0 as well where it fails, with the exception set, which run() then
-// raises: it may be a KeyboardInterrupt, wherever Python runs. Only errors of torch's own C functions mean no.
+// A predicate returns 0 for "no", and also if it fails. Then an exception is set, and run() raises it. It may be a
+// KeyboardInterrupt, wherever Python code runs. Errors of torch's own C functions just mean "no".
 //
-// Tensors are read, and the current stream is asked for, by torch's table of C functions for that purpose, the DLPack
-// C exchange API (dlpack.h 1.3; torch.Tensor.__dlpack_c_exchange_api__). Of a tensor that has no memory of its own, as
-// fake, batched and functional tensors, it gives an error or no address.
+// The DLPack C exchange API reads tensors and returns the current stream. It is torch's table of C functions for this
+// purpose (dlpack.h 1.3; torch.Tensor.__dlpack_c_exchange_api__). For tensors without memory, such as fake, batched and
+// functional tensors, it returns an error or no address.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
 #include <string.h>
 
-// Of the DLPack C exchange API, version 1.
+// From the DLPack C exchange API, version 1.
 
 typedef struct {
   int32_t type, ordinal;
@@ -42,7 +42,7 @@ typedef struct {
   int (*stream)(int32_t type, int32_t ordinal, void **out);
 } Exchange;
 
-// Of the CUDA driver API.
+// From the CUDA driver API.
 
 typedef int (*LaunchKernel)(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                             unsigned block_y, unsigned block_z, unsigned shared, void *stream, void **arguments,
@@ -51,37 +51,37 @@ typedef int (*StreamIsCapturing)(void *stream, int *status);
 typedef int (*GetCurrentContext)(void **context);
 
 enum { CUDA = 2, COMPLEX = 5, MOST_DIMS = 8, MOST_ARGUMENTS = 4096, SLOTS = 1024, PROBES = 4 };
-enum { NEW, SAME, OTHER, FORMS };  // where a result goes: a new tensor, the place of x, another that is given
+enum { NEW, SAME, OTHER, FORMS };  // the result's destination: a new tensor, x itself, another tensor given as out
 
 typedef struct {
   uint16_t code, bits;
   int32_t ndim;
   int64_t shape[MOST_DIMS];
-} Shape;  // zeroed behind its dimensions, and without gaps, so that bytes can be compared
+} Shape;  // has no padding, and unused dimensions are 0, so that memcmp can compare shapes
 
-// What one kind of call launches.
+// The launch of one kind of call.
 typedef struct {
-  int uses;  // the table's, and of calls that go on
+  int uses;  // references from the table and from running calls
   uint32_t hash, form;
   Shape x, out;
   PyObject *kind, *option;
-  PyObject *new_shape;  // of a new result; NULL if it is like x
+  PyObject *new_shape;  // shape of a new result; NULL if it equals the shape of x
   int may_be_same;      // whether out may be the memory of x
   void *function;
   unsigned blocks, threads;
-  size_t nbytes, source_at, out_at;  // of the arguments; where in them the two addresses are
+  size_t nbytes, source_at, out_at;  // size of the arguments; offsets of the two addresses in them
   char arguments[];
 } Entry;
 
 // The calls of one group on one device.
 typedef struct Calls {
   PyObject_HEAD
-  struct Calls *before;             // made before this one
-  PyObject *group, *process_group;  // weak references; the latter NULL for a group that was made from a store
+  struct Calls *before;             // the next older object
+  PyObject *group, *process_group;  // weak references; process_group is NULL for a group made from a store
   PyObject *name;
   int32_t ordinal;
-  void *context;                    // that its kernels were launched in
-  const volatile uint32_t *status;  // not 0 once a kernel has failed
+  void *context;                    // the CUDA context of its launches
+  const volatile uint32_t *status;  // not 0 after a kernel has failed
   Entry *entries[SLOTS];
 } Calls;
 
@@ -95,32 +95,32 @@ static struct {
   unsigned long long usual_keys[2];
 } torch;
 
-static Calls *newest;  // of all there are
+static Calls *newest;  // head of the list of all Calls
 static PyObject *s_raw_repr, *s_requires_grad, *s_is_neg, *s_is_conj, *s_is_inference, *s_new_empty, *s_closed;
 static PyObject *s_default_pg, *s_current_level, *zero, *minus_one;
 
-// Small things.
+// Helpers.
 
 static int no(void) {
   PyErr_Clear();
   return 0;
 }
 
-// Whether they are the same object, text or integer. Does not run Python.
-static int alike(PyObject *a, PyObject *b) {
+// Whether two values are the same object, or equal strings or integers. Does not run Python.
+static int same_value(PyObject *a, PyObject *b) {
   if (a == b) return 1;
   if (Py_TYPE(a) != Py_TYPE(b) || !(PyUnicode_CheckExact(a) || PyLong_CheckExact(a))) return 0;
   return PyObject_RichCompareBool(a, b, Py_EQ) > 0;
 }
 
-// Whether a call gave a value; takes the reference.
+// Whether a call returned this value. Consumes the reference.
 static int gave(PyObject *result, PyObject *value) {
-  const int is = result && alike(result, value);
+  const int is = result && same_value(result, value);
   Py_XDECREF(result);
   return is;
 }
 
-static PyObject *alive(PyObject *weak) {  // a new reference, or NULL if it is gone
+static PyObject *alive(PyObject *weak) {  // a new reference, or NULL if the object is gone
 #if PY_VERSION_HEX >= 0x030D0000
   PyObject *object;
   return PyWeakref_GetRef(weak, &object) > 0 ? object : NULL;
@@ -154,7 +154,7 @@ static size_t nbytes_of(const Shape *shape) {
   return count;
 }
 
-// Whether it is plain memory on a GPU, all elements one after the other, and what is in it.
+// Whether the object is a tensor in contiguous plain memory on a GPU. Fills `tensor` and `shape`.
 static int read_tensor(PyObject *object, Tensor *tensor, Shape *shape) {
   PyObject *const type = (PyObject *)Py_TYPE(object);
   if (type != torch.tensor && type != torch.parameter) return 0;
@@ -193,7 +193,7 @@ static void release(Entry *entry) {
 static void forget(Calls *calls) {
   for (int slot = 0; slot < SLOTS; ++slot) {
     Entry *entry = calls->entries[slot];
-    calls->entries[slot] = NULL;  // first, for what goes may run Python
+    calls->entries[slot] = NULL;  // first, because release may run Python
     release(entry);
   }
 }
@@ -237,7 +237,7 @@ static PyObject *calls_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 }
 
 static uint32_t hash_of(const PyObject *kind, uint32_t form, const Shape *x) {
-  uint32_t hash = 2166136261u ^ (uint32_t)((uintptr_t)kind >> 4) ^ form;  // FNV-1a, of 4 bytes at a time
+  uint32_t hash = 2166136261u ^ (uint32_t)((uintptr_t)kind >> 4) ^ form;  // FNV-1a over 4 bytes at a time
   hash = (hash ^ x->code) * 16777619u, hash = (hash ^ x->bits) * 16777619u;
   for (int dim = 0; dim < x->ndim; ++dim) {
     hash = (hash ^ (uint32_t)x->shape[dim]) * 16777619u;
@@ -248,10 +248,10 @@ static uint32_t hash_of(const PyObject *kind, uint32_t form, const Shape *x) {
 
 static int fits(const Entry *entry, uint32_t hash, PyObject *kind, uint32_t form, const Shape *x, PyObject *option) {
   return entry && entry->hash == hash && entry->kind == kind && entry->form == form &&
-         !memcmp(&entry->x, x, sizeof *x) && alike(entry->option, option);
+         !memcmp(&entry->x, x, sizeof *x) && same_value(entry->option, option);
 }
 
-// Where the entry of such a call is, or is to be.
+// The slot of the matching entry, else the slot for a new entry.
 static Entry **slot_of(Calls *calls, uint32_t hash, PyObject *kind, uint32_t form, const Shape *x, PyObject *option) {
   Entry **free = NULL;
   for (int probe = 0; probe < PROBES; ++probe) {
@@ -278,7 +278,7 @@ static PyObject *calls_add(PyObject *self, PyObject *args, PyObject *kwargs) {
   const Py_ssize_t last = nbytes - (Py_ssize_t)sizeof(void *);
   if (form < 0 || form >= FORMS || nbytes > MOST_ARGUMENTS || source_at < 0 || source_at > last || out_at < 0 ||
       out_at > last) {
-    PyErr_SetString(PyExc_ValueError, "the addresses are not within the arguments, or there is no such form");
+    PyErr_SetString(PyExc_ValueError, "an address is outside of the arguments, or the form is unknown");
     return NULL;
   }
   Tensor tensor;
@@ -300,17 +300,17 @@ static PyObject *calls_add(PyObject *self, PyObject *args, PyObject *kwargs) {
   Py_RETURN_TRUE;
 }
 
-// The newest calls on a device of the group that a value names, and that group: new references. NULL if there are none,
-// or the group is not as it was.
+// Find the newest Calls for a device and a group argument. Returns new references to them and to the group; NULL if
+// there are none, or if the group was closed or destroyed.
 static Calls *calls_of(PyObject *value, int32_t ordinal, PyObject **group) {
   PyObject *wanted = value == Py_None ? PyObject_GetAttr(torch.world, s_default_pg) : Py_NewRef(value);
   PyObject *process_group = NULL;
   Calls *calls = wanted ? newest : NULL;
-  for (; calls; calls = calls->before) {  // which runs no Python: these references are not the last ones
+  for (; calls; calls = calls->before) {  // runs no Python, because these are never the last references
     if (calls->ordinal != ordinal || !(*group = alive(calls->group))) continue;
     if (wanted == *group) break;
     process_group = calls->process_group ? alive(calls->process_group) : NULL;
-    if (process_group && (wanted == process_group || (PyUnicode_CheckExact(wanted) && alike(wanted, calls->name))))
+    if (process_group && (wanted == process_group || (PyUnicode_CheckExact(wanted) && same_value(wanted, calls->name))))
       break;
     Py_XDECREF(process_group);
     process_group = NULL;
@@ -327,13 +327,13 @@ static Calls *calls_of(PyObject *value, int32_t ordinal, PyObject **group) {
   return calls;
 }
 
-// Whether results may go to out while x is read.
+// Whether results may be written to out while x is read.
 static int are_apart(const Entry *entry, const char *x, const char *out) {
   if (x + nbytes_of(&entry->x) <= out || out + nbytes_of(&entry->out) <= x) return 1;
   return x == out && entry->may_be_same;
 }
 
-// Launch on the current stream, in the context that it was launched in before, unless that is being captured.
+// Launch on the current stream. Returns 0 if the stream is being captured, or another CUDA context is current.
 static int launch(const Calls *calls, const Entry *entry, const void *source, const void *out) {
   void *context = NULL, *stream = NULL;
   int capturing = 1;
@@ -351,13 +351,13 @@ static int launch(const Calls *calls, const Entry *entry, const void *source, co
   void *const function = entry->function;
   const unsigned blocks = entry->blocks, threads = entry->threads;
   int code;
-  Py_BEGIN_ALLOW_THREADS  // for it waits where the stream is full
+  Py_BEGIN_ALLOW_THREADS  // the launch waits if the stream is full
   code = torch.launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, pointers, NULL);
   Py_END_ALLOW_THREADS
   return code == 0;
 }
 
-// Lets autograd know, so that a backward pass that needs what was there raises.
+// Tell autograd, so that a backward pass that needs the old values raises.
 static int note_written(PyObject *tensor) {
   if (!gave(PyObject_CallMethodNoArgs(tensor, s_is_inference), Py_False)) return !PyErr_Occurred();
   PyObject *all = PyTuple_Pack(1, tensor), *done = all ? PyObject_CallOneArg(torch.increment_version, all) : NULL;
@@ -366,7 +366,7 @@ static int note_written(PyObject *tensor) {
   return done != NULL;
 }
 
-// The result, or NULL: it is not a call like one before, or torch has no memory for the result.
+// Repeat a call. Returns the result, or NULL if a check fails or torch has no memory for the result.
 static PyObject *repeat(const Calls *calls, const Entry *entry, PyObject *x, const Tensor *source, PyObject *out) {
   if (!is_plain(x, &entry->x)) return NULL;
   PyObject *result = entry->form != NEW ? Py_NewRef(out)
@@ -384,7 +384,7 @@ static PyObject *repeat(const Calls *calls, const Entry *entry, PyObject *x, con
   return result;
 }
 
-// run(kind, x, group, option, out) -> the result, or None if it is not a call like one before.
+// run(kind, x, group, option, out) -> the result, or None if no earlier call matches.
 static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   if (count != 5) return PyErr_Format(PyExc_TypeError, "run() takes 5 arguments, not %zd", count);
   PyObject *kind = args[0], *x = args[1], *option = args[3], *out = args[4], *group = NULL, *result = NULL;
@@ -403,13 +403,13 @@ static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
       release(entry);
     }
     Py_DECREF(calls);
-    Py_DECREF(group);  // kept until here, since what it owns is worked on
+    Py_DECREF(group);  // kept until here, because the launch uses memory that the group owns
   }
   if (result || PyErr_Occurred()) return result;
   Py_RETURN_NONE;
 }
 
-// begin(...): what run() needs of torch and of the driver; see the Python side.
+// begin(...): pass what run() needs from torch and the driver; see eager.py.
 static PyObject *begin(PyObject *self, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"exchange",       "launch",          "is_capturing",      "context",        "usual_keys",
                           "tensor",         "parameter",       "keys_of_thread",    "function_modes", "is_profiling",
@@ -425,7 +425,7 @@ static PyObject *begin(PyObject *self, PyObject *args, PyObject *kwargs) {
   const Exchange *exchange = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!exchange) return NULL;
   if (exchange->major != 1 || !exchange->read || !exchange->stream)
-    return PyErr_Format(PyExc_RuntimeError, "this is version %u.%u of DLPack's exchange API; 1.3 is known",
+    return PyErr_Format(PyExc_RuntimeError, "version %u.%u of DLPack's exchange API is not supported, only 1.3",
                         exchange->major, exchange->minor);
   torch.exchange = exchange;
   torch.launch = (LaunchKernel)(uintptr_t)launch_at;
@@ -441,8 +441,8 @@ static PyObject *begin(PyObject *self, PyObject *args, PyObject *kwargs) {
 }
 
 static PyMethodDef calls_methods[] = {
-    {"add", (PyCFunction)(void (*)(void))calls_add, METH_VARARGS | METH_KEYWORDS, "Keep what a call has launched."},
-    {"clear", calls_clear, METH_NOARGS, "Forget all."},
+    {"add", (PyCFunction)(void (*)(void))calls_add, METH_VARARGS | METH_KEYWORDS, "Remember the launch of a call."},
+    {"clear", calls_clear, METH_NOARGS, "Forget all calls."},
     {NULL},
 };
 
@@ -457,8 +457,8 @@ static PyTypeObject calls_type = {
 };
 
 static PyMethodDef functions[] = {
-    {"begin", (PyCFunction)(void (*)(void))begin, METH_VARARGS | METH_KEYWORDS, "Say what run() needs to know."},
-    {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, "Do a call that is like one before."},
+    {"begin", (PyCFunction)(void (*)(void))begin, METH_VARARGS | METH_KEYWORDS, "Pass what run() needs."},
+    {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, "Repeat an earlier call, or return None."},
     {NULL},
 };
 

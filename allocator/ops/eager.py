@@ -1,10 +1,10 @@
-"""Eager calls of the collective operators on CUDA without Python, where they are like one before.
+"""Repeat eager calls of the collective operators on CUDA in C.
 
-In Python a call takes 8 to 13 microseconds beside the launch of its kernel, more than small messages take on the GPU.
-So what a call has launched is left with a module in C (``eager.c``), which does the next call of the same shapes,
-dtype and options by itself, and hands back what is not quite the same. The module is compiled by the machine's C
-compiler when it is first needed, in a second, and kept beside the compiled kernels, as Triton does with its launchers.
-Where that cannot be, all is the same but for the time, and a warning says why.
+In Python a call takes 8 to 13 microseconds besides the kernel launch. This is more than small messages take on the GPU.
+So a module in C (``eager.c``) remembers the launch of a call, and makes the next call with the same shapes, dtype and
+options without Python. It returns calls that differ in any way to Python. The machine's C compiler compiles the module
+in a second, at the first use. The result is cached beside the compiled kernels, as Triton does with its launchers.
+Without a compiler the operators do the same, only slower, and a warning says why.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ log = logging.getLogger("symmem.ops")
 __all__ = ["compiled", "learn", "run"]
 
 _SOURCE = Path(__file__).with_name("eager.c")
-_NEW, _SAME, _OTHER = range(3)  # where results go, as in eager.c
+_NEW, _SAME, _OTHER = range(3)  # the destinations of results in eager.c
 
 
 def _nothing(kind: OperatorKind, x: torch.Tensor, group: object, option: object, out: torch.Tensor | None, /) -> Any:
@@ -48,25 +48,25 @@ def _nothing(kind: OperatorKind, x: torch.Tensor, group: object, option: object,
 
 
 run = _nothing
-"""Do a call that is like one before: ``eager.run(kind, x, group, option, out)`` gives the result, or None.
+"""Repeat an earlier call: ``eager.run(kind, x, group, option, out)`` returns the result, or None.
 
-None means that it is not quite like one before, or that something else takes part in it, and nothing was done. It is
-that of the module in C from the first call on that can be done again.
+None means that no earlier call matches, or that something intercepts the call; then nothing was done. This name is
+bound to the function of the C module as soon as a call can be repeated.
 """
 
 
 def learn(
     kind: OperatorKind, group: Group, x: torch.Tensor, option: object, out: torch.Tensor | None, result: torch.Tensor
 ) -> None:
-    """Keep what a call has launched that was just made, if the next one like it can be made by that alone. Local.
+    """Remember the launch of a call that was just made, if this launch is enough to repeat the call. Local.
 
     Args:
         kind: The operation.
-        group: Whose ranks took part.
+        group: The group of the call.
         x: The argument.
-        option: The argument between tensor and group, if there is one.
-        out: As it was given.
-        result: What the result is in.
+        option: The argument between tensor and group, if any.
+        out: The argument ``out`` of the call.
+        result: The tensor with the result.
     """
     engine: Any = group.extension(Engines).get(x.device)
     if not hasattr(engine, "sole_launch") or (out is x and kind.in_place is not None):
@@ -103,14 +103,14 @@ def learn(
 
 
 def compiled() -> Any:
-    """The module in C. Local; takes a second the first time on a machine.
+    """Compile and load the module in C. Local. Takes a second the first time on a machine.
 
     Raises:
-        OSError: There is no C compiler, or it fails; says why.
-        ImportError: What it made cannot be loaded, or not by a Python without the lock that guards it.
+        OSError: There is no C compiler, or it fails. The text says why.
+        ImportError: The module cannot be loaded, or this Python has no global interpreter lock.
     """
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        raise ImportError("this Python has no global interpreter lock, which the module would bring back")
+        raise ImportError("this Python has no global interpreter lock, and the module would enable it again")
     parts = [_SOURCE.read_text(), sysconfig.get_config_var("EXT_SUFFIX"), sysconfig.get_path("include")]
     code = cached(key_of(parts), _compile, cache_directory())
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
@@ -128,7 +128,7 @@ def _compile() -> bytes:
     try:
         command = shlex.split(os.environ.get("CC", ""))
     except ValueError as error:
-        raise OSError(f"the variable CC is no command: {error}") from error
+        raise OSError(f"the variable CC is not a command: {error}") from error
     if not command:
         command = [found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))][:1]
     if not command:
@@ -143,26 +143,26 @@ def _compile() -> bytes:
 
 
 def _driver() -> dict[str, int]:
-    """The addresses of the driver's functions that the module calls."""
+    """Addresses of the driver functions that the module calls."""
     library = ctypes.CDLL("libcuda.so.1")
     names = {"launch": "cuLaunchKernel", "is_capturing": "cuStreamIsCapturing", "context": "cuCtxGetCurrent"}
     return {name: ctypes.cast(getattr(library, of), ctypes.c_void_p).value or 0 for name, of in names.items()}
 
 
 _lock = threading.Lock()
-_module: Any = None  # False if there is none
+_module: Any = None  # False if it cannot be used
 
 
 def _begun() -> Any:
-    """The module, which has been told what it needs; None where it cannot be used."""
+    """Load and initialise the module once; None if it cannot be used."""
     global _module, run
     with _lock:
         if _module is None:
             try:
                 _module = _begin()
                 run = _module.run
-            except Exception as error:  # the operator itself was done
-                log.warning("collective operators are called through Python, which takes longer: %s", error)
+            except Exception as error:  # the operator itself has succeeded
+                log.warning("collective operators use the slower calls through Python: %s", error)
                 _module = False
         return _module or None
 

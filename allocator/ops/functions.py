@@ -1,8 +1,8 @@
-"""The collective operators as functions that take any group: ``symmem.ops.all_reduce(x, group)``.
+"""The operators as functions that take any group, for example ``symmem.ops.all_reduce(x, group)``.
 
-They are ``torch.ops.symmem.*``, less the way through the dispatcher in the usual eager call (see
-:mod:`symmem.ops.dispatch`). Shapes, dtypes and errors: :mod:`symmem.ops.collectives`, :mod:`symmem.ops.one_sided`. In
-code that is compiled, name the group by a text, or leave it out.
+They do the same as ``torch.ops.symmem.*``, but an ordinary eager call bypasses the dispatcher (see
+:mod:`symmem.ops.dispatch`). For shapes, dtypes and errors see :mod:`symmem.ops.collectives` and
+:mod:`symmem.ops.one_sided`. In compiled code, pass the group's name, or omit the group.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 _OPERATORS = {
     name: tuple(getattr(torch.ops.symmem, f"{name}{form}").default for form in ("", "_", "_out")) for name in KINDS
 }
-"""The three forms of each."""
+"""The three forms of the operators."""
 
 _ALL_REDUCE, _ALL_GATHER, _REDUCE_SCATTER, _ALL_TO_ALL, _BROADCAST = (
     KINDS[name] for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
@@ -44,7 +44,7 @@ def _name(group: GroupLike) -> str:
     return group if isinstance(group, str) else name_of(group)
 
 
-# All that torch.compiler.assume_constant_result does, less the import of the compiler, which takes a second.
+# The same as torch.compiler.assume_constant_result, but without importing the compiler, which takes a second.
 _name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -54,8 +54,8 @@ _is_compiling = torch.compiler.is_dynamo_compiling  # looked up once
 def _call(
     kind: OperatorKind, x: torch.Tensor, group: GroupLike, out: torch.Tensor | None, option: str | int | None = None
 ) -> torch.Tensor:
-    """The form that fits: by its kernel if nothing else takes part in the call, else as the operator."""
-    if _is_compiling():  # asked first, since a compiler cannot follow the rest
+    """Choose the form. In an ordinary eager call run its kernel directly, else call the operator."""
+    if _is_compiling():  # comes first, because a compiler cannot trace the rest
         return _dispatched(kind, x, group, out, option)
     try:
         made: torch.Tensor | None = eager.run(kind, x, group, option, out)
@@ -70,7 +70,7 @@ def _call(
                 into(kind, resolved, x, options, out)
                 made = out
             eager.learn(kind, resolved, x, option, out, made)
-    except RuntimeError as error:  # of torch, whose allocator asks CUDA
+    except RuntimeError as error:  # from torch: its allocator calls CUDA
         raise_failure(error)
         raise
     return _dispatched(kind, x, group, out, option) if made is None else made
@@ -83,7 +83,7 @@ def _options(option: str | int | None) -> tuple[str | int, ...]:
 def _dispatched(
     kind: OperatorKind, x: torch.Tensor, group: GroupLike, out: torch.Tensor | None, option: str | int | None
 ) -> torch.Tensor:
-    """The operator, by way of the dispatcher."""
+    """Call the operator through the dispatcher."""
     rest = (*_options(option), _name(group))
     form, form_in_place, form_into = _OPERATORS[kind.name]
     if out is None:
@@ -103,9 +103,9 @@ def all_reduce(
 
     Args:
         x: Of any shape; the same shape and dtype on all ranks.
-        group: As for :func:`symmem.resolve_group`; default the default process group.
+        group: As for :func:`symmem.resolve_group`. By default, the default process group.
         reduction: ``"sum"``, ``"avg"``, ``"min"`` or ``"max"``.
-        out: Takes the result, of the shape and dtype of x; may be x itself. There is no gradient then.
+        out: Receives the result. Has the shape and dtype of x, and may be x itself. There is no gradient then.
 
     Returns:
         ``out``, or a new tensor.
@@ -122,7 +122,7 @@ def all_gather(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | Non
     Args:
         x: Of any shape; the same shape and dtype on all ranks.
         group: See :func:`all_reduce`.
-        out: Takes the result; must not share memory with x. There is no gradient then.
+        out: Receives the result. Must not share memory with x. There is no gradient then.
 
     Returns:
         ``out``, or a new tensor.
@@ -136,13 +136,13 @@ def all_gather(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | Non
 def reduce_scatter(
     x: torch.Tensor, group: GroupLike = None, reduction: str = "sum", out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Combine all ranks' ``x[rank]``, of this rank. Collective over the group.
+    """Combine all ranks' ``x[rank]``, for this rank. Collective over the group.
 
     Args:
         x: [world, ...]; the same shape and dtype on all ranks.
         group: See :func:`all_reduce`.
         reduction: See :func:`all_reduce`.
-        out: Takes the result, of the shape of ``x[0]``; must not share memory with x. There is no gradient then.
+        out: Receives the result. Has the shape of ``x[0]``. Must not share memory with x. There is no gradient then.
 
     Returns:
         ``out``, or a new tensor.
@@ -154,12 +154,12 @@ def reduce_scatter(
 
 
 def all_to_all(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Rank r's ``x[rank]`` as row r of the result, of the shape of x. Collective over the group.
+    """Return rank r's ``x[rank]`` in row r. The result has the shape of x. Collective over the group.
 
     Args:
         x: [world, ...]; the same shape and dtype on all ranks.
         group: See :func:`all_reduce`.
-        out: Takes the result; x itself, or apart from it. There is no gradient then.
+        out: Receives the result. May be x itself, but must not overlap with it otherwise. There is no gradient then.
 
     Returns:
         ``out``, or a new tensor.
@@ -171,13 +171,13 @@ def all_to_all(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | Non
 
 
 def broadcast(x: torch.Tensor, group: GroupLike = None, root: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Rank ``root``'s tensor. Collective over the group.
+    """Return rank ``root``'s tensor. Collective over the group.
 
     Args:
-        x: The same shape and dtype on all ranks; what it holds counts on ``root`` only.
+        x: The same shape and dtype on all ranks. Its values are used on ``root`` only.
         group: See :func:`all_reduce`.
         root: A rank of the group.
-        out: Takes the result; may be x itself. There is no gradient then.
+        out: Receives the result. May be x itself. There is no gradient then.
 
     Returns:
         ``out``, or a new tensor.
@@ -193,13 +193,13 @@ def barrier(x: torch.Tensor | None = None, group: GroupLike = None, channel: int
     """Wait for all ranks. Collective over the group. On CUDA, work on the current stream.
 
     Args:
-        x: A tensor in symmetric memory, whose barrier it is: what ranks stored into it before is visible afterwards.
-            None for a barrier that orders nothing but itself, on the CPU. In compiled code it must be given.
+        x: A tensor in symmetric memory. Stores that ranks made into it before the barrier are visible afterwards. None
+            for a barrier on the CPU that orders no memory. Compiled code must pass a tensor.
         group: See :func:`all_reduce`.
-        channel: ``0 <= channel < 64``, of x.
+        channel: ``0 <= channel < 64``, a channel of x.
 
     Raises:
-        PeerTimeoutError, PeerLostError: Names the rank that did not come, or died.
+        PeerTimeoutError, PeerLostError: A rank did not come, or died. Names the rank.
     """
     if x is None:
         nothing = torch.zeros(1)
@@ -209,12 +209,12 @@ def barrier(x: torch.Tensor | None = None, group: GroupLike = None, channel: int
 
 
 def put(x: torch.Tensor, source: torch.Tensor, peer: int, group: GroupLike = None) -> None:
-    """Copy ``source`` to a peer's x; the peer does nothing. See :meth:`symmem.SymmetricTensor.put`."""
+    """Copy ``source`` to a peer's x. The peer makes no call. See :meth:`symmem.SymmetricTensor.put`."""
     torch.ops.symmem.put(x, source, peer, _name(group))
 
 
 def get(x: torch.Tensor, peer: int, group: GroupLike = None, out: torch.Tensor | None = None) -> torch.Tensor:
-    """A copy of a peer's x, in ``out`` if given; the peer does nothing. See :meth:`symmem.SymmetricTensor.get`."""
+    """Copy a peer's x, to ``out`` if given. The peer makes no call. See :meth:`symmem.SymmetricTensor.get`."""
     name = _name(group)
     if out is None:
         made: torch.Tensor = torch.ops.symmem.get(x, peer, name)

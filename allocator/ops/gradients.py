@@ -1,7 +1,8 @@
-"""What autograd does with the operators: gradients, refusals, and a short way past it where there is nothing to do.
+"""Autograd kernels of the operators: gradients, errors, and a shortcut for calls without gradients.
 
-An operator has one kernel for all Autograd keys. Where nothing requires a gradient, and nothing else comes in between
-(see :mod:`symmem.ops.dispatch`), that calls what does the work itself: so the usual eager call is one kernel in Python.
+An operator has one kernel for all Autograd keys. If nothing requires a gradient and nothing intercepts the call (see
+:mod:`symmem.ops.dispatch`), this kernel calls the device's kernel directly. So an ordinary eager call runs one Python
+kernel.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ __all__ = ["GRADIENTS", "with_gradient", "without_gradient"]
 
 
 def _beneath(op: OpOverload, keyset: torch._C.DispatchKeySet, *args: Any, **options: Any) -> Any:
-    """Go on with the dispatch."""
+    """Continue the dispatch below Autograd."""
     with torch._C._AutoDispatchBelowAutograd():
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
 
 
 def _refuse_tangents(op: OpOverload, *values: Any) -> None:
-    """Raise if derivatives in forward mode are wanted, which would be zeros."""
+    """Raise if a value has a tangent. Without this, derivatives in forward mode would be zeros."""
     for value in values:
         if not isinstance(value, torch.Tensor):
             continue
@@ -50,12 +51,12 @@ class _WithGradient(torch.autograd.Function):
 
 
 def with_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> None:
-    """Give a functional operator, whose first argument is a tensor, and the only one, its gradient.
+    """Register the gradient of a functional operator. Its first argument must be its only tensor.
 
     Args:
-        library: The ``torch.library.Library`` that defines it.
+        library: The ``torch.library.Library`` that defines the operator.
         op: The operator.
-        kernel: What does the work, with the arguments of the operator.
+        kernel: The device's kernel. Takes the arguments of the operator.
     """
 
     def run(keyset: torch._C.DispatchKeySet, x: torch.Tensor, *rest: Any) -> Any:
@@ -69,7 +70,7 @@ def with_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> N
 
 
 def without_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> None:
-    """Let an operator that writes to its arguments raise if one of them requires a gradient; args as above."""
+    """Make an operator that writes to its arguments raise if one requires a gradient. See :func:`with_gradient`."""
     several = sum(isinstance(argument.type, torch.TensorType) for argument in op._schema.arguments) > 1
 
     def run(keyset: torch._C.DispatchKeySet, x: torch.Tensor, *rest: Any, **options: Any) -> Any:
@@ -88,14 +89,14 @@ def without_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -
     library.impl(op._opname, run, "Autograd", with_keyset=True)
 
 
-# Each rank's loss counts: the gradient of x is that of the sum of all ranks' losses.
+# The gradient of x is the gradient of the sum of all ranks' losses.
 
 
 def _check_linear(name: str, reduction: str) -> None:
     if reduction not in ("sum", "avg"):
         raise UnsupportedError(
             f"symmem::{name} has no gradient for {reduction!r}",
-            hint="use 'sum' or 'avg', or detach() what goes in",
+            hint="use 'sum' or 'avg', or pass x.detach()",
             step=f"backward of {name}",
         )
 
@@ -131,4 +132,4 @@ GRADIENTS: dict[str, Callable[..., Any]] = {
     "all_to_all": _all_to_all,
     "broadcast": _broadcast,
 }
-"""By the name of the operator: the gradient of x, of the result's and the other arguments."""
+"""Functions by operator name. They map the result's gradient and the other arguments to the gradient of x."""

@@ -1,22 +1,22 @@
-"""One-sided copies and signals as operators, ``torch.ops.symmem.*``: of tensors in symmetric memory.
+"""One-sided copies and signals as operators, ``torch.ops.symmem.*``, for tensors in symmetric memory.
 
 =========================================== =========================================================================
-operator                                    what it does
+operator                                    effect
 =========================================== =========================================================================
-put(x, source, peer, group_name)            copies ``source``, of the shape and dtype of x, to the peer's x
+put(x, source, peer, group_name)            copies ``source``, with the shape and dtype of x, to the peer's x
 get(x, peer, group_name) -> Tensor          returns a copy of the peer's x
 get_out(x, peer, group_name, *, out)        copies the peer's x to ``out``
-put_signal(x, peer, channel, group_name)    what was put before is visible to the peer once it has waited for this
-wait_signal(x, peer, channel, group_name)   waits for the peer's signal; what it put into x is visible afterwards
-barrier(x, channel, group_name)             waits for all ranks; what each put anywhere is visible afterwards
+put_signal(x, peer, channel, group_name)    signals the peer; it sees earlier puts after it has waited for the signal
+wait_signal(x, peer, channel, group_name)   waits for the peer's signal; its earlier puts into x are visible afterwards
+barrier(x, channel, group_name)             waits for all ranks; all their earlier puts are visible afterwards
 =========================================== =========================================================================
 
-``x`` is a tensor, or a view of one, that lies in symmetric memory and was rendezvoused with the group: its place on the
-peer is the one that it has here. Each is :class:`symmem.SymmetricTensor`'s method of that name, which says what is
-raised. On CUDA they are work on the current stream.
+``x`` is a tensor in symmetric memory, or a view of such a tensor, that the group has rendezvoused. On the peer it is at
+the same offset. An operator does the same as the :class:`symmem.SymmetricTensor` method of this name, which documents
+the errors. On CUDA the operators are work on the current stream.
 
-Where peers may write to ``x``, the schema says that the operator does: so compilers keep it in its place among those
-that read x. Inductor passes x itself; a compiler that passes a copy of it, as ``aot_eager`` does, gets
+If peers may write to ``x``, the schema declares that the operator writes to it. So compilers keep its order with
+operators that read x. Inductor passes x itself. A compiler that passes a copy of x, such as ``aot_eager``, gets
 NotSymmetricError.
 """
 
@@ -64,7 +64,7 @@ def _fake_get(x: torch.Tensor, peer: int, group_name: str) -> torch.Tensor:
 
 
 def _fake_nothing(*args: Any, **options: Any) -> None:
-    """What an operator that returns nothing does with tensors that have no memory."""
+    """The fake kernel of an operator that returns nothing."""
 
 
 OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -75,7 +75,7 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     "wait_signal": ("(Tensor(a!) x, int peer, int channel, str group_name) -> ()", _wait_signal),
     "barrier": ("(Tensor(a!) x, int channel, str group_name) -> ()", _barrier),
 }
-"""Schema and kernel, by name."""
+"""Schema and kernel by name."""
 
 
 def _define(name: str) -> None:

@@ -468,7 +468,7 @@ def nested() -> list[Told]:
 def test_an_operation_amid_another_is_refused(pools: Any) -> None:
     (found,), nothing = pools.get(2).run(nested)
     assert (found[0], nothing) == ("GroupError", [])
-    assert "amid another" in found[2]
+    assert "inside another" in found[2]
 
 
 def with_group(name: str, timeout: str) -> symmem.Group:

@@ -204,7 +204,7 @@ class Graph:
             return x
         if policy == "strict":
             raise NotSymmetricError(
-                f"{op} must be symmetric memory, and is a plain tensor of shape {tuple(x.shape)}, {x.dtype}, on "
+                f"{op} must be symmetric memory, but is a plain tensor of shape {tuple(x.shape)}, {x.dtype}, on "
                 f"{x.device}; a one-sided operator does not work on a copy, because peers do not know its address",
                 hint=f"allocate it with symmem.allocate({tuple(x.shape)}, {x.dtype}, {str(x.device)!r}).tensor",
                 step=op,

@@ -1,4 +1,4 @@
-"""The checked mode of collective operations: ranks compare what they are about to do, before anything is launched."""
+"""The checked mode of collective operations: ranks compare their calls before they launch anything."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _HINT = "all ranks of a group must make the same calls in the same order, with t
 
 
 class CheckedEngine:
-    """A :class:`symmem.ops.engines.base.Engine` that lets all ranks compare operation, options, shape and dtype first.
+    """A :class:`symmem.ops.engines.base.Engine` whose ranks compare operation, options, shape and dtype first.
 
-    Each operation begins with a round of messages, for which the host waits: of a CUDA graph, when it is captured.
-    Ranks that differ all raise MismatchError, which names them, and nothing is launched.
+    Every operation begins with a round of messages, and the host waits for it. For a CUDA graph this happens at the
+    capture. If ranks differ, all raise MismatchError, which names them, and nothing is launched.
 
     Args:
-        engine: What does the operations.
-        group: Of its ranks.
+        engine: The engine that runs the operations.
+        group: The engine's group.
     """
 
     def __init__(self, engine: Engine, group: Group) -> None:
         self.engine, self._group = engine, group
 
     def _compare(self, operation: str, source: torch.Tensor, **options: object) -> None:
-        card = {**options, "shape of x": list(source.shape), "dtype": source.dtype, "device": source.device.type}
-        compare(self._group, operation, card, _HINT)
+        call = {**options, "shape of x": list(source.shape), "dtype": source.dtype, "device": source.device.type}
+        compare(self._group, operation, call, _HINT)
 
     def all_reduce(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.all_reduce`."""
@@ -58,5 +58,5 @@ class CheckedEngine:
         self.engine.broadcast(source, out, root)
 
     def refuse(self, operation: str, error: SymmemError) -> None:
-        """Let the others' comparison raise this rank's error, since it does not take part. Does not wait."""
+        """Raise this rank's error in the other ranks' comparison, because it does not take part. Does not wait."""
         self._group.fail(operation, error)

@@ -1,49 +1,50 @@
 """The kernels of the collective operations, in CUDA C++.
 
-Each rank has a workspace that all others can load from and store to::
+Every rank has a workspace. All other ranks can load from it and store to it::
 
-    control    turn         uint64: operations that the owner has finished; all of one engine are counted, 0 at first
-               ticket       uint32: blocks of the running kernel that have read the turn
-               marks        [2 parities, source]: what memory a source takes part with; 0 in `pull`
-               flags        uint64 [2 parities, 2 stages, block, source]: the turn in which that block of `source` came
-    landing    [2 parities, source, SLOT bytes]: what `source` has pushed to the owner; all bytes 255 at rest
-    stage      [2 parities, STAGE bytes]: what the owner lays out for others to pull
+    control    turn         uint64: how many operations the owner has finished. Counts all of one engine, from 0.
+               ticket       uint32: how many blocks of the running kernel have read the turn
+               marks        [2 parities, source]: identifies the memory that `source` passes; 0 in `pull`
+               flags        uint64 [2 parities, 2 phases, block, source]: the turn in which this block of `source` came
+    landing    [2 parities, source, SLOT bytes]: data that `source` pushed to the owner; at rest, all bytes are 255
+    stage      [2 parities, STAGE bytes]: data that the owner publishes for others to pull
 
-**Pushing, with no barrier.** A rank stores units of 16 bytes into the landing zones of its peers and polls its own. A
-unit consists of two words of 8 bytes, each of which arrives whole, and is there once it is not the word of 64 ones that
-lies there at rest; the reader puts that back. So no flag and no fence is needed: a word is its own flag. Of float
-reductions, 64 ones are NaNs, which the sender replaces by other NaNs. Where bits must pass unchanged, a word is 4 bytes
-of data and 32 zeros: twice the traffic, as in NCCL's LL protocol, which relies on words of 8 bytes too. (PTX ISA,
-"Memory Consistency Model": a vector access is an access to each of its elements, in any order; elements of up to 64
-bits are single-copy atomic. The idea of data that is its own flag: "Lamport" kernels of TensorRT-LLM, NCCL's LL.)
+**Pushing, without a barrier.** A rank stores units of 16 bytes into the landing zones of its peers, and polls its own
+landing zone. A unit has two words of 8 bytes. Every word arrives whole. At rest a word is 64 ones; any other value
+means that the data has arrived. The reader then restores the 64 ones. So a word is its own flag, and neither flags nor
+fences are needed. In float reductions, 64 ones are NaNs, and the sender replaces them by other NaNs. If bits must pass
+unchanged, a word carries 4 bytes of data and 32 zeros. This doubles the traffic, as in NCCL's LL protocol, which also
+relies on words of 8 bytes. (PTX ISA, "Memory Consistency Model": a vector access is one access per element, in any
+order; elements of up to 64 bits are single-copy atomic. Data as its own flag is the idea of the "Lamport" kernels of
+TensorRT-LLM and of NCCL's LL.)
 
-* `one_shot`: everything to everybody; one way over the link, (world - 1) x bytes of traffic.
-* `two_shot`: slice p of everybody to rank p, which reduces it and pushes the result to all; two ways, 2 x bytes. A
-  thread gives its next unit before it waits for the last, so that the links are busy throughout.
-* `reduce_scatter`: the first half of that. `exchange`: slices of plain bytes, for all other operations.
+* `one_shot`: every rank pushes everything to every rank. One trip over the link, (world - 1) x bytes of traffic.
+* `two_shot`: every rank pushes slice p to rank p. Rank p reduces it and pushes the result to all. Two trips,
+  2 x bytes. A thread sends its next unit before it waits for the previous one, so the links stay busy.
+* `reduce_scatter`: the first half of `two_shot`. `exchange`: slices of plain bytes, for all other operations.
 
-**Why the landing zone can be used again.** Parities alternate with the turn. In every operation each rank waits for
-something that depends on every other rank having begun it. So a rank that is in turn t + 2 knows that all have begun
-turn t + 1, hence have ended the kernel of turn t, which had read, and put to rest, what the rank now overwrites. No
-rank is ever more than one turn ahead of another in what it stores. The turn is counted by the kernels, on the device,
-so a CUDA graph can be replayed, and mixed with eager operations.
+**Why the landing zone can be reused.** The parity alternates with the turn. In every operation, every rank waits for
+data that depends on all other ranks having begun this operation. So a rank in turn t + 2 knows that all ranks have
+begun turn t + 1. Hence they have ended the kernel of turn t, and this kernel had read and reset the words that the rank
+now overwrites. In its stores, no rank is ever more than one turn ahead of another. The kernels count the turn on the
+device, so a CUDA graph can be replayed and mixed with eager operations.
 
-**Meeting, for large sizes.** Block b of each rank stores the turn into a flag of block b of all peers, after a fence,
-and waits for theirs; no block waits for other blocks of its GPU. Flags have 64 bits: they do not come round.
+**Meeting, for large sizes.** After a fence, block b of a rank stores the turn into a flag of block b on all peers, and
+waits for their flags. A block never waits for other blocks of its GPU. Flags have 64 bits, so they never wrap around.
 
-* `pull`: each copies its part to its stage, meets, and loads what it needs from the others' stages.
-* `put`: for results in symmetric memory: each stores its part into everyone's, between two meetings.
+* `pull`: a rank copies its part to its stage, meets the others, and loads the parts it needs from their stages.
+* `put`: for results in symmetric memory. A rank stores its part into the results of all ranks, between two meetings.
 
-**Deterministic.** Every element is reduced in the order of ranks, in float32 (float64 for float64), and rounded once;
-in all algorithms alike. A result is rounded before it is passed on.
+**Deterministic.** All algorithms reduce elements in rank order, in float32 (float64 for float64), and round once. A
+result is rounded before it is passed on.
 
-**In place.** A thread reads all that it ever reads of the elements that it overwrites before it overwrites them.
+**In place.** A thread reads all it needs of the elements that it overwrites before it overwrites them.
 
-**Failure, and long waits.** As in :mod:`symmem.backends.signal_kernels`: who waits too long writes for whom it waited,
-and traps; who waits long says so meanwhile.
+**Failures and long waits.** As in :mod:`symmem.backends.signal_kernels`. After the time limit a thread writes the rank
+it waited for into the status, and traps. During a long wait it publishes that it waits.
 
-One engine serves operations one after the other: from one stream, or from several that are ordered by events. Blocks
-wait for the block of the same number on the other ranks only, so kernels cannot block each other for want of room.
+An engine runs its operations one after the other: from one stream, or from several that events order. Blocks wait only
+for the block of the same number on other ranks, so kernels cannot block one another by occupying the GPU.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ from symmem.backends.signal_kernels import lateness, memory_access
 __all__ = ["KERNELS", "OPERATORS", "SOURCE", "STEPS", "TYPES", "WorkspaceLayout"]
 
 STEPS = {16: "all_reduce", 17: "all_gather", 18: "reduce_scatter", 19: "all_to_all", 20: "broadcast"}
-"""How kernels name the operations in the status that they leave; numbers below are those of the signals."""
+"""Numbers of the operations in a kernel's status. Smaller numbers belong to the signals."""
 
 TYPES = {
     torch.float32: "F32",
@@ -67,28 +68,28 @@ TYPES = {
     torch.float8_e5m2: "E5M2",
     torch.float64: "F64",
 }
-"""What can be reduced, and the name of it in the source. Float8 saturates instead of becoming infinite."""
+"""Dtypes that can be reduced, and their names in the source. Float8 saturates instead of becoming infinite."""
 
 OPERATORS = {"sum": "SUM", "avg": "AVG", "min": "MIN", "max": "MAX"}
-"""The names of the reductions in the source. Minimum and maximum of a NaN are NaN."""
+"""Names of the reductions in the source. Minimum and maximum of a NaN are NaN."""
 
 KERNELS = {
     "reduce": ("one_shot", "two_shot", "reduce_scatter"),
     "move": ("exchange", "pull", "put"),
 }
-"""The kernels of each of the two modules: that of a type and a reduction, and the one for plain bytes."""
+"""The kernels of the two modules. `reduce` is compiled per dtype and reduction; `move` copies plain bytes."""
 
-_MARKS = 128  # offset of the marks; before them the turn and, in a line of its own, the ticket
+_MARKS = 128  # offset of the marks; before them are the turn and, in a separate cache line, the ticket
 
 
 class WorkspaceLayout(NamedTuple):
-    """Where things are in a workspace.
+    """Offsets and sizes in a workspace.
 
     Attributes:
-        world: Ranks.
-        blocks: Most blocks of a kernel.
-        slot: Bytes that one source can push in one turn; half of it in each way of `two_shot`.
-        stage: Bytes that can be laid out in one turn.
+        world: Number of ranks.
+        blocks: Maximum number of blocks of a kernel.
+        slot: Bytes that one source can push in one turn. Both trips of `two_shot` use half of it.
+        stage: Bytes that a rank can publish in one turn.
     """
 
     world: int
@@ -98,7 +99,7 @@ class WorkspaceLayout(NamedTuple):
 
     @classmethod
     def make(cls, world: int, landing: int, stage: int, blocks: int) -> WorkspaceLayout:
-        """The layout with about so many bytes of landing zone and of stage, each of them twice."""
+        """Return a layout with about ``landing`` and ``stage`` bytes per parity."""
         return cls(world, blocks, max(landing // world // 512 * 512, 512), -(-stage // 512) * 512)
 
     @property
@@ -122,7 +123,7 @@ class WorkspaceLayout(NamedTuple):
         return self.stages + 2 * self.stage
 
     def macros(self) -> dict[str, str]:
-        """What the source needs to know of it."""
+        """Return the macros that describe this layout to the source."""
         numbers = {
             "WORLD": self.world,
             "BLOCKS": self.blocks,
@@ -138,30 +139,30 @@ class WorkspaceLayout(NamedTuple):
 
 SOURCE = (
     r"""
-// Defined on the compiler's command line: WORLD, the layout, and for reductions REDUCES, TYPE_x and OPERATOR_x.
+// The compiler's command line defines WORLD, the layout and, for reductions, REDUCES, TYPE_x and OPERATOR_x.
 typedef unsigned char u8;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
 struct Call {
-  u8 *areas[WORLD];     // each rank's workspace, in this process's addresses
-  u8 *outs[WORLD];      // `put`: each rank's result
+  u8 *areas[WORLD];     // workspaces by rank, as addresses of this process
+  u8 *outs[WORLD];      // `put`: results by rank
   const u8 *source;
   u8 *out;
-  u64 bytes;            // of the whole message
-  u64 slice;            // bytes of a rank's part
-  u64 stride;           // from one rank's part to the next, in the source
-  u64 out_stride;       // and in the result
-  u64 mark;             // `put`: must be the same on all ranks, and not 0
+  u64 bytes;            // size of the whole message
+  u64 slice;            // size of a rank's part
+  u64 stride;           // distance between two ranks' parts in the source
+  u64 out_stride;       // the same in the result
+  u64 mark;             // `put`: must be equal on all ranks, and not 0
   u64 limit;            // nanoseconds
-  u32 *status;          // host memory: {step, reason, peer, group} of who gave up; then of those that wait
+  u32 *status;          // host memory: {step, reason, peer, group} of the failed thread; then the long waits
   u32 step, rank, group, root;
-  u32 nap, unused;      // nanoseconds between two looks, where many threads look
+  u32 nap, unused;      // nanoseconds to sleep between two polls
 };
 
 enum Reason { LATE = 0, DIFFERS = 1 };
 
-const u32 NOBODY = 0xffffffffu;
+const u32 NO_ROOT = 0xffffffffu;
 const u64 ONES = ~0ull;
 
 struct Unit { u64 a, b; };
@@ -179,7 +180,7 @@ __device__ __forceinline__ constexpr Ranks bit(u32 rank) { return Ranks(1) << ra
 """
     + memory_access(64)
     + r"""
-// A unit of a landing zone, each word of it whole.
+// Load a unit of a landing zone. Both words are read whole.
 __device__ __forceinline__ Unit peek(const u8 *at) {
   Unit unit;
   asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(unit.a), "=l"(unit.b) : "l"(at) : "memory");
@@ -190,7 +191,7 @@ __device__ __forceinline__ void push(u8 *at, Unit unit) {
   asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" : : "l"(at), "l"(unit.a), "l"(unit.b) : "memory");
 }
 
-// Up to 16 bytes of any alignment; what is not there is 0.
+// Load up to 16 bytes of any alignment. Missing bytes are 0.
 __device__ __noinline__ Unit load_slowly(const u8 *at, u32 count) {
   u64 words[2] = {0, 0};
   if ((u64(at) | count) % 4 == 0) {
@@ -227,7 +228,7 @@ __device__ __noinline__ void save_slowly(u8 *at, Unit unit, u32 count) {
   }
 }
 
-// 16 bytes at a multiple of 16. Where several are loaded, no branch lies between: they are under way together.
+// Load 16 bytes at a multiple of 16. Without a branch in between, several of these loads are in flight together.
 __device__ __forceinline__ Unit load_whole(const u8 *at) {
   Unit unit;
   asm volatile("ld.global.v2.u64 {%0, %1}, [%2];" : "=l"(unit.a), "=l"(unit.b) : "l"(at) : "memory");
@@ -260,8 +261,8 @@ __device__ __forceinline__ u64 *turn_word(const Call &call) { return (u64 *)call
 
 __device__ __forceinline__ u64 read_turn(const Call &call) { return load_relaxed(turn_word(call)); }
 
-// All threads of the block have read the turn: with the last block's ticket it may be changed. The ticket is on its way
-// while the block waits for its peers.
+// Call after all threads of the block have read the turn. The block with the last ticket may change it. The ticket's
+// latency overlaps with the wait for the peers.
 __device__ __forceinline__ u32 draw_ticket(const Call &call) {
   __syncthreads();
   if (threadIdx.x != 0 || gridDim.x == 1) return 0;
@@ -282,7 +283,8 @@ __device__ __forceinline__ u64 *mark(const Call &call, u32 at, u64 turn, u32 sou
   return (u64 *)(call.areas[at] + MARKS) + turn % 2 * WORLD + source;
 }
 
-// Wait for the same block of all ranks; what each has stored before is visible afterwards. May compare a number.
+// Wait for the same block of all ranks. Stores that these blocks made before are visible afterwards. With `compare`,
+// stop if a rank passes another number.
 __device__ __forceinline__ void meet(const Call &call, u64 turn, u32 phase, bool compare = false, u64 mine = 0) {
   __syncthreads();
   const u32 peer = threadIdx.x;
@@ -303,13 +305,13 @@ __device__ __forceinline__ u8 *slot(const Call &call, u32 at, u64 turn, u32 sour
   return call.areas[at] + LANDING + (turn % 2 * WORLD + source) * u64(SLOT);
 }
 
-// The k-th peer after this rank: so that not all begin with the same one.
+// The k-th peer after this rank. Ranks begin with different peers, which spreads the traffic.
 __device__ __forceinline__ u32 next(const Call &call, u32 k) {
   const u32 peer = call.rank + k;
   return peer < WORLD ? peer : peer - WORLD;
 }
 
-// What is left, at a unit of a rank's part, of that part; 0 beyond.
+// Bytes of a rank's part from this unit to the end of the part; 0 beyond it.
 __device__ __forceinline__ u64 left_of(const Call &call, u32 rank, u64 unit) {
   const u64 start = rank * call.stride, at = start + unit * 16;
   const u64 end = start + call.slice < call.bytes ? start + call.slice : call.bytes;
@@ -318,27 +320,27 @@ __device__ __forceinline__ u64 left_of(const Call &call, u32 rank, u64 unit) {
 
 __device__ __forceinline__ bool is_whole(Unit unit) { return unit.a != ONES && unit.b != ONES; }
 
-// Whether of all parts this unit is there, and begins at a multiple of 16; the last part is the shortest.
+// Whether this unit is complete in all parts and begins at a multiple of 16. The last part is the shortest.
 __device__ __forceinline__ bool is_regular(const Call &call, u64 unit) {
   return (u64(call.source) | call.stride) % 16 == 0 && left_of(call, WORLD - 1, unit) >= 16;
 }
 
-// 8 bytes of data as a unit: 4 in each word.
+// For a unit with 8 bytes of data, 4 per word.
 __device__ __forceinline__ bool is_split_whole(Unit unit) { return unit.a >> 32 == 0 && unit.b >> 32 == 0; }
 
-// One of the ranks; not the same one for all threads of a warp, so that others are told of as well.
+// Pick one of the ranks. Threads of a warp pick different ones, so that all missing ranks are reported.
 __device__ __forceinline__ u32 one_of(Ranks ranks) {
   const Ranks later = ranks & (~Ranks(0) << lane() % WORLD);
   return __ffsll(later ? later : ranks) - 1;
 }
 
-// Wait for a unit of each of the ranks `wanted`, and put to rest where it lay.
+// Wait for a unit of every rank in `wanted`, then reset its place in the landing zone.
 template <bool SPLIT>
 __device__ __forceinline__ void receive(const Call &call, const u8 *own, Ranks wanted, Unit (&got)[WORLD]) {
   u64 began = 0;
   Ranks missing = wanted;
   for (u32 spins = 1;; ++spins) {
-    // All loads, then all looks at them: they are under way together.
+    // Make all loads before the first check, so that they are in flight together.
 #pragma unroll
     for (u32 r = 0; r < WORLD; ++r)
       if (missing & bit(r)) got[r] = peek(own + r * u64(SLOT));
@@ -468,7 +470,7 @@ __device__ __forceinline__ Unit narrow(const Wide (&wide)[COUNT]) {
 }
 #endif
 
-// In the order of ranks, whoever does it.
+// In rank order, on every rank.
 __device__ __forceinline__ Unit reduce(const Unit (&got)[WORLD]) {
   Wide total[COUNT], wide[COUNT];
   widen(got[0], total);
@@ -485,8 +487,8 @@ __device__ __forceinline__ Unit reduce(const Unit (&got)[WORLD]) {
   return guard(narrow(total));
 }
 
-// The own unit, and that nothing has come yet. Selected word by word: an index that is known at run time only would put
-// the array into memory.
+// Store the own unit, and mark all others as missing. Selects word by word, because an index known only at run time
+// would move the array from registers to memory.
 __device__ __forceinline__ void begin(const Call &call, Unit mine, Unit (&got)[WORLD]) {
 #pragma unroll
   for (u32 r = 0; r < WORLD; ++r) {
@@ -523,7 +525,7 @@ __device__ __forceinline__ void by_slices(const Call &call) {
   const u32 units = u32((call.slice + 15) / 16);
   const Ranks others = all_others(call);
   const u8 *own = slot(call, call.rank, turn, 0);
-  // A unit of each peer's slice, to that peer.
+  // Push one unit of every peer's slice to this peer.
   const auto give = [&](u32 u) {
     if (is_regular(call, u)) {
       Unit units_of[WORLD];
@@ -543,7 +545,7 @@ __device__ __forceinline__ void by_slices(const Call &call) {
       push(slot(call, peer, turn, call.rank) + u64(u) * 16, guard(unit));
     }
   };
-  // A unit of the own slice, from everybody; the result to everybody.
+  // Receive one unit of the own slice from all ranks, and push the result to all.
   const auto take = [&](u32 u) {
     const u64 left = left_of(call, call.rank, u), at = u64(u) * 16;
     if (left == 0) return;
@@ -558,7 +560,7 @@ __device__ __forceinline__ void by_slices(const Call &call) {
     }
     save(call.out + (GATHER ? call.rank * call.stride : 0) + at, result, left);
   };
-  // A unit of each peer's result.
+  // Receive one unit of every peer's result.
   const auto fetch = [&](u32 u) {
     Ranks wanted = 0;
     Unit got[WORLD];
@@ -592,8 +594,8 @@ extern "C" __global__ void __launch_bounds__(512) reduce_scatter(const __grid_co
 
 #else  // plain bytes
 
-// Of all operations that only move bytes: rank r's result has, as its part p, part r of rank p; or the only part of p,
-// where the stride is 0; or only that of the root.
+// All operations that only move bytes. Part p of rank r's result is part r of rank p. If the stride is 0, rank p has
+// only one part, for all ranks. With a root, only the root's part moves.
 
 __device__ __forceinline__ Unit split(u64 data) { return {data & 0xffffffffu, data >> 32}; }
 
@@ -611,9 +613,9 @@ __device__ __forceinline__ void save_line(u8 *at, u64 data, u64 left) {
 
 extern "C" __global__ void __launch_bounds__(512) exchange(const __grid_constant__ Call call) {
   const u64 turn = read_turn(call);
-  const u32 lines = u32((call.slice + 7) / 8);  // 8 bytes of data in a unit of 16
-  const bool gives = call.root == NOBODY || call.root == call.rank;
-  // From who has nothing to give, one line: that it has begun this turn.
+  const u32 lines = u32((call.slice + 7) / 8);  // a unit of 16 bytes carries 8 bytes of data
+  const bool gives = call.root == NO_ROOT || call.root == call.rank;
+  // A rank without data sends one line, which says that it has begun this turn.
   for (u32 u = FIRST; u < (gives ? lines : 1); u += STEP) {
     const u64 at = u64(u) * 8, left = call.slice - at;
     if (call.stride == 0 || !gives) {
@@ -649,13 +651,13 @@ extern "C" __global__ void __launch_bounds__(512) exchange(const __grid_constant
   const u8 *own = slot(call, call.rank, turn, 0);
   for (u32 u = FIRST; u < lines; u += STEP) {
     const u64 at = u64(u) * 8, left = call.slice - at;
-    const Ranks wanted = call.root == NOBODY || u == 0 ? others : others & bit(call.root);
+    const Ranks wanted = call.root == NO_ROOT || u == 0 ? others : others & bit(call.root);
     Unit got[WORLD];
     clear(got);
     receive<true>(call, own + u64(u) * 16, wanted, got);
 #pragma unroll
     for (u32 r = 0; r < WORLD; ++r)
-      if ((others & bit(r)) && (call.root == NOBODY || call.root == r))
+      if ((others & bit(r)) && (call.root == NO_ROOT || call.root == r))
         save_line(call.out + r * call.out_stride + at, got[r].a | got[r].b << 32, left);
   }
   advance(call, turn, ticket);
@@ -665,9 +667,9 @@ extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ C
   const u64 turn = read_turn(call);
   const u32 ticket = draw_ticket(call);
   const u32 units = u32((call.slice + 15) / 16);
-  const u64 pitch = call.stride == 0 ? 0 : u64(units) * 16;  // of the parts in the stage
+  const u64 pitch = call.stride == 0 ? 0 : u64(units) * 16;  // distance between two parts in the stage
   u8 *stage = call.areas[call.rank] + STAGES + turn % 2 * u64(STAGE);
-  if (call.root == NOBODY || call.root == call.rank)
+  if (call.root == NO_ROOT || call.root == call.rank)
     for (u32 u = FIRST; u < units; u += STEP) {
       const u64 at = u64(u) * 16, left = call.slice - at;
       const u32 parts = call.stride == 0 ? 1 : WORLD;
@@ -677,20 +679,20 @@ extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ C
         if (call.stride == 0 || p == call.rank) save(call.out + call.rank * call.out_stride + at, unit, left);
       }
     }
-  meet(call, turn, 0, blockIdx.x == 0);  // with no mark: others may be about to `put`
+  meet(call, turn, 0, blockIdx.x == 0);  // compares with mark 0, because other ranks may be about to `put`
   for (u32 u = FIRST; u < units; u += STEP) {
     const u64 at = u64(u) * 16, left = call.slice - at;
     Unit parts[WORLD];
 #pragma unroll
     for (u32 k = 1; k < WORLD; ++k) {
       const u32 peer = next(call, k);
-      if (call.root == NOBODY || call.root == peer)
+      if (call.root == NO_ROOT || call.root == peer)
         parts[k] = load_whole(call.areas[peer] + STAGES + turn % 2 * u64(STAGE) + call.rank * pitch + at);
     }
 #pragma unroll
     for (u32 k = 1; k < WORLD; ++k) {
       const u32 peer = next(call, k);
-      if (call.root == NOBODY || call.root == peer) save(call.out + peer * call.out_stride + at, parts[k], left);
+      if (call.root == NO_ROOT || call.root == peer) save(call.out + peer * call.out_stride + at, parts[k], left);
     }
   }
   advance(call, turn, ticket);
@@ -700,7 +702,7 @@ extern "C" __global__ void __launch_bounds__(512) put(const __grid_constant__ Ca
   const u64 turn = read_turn(call);
   const u32 ticket = draw_ticket(call);
   meet(call, turn, 0, blockIdx.x == 0, call.mark);
-  const u32 units = call.root == NOBODY || call.root == call.rank ? u32(call.slice / 16) : 0;
+  const u32 units = call.root == NO_ROOT || call.root == call.rank ? u32(call.slice / 16) : 0;
   for (u32 u = FIRST; u < units; u += STEP) {
     const u64 at = u64(u) * 16, place = call.rank * call.out_stride + at;
     if (call.stride == 0) {
@@ -721,4 +723,4 @@ extern "C" __global__ void __launch_bounds__(512) put(const __grid_constant__ Ca
 #endif
 """
 )
-"""For NVRTC: sm_80 or newer (sm_89 for float8), at most 64 ranks, no header needed."""
+"""CUDA C++ for NVRTC. Needs sm_80 or newer (sm_89 for float8), at most 64 ranks, and no header."""

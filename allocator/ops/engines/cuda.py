@@ -1,16 +1,16 @@
-"""Collective operations of a group on one GPU: what is launched for each call. The kernels: :mod:`.cuda_kernels`.
+"""Launch the collective operations of a group on one GPU. The kernels are in :mod:`.collective_kernels`.
 
-The engine of a group has one workspace, which all ranks rendezvous at the first operation, and which then serves one
-operation after the other. A call only chooses kernels, by shape, and launches them on the current stream: their
-arguments are laid out once for each dtype, size and kind, and only the addresses change.
+An engine has one workspace. All ranks rendezvous it at the first operation, and it serves one operation after the
+other. A call chooses kernels by shape and launches them on the current stream. The arguments are prepared once per
+dtype, size and operation; later calls change only the addresses.
 
-What all ranks must do alike, beside calling the same operations in the same order:
+All ranks call the same operations in the same order. They must also agree on the following:
 
-* Calls of one engine on several streams must be ordered, by events; the replay of a graph counts as a call.
-* Large parts that are only moved are stored into the others' results where they lie, if that is symmetric memory. So
-  the result of an all-gather, all-to-all or broadcast is in symmetric memory on all ranks, at the same offset of the
-  same allocation, or on none. Anything else ends in a MismatchError; with a table that runs `exchange` for what is so
-  large, in a PeerTimeoutError.
+* Calls of one engine on several streams must be ordered by events. The replay of a graph counts as a call.
+* All-gather, all-to-all and broadcast store large parts directly into the peers' results, if the results are in
+  symmetric memory. So the results must be in symmetric memory on all ranks, at the same offset of the same allocation,
+  or in other memory on all ranks. Anything else ends in a MismatchError, or in a PeerTimeoutError if the table runs
+  `exchange` for such sizes.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from symmem.tensor.tensor import SymmetricTensor
 
 __all__ = ["CudaEngine", "Chunk", "chunks"]
 
-_LANDING = 64 << 20  # bytes, twice: what an operation can push to a rank
-_STAGE = 8 << 20  # bytes, twice: what it can lay out
-_LARGEST_WORLD = 64  # a set of ranks is 64 bits in the kernels
+_LANDING = 64 << 20  # bytes per parity that an operation can push to a rank
+_STAGE = 8 << 20  # bytes per parity that a rank can publish
+_LARGEST_WORLD = 64  # the kernels keep a set of ranks in 64 bits
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not used CUDA yet
-_REMEMBERED = 4096  # plans that are kept
-_NOBODY = 0xFFFFFFFF
+_REMEMBERED = 4096  # maximum number of plans in the cache
+_NO_ROOT = 0xFFFFFFFF
 _UNIT = 16
 
 name_steps(STEPS)
@@ -55,14 +55,14 @@ _NUMBERS = {name: number for number, name in STEPS.items()}
 
 
 class Chunk(NamedTuple):
-    """A part of an operation that one launch does: from ``start``, so many bytes."""
+    """The part of an operation that one launch handles, in bytes."""
 
     start: int
     nbytes: int
 
 
 def chunks(nbytes: int, most: int) -> list[Chunk]:
-    """Cut ``nbytes`` (more than 0) into pieces of at most ``most``, all but the last a multiple of 16, and alike."""
+    """Split ``nbytes`` (more than 0) into equal multiples of 16 of at most ``most``. Only the last may be smaller."""
     count = -(-nbytes // most)
     size = -(-nbytes // count // _UNIT) * _UNIT
     return [Chunk(start, min(size, nbytes - start)) for start in range(0, nbytes, size)]
@@ -79,29 +79,29 @@ def call_type(world: int) -> type[ctypes.Structure]:
 
 
 class _PreparedKernel:
-    """A kernel with its arguments; where in the tensors it begins is added to their addresses at each launch."""
+    """A kernel with its arguments. A launch adds the offsets ``source`` and ``out`` to the addresses of the tensors."""
 
     __slots__ = ("_pointers", "arguments", "blocks", "call", "function", "memory", "out", "source", "threads")
 
     def __init__(self, function: Any, blocks: int, threads: int, call: Any, source: int, out: int) -> None:
         self.function, self.blocks, self.threads, self.call = function, blocks, threads, call
         self.source, self.out = source, out
-        self.memory: _SymmetricOut | None = None  # whose addresses are in the call, if they are
+        self.memory: _SymmetricOut | None = None  # the result with its addresses in `call`, if any
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(call))
         self.arguments = ctypes.addressof(self._pointers)
 
 
 class CudaEngine:
-    """See :class:`symmem.ops.engines.base.Engine`. Making one is local; the first operation is collective and waits.
+    """See :class:`symmem.ops.engines.base.Engine`. The constructor is local. The first operation waits for all ranks.
 
     Args:
-        group: Whose ranks take part.
+        group: The participating ranks.
         device: This rank's GPU.
 
     Raises:
-        UnsupportedError: By the first operation: it is amid the capture of a CUDA graph; a rank's memory cannot be
-            loaded from and stored to; there are more than 64 ranks; by any: a dtype that cannot be reduced.
-        MismatchError: By the first operation: ranks choose by different tables of algorithms.
+        UnsupportedError: From the first operation: a CUDA graph is being captured, a rank's memory is not load/store
+            reachable, or the group has more than 64 ranks. From any operation: the dtype cannot be reduced.
+        MismatchError: From the first operation: ranks have different tables of algorithms.
     """
 
     def __init__(self, group: Group, device: torch.device) -> None:
@@ -111,19 +111,19 @@ class CudaEngine:
         self.layout = WorkspaceLayout.make(self._world, _LANDING, _STAGE, BLOCKS)
         self._state = device_of(self._ordinal)
         self._status = self._state.status
-        self.status_here = ctypes.addressof(self._status)  # of the host's words, whose other address kernels have
+        self.status_here = ctypes.addressof(self._status)  # the host's address; kernels use another one
         self._number = self._state.enter(group)
         self._launch_kernel = self._state.driver.bindings.cuLaunchKernel
-        self._lock = threading.Lock()  # from setting the addresses to the launch, which copies them
+        self._lock = threading.Lock()  # held while addresses are set, until the launch has copied them
         self._workspace: SymmetricTensor | None = None
         self._areas: tuple[int, ...] = ()
         self._plans: dict[Any, list[_PreparedKernel]] = {}
         self._memories: dict[tuple[int, int], _SymmetricOut] = {}
-        self.calls: Any = None  # that symmem.ops.eager can do again
+        self.calls: Any = None  # calls that symmem.ops.eager can repeat
         self.use(table_for(self._world, group.settings.algorithms))
 
     def use(self, table: Table) -> None:
-        """Choose by this table from here on; all ranks must, before the same operation. Local."""
+        """Use this table from now on. All ranks must switch before the same operation. Local."""
         self.table = table
         self._beyond = table.symmetric_beyond()
         self._plans.clear()
@@ -132,10 +132,10 @@ class CudaEngine:
 
     @property
     def context(self) -> int:
-        """The CUDA context that its kernels are launched in, whichever is current."""
+        """The CUDA context for this engine's launches, independent of the current one."""
         return int(self._state.driver.context(self._ordinal))
 
-    # The operations.
+    # Operations.
 
     def all_reduce(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.all_reduce`."""
@@ -178,28 +178,28 @@ class CudaEngine:
     def sole_launch(
         self, operation: str, source: torch.Tensor, out: torch.Tensor, option: Any
     ) -> _PreparedKernel | None:
-        """The one kernel that such a call launches wherever its tensors lie, after the first; None if it is not so."""
+        """The single kernel of a repeated call, if it is independent of the tensors' addresses; else None."""
         if operation in ("all_reduce", "reduce_scatter"):
             key: Any = (operation, out.nbytes, out.dtype, option)
         else:
             nbytes = source.nbytes // self._world if operation == "all_to_all" else source.nbytes
             if nbytes > self._beyond:
                 return None
-            key = (operation, nbytes, _NOBODY if option is None else option, True)
+            key = (operation, nbytes, _NO_ROOT if option is None else option, True)
         plan = self._plans.get(key, ())
         return plan[0] if len(plan) == 1 else None
 
     def check(self) -> None:
-        """Raise what a kernel of this process has failed with, if one has. Local and quick; does not wait.
+        """Raise the error of a failed kernel of this process, if any. Local and quick; does not wait.
 
         Raises:
-            PeerTimeoutError, PeerLostError: Which rank was waited for, in which operation.
-            MismatchError: A rank took part with other memory.
+            PeerTimeoutError, PeerLostError: Names the missing rank and the operation.
+            MismatchError: A rank passed other memory.
         """
         if self._status[0] and (error := self._state.failure()):
             raise error
 
-    # Plans: what is launched, by shape.
+    # Plans: the launches of an operation, by shape.
 
     def _plan_all_reduce(self, nbytes: int, dtype: torch.dtype, reduction: str) -> list[_PreparedKernel]:
         choice = self.table.choose(nbytes)
@@ -231,11 +231,11 @@ class CudaEngine:
         nbytes: int,
         stride: int,
         out_stride: int,
-        root: int = _NOBODY,
+        root: int = _NO_ROOT,
     ) -> None:
         if self._is_trivial(source, out, nbytes):
             return
-        # Parts that are multiples of 16 bytes, so that each begins at one.
+        # Only parts that are multiples of 16 bytes, so that every part begins at a multiple of 16.
         memory = None if nbytes <= self._beyond or nbytes % _UNIT else self._memory(out)
         key = (step, nbytes, root, memory is None)
         plan = self._plans.get(key)
@@ -251,7 +251,7 @@ class CudaEngine:
         self._ready(step)
         functions = program(self._state, "move", self.layout.macros()).functions
         most = {
-            "exchange": self.layout.slot // 2 // _UNIT * _UNIT,  # since it takes twice the room
+            "exchange": self.layout.slot // 2 // _UNIT * _UNIT,  # it needs twice the space
             "pull": self.layout.stage // (self._world if stride else 1) // _UNIT * _UNIT,
             "put": nbytes,
         }[choice.kernel]
@@ -279,7 +279,7 @@ class CudaEngine:
             rank=self._rank,
             group=self._number,
             nap=choice.nap,
-            **{"root": _NOBODY, **sizes},
+            **{"root": _NO_ROOT, **sizes},
         )
         return _PreparedKernel(function, grid(choice, -(-work // _UNIT)), choice.threads, call, *starts)
 
@@ -304,25 +304,25 @@ class CudaEngine:
     # The workspace.
 
     def _ready(self, step: str) -> None:
-        """Make the workspace and let the ranks meet, the first time. Collective over the group."""
+        """Make the workspace at the first operation. Collective over the group then."""
         if self._areas:
             return
         cuda_graphs.refuse(self.device, f"the first {step} of the group {self._group.name!r}")
         if self._world > _LARGEST_WORLD:
             raise UnsupportedError(
-                f"{step} of {self._world} ranks: the kernels are for {_LARGEST_WORLD} at most",
+                f"{step} of {self._world} ranks: the kernels support {_LARGEST_WORLD} at most",
                 rank=self._rank,
                 group=self._group.name,
                 step=step,
             )
-        hint = "let the setting `algorithms` be the same on all ranks, or name files with the same rows"
+        hint = "use the same setting `algorithms` on all ranks, or files with the same rows"
         compare(self._group, step, {"table of algorithms": self.table.fingerprint()}, hint)
         layout = self.layout
         workspace = SymmetricTensor.allocate(
             (layout.nbytes,), torch.uint8, self.device, group=self._group, arena=False, name="collective operations"
         )
         workspace.tensor[layout.landing : layout.stages].fill_(255)
-        finish_stream(self.device)  # before the ranks have met, for then peers store there
+        finish_stream(self.device)  # peers may store there once the ranks have met
         workspace.rendezvous(self._group)
         areas = tuple(int(pointer) for pointer in workspace.pointers_of(self._group).tolist())
         unreachable = tuple(rank for rank, area in enumerate(areas) if not area)
@@ -338,7 +338,7 @@ class CudaEngine:
         self._workspace, self._areas = workspace, areas
 
     def _memory(self, out: torch.Tensor) -> _SymmetricOut | None:
-        """All ranks' results, if they lie in symmetric memory that this group has rendezvoused."""
+        """All ranks' results, if they are in symmetric memory that this group has rendezvoused."""
         key = out.data_ptr(), out.nbytes
         memory = self._memories.get(key)
         if memory is None or (block := memory.block()) is None or block.closed:
@@ -358,13 +358,13 @@ class CudaEngine:
         if mapping is None or not all(mapping.pointers) or is_pooled(block):
             return None
         offset = address - block.allocation.pointer
-        mark = hash((mapping.serial, offset, nbytes)) & (2**64 - 1) or 1  # of integers, so the same in every process
+        mark = hash((mapping.serial, offset, nbytes)) & (2**64 - 1) or 1  # a hash of integers is equal in all processes
         return _SymmetricOut(tuple(pointer + offset for pointer in mapping.pointers), mark, weakref.ref(block))
 
     # Launching.
 
     def _is_trivial(self, source: torch.Tensor, out: torch.Tensor, nbytes: int) -> bool:
-        """Whether there is nothing to do, or nobody to do it with, which is then done."""
+        """Handle empty tensors and groups of one rank. True if the call is complete."""
         if nbytes == 0:
             return True
         if self._world == 1 and source.data_ptr() != out.data_ptr():
@@ -372,7 +372,7 @@ class CudaEngine:
         return self._world == 1
 
     def _run(self, plan: Sequence[_PreparedKernel], source: int, out: int, memory: _SymmetricOut | None = None) -> None:
-        # In one piece, since each call in Python costs as much as a step of it does.
+        # One long function, because a Python call costs as much as a step of it.
         if self._status[0]:
             self.check()
         try:
@@ -401,7 +401,7 @@ class CudaEngine:
                     self._failed(launch, stream, code)
 
     def _keep(self, memory: _SymmetricOut | None) -> None:
-        """Let the graph that is captured keep what its kernels work on: it may outlive this engine, and tensors."""
+        """Let the captured graph keep the memory of its kernels alive. It may outlive this engine and the tensors."""
         if self._workspace is not None:
             cuda_graphs.keep(self._workspace._block)
         block = memory.block() if memory else None
@@ -409,7 +409,7 @@ class CudaEngine:
             cuda_graphs.keep(block)
 
     def _failed(self, launch: _PreparedKernel, stream: int, code: Any) -> None:
-        """Launch again where that helps, else raise."""
+        """Enter the CUDA context and launch again if this helps, else raise."""
         if code == _INVALID_CONTEXT:
             self._state.driver.enter(self._ordinal)
             (code,) = self._launch_kernel(
@@ -426,9 +426,9 @@ class _SymmetricOut(NamedTuple):
     """All ranks' results in symmetric memory.
 
     Attributes:
-        outs: Their addresses, by rank.
-        mark: What must be the same on all ranks.
-        block: What they lie in on this rank; the addresses are right for as long as it is there, and open.
+        outs: Addresses by rank.
+        mark: A number that must be equal on all ranks.
+        block: This rank's block. The addresses are valid until it is freed or closed.
     """
 
     outs: tuple[int, ...]

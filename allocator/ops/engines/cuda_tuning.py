@@ -1,10 +1,10 @@
-"""Which kernel runs a collective operation on CUDA, in how many blocks: a table by number of ranks and bytes.
+"""Choose kernel and number of blocks for a collective operation on CUDA, by number of ranks and bytes.
 
-Chosen by measuring on 2 and 4 H200s with NVLink (NV18), no multicast; for more ranks, from the traffic that a kernel
-makes. A kernel over landing zones (see :mod:`.collective_kernels`) costs one way over the links, or two, beside the
-traffic; one that meets, two or more ways and fences, but nothing is stored twice. Over these links stores pass at 345
-GB/s and loads at 300, by threads and by bulk copies (TMA) alike: so all that is large is stored. The setting
-``algorithms`` names a file with other rows, as `symmem tune` measures them.
+The tables were measured on 2 and 4 H200s with NVLink (NV18), without multicast. For more ranks they are estimated from
+the traffic of a kernel. A kernel over landing zones (see :mod:`.collective_kernels`) costs one or two trips over the
+links, plus the traffic. A kernel that meets costs two or more trips and fences, but stores nothing twice. These links
+pass stores at 345 GB/s and loads at 300 GB/s, both from threads and from bulk copies (TMA), so large data is stored.
+The setting ``algorithms`` names a file with other rows, as measured by `symmem tune`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from symmem.config.kinds import BUILT_IN
 __all__ = ["BLOCKS", "OPERATIONS", "Choice", "Row", "Table", "built_in", "grid", "table_for"]
 
 BLOCKS = MOST_BLOCKS
-"""Most blocks of any kernel."""
+"""Maximum number of blocks of any kernel."""
 
 
 class Choice(NamedTuple):
-    """What runs: the kernel, the most it is launched with, and how long its threads nap between two looks."""
+    """A kernel, its threads per block, its maximum number of blocks, and the nanoseconds to sleep between two polls."""
 
     kernel: str
     threads: int
@@ -67,39 +67,39 @@ _MOVE = (
     Row(_MANY, None, "put", 512, 128),
     Row(_MANY, None, "pull", 512, 64),
 )
-"""For what only moves bytes, by bytes of what one rank gives to another."""
+"""For operations that only move bytes, by bytes from one rank to another."""
 
 
 OPERATIONS = {"all_reduce": _ALL_REDUCE, "reduce_scatter": _REDUCE_SCATTER, "move": _MOVE}
-"""What a table is about, and the rows for all numbers of ranks."""
+"""The rows of every operation, for all numbers of ranks."""
 
 
 class Table(NamedTuple):
-    """What runs the operations of groups of one size. Of the rows, the first that fits counts."""
+    """The rows for groups of one size. The first row that fits is used."""
 
     all_reduce: tuple[Row, ...]
     reduce_scatter: tuple[Row, ...]
     move: tuple[Row, ...]
 
     def choose(self, nbytes: int) -> Choice:
-        """What runs an all-reduce of a tensor of so many bytes."""
+        """Choose for an all-reduce of a tensor of ``nbytes``."""
         return _first(self.all_reduce, nbytes)
 
     def choose_reduce_scatter(self, nbytes: int) -> Choice:
-        """What runs a reduce-scatter with a result of so many bytes."""
+        """Choose for a reduce-scatter with a result of ``nbytes``."""
         return _first(self.reduce_scatter, nbytes)
 
     def choose_move(self, nbytes: int, symmetric: bool = False) -> Choice:
-        """What moves bytes.
+        """Choose for an operation that moves bytes.
 
         Args:
-            nbytes: From each rank to each other one.
-            symmetric: Whether the result lies in symmetric memory, and each part of it at a multiple of 16.
+            nbytes: Bytes from one rank to another.
+            symmetric: Whether the result is in symmetric memory, with all parts at multiples of 16.
         """
         return _first(self.move, nbytes, symmetric)
 
     def symmetric_beyond(self) -> float:
-        """The most bytes that are moved for which it does not matter where the result lies; infinite if never."""
+        """The largest size with the same choice for symmetric and other memory; infinite if no row is symmetric."""
         most = 0
         for row in self.move:
             if row.symmetric:
@@ -109,17 +109,17 @@ class Table(NamedTuple):
         return float("inf")
 
     def fingerprint(self) -> str:
-        """The same for tables that choose alike, and for no others."""
+        """A hash that is equal for tables with the same rows."""
         return hashlib.sha256(repr([[row[1:] for row in rows] for rows in self]).encode()).hexdigest()[:16]
 
 
 def built_in(world: int) -> Table:
-    """The table of this module for groups of so many ranks."""
+    """The built-in table for groups of ``world`` ranks."""
     return Table(*(_rows_for(world, rows) for rows in OPERATIONS.values()))
 
 
 def _rows_for(world: int, rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Those of the rows that can count for so many ranks."""
+    """The rows that can apply to ``world`` ranks."""
     found: list[Row] = []
     for row in rows:
         if world <= row.world and not (found and row.nbytes is not None and row.nbytes <= (found[-1].nbytes or 0)):
@@ -130,7 +130,7 @@ def _rows_for(world: int, rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def table_for(world: int, file: str = BUILT_IN) -> Table:
-    """The table of this module with, in their place, the rows that a file has for so many ranks.
+    """The built-in table, with rows replaced by those in a file.
 
     Args:
         world: Ranks of the group.
@@ -150,9 +150,9 @@ def _first(rows: Sequence[Row], nbytes: int, symmetric: bool = False) -> Choice:
     for row in rows:
         if (row.nbytes is None or nbytes <= row.nbytes) and (symmetric or not row.symmetric):
             return Choice(row.kernel, row.threads, row.blocks, row.nap)
-    raise AssertionError("a table ends with a row for everything")
+    raise AssertionError("the last row of a table fits every size")
 
 
 def grid(choice: Choice, units: int) -> int:
-    """Blocks for so many pieces of work, of which a thread does one or more."""
+    """Number of blocks for ``units`` pieces of work. A thread handles one or more."""
     return max(1, min(choice.blocks, -(-units // choice.threads)))

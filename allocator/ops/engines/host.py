@@ -1,17 +1,18 @@
 """Collective operations of processes on one host, over shared memory.
 
-A group has one workspace: on each rank two regions, each with a line that says what the rank is at. An operation is a
-number of steps. In each step a rank fills its region with what the others need, comes to a barrier, and reads the
-others' regions. Regions are used in turn: what a rank fills in step n + 1 is not what others still read in step n, and
-nobody can be further than that. So there is one barrier a step, and a small operation is one step.
+A group has one workspace. In it every rank has two regions, and per region a line that describes the rank's current
+operation. An operation has one or more steps. In a step, a rank fills its region with the data for the others, enters a
+barrier, and reads the others' regions. Steps alternate between the two regions. While a rank fills a region in step
+n + 1, others may still read the other region of step n, and no rank can be further ahead. So one barrier per step is
+enough, and a small operation is one step.
 
-Larger ones go through the regions in pieces. These fit a cache, and the workspace never grows.
+Larger operations pass through the regions in pieces. A piece fits a cache, and the workspace never grows.
 
-All ranks compare their lines (operation, dtype, elements, piece) after the barrier of each step: ranks that are not at
-the same all raise, before a region is read, and that costs no message.
+After the barrier of a step, all ranks compare their lines (operation, dtype, elements, piece). If the lines differ, all
+ranks raise before they read a region. The comparison needs no message.
 
-Elements are combined in the order of ranks, one rank after the other, whatever the size and the algorithm; so results
-are bitwise the same on all ranks, and from run to run.
+Elements are combined in rank order, for all sizes and algorithms. So results are bitwise equal on all ranks, and from
+run to run.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ from symmem.ops.engines.base import REDUCTIONS
 __all__ = ["HostEngine"]
 
 REGION = 2 << 20
-"""Bytes of a region. Small enough to stay in a cache, large enough that a barrier is little beside the copies."""
+"""Bytes of a region. It is small enough for a cache, and so large that the copies cost far more than a barrier."""
 
 TWO_SHOT = 128 << 10
-"""From so many bytes on, three ranks or more each reduce a part and pass it on, instead of each reducing all."""
+"""From this size in bytes on, three or more ranks reduce one part per rank and share it, instead of reducing all."""
 
 _CPU = torch.device("cpu")
-_CHANNEL = 0  # the only one that is used of the workspace's signals
+_CHANNEL = 0  # the only signal channel of the workspace in use
 _LINE = struct.Struct("<4Hqqq")  # operation, reduction, dtype, root; elements, piece, number of the step
-_LINE_STRIDE = 64  # bytes: a cache line each
+_LINE_STRIDE = 64  # bytes: one cache line
 _MAX_KNOWN = 512
 
 _REFUSED = "refused"
@@ -61,7 +62,7 @@ _INTEGERS = {
     *(torch.int8, torch.int16, torch.int32, torch.int64),
 }
 _COPIED = frozenset(each for each in _DTYPES if each.is_floating_point or each.is_complex or each in _INTEGERS)
-"""What torch can copy; of others, the bytes are copied."""
+"""Dtypes that torch can copy. For others, the bytes are copied."""
 _COMBINE: dict[str, Callable[..., torch.Tensor]] = {
     "sum": torch.add,
     "avg": torch.add,
@@ -73,44 +74,44 @@ _COMBINE: dict[str, Callable[..., torch.Tensor]] = {
 class HostEngine:
     """The :class:`symmem.ops.engines.base.Engine` of one group on the CPU.
 
-    Making one is collective over the group. The operations of a group are done one after the other, whichever thread
-    calls them. After a PeerLostError or PeerTimeoutError the group has no more collective operations; after a
-    MismatchError it has.
+    The constructor is collective over the group. The operations of a group run one after the other, from any thread.
+    After a PeerLostError or PeerTimeoutError the group cannot run collective operations any more. After a
+    MismatchError it can.
 
     Args:
         group: All its ranks must be on one host.
 
     Raises:
-        SymmemError: On all ranks: what failed on any of them.
+        SymmemError: A rank failed. All ranks raise its error.
     """
 
     def __init__(self, group: Group) -> None:
         self._rank, self._world, self._name = group.rank, group.size, group.name
         self._timeout = group.settings.signal_timeout
         self._turn = _Turn(group)
-        self._number = 0  # of the step that is next
-        self._owes = False  # whether this rank has arrived at a barrier, and has not waited for the others yet
+        self._number = 0  # number of the next step
+        self._owes_wait = False  # whether this rank entered a barrier and must still wait for the others
         lines = round_up(SharedSignals.nbytes(group.size), _LINE_STRIDE)
         begin = round_up(lines + 2 * _LINE_STRIDE, PAGE)
         backend = get_backend("host")
         with group.collective("workspace of collective operations") as collective:
             allocation = backend.allocate(begin + 2 * REGION, _CPU, group)
             mapping = backend.rendezvous(allocation, collective)
-        # Held here, not by the tensors: these never leave the engine, and what torch refers to for them, the collector
-        # cannot follow. A cycle by way of the mapping's group would never end.
+        # The engine holds the memory, not the tensors, which never leave the engine. The garbage collector cannot see
+        # references that torch holds, so a cycle through the mapping's group would never be freed.
         self._memory = allocation, mapping
         pointers = mapping.pointers
         self._lines = [[_line(pointer + lines + turn * _LINE_STRIDE) for pointer in pointers] for turn in range(2)]
-        own = [each[group.rank] for each in self._lines]
-        self._signals = SharedSignals(group, pointers, mapping, functools.partial(_present, own))
-        self._begins = [begin, begin + REGION]  # of the regions
+        own = [lines_of_turn[group.rank] for lines_of_turn in self._lines]
+        self._signals = SharedSignals(group, pointers, mapping, functools.partial(_describe_latest, own))
+        self._region_offsets = [begin, begin + REGION]
         self._pointers = pointers
         self._side_by_side, self._stride = mapping.contiguous()
-        self._known_parts: dict[_Where, list[torch.Tensor]] = {}
-        self._known_rows: dict[_Where, torch.Tensor] = {}
+        self._known_parts: dict[_Place, list[torch.Tensor]] = {}
+        self._known_rows: dict[_Place, torch.Tensor] = {}
         self._wide = torch.empty((2, REGION // 4), dtype=torch.float32)
 
-    # Operations. What fits a region is passed on as it is: taking tensors apart would cost as much as all else.
+    # Operations. Tensors that fit a region are passed whole: splitting them would cost as much as all the rest.
 
     def all_reduce(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.all_reduce`."""
@@ -158,7 +159,7 @@ class HostEngine:
             if source.nbytes <= REGION and source.dtype in _COPIED:
                 self._all_to_all(key, 0, source, out)
                 return
-            given, taken = (_bytes(each).view(self._world, size) for each in (source, out))
+            given, taken = (_bytes(tensor).view(self._world, size) for tensor in (source, out))
             for piece, at in _pieces(size, REGION // self._world):
                 self._all_to_all(key, piece, given[:, at], taken[:, at])
 
@@ -175,28 +176,28 @@ class HostEngine:
                 self._broadcast(key, piece, given[at], taken[at], root)
 
     def refuse(self, operation: str, error: SymmemError) -> None:
-        """Let the others' operation that goes with this rank's fail, since this rank raises instead of doing its own.
+        """Make the matching operation fail on the other ranks, because this rank raises instead.
 
-        They raise MismatchError, which names this rank, not its error. Does not wait for them.
+        They raise MismatchError, which names this rank but not its error. Does not wait for them.
         """
         with self._turn:
             self._begin()
             if self._world > 1:
                 self._write((_OPERATION_CODES[_REFUSED], 0, 0, 0, 0), 0)
                 self._signals.arrive(_CHANNEL)
-                self._number, self._owes = self._number + 1, True
+                self._number, self._owes_wait = self._number + 1, True
 
-    # Of one piece, but for what makes pieces itself.
+    # One piece of an operation. Only `_two_shot` handles all pieces itself.
 
     def _one_shot(self, key: _Key, piece: int, given: torch.Tensor, taken: torch.Tensor, reduction: str) -> None:
-        """Each rank reduces everything."""
+        """Every rank reduces everything."""
         parts = self._parts(given.dtype, 0, given.shape)
         parts[self._rank].copy_(given)
         self._step(key, piece)
         self._reduce(parts, taken, reduction)
 
     def _two_shot(self, key: _Key, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
-        """Each rank reduces a part of each piece, and passes it on together with the whole of its next piece."""
+        """Every rank reduces its share of a piece, and passes it on together with its next whole piece."""
         dtype, half = source.dtype, REGION // 2
         nothing = slice(0, 0)
         given: list[torch.Tensor] = []
@@ -208,7 +209,7 @@ class HostEngine:
             results = self._parts(dtype, half, (before.stop - before.start,))
             if given:
                 share = _share(results[0].numel(), self._world, self._rank)
-                self._reduce([each[share] for each in given], results[self._rank][share], reduction)
+                self._reduce([part[share] for part in given], results[self._rank][share], reduction)
             self._step(key, piece)
             for rank, result in enumerate(results):
                 share = _share(result.numel(), self._world, rank)
@@ -242,7 +243,7 @@ class HostEngine:
         taken.copy_(part)
 
     def _reduce(self, parts: Sequence[torch.Tensor], out: torch.Tensor, reduction: str) -> None:
-        """Combine ranks' parts, in the order of ranks, into ``out``, which shares memory with none of them."""
+        """Combine all ranks' parts in rank order into ``out``. ``out`` must not overlap with the parts."""
         world, combine = len(parts), _COMBINE[reduction]
         if world == 1:
             out.copy_(parts[0])
@@ -262,41 +263,41 @@ class HostEngine:
     # Steps.
 
     def _parts(self, dtype: torch.dtype, offset: int, shape: Sequence[int]) -> list[torch.Tensor]:
-        """What lies at byte ``offset`` of each rank's region in the step that is next."""
-        where = (self._number & 1, dtype, offset, shape)
-        parts = self._known_parts.get(where)
+        """All ranks' tensors at byte ``offset`` of their regions in the next step."""
+        place = (self._number & 1, dtype, offset, shape)
+        parts = self._known_parts.get(place)
         if parts is None:
             if len(self._known_parts) >= _MAX_KNOWN:
                 self._known_parts.clear()
-            begin, nbytes = self._begins[where[0]] + offset, math.prod(shape) * dtype.itemsize
+            begin, nbytes = self._region_offsets[place[0]] + offset, math.prod(shape) * dtype.itemsize
             flat = [tensor_at(pointer + begin, nbytes, _CPU, None) for pointer in self._pointers]
-            parts = self._known_parts[where] = [each.view(dtype).view(shape) for each in flat]
+            parts = self._known_parts[place] = [part.view(dtype).view(shape) for part in flat]
         return parts
 
     def _rows(self, dtype: torch.dtype, offset: int, shape: Sequence[int]) -> torch.Tensor:
-        """The same as one tensor, [world, *shape]; copying it is one call."""
-        where = (self._number & 1, dtype, offset, shape)
-        rows = self._known_rows.get(where)
+        """The same as one tensor, [world, *shape], so that one call can copy it."""
+        place = (self._number & 1, dtype, offset, shape)
+        rows = self._known_rows.get(place)
         if rows is None:
             if len(self._known_rows) >= _MAX_KNOWN:
                 self._known_rows.clear()
-            begin, count = self._begins[where[0]] + offset, math.prod(shape)
+            begin, count = self._region_offsets[place[0]] + offset, math.prod(shape)
             nbytes = (self._world - 1) * self._stride + count * dtype.itemsize
             flat = tensor_at(self._side_by_side + begin, nbytes, _CPU, None).view(dtype)
             rows = flat.as_strided((self._world, count), (self._stride // dtype.itemsize, 1)).view(self._world, *shape)
-            self._known_rows[where] = rows
+            self._known_rows[place] = rows
         return rows
 
     def _begin(self) -> None:
-        if self._owes:  # else a region could be filled anew that others still read
+        if self._owes_wait:  # without the wait, this rank could overwrite a region that others still read
             self._wait(self._signals.complete, "a collective operation")
-            self._owes = False
+            self._owes_wait = False
 
     def _step(self, key: _Key, piece: int) -> None:
-        """Tell the others that the own region is filled, and wait until theirs are.
+        """Publish that the own region is filled, and wait until the others are.
 
         Raises:
-            MismatchError: On all ranks: they are not at the same operation.
+            MismatchError: Ranks are at different operations. All ranks raise.
             PeerTimeoutError, PeerLostError, RendezvousError: See :meth:`SharedSignals.barrier`.
         """
         if self._world == 1:
@@ -318,31 +319,34 @@ class HostEngine:
             wait(_CHANNEL, self._timeout)
         except RendezvousError as error:
             error.step = operation
-            if "gave up" in error.what:
-                error.what = error.what.replace("a barrier on this channel", "a collective operation")
-                error.hint = "the group has no more of them: restart the job, or make another group"
+            what = error.what.replace("a barrier on this channel", "a collective operation")
+            if what != error.what:
+                error.what = what
+                error.hint = (
+                    "this group cannot run collective operations any more: restart the job, or make another group"
+                )
             raise
 
     def _mismatch(self, lines: Sequence[memoryview], operation: str) -> MismatchError:
         found = [_LINE.unpack(line) for line in lines]
-        refused = [rank for rank, each in enumerate(found) if _OPERATIONS[each[0]] == _REFUSED]
+        refused = [rank for rank, line in enumerate(found) if _OPERATIONS[line[0]] == _REFUSED]
         if refused:
             what = f"rank {refused[0]} refused its arguments, and did not take part"
             hint, peers = f"see the error that rank {refused[0]} raised", tuple(refused)
         else:
-            told = [_told(*each) for each in found]
-            text, peers = differing(told if len(set(told)) > 1 else [f"step {each[-1]}" for each in found])
+            texts = [_describe(*line) for line in found]
+            text, peers = differing(texts if len(set(texts)) > 1 else [f"step {line[-1]}" for line in found])
             what = f"ranks are at different operations: {text}"
             hint = "all ranks of a group must make the same calls in the same order, with the same shapes and dtypes"
         return MismatchError(what, hint=hint, rank=self._rank, group=self._name, step=operation, peers=peers)
 
 
 class _Turn:
-    """Lets one operation run at a time; a ``with`` block.
+    """A context that one operation can hold at a time.
 
     Raises:
-        GroupError: It is begun amid another one, of the same thread: by a finalizer or a signal handler.
-        ForkedError: The process was forked meanwhile.
+        GroupError: This thread is already inside an operation. A finalizer or a signal handler began another.
+        ForkedError: The process was forked since the group was made.
     """
 
     def __init__(self, group: Group) -> None:
@@ -360,7 +364,7 @@ class _Turn:
         this = threading.get_ident()
         if self._owner == this:
             raise GroupError(
-                "a collective operation was begun amid another one of the same group, on the same thread",
+                "this thread began a collective operation inside another one of the same group",
                 hint="make no collective call from a finalizer, a signal handler or another callback",
                 rank=self._rank,
                 group=self._name,
@@ -373,11 +377,11 @@ class _Turn:
         self._lock.release()
 
 
-_Where = tuple[int, torch.dtype, int, Sequence[int]]
-"""Which regions; dtype, byte in the region and shape of what lies there."""
+_Place = tuple[int, torch.dtype, int, Sequence[int]]
+"""Index of the region, then dtype, byte offset and shape of a tensor in it."""
 
 _Key = tuple[int, int, int, int, int]
-"""What must be the same on all ranks: codes of the operation, reduction and dtype; the root; elements."""
+"""Values that must be equal on all ranks: codes of the operation, reduction and dtype; the root; elements."""
 
 
 def _key(operation: str, source: torch.Tensor, reduction: str = "", root: int = 0) -> _Key:
@@ -385,16 +389,16 @@ def _key(operation: str, source: torch.Tensor, reduction: str = "", root: int = 
     return *codes, root, source.numel()
 
 
-def _told(operation: int, reduction: int, dtype: int, root: int, elements: int, piece: int, number: int) -> str:
-    """A line in words."""
+def _describe(operation: int, reduction: int, dtype: int, root: int, elements: int, piece: int, number: int) -> str:
+    """The text for a line."""
     options = f"({_REDUCTIONS[reduction]})" if reduction else f"(root {root})" if root else ""
-    where = f", piece {piece}" if piece else ""
-    return f"{_OPERATIONS[operation]}{options} of {elements} {_DTYPES[dtype]}{where}"
+    at = f", piece {piece}" if piece else ""
+    return f"{_OPERATIONS[operation]}{options} of {elements} {_DTYPES[dtype]}{at}"
 
 
-def _present(lines: Sequence[memoryview]) -> str:
-    """What a rank is at, by its own lines: the later one of the two."""
-    return _told(*max((_LINE.unpack(line) for line in lines), key=operator.itemgetter(-1)))
+def _describe_latest(lines: Sequence[memoryview]) -> str:
+    """Describe a rank's current operation, from the later of its two lines."""
+    return _describe(*max((_LINE.unpack(line) for line in lines), key=operator.itemgetter(-1)))
 
 
 def _line(address: int) -> memoryview:
@@ -406,28 +410,28 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _pieces(total: int, most: int) -> Iterator[tuple[int, slice]]:
-    """Number and place of pieces of at most ``most``; at least one, which may be empty: ranks meet for nothing too."""
+    """Number and slice of pieces of at most ``most``. Always yields one, maybe empty, so that ranks always meet."""
     most = max(most, 1)
     for piece, begin in enumerate(range(0, max(total, 1), most)):
         yield piece, slice(begin, min(begin + most, total))
 
 
 def _share(total: int, world: int, rank: int) -> slice:
-    """The part of a piece that a rank reduces: whole cache lines, whatever the dtype."""
+    """The part of a piece that a rank reduces. It is whole cache lines for all dtypes."""
     size = round_up(-(-total // world), _LINE_STRIDE)
     return slice(min(rank * size, total), min((rank + 1) * size, total))
 
 
 def _most(dtype: torch.dtype) -> int:
-    """Elements of a piece that is to be reduced; of a narrow dtype, as many as the sums have room for."""
+    """Maximum number of elements of a piece to reduce. For a narrow dtype, the float32 sums are the limit."""
     return REGION // max(dtype.itemsize, 4)
 
 
 def _is_narrow(dtype: torch.dtype) -> bool:
-    """Whether sums are made in float32."""
+    """Whether sums are computed in float32."""
     return dtype.is_floating_point and dtype.itemsize < 4
 
 
 def _is_exact(dtype: torch.dtype, reduction: str, world: int) -> bool:
-    """Whether a narrow dtype's own arithmetic gives what float32 would: extremes, or two values, rounded once."""
+    """Whether a narrow dtype's own arithmetic equals float32: minima, maxima, and sums of two values round once."""
     return dtype.itemsize == 2 and (reduction in ("min", "max") or (world == 2 and reduction == "sum"))

@@ -1,4 +1,4 @@
-"""Which group a name means, and which engine runs its operations on a device."""
+"""Resolve the group of an operator call, and choose its engine for a device."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _of_stores: dict[str, weakref.ref[Group]] = {}
 
 
 def group_of(group: GroupLike = None) -> Group:
-    """:func:`symmem.resolve_group`, but quick, and a text may also name a group made from a store. Local.
+    """A quick :func:`symmem.resolve_group`. A name may also mean a group made from a store. Local.
 
     Raises:
-        GroupError: There is no such group, or there are several of that name; or it was closed.
+        GroupError: No group or several groups have this name, or the group was closed.
     """
     if group is None:
         return default_group() or resolve_group(None)
@@ -39,31 +39,31 @@ def group_of(group: GroupLike = None) -> Group:
 
 
 def name_of(group: GroupLike = None) -> str:
-    """The name by which operators know a group. Local.
+    """The name of a group in operator calls. Local.
 
     Args:
-        group: As for :func:`symmem.resolve_group`. A group made from a store is known by its name from here on, for as
-            long as it lives.
+        group: As for :func:`symmem.resolve_group`. Operators then find a group made from a store by its name, while it
+            lives.
 
     Raises:
-        GroupError: There is no such group; or it was made from a store, and a process group has the same name.
+        GroupError: There is no such group. Or it was made from a store and a process group has the same name.
     """
     resolved = resolve_group(group)
     if resolved.process_group is None:
         if _is_process_group(resolved.name):
             raise GroupError(
                 f"a process group is named {resolved.name!r} like this group, which was made from a store",
-                hint="give the group another name: operators tell groups by their names",
+                hint="give the group another name: operators find groups by name",
             )
         _remember(_of_stores, resolved)
     return resolved.name
 
 
 def group_named(name: str) -> Group:
-    """The group of a name: the process group's, else that of the one group made from a store that has it. Local.
+    """Find a group by name: the process group, else the only group with this name made from a store. Local.
 
     Raises:
-        GroupError: There is no such group, or there are several.
+        GroupError: No group has this name, or several have it.
     """
     reference = _of_process_groups.get(name)
     known = None if reference is None else reference()
@@ -74,7 +74,7 @@ def group_named(name: str) -> Group:
     if known is not None and not known.closed:
         return known
     if not _is_process_group(name):
-        made = [each for each in known_groups() if each.name == name and each.made_from_store and not each.closed]
+        made = [group for group in known_groups() if group.name == name and group.made_from_store and not group.closed]
         if len(made) == 1:
             return _remember(_of_stores, made[0])
         if made:
@@ -101,16 +101,16 @@ def _is_process_group(name: str) -> bool:
 
 
 def engine_for(group: Group, device: torch.device) -> Engine:
-    """What runs a group's operations on a device; goes with the group. Collective over the group, the first time.
+    """The group's engine for a device. It lives as long as the group. Collective over the group the first time.
 
     Raises:
-        UnsupportedError: There is none for devices of this type.
-        SymmemError: It could not be made; the same on all ranks.
+        UnsupportedError: Devices of this type have no engine.
+        SymmemError: The engine could not be made. All ranks raise the same error.
     """
     try:
         known: Engine = group.extensions[Engines][device]
     except KeyError:
-        pass  # made outside of this block, so that an error there has no KeyError as its context
+        pass  # the engine is made outside of this block, so that its errors do not show the KeyError as their context
     else:
         return known
     engine = _make(group, device)

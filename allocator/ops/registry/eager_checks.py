@@ -1,11 +1,11 @@
-"""Eager calls of registered ops with memory that is not symmetric: an error, or a copy.
+"""Check eager calls of registered ops: plain memory raises an error, or is copied.
 
-Where it is checked, and what that costs:
+There are three ways, with different costs:
 
-* An op of symmem's own checks its arguments itself.
-* :func:`check` is one line in whatever wraps an op of somebody else's: some microseconds, no other cost.
-* :func:`checked` is for whole programs: within it, a dispatch mode looks at each call of this thread. That costs some
-  microseconds a call, of any op, so it is switched on where it is wanted, and outside of it nothing is spent at all.
+* symmem's own ops check their arguments themselves.
+* :func:`check` is a line for a wrapper around somebody else's op. It costs some microseconds.
+* :func:`checked` is for whole programs. Inside it, a dispatch mode sees every call of this thread. This costs some
+  microseconds per call of any op. Outside of it there is no cost.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ __all__ = ["asked_locally", "backend_of", "check", "checked", "is_torchs"]
 
 
 def asked_locally() -> bool:
-    """Whether this torch, from 2.12 on, tells what is its symmetric memory without a rendezvous."""
+    """Whether this torch can recognise its symmetric memory without a rendezvous. True from torch 2.12 on."""
     return hasattr(_torchs(), "is_symm_mem_tensor")
 
 
 def backend_of(namespace: str) -> str | None:
-    """The backend whose memory an operator needs, by its namespace; None for any that the configuration chooses."""
+    """The backend that an operator needs, by its namespace; None for the configured backend."""
     if namespace != NAMESPACE:
         return None
     from torch.distributed import _symmetric_memory as torch_symmetric
 
     transport = torch_symmetric.get_backend(torch.device("cuda"))
-    return f"pytorch_{transport.lower()}" if transport else "pytorch_cuda"  # which is the one without a choice
+    return f"pytorch_{transport.lower()}" if transport else "pytorch_cuda"  # torch's default
 
 
 def _torchs() -> Any:
@@ -54,14 +54,14 @@ def _torchs() -> Any:
 
 
 def check(op: OpLike, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
-    """Raise if a call of a registered op would be given other than symmetric memory, whatever the setting. Local.
+    """Raise if a call of a registered op would receive plain memory. Independent of the settings. Local.
 
-    Tensors with no memory of their own (fake, meta, functional, wrapper classes) and empty ones are left alone.
+    Ignores tensors without memory (fake, meta, functional, wrapper classes) and empty tensors.
 
     Args:
-        op: As for :func:`symmem.register_symm_mem_args`. One that is not registered passes.
-        args: Of the call.
-        kwargs: Of the call.
+        op: As for :func:`symmem.register_symm_mem_args`. An op that is not registered passes.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
 
     Raises:
         NotSymmetricError: Names op and argument, and how to allocate it.
@@ -75,23 +75,22 @@ def check(op: OpLike, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None
 
 @contextlib.contextmanager
 def checked(mode: str | None = None) -> Iterator[None]:
-    """Within it, this thread's eager calls of registered ops must be given symmetric memory. Also a decorator.
+    """Check this thread's eager calls of registered ops inside the context. Also a decorator.
 
-    Not collective; but with ``copy`` a call is, over the op's group, in that all ranks must pass alike: where one
-    rank's tensor is copied, so must be those of the others.
+    Not collective. But with ``copy``, a call is collective over the op's group: if one rank's tensor is copied, the
+    tensors of all ranks must be.
 
-    It sees ops beneath autograd, so that gradients are what they are without it, and with ``torch.no_grad()`` and
-    ``torch.inference_mode()`` as well. Tensors with no memory of their own (fake, meta, functional, wrapper classes)
-    and empty ones are left alone. Functions of ``torch.compile`` run uncompiled. It does not see an op that is only a
-    composition of others (``CompositeImplicitAutograd``), only what that consists of.
+    It sees ops below autograd. So gradients do not change, and it works in ``torch.no_grad()`` and
+    ``torch.inference_mode()``. It ignores tensors without memory (fake, meta, functional, wrapper classes) and empty
+    tensors. Functions of ``torch.compile`` run uncompiled. It does not see an op that is only a composition of other
+    ops (``CompositeImplicitAutograd``), but it sees those other ops.
 
     Args:
-        mode: ``"error"``: raise :class:`NotSymmetricError`, before the op runs. ``"copy"``: run it on a copy in the
-            group's symmetric memory; what the op writes is copied back, and where it returns that argument, the
-            caller's tensor is returned. Behind an op with no exit barrier there is then a barrier, so that the copy
-            can be let go. Tensors that overlap, and are not the same, are copied apart. One-sided ops raise all the
-            same. ``"off"``: nothing. None: the setting
-            ``symmetric_arguments``, as it is when an argument is found that is not symmetric.
+        mode: ``"error"`` raises :class:`NotSymmetricError` before the op runs. ``"copy"`` runs the op on a copy in the
+            group's symmetric memory. It copies back what the op writes, and if the op returns the argument, it returns
+            the caller's tensor. After an op without an exit barrier it adds a barrier, so that the copy can be freed.
+            Different tensors that overlap get separate copies. One-sided ops raise as with ``"error"``. ``"off"`` does
+            nothing. None uses the setting ``symmetric_arguments``, read when a plain argument is found.
 
     Raises:
         ConfigError: There is no such mode.
@@ -107,7 +106,7 @@ def checked(mode: str | None = None) -> Iterator[None]:
 
 
 class _Checked(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Looks at the calls of one thread."""
+    """The dispatch mode of :func:`checked`, for one thread."""
 
     supports_higher_order_operators = True
 
@@ -117,13 +116,13 @@ class _Checked(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch imports its compiler for the first op; it compiles nothing under a mode anyway
+        return False  # with True, torch imports its compiler at the first op, but compiles nothing under a mode
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        beneath = torch._C._len_torch_dispatch_stack() > 0  # other modes, which would not be asked any more
+        beneath = torch._C._len_torch_dispatch_stack() > 0  # other modes, which NotImplemented would skip
         if not beneath and any(_dispatches(kind) for kind in types):
-            return NotImplemented  # its own ops, on the tensors that it wraps, come here again
+            return NotImplemented  # the class's own ops, on the tensors that it wraps, come here again
         known = lookup(func) if isinstance(func, OpOverload) else None
         if known is None:
             return func(*args, **kwargs)
@@ -141,14 +140,14 @@ _NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
 
 
 def _dispatches(kind: type) -> bool:
-    """Whether a class of tensors has a dispatch of its own; most that do have no memory."""
+    """Whether a class of tensors has its own dispatch. Most of these classes have no memory."""
     return getattr(kind, "__torch_dispatch__", _NO_DISPATCH) is not _NO_DISPATCH
 
 
 def _setting(known: Registration, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     try:
         group = known.group_of(args, kwargs).name
-    except GroupError:  # which a call with an error to tell does not depend on
+    except GroupError:  # the NotSymmetricError of this call is more useful
         group = None
     return load_settings(group=group).symmetric_arguments
 
@@ -159,20 +158,20 @@ def _misplaced(
     def group() -> str:
         return known.group_of(args, kwargs).name
 
-    return (each for each in known.tensors_of(args, kwargs) if not _is_in_place(known, each[1], group))
+    return ((place, tensor) for place, tensor in known.tensors_of(args, kwargs) if not _is_usable(known, tensor, group))
 
 
 def _namespace(known: Registration) -> str:
     return known.op.partition("::")[0]
 
 
-def _is_in_place(known: Registration, tensor: torch.Tensor, group: Callable[[], str]) -> bool:
-    """Whether a tensor lies in symmetric memory, where the operator finds it, or in none at all."""
+def _is_usable(known: Registration, tensor: torch.Tensor, group: Callable[[], str]) -> bool:
+    """Whether a tensor has no memory, or is in symmetric memory where the operator finds it."""
     if tensor.device.type == "meta" or tensor.numel() == 0 or _dispatches(type(tensor)):
         return True
     address = address_of(tensor)
     if address is None:
-        return tensor.layout == torch.strided  # else it has memory, of several pieces
+        return tensor.layout == torch.strided  # other layouts have memory in several pieces
     block = block_at(address)
     if block is not None:
         there = not block.closed and block.allocation.device == tensor.device
@@ -181,22 +180,22 @@ def _is_in_place(known: Registration, tensor: torch.Tensor, group: Callable[[], 
 
 
 def _begins(tensor: torch.Tensor, block: Block) -> bool:
-    """Whether a tensor's storage begins where the allocation does."""
+    """Whether a tensor's storage begins at the start of the allocation."""
     return tensor.untyped_storage().data_ptr() == block.allocation.pointer
 
 
 def is_torchs(tensor: torch.Tensor, group: Callable[[], str]) -> bool:
-    """Whether a tensor lies in symmetric memory that torch has allocated, where torch's operators find it.
+    """Whether a tensor is in symmetric memory that torch allocated, where torch's operators find it.
 
-    They take the allocation for the tensor's storage (those of torch 2.11), so the one must begin where the other does:
-    tensors of an arena, or of a pool, mostly do not.
+    The operators (of torch 2.11) assume that the tensor's storage is the allocation. So the storage must begin at the
+    start of the allocation. For tensors from an arena or a pool this is mostly false.
 
-    Local from torch 2.12 on. Until then torch tells only by a rendezvous, as the operator does that takes the tensor:
-    collective over the group the first time, of a tensor that is.
+    Local from torch 2.12 on. Older versions can tell only by a rendezvous, like the operator itself. This is collective
+    over the group the first time, if the tensor is symmetric.
 
     Args:
-        tensor: It has memory.
-        group: The name of the operator's group.
+        tensor: A tensor with memory.
+        group: Returns the name of the operator's group.
     """
     memory = _torchs()
     if asked_locally():
@@ -204,14 +203,14 @@ def is_torchs(tensor: torch.Tensor, group: Callable[[], str]) -> bool:
             return False
         block = block_at(tensor.data_ptr())
         return block is None or _begins(tensor, block)
-    if memory is None or not tensor.is_cuda:  # there is none elsewhere
+    if memory is None or not tensor.is_cuda:  # torch has symmetric memory on CUDA only
         return False
     try:
         handle = memory.rendezvous(tensor, group())
         return handle is not None and handle.offset == 0
-    except GroupError:  # by which the operator does not find it either
+    except GroupError:  # the operator would not find the tensor either
         return False
-    except RuntimeError as error:  # by the transports NVSHMEM and NCCL; CUDA returns None
+    except RuntimeError as error:  # from the transports NVSHMEM and NCCL; CUDA returns None
         if "not within any SymmetricMemory allocation" in str(error):
             return False
         raise
@@ -223,15 +222,15 @@ def _error(known: Registration, place: str, tensor: torch.Tensor) -> NotSymmetri
     if backend is None:
         found = "is a plain tensor"
         hint = (
-            f"allocate it with symmem.allocate({shape}, {tensor.dtype}, {device!r}).tensor, or make it within "
+            f"allocate it with symmem.allocate({shape}, {tensor.dtype}, {device!r}).tensor, or make it inside "
             "`with symmem.use_symmetric_memory():`"
         )
     else:
-        found = "is not at the beginning of any that torch allocated: a tensor"
+        found = "is not at the beginning of an allocation of torch: a tensor"
         hint = f"allocate it with symmem.allocate({shape}, {tensor.dtype}, backend={backend!r}, arena=False).tensor"
     if not known.one_sided:
-        hint += "; or have it copied at each call within symmem.ops.checked('copy')"
-    what = f"{known.op}: the argument {place!r} must be symmetric memory, and {found} of shape {shape}"
+        hint += "; or let symmem.ops.checked('copy') copy it at every call"
+    what = f"{known.op}: the argument {place!r} must be symmetric memory, but {found} of shape {shape}"
     return NotSymmetricError(f"{what}, {tensor.dtype}, on {device}", hint=hint, step=known.op)
 
 
@@ -239,7 +238,7 @@ def _error(known: Registration, place: str, tensor: torch.Tensor) -> NotSymmetri
 
 
 class _Copies:
-    """The symmetric copies of one call; one of each tensor, however often it is passed."""
+    """The symmetric copies of one call. A tensor that is passed several times has one copy."""
 
     def __init__(self, known: Registration, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._known = known
@@ -247,10 +246,10 @@ class _Copies:
         self._made: dict[Any, tuple[torch.Tensor, SymmetricTensor]] = {}
 
     def placed(self, value: Any) -> Any:
-        """A value of the call with its plain tensors replaced."""
+        """Replace the plain tensors in an argument by copies."""
         if isinstance(value, list | tuple):
-            return type(value)([self.placed(each) for each in value])
-        if not isinstance(value, torch.Tensor) or _is_in_place(self._known, value, lambda: self._group.name):
+            return type(value)([self.placed(element) for element in value])
+        if not isinstance(value, torch.Tensor) or _is_usable(self._known, value, lambda: self._group.name):
             return value
         key = _geometry(value)
         if key not in self._made:
@@ -273,25 +272,25 @@ class _Copies:
         return handle
 
     def finish(self) -> None:
-        """See to it that peers have done with the copies."""
+        """Make sure that peers no longer use the copies."""
         handles = [handle for _original, handle in self._made.values()]
         if handles and not self._known.exit_barrier:
             handles[0].barrier(group=self._group)
 
     def copy_back(self, value: Any) -> None:
-        """Copy to the caller's tensors what an op has written to their copies."""
+        """Copy the copies back to the caller's tensors, after the op has written to them."""
         if isinstance(value, list | tuple):
-            for each in value:
-                self.copy_back(each)
+            for element in value:
+                self.copy_back(element)
         elif isinstance(value, torch.Tensor) and (made := self._made.get(_geometry(value))):
             value.copy_(made[1].tensor)
             if not value.is_inference():
-                torch.autograd.graph.increment_version(value)  # which torch leaves out beneath a dispatch mode
+                torch.autograd.graph.increment_version(value)  # torch does not do this below a dispatch mode
 
     def original(self, value: Any) -> Any:
-        """A result with the caller's tensors in the place of their copies."""
+        """Replace the copies in a result by the caller's tensors."""
         if isinstance(value, list | tuple):
-            return type(value)([self.original(each) for each in value])
+            return type(value)([self.original(element) for element in value])
         if isinstance(value, torch.Tensor):
             for original, handle in self._made.values():
                 if _geometry(value) == _geometry(handle.tensor):
@@ -304,7 +303,7 @@ def _geometry(tensor: torch.Tensor) -> Any:
 
 
 def _with_copies(known: Registration, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Call an op with copies of what is not symmetric memory. Collective over its group."""
+    """Call an op with copies of plain tensors. Collective over its group."""
     copies = _Copies(known, args, kwargs)
     new_args, new_kwargs = list(args), dict(kwargs)
     for name in known.args:

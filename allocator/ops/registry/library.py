@@ -1,4 +1,4 @@
-"""``torch.library.Library`` with the method that torch has from 2.13 on, for every torch, and with its checks."""
+"""A ``torch.library.Library`` with ``register_symm_mem_args`` for all versions of torch, and with checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch._library.utils import RegistrationHandle
 
-from symmem.ops.registry.registry import FROM_SCHEMA, _source, described, enter, withdraw
+from symmem.ops.registry.registry import FROM_SCHEMA, caller_line, described, enter, withdraw
 from symmem.ops.registry.schema import OpLike, find_op
 
 __all__ = ["Library"]
@@ -18,26 +18,26 @@ _HINT = re.compile(r"\bsymm\s+(\S+)\s+(\w+)")
 
 
 class Library(torch.library.Library):
-    """A ``torch.library.Library`` whose :meth:`register_symm_mem_args` checks what it is told. Works with torch 2.11.
+    """A ``torch.library.Library`` with a :meth:`register_symm_mem_args` that checks its input. Works with torch 2.11.
 
         lib = symmem.ops.Library("lib", "FRAGMENT")
         lib.define("op(Tensor x, str tp) -> Tensor")
         lib.register_symm_mem_args("op", ["x"], group_arg="tp")
 
-    or, for an op with one argument that carries the group, in the schema itself::
+    If only one argument of an op can carry the group, the schema itself can say it::
 
         lib.define("op(symm Tensor x, str group_name) -> Tensor")
 
-    What was registered ends with the library, as its ops do.
+    Registrations end with the library, like its ops.
     """
 
     def define(self, schema: str, *args: Any, **kwargs: Any) -> Any:
-        """``torch.library.Library.define``; arguments with ``symm`` before their type are registered.
+        """``torch.library.Library.define``, which also registers arguments with ``symm`` before their type.
 
         Args:
-            schema: Of the op: ``"op(symm Tensor x, symm Tensor(a!)[] outs, str group_name) -> ()"``.
-            args: As there.
-            kwargs: As there.
+            schema: For example ``"op(symm Tensor x, symm Tensor(a!)[] outs, str group_name) -> ()"``.
+            args: See ``torch.library.Library.define``.
+            kwargs: See ``torch.library.Library.define``.
 
         Raises:
             InvalidArgumentError: As :func:`symmem.register_symm_mem_args`.
@@ -58,22 +58,22 @@ class Library(torch.library.Library):
         one_sided: bool = False,
         replace: bool = False,
     ) -> None:
-        """:func:`symmem.register_symm_mem_args` for an op, by default of this library's namespace.
+        """:func:`symmem.register_symm_mem_args` for an op. The default namespace is the library's.
 
         Args:
-            op_name: As there; also ``"op"`` and ``"op.overload"``.
-            arg_names: As there, and all that follow.
-            group_arg: See there.
-            exit_barrier: See there.
-            one_sided: See there.
-            replace: See there.
+            op_name: See :func:`symmem.register_symm_mem_args`. Also accepts ``"op"`` and ``"op.overload"``.
+            arg_names: See :func:`symmem.register_symm_mem_args`.
+            group_arg: See :func:`symmem.register_symm_mem_args`.
+            exit_barrier: See :func:`symmem.register_symm_mem_args`.
+            one_sided: See :func:`symmem.register_symm_mem_args`.
+            replace: See :func:`symmem.register_symm_mem_args`.
 
         Raises:
-            InvalidArgumentError: As there.
+            InvalidArgumentError: See :func:`symmem.register_symm_mem_args`.
         """
         if isinstance(op_name, str) and "::" not in op_name:
             op_name = f"{self.ns}::{op_name}"
-        made = described(find_op(op_name), arg_names, group_arg, exit_barrier, one_sided, _source())
+        made = described(find_op(op_name), arg_names, group_arg, exit_barrier, one_sided, caller_line())
         enter(made, replace=replace)
         handles: list[Any] = self._registration_handles
         handles.append(RegistrationHandle(lambda: withdraw(made)))

@@ -1,4 +1,4 @@
-"""What is registered of one operator: :class:`Registration`."""
+"""The record of one registered operator, :class:`Registration`."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from symmem.ops.registry.schema import Parameter
 __all__ = ["BUILT_IN", "UPSTREAM", "Registration"]
 
 BUILT_IN = "symmem"
-"""The source of what symmem registers itself: of torch.ops.symm_mem, and its own."""
+"""The source of built-in registrations, for torch.ops.symm_mem and torch.ops.symmem."""
 
 UPSTREAM = "torch.library"
-"""The source of what was registered through ``torch.library.Library.register_symm_mem_args``."""
+"""The source of registrations through ``torch.library.Library.register_symm_mem_args``."""
 
 
 @dataclass(frozen=True)
 class Registration:
-    """Which arguments of an operator must lie in symmetric memory.
+    """The arguments of an operator that must be in symmetric memory.
 
     Attributes:
         op: Qualified name: ``"lib::op"`` for the default overload, else ``"lib::op.overload"``.
-        args: Names of the arguments. All tensors of one that is a list must be symmetric memory; None need not.
-        group_arg: Name of the argument that carries the group, as the name of a process group or as a process group;
-            None: the op works on the default process group.
-        exit_barrier: Whether peers have done with these arguments once the op is done on its stream, so that their
-            memory can be written to again at once.
-        one_sided: Whether ranks call it alone, for a peer's memory; a copy of its argument would be no use to anybody.
-        source: Who registered it: ``"module:line"``, ``"symmem"`` for what is built in, or ``"torch.library"``.
-        unclear_group: Arguments of which nobody has said whether they carry the group; then :meth:`group_of` raises.
+        args: Names of the arguments. If an argument is a list, all tensors in it must be symmetric memory. None values
+            are allowed.
+        group_arg: Name of the argument that carries the group, as a process group or its name. If None, the op uses the
+            default process group.
+        exit_barrier: Whether peers have finished with these arguments when the op completes on its stream. Then their
+            memory can be overwritten at once.
+        one_sided: Whether a single rank calls it, for a peer's memory. A copy of the argument would be useless then.
+        source: Origin of the registration: ``"module:line"``, ``"symmem"`` if built in, or ``"torch.library"``.
+        unclear_group: Arguments that may carry the group. If there are any, :meth:`group_of` raises.
         schema: The op's ``torch.FunctionSchema``.
         parameters: The op's arguments by name.
     """
@@ -52,11 +53,11 @@ class Registration:
 
     @property
     def mutated(self) -> tuple[str, ...]:
-        """Those of :attr:`args` that the op writes to."""
+        """The arguments in :attr:`args` that the op writes to."""
         return tuple(name for name in self.args if self.parameters[name].mutated)
 
     def value_of(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
-        """What an argument is in a call: as given, else its default, else None."""
+        """The value of an argument in a call: the given value, else the default, else None."""
         if kwargs and name in kwargs:
             return kwargs[name]
         parameter = self.parameters[name]
@@ -65,23 +66,24 @@ class Registration:
         return parameter.default
 
     def tensors_of(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Iterator[tuple[str, Any]]:
-        """The tensors of a call that must lie in symmetric memory, each with its place, such as ``outs[1]``."""
+        """The tensors of a call that must be in symmetric memory, with their places, such as ``outs[1]``."""
         for name in self.args:
             yield from _tensors(name, self.value_of(name, args, kwargs))
 
     def group_of(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Group:
-        """The group of a call: that of :attr:`group_arg`; the default process group if that is None. Local.
+        """The group of a call, from :attr:`group_arg`; the default process group if :attr:`group_arg` is None. Local.
 
         Args:
-            args: Of the call, as the op takes them.
-            kwargs: Of the call.
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
 
         Raises:
-            GroupError: There is no such group, or nobody has said which argument carries it; names op and argument.
+            GroupError: There is no such group, or the argument that carries it is unknown. Names op and argument.
         """
         if self.unclear_group:
             raise GroupError(
-                f"{self.op}: nobody has said which argument carries the group; it may be {self.unclear_group[0]!r}",
+                f"{self.op}: the registration does not tell which argument carries the group; "
+                f"it may be {self.unclear_group[0]!r}",
                 hint=f"call symmem.register_symm_mem_args({self.op!r}, {list(self.args)}, "
                 f"group_arg={self.unclear_group[0]!r}, replace=True), or group_arg=None for the default group",
             )
@@ -99,5 +101,5 @@ def _tensors(place: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, torch.Tensor):
         yield place, value
     elif isinstance(value, list | tuple):
-        for index, each in enumerate(value):
-            yield from _tensors(f"{place}[{index}]", each)
+        for index, element in enumerate(value):
+            yield from _tensors(f"{place}[{index}]", element)

@@ -1,12 +1,12 @@
-"""The registry: which arguments of which operators must lie in symmetric memory.
+"""The registry of operator arguments that must be in symmetric memory.
 
-Three sources are one view: what is registered here, PyTorch's own registry (see :mod:`.upstream`), and what
-is built in (see :mod:`.built_in`), of torch.ops.symm_mem and torch.ops.symmem, which is entered when it is
-first asked for. What is registered here is told to PyTorch's registry as well; what is built in is not, since upstream
-has lowerings of its own for torch.ops.symm_mem. Where both know an op, the later one counts; of what is built in, this
-registry does.
+It combines three sources: registrations made here, PyTorch's own registry (see :mod:`.upstream`), and the built-in
+registrations for torch.ops.symm_mem and torch.ops.symmem (see :mod:`.built_in`), which are entered at the first lookup.
+Registrations made here are copied to PyTorch's registry. Built-in ones are not, because upstream has its own lowerings
+for torch.ops.symm_mem. If both registries know an op, the later registration is used. For built-in ops, this registry
+is used.
 
-A registration is of one op with the schema that it has now: it ends when the op is taken away or gets another schema.
+A registration belongs to an op with its current schema. It ends when the op is removed or gets another schema.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ T = TypeVar("T")
 log = logging.getLogger("symmem.ops")
 
 FROM_SCHEMA: Any = type("FromSchema", (), {"__repr__": lambda self: "FROM_SCHEMA"})()
-"""As ``group_arg``: the argument that the schema shows to carry the group."""
+"""The default of ``group_arg``: find the argument by the schema."""
 
 _lock = threading.RLock()
 _entries: dict[str, Registration] = {}
@@ -56,7 +56,7 @@ _version = 0
 _seen_upstream: dict[str, tuple[str, ...]] = {}
 _has_built_in = False
 listeners: list[Callable[[str], None]] = []
-"""Are told the name of each operator for which something was registered or removed here."""
+"""Called with the name of an operator when its registration was made or removed here."""
 
 
 @overload
@@ -91,7 +91,7 @@ def register_symm_mem_args(
     one_sided: bool = False,
     replace: bool = False,
 ) -> Any:
-    """Say which arguments of an operator must lie in symmetric memory. Local, and the same on all ranks.
+    """Register the arguments of an operator that must be in symmetric memory. Local. Do the same on all ranks.
 
         symmem.register_symm_mem_args("lib::op", ["x"], group_arg="tp")
 
@@ -99,30 +99,30 @@ def register_symm_mem_args(
         @torch.library.custom_op("lib::op", mutates_args=())
         def op(x: torch.Tensor, group_name: str) -> torch.Tensor: ...
 
-    The op may be written in C++ or Python, and may get its kernels later, but must be defined. For the method of a
-    Library see :class:`symmem.ops.Library`.
+    The op must be defined, in C++ or Python. Its kernels may follow later. For the method of a Library see
+    :class:`symmem.ops.Library`.
 
-    With torch 2.13 and later, upstream's registry learns of it too. Where nobody else places the arguments,
-    ``torch.compile`` then does, for ops with an argument ``group_name``: in memory of torch's own, and on CUDA only.
+    With torch 2.13 and later, the op is also registered upstream. Then ``torch.compile`` places the arguments of ops
+    with an argument ``group_name`` if nothing else does. It uses torch's own symmetric memory, on CUDA only.
 
     Args:
         op: ``"lib::op"``, ``"lib::op.overload"``, a member of ``torch.ops``, or a ``torch.library.custom_op``. Without
-            an overload it is the default one, or the only one. Left out as a decorator.
+            an overload, the default or only overload is used. Omitted in the form of a decorator.
         arg_names: Names of arguments that are tensors or hold tensors: ``Tensor``, ``Tensor?``, ``Tensor[]``, ...
-        group_arg: Name of the argument that carries the group: the name of a process group (``str``, ``str?``) or a
-            process group. None: the op works on the default process group. If not given, it is the one argument that
-            is a process group or a text that is called a group; an op with no text works on the default group; where
-            neither tells, it must be given.
-        exit_barrier: Whether no peer reads or writes these arguments any more once the op is done on its stream.
-        one_sided: Whether ranks call it alone; then no copy is made of what is not symmetric memory.
-        replace: Whether to take the place of an earlier registration.
+        group_arg: Name of the argument that carries the group, as a process group or its name (``str``, ``str?``). If
+            None, the op uses the default process group. By default, the schema decides: a single argument that is a
+            process group, or a string with a name such as ``group_name``, carries the group. An op without strings and
+            process groups uses the default process group. In all other cases ``group_arg`` is required.
+        exit_barrier: Whether peers no longer read or write these arguments when the op completes on its stream.
+        one_sided: Whether a single rank calls the op. Plain memory is then never copied.
+        replace: Whether to replace an earlier registration.
 
     Returns:
-        The registration; as a decorator, what it was put on.
+        The registration; as a decorator, the decorated object.
 
     Raises:
-        InvalidArgumentError: There is no such op, overload or argument; it holds no tensor, or cannot carry a group;
-            which one carries the group is not clear; or the op is registered already.
+        InvalidArgumentError: There is no such op, overload or argument. The argument holds no tensors, or cannot carry
+            a group. The schema does not tell which argument carries the group. Or the op is registered already.
     """
     if arg_names is None:
         if isinstance(op, str) or not isinstance(op, Iterable):
@@ -130,7 +130,7 @@ def register_symm_mem_args(
                 f"register_symm_mem_args({op!r}) names no arguments",
                 hint='pass the op and the names, ("lib::op", ["x"]), or as a decorator the names, (["x"])',
             )
-        names, source = list(op), _source()
+        names, source = list(op), caller_line()
 
         def decorate(target: T) -> T:
             made = described(find_op(target), names, group_arg, exit_barrier, one_sided, source)
@@ -138,12 +138,12 @@ def register_symm_mem_args(
             return target
 
         return decorate
-    made = described(find_op(op), arg_names, group_arg, exit_barrier, one_sided, _source())
+    made = described(find_op(op), arg_names, group_arg, exit_barrier, one_sided, caller_line())
     enter(made, replace=replace)
     return made
 
 
-def _source() -> str:
+def caller_line() -> str:
     frame = caller()
     return f"{frame.f_globals.get('__name__', '?')}:{frame.f_lineno}"
 
@@ -156,7 +156,7 @@ def described(
     one_sided: bool,
     source: str,
 ) -> Registration:
-    """Check a registration against the schema; see :func:`register_symm_mem_args`. Enters nothing."""
+    """Make a registration and check it against the schema, without entering it. See :func:`register_symm_mem_args`."""
     known = parameters(op._schema)
     args = _tensor_arguments(op, arg_names, known)
     if group_arg is FROM_SCHEMA:
@@ -164,7 +164,7 @@ def described(
         if unclear:
             raise InvalidArgumentError(
                 f"{op._name}: the schema does not tell which argument carries the group, of {_listed(unclear)}",
-                hint=f"pass group_arg={unclear[0]!r}, or group_arg=None if it works on the default process group",
+                hint=f"pass group_arg={unclear[0]!r}, or group_arg=None if it uses the default process group",
             )
     elif group_arg is not None:
         _check_group(op, group_arg, known)
@@ -175,7 +175,7 @@ def _tensor_arguments(op: OpOverload, names: Iterable[str], known: Mapping[str, 
     if isinstance(names, str):
         raise InvalidArgumentError(f"{op._name}: the arguments must be a list of names", hint=f"pass [{names!r}]")
     args = tuple(names)
-    tensors = [each.name for each in known.values() if each.tensor]
+    tensors = [parameter.name for parameter in known.values() if parameter.tensor]
     hint = f"arguments that hold tensors: {_listed(tensors)}"
     if not args:
         raise InvalidArgumentError(f"{op._name}: no arguments are named", hint=hint)
@@ -186,12 +186,12 @@ def _tensor_arguments(op: OpOverload, names: Iterable[str], known: Mapping[str, 
             what = f"is of type {known[name].type}"
             raise InvalidArgumentError(f"{op._name}: the argument {name!r} {what}, not a tensor", hint=hint)
         if args.count(name) > 1:
-            raise InvalidArgumentError(f"{op._name}: the argument {name!r} is named twice", hint="name each one once")
+            raise InvalidArgumentError(f"{op._name}: the argument {name!r} is named twice", hint="name it once")
     return args
 
 
 def _check_group(op: OpOverload, name: str, known: Mapping[str, Parameter]) -> None:
-    hint = f"arguments that can: {_listed(each.name for each in known.values() if is_group(each))}"
+    hint = f"arguments that can: {_listed(parameter.name for parameter in known.values() if is_group(parameter))}"
     if name not in known:
         raise InvalidArgumentError(f"{op._name} has no argument {name!r} to carry the group: {op._schema}", hint=hint)
     if not is_group(known[name]):
@@ -204,10 +204,10 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def enter(made: Registration, *, replace: bool) -> None:
-    """Enter a registration, and tell upstream.
+    """Enter a registration, here and upstream.
 
     Raises:
-        InvalidArgumentError: There is one, and it is not to be replaced.
+        InvalidArgumentError: The op is registered already, and ``replace`` is False.
     """
     with _lock:
         op = find_op(made.op)
@@ -216,21 +216,21 @@ def enter(made: Registration, *, replace: bool) -> None:
             by, args = (ours.source, ours.args) if ours else (UPSTREAM, theirs or ())
             raise InvalidArgumentError(
                 f"{made.op} is registered already, with {_listed(args)}, by {by}",
-                hint="register it once; or pass replace=True to take its place",
+                hint="register it once, or pass replace=True",
             )
         _entries[made.op] = made
         upstream.put(made.op, made.args)
         _changed(made.op)
     if torch._C._dispatch_has_kernel_for_dispatch_key(made.op, "CompositeImplicitAutograd"):
         log.warning(
-            "%s is a composition of other ops, which torch takes apart before checked() or a compiler sees it; "
-            "give it a kernel for a device, or for CompositeExplicitAutograd",
+            "%s is a composition of other ops, and torch decomposes it before checked() or a compiler sees it; "
+            "register a kernel for a device, or for CompositeExplicitAutograd",
             made.op,
         )
 
 
 def _known(op: OpOverload) -> tuple[Registration | None, tuple[str, ...] | None]:
-    """What is entered here for an op, and what upstream knows that it has not learnt from here."""
+    """The registration of an op made here, and the arguments registered upstream if they differ."""
     if op.namespace in (NAMESPACE, OWN_NAMESPACE):
         _enter_built_in()
     ours, theirs = _entries.get(op._name), upstream.args_of(op._name)
@@ -244,25 +244,25 @@ def _known(op: OpOverload) -> tuple[Registration | None, tuple[str, ...] | None]
 
 
 def lookup(op: OpOverload) -> Registration | None:
-    """What is registered for one overload, or None. Quick.
+    """The registration of an overload, or None. Quick.
 
     Raises:
-        InvalidArgumentError: What was registered through upstream does not fit the op.
+        InvalidArgumentError: A registration made upstream does not match the op's schema.
     """
     ours, theirs = _known(op)
     if theirs is None or (ours is not None and ours.source == BUILT_IN):
         return ours
-    return _honoured(op, theirs, ours)
+    return _from_upstream(op, theirs, ours)
 
 
-def _honoured(op: OpOverload, args: tuple[str, ...], ours: Registration | None) -> Registration:
-    """What was registered through upstream, which checks nothing and knows no group but one called group_name."""
+def _from_upstream(op: OpOverload, args: tuple[str, ...], ours: Registration | None) -> Registration:
+    """Make a registration from upstream's. Upstream checks nothing, and finds groups only by the name `group_name`."""
     if ours is not None:
         return dataclasses.replace(ours, args=_tensor_arguments(op, args, ours.parameters), source=UPSTREAM)
     try:
         made = described(op, args, None, False, False, UPSTREAM)
     except InvalidArgumentError as error:
-        error.what = f"what torch.library.Library.register_symm_mem_args was told does not fit: {error.what}"
+        error.what = f"a call of torch.library.Library.register_symm_mem_args does not match the op: {error.what}"
         raise
     group, unclear = find_group(made.parameters)
     name = made.parameters.get("group_name")
@@ -272,17 +272,17 @@ def _honoured(op: OpOverload, args: tuple[str, ...], ours: Registration | None) 
 
 
 def registration(op: OpLike) -> Registration | None:
-    """What is registered for an operator; None if nothing, or if there is no such op.
+    """The registration of an operator; None if there is none, or no such op.
 
     Raises:
-        InvalidArgumentError: ``op`` is no operator; or what was registered through upstream does not fit it.
+        InvalidArgumentError: ``op`` is not an operator, or a registration made upstream does not match its schema.
     """
     found = known_op(op) if isinstance(op, str) else find_op(op)
     return None if found is None else lookup(found)
 
 
 def registered() -> tuple[Registration, ...]:
-    """All registrations of ops that there are, by name. What does not fit its op is left out, and logged."""
+    """The registrations of all existing ops, by name. Logs and omits registrations that do not match their op."""
     with _lock:
         _enter_built_in()
         names = {*_entries, *upstream.all_args()}
@@ -298,24 +298,24 @@ def registered() -> tuple[Registration, ...]:
 
 
 def unregister(op: OpLike) -> Registration:
-    """Remove what is registered for an operator, here and upstream; returns it.
+    """Remove the registration of an operator, here and upstream, and return it.
 
     Raises:
-        InvalidArgumentError: Nothing is.
+        InvalidArgumentError: The operator is not registered.
     """
     with _lock:
         found = find_op(op)
         known = lookup(found)
         if known is None:
             raise InvalidArgumentError(
-                f"{found._name} is not registered", hint="`symmem ops list` shows the ops that are"
+                f"{found._name} is not registered", hint="`symmem ops list` shows the registered ops"
             )
         _forget(known.op)
         return known
 
 
 def restore(made: Registration, before: Registration | None) -> None:
-    """Put back what was registered before ``made``, as it was: nothing, or what ``lookup`` gave then."""
+    """Undo ``made``: restore ``before``, the earlier result of ``lookup``, or None."""
     with _lock:
         _entries.pop(made.op, None)
         upstream.remove(made.op)
@@ -328,7 +328,7 @@ def restore(made: Registration, before: Registration | None) -> None:
 
 
 def withdraw(made: Registration) -> None:
-    """Remove a registration if it still holds; the op may be gone."""
+    """Remove a registration if it is still current. The op may no longer exist."""
     with _lock:
         if _entries.get(made.op) is made:
             _forget(made.op)
@@ -341,19 +341,26 @@ def _forget(name: str) -> None:
 
 
 def fingerprint() -> str:
-    """A hash of all registrations, of 64 hexadecimal digits; the same in every process that has the same ones.
+    """A hash of all registrations, 64 hexadecimal digits. Processes with the same registrations have the same hash.
 
-    It depends on what is registered for which schemas, and neither on the order nor on who registered.
+    It depends on schemas and registered arguments, but not on the order or source of the registrations.
     """
     lines = [
-        [str(each.schema), sorted(each.args), each.group_arg, each.exit_barrier, each.one_sided, each.unclear_group]
-        for each in registered()
+        [
+            str(known.schema),
+            sorted(known.args),
+            known.group_arg,
+            known.exit_barrier,
+            known.one_sided,
+            known.unclear_group,
+        ]
+        for known in registered()
     ]
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
 
 def version() -> int:
-    """A number that grows whenever a registration was made, replaced or removed, here or upstream."""
+    """A number that grows when a registration is made, replaced or removed, here or upstream."""
     with _lock:
         if upstream.all_args() != _seen_upstream:
             _changed()
@@ -370,7 +377,7 @@ def _changed(name: str | None = None) -> None:
 
 
 def _enter_built_in() -> None:
-    """Enter what is built in, the first time."""
+    """Enter the built-in registrations at the first call."""
     global _has_built_in
     if _has_built_in:
         return
@@ -378,8 +385,8 @@ def _enter_built_in() -> None:
         if _has_built_in:
             return
         if dist.is_available():
-            importlib.import_module("torch.distributed._symmetric_memory")  # defines some of them
-        importlib.import_module("symmem.ops.one_sided")  # as well
+            importlib.import_module("torch.distributed._symmetric_memory")  # defines some of the ops
+        importlib.import_module("symmem.ops.one_sided")  # defines symmem's
         qualified = {f"{NAMESPACE}::{name}": need for name, need in NEED.items()}
         qualified |= {f"{OWN_NAMESPACE}::{name}": need for name, need in OWN.items()}
         for name, need in qualified.items():
@@ -389,7 +396,7 @@ def _enter_built_in() -> None:
             try:
                 made = described(op, need.args, FROM_SCHEMA, need.exit_barrier, need.one_sided, BUILT_IN)
             except InvalidArgumentError as error:
-                log.warning("this torch has another %s than symmem knows: %s", op._name, error.what)
+                log.warning("the schema of %s in this torch is unknown to symmem: %s", op._name, error.what)
             else:
                 _entries[made.op] = made
         _has_built_in = True

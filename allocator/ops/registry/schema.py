@@ -1,4 +1,4 @@
-"""What can be read off an operator's schema: the op that a name means, its tensor arguments, and its group."""
+"""Read an operator's schema: find the op for a name, its tensor arguments and its group argument."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Parameter:
 
     Attributes:
         name: Its name.
-        type: Its type, as the schema writes it, such as ``"Tensor?[]"``.
-        position: Among the arguments; those that can only be given by name come last.
-        default: The value that holds where none is given; None also where one must be given.
+        type: Its type in the syntax of schemas, such as ``"Tensor?[]"``.
+        position: Its index. Keyword-only arguments come last.
+        default: The default value; None also if there is no default.
         tensor: Whether it is a tensor, or holds tensors: ``Tensor``, ``Tensor?``, ``Tensor[]``, ``Tensor?[]``, ...
         mutated: Whether the op writes to it.
-        text: Whether it is a text, or a text or None.
-        process_group: Whether it is a process group, or one or None.
+        text: Whether it is a string, or an optional string.
+        process_group: Whether it is a process group, or an optional process group.
     """
 
     name: str
@@ -49,10 +49,10 @@ class Parameter:
 
 
 def find_op(op: object) -> OpOverload:
-    """The one overload that ``op`` means. ``"lib::op"`` and ``torch.ops.lib.op`` mean the default or only one.
+    """Find the overload for ``op``. ``"lib::op"`` and ``torch.ops.lib.op`` mean the default or only overload.
 
     Raises:
-        InvalidArgumentError: There is no such op or overload, or several and none of them is the default.
+        InvalidArgumentError: There is no such op or overload, or it has several overloads without a default.
     """
     if isinstance(op, OpOverload):
         return op
@@ -64,13 +64,13 @@ def find_op(op: object) -> OpOverload:
         return _named(op)
     raise InvalidArgumentError(
         f"a {type(op).__name__} is not an operator",
-        hint='pass "lib::op", torch.ops.lib.op, or what torch.library.custom_op returned; '
+        hint='pass "lib::op", torch.ops.lib.op, or the result of torch.library.custom_op; '
         "as a decorator, write it above @torch.library.custom_op",
     )
 
 
 def known_op(name: str) -> OpOverload | None:
-    """:func:`find_op` of a name; None if there is no such op."""
+    """:func:`find_op` for a name, but returns None if there is no such op."""
     try:
         return _named(name)
     except InvalidArgumentError:
@@ -92,7 +92,7 @@ def _named(name: str) -> OpOverload:
     raise InvalidArgumentError(
         f"there is no operator {namespace}::{op}",
         hint="import the module or load the library that defines it first"
-        + (f"; or did you mean {near[0]!r}?" if near else ""),
+        + (f"; did you mean {near[0]!r}?" if near else ""),
     )
 
 
@@ -117,14 +117,14 @@ def _overload(packet: OpOverloadPacket, name: str | None) -> OpOverload:
 
 
 def parameters(schema: Any) -> dict[str, Parameter]:
-    """The arguments of a ``torch.FunctionSchema`` by name, in their order."""
+    """The arguments of a ``torch.FunctionSchema`` by name, in order."""
     made: dict[str, Parameter] = {}
     for index, argument in enumerate(schema.arguments):
         kind, mutated = argument.type, argument.alias_info is not None and argument.alias_info.is_write
         element = kind.getElementType() if kind.kind() == "OptionalType" else kind
         made[argument.name] = Parameter(
             name=argument.name,
-            type=_written(kind),
+            type=_type_text(kind),
             position=index,
             default=argument.default_value if argument.has_default_value() else None,
             tensor=_holds_tensors(kind),
@@ -141,30 +141,31 @@ def _holds_tensors(kind: Any) -> bool:
     return bool(kind.kind() == "TensorType")
 
 
-def _written(kind: Any) -> str:
+def _type_text(kind: Any) -> str:
     if kind.kind() == "OptionalType":
-        return f"{_written(kind.getElementType())}?"
+        return f"{_type_text(kind.getElementType())}?"
     if kind.kind() == "ListType":
-        return f"{_written(kind.getElementType())}[]"
+        return f"{_type_text(kind.getElementType())}[]"
     return str(kind)
 
 
 def is_group(parameter: Parameter) -> bool:
-    """Whether an argument can carry a group at all."""
+    """Whether an argument can carry a group."""
     return parameter.text or parameter.process_group
 
 
 def find_group(known: Mapping[str, Parameter]) -> tuple[str | None, tuple[str, ...]]:
-    """The argument that carries the group, and those between which the schema does not decide.
+    """Return the argument that carries the group, or None and the candidates if the schema is ambiguous.
 
-    It is found by its type, a process group, or by its name among the texts: a text that is not called a group may as
-    well name a reduction. Where several are left, or only such texts, it is for whoever registers to say.
+    An argument carries the group if it is a process group, or a string with a name such as ``group_name``. Other
+    strings may name a reduction, for example. If several arguments qualify, or there are only other strings, the caller
+    who registers must choose.
     """
-    carriers = [each for each in known.values() if is_group(each)]
-    named = [each.name for each in carriers if each.process_group or _is_called_group(each.name)]
+    carriers = [parameter for parameter in known.values() if is_group(parameter)]
+    named = [carrier.name for carrier in carriers if carrier.process_group or _is_called_group(carrier.name)]
     if len(named) == 1:
         return named[0], ()
-    return None, tuple(named or (each.name for each in carriers))
+    return None, tuple(named or (carrier.name for carrier in carriers))
 
 
 def _is_called_group(name: str) -> bool:

@@ -1,7 +1,7 @@
 """PyTorch's own registry, behind ``torch.library.Library.register_symm_mem_args`` (torch 2.13 and later).
 
-It keeps, by the qualified name of an op, the names of its arguments, and checks nothing. With an older torch all of
-this is empty, and does nothing.
+It maps the qualified name of an op to argument names, without any checks. With an older torch, the functions of this
+module find and do nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger("symmem.ops")
 
 
 def _registry() -> Any:
-    """Upstream's registry; None if this torch has none."""
+    """Upstream's registry, or None if this torch has none."""
     if not hasattr(torch.library.Library, "register_symm_mem_args"):
         return None
     from torch._library.simple_registry import singleton
@@ -33,7 +33,7 @@ def _holder(registry: Any, name: str) -> Any:
 
 
 def args_of(name: str) -> tuple[str, ...] | None:
-    """What upstream knows of an op; None for nothing."""
+    """The arguments that upstream knows for an op, or None."""
     registry = _registry()
     holder = None if registry is None else _holder(registry, name)
     found = None if holder is None else holder.get()
@@ -41,40 +41,40 @@ def args_of(name: str) -> tuple[str, ...] | None:
 
 
 def all_args() -> dict[str, tuple[str, ...]]:
-    """What upstream knows of all ops, by their qualified names."""
+    """The arguments that upstream knows for all ops, by qualified name."""
     entries: dict[str, Any] = getattr(_registry(), "_data", {})
     known = [(name, entry.symm_mem_args.get()) for name, entry in list(entries.items())]
     return {name: tuple(args) for name, args in known if args is not None}
 
 
 def put(name: str, args: Sequence[str]) -> None:
-    """Let upstream know of an op, in the place of what it knew.
+    """Register an op upstream, in place of an earlier registration.
 
-    Inductor asks for it when it lowers an op that nobody else lowers, and then places arguments whatever device they
-    are on, which raises for those on the CPU (torch 2.13 to 2.15). So it is told only of other ones.
+    Inductor reads this registration when it lowers an op without another lowering. It then places arguments on any
+    device, but this raises for CPU arguments (torch 2.13 to 2.15). So the registration is hidden for CPU arguments.
     """
     registry = _registry()
     if registry is not None:
-        remove(name)  # else upstream logs a warning about what it overwrites
+        remove(name)  # otherwise upstream logs a warning that it overwrites
         holder = registry.find(name).symm_mem_args
         holder.register(list(args))
-        holder.is_registered = functools.partial(_is_told, holder)
+        holder.is_registered = functools.partial(_is_visible, holder)
 
 
-def _is_told(holder: Any) -> bool:
+def _is_visible(holder: Any) -> bool:
     return holder.get() is not None and not _lowers_on_the_cpu()
 
 
 def _lowers_on_the_cpu() -> bool:
-    """Whether Inductor asks, and what the op of the graph that it is at takes lies on the CPU."""
-    virtualized = sys.modules.get("torch._inductor.virtualized")  # if nobody has imported it, it is not Inductor
+    """Whether Inductor is lowering an op now, and the tensors that this op takes are on the CPU."""
+    virtualized = sys.modules.get("torch._inductor.virtualized")  # if it is not loaded, Inductor does not run
     node = getattr(virtualized.V.graph, "current_node", None) if virtualized is not None else None
-    values = () if node is None else (each.meta.get("val") for each in node.all_input_nodes)
-    return {each.device.type for each in values if isinstance(each, torch.Tensor)} == {"cpu"}
+    values = () if node is None else (argument.meta.get("val") for argument in node.all_input_nodes)
+    return {value.device.type for value in values if isinstance(value, torch.Tensor)} == {"cpu"}
 
 
 def remove(name: str) -> None:
-    """Let upstream forget an op."""
+    """Remove the registration of an op upstream."""
     registry = _registry()
     holder = None if registry is None else _holder(registry, name)
     if holder is not None:
