@@ -1,6 +1,6 @@
-"""One script for a laptop, a host with 8 GPUs and a cluster: what differs is in YAML files, and none of it here.
+"""One script for a laptop, a host with 8 GPUs and a cluster: all differences are in YAML files.
 
-A laptop, host memory shared by 4 processes:
+A laptop, with host memory shared by 4 processes:
 
     SYMMEM_CONFIG=examples/clusters/laptop.yaml torchrun --nproc-per-node 4 examples/anywhere.py
 
@@ -8,14 +8,14 @@ A host with 8 GPUs:
 
     SYMMEM_CONFIG=examples/clusters/hgx.yaml torchrun --nproc-per-node 8 examples/anywhere.py
 
-A Slurm cluster, 4 hosts with 8 GPUs each (in a script of sbatch, with --nodes 4 --ntasks-per-node 1 --gpus-per-node 8):
+A Slurm cluster, 4 hosts with 8 GPUs each (in an sbatch script, with --nodes 4 --ntasks-per-node 1 --gpus-per-node 8):
 
     export SYMMEM_CONFIG=examples/clusters/multi-node.yaml
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     srun torchrun --nnodes 4 --nproc-per-node 8 --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \
         --rdzv-endpoint "$head:29500" examples/anywhere.py
 
-It finds the largest eigenvalue of a matrix that is split over all ranks, by power iteration.
+The program finds the largest eigenvalue of a matrix that is split over all ranks, by power iteration.
 """
 
 import sys
@@ -31,12 +31,12 @@ rank, world = dist.get_rank(), dist.get_world_size()
 if on_gpu:
     torch.cuda.set_device(rank % torch.cuda.device_count())
 
-rows = 32  # of each rank
+rows = 32  # per rank
 size = rows * world
 whole = torch.rand(size, size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 whole = whole + whole.T
 
-part = symmem.allocate(rows, torch.float64).rendezvous()  # where, and by what backend, the configuration says
+part = symmem.allocate(rows, torch.float64).rendezvous()  # the configuration chooses device and backend
 mine = whole[rank * rows : (rank + 1) * rows].to(part.device)
 vector = torch.ones(size, dtype=torch.float64, device=part.device) / size**0.5
 for _ in range(100):

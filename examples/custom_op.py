@@ -1,10 +1,10 @@
-"""An operator of one's own, as serving engines have them, that only registers which argument must be symmetric memory.
+"""A custom operator, as serving engines have them, that registers its symmetric argument.
 
     torchrun --nproc-per-node 4 examples/custom_op.py
 
-The op knows peers' pointers by symmem.find and friends; its callers know nothing. Registered, a call with plain memory
-is an error by name instead of a wrong result, or is given a copy; and what runs in use_symmetric_memory() makes its
-tensors where the op needs them, with no copy. So does torch.compile.
+The operator gets its peers' memory from SymmetricTensor.wrap; its callers need not know. Because the argument is
+registered, a call with plain memory raises a named error or works on a copy, instead of returning a wrong result. Code
+in use_symmetric_memory() makes its tensors in symmetric memory, without a copy, and so does torch.compile.
 """
 
 import sys
@@ -18,11 +18,11 @@ import symmem
 @torch.library.custom_op("serving::one_shot_all_reduce", mutates_args=())
 def one_shot_all_reduce(x: torch.Tensor, tp_group: str) -> torch.Tensor:
     """Sum over the ranks of a group; x must be symmetric memory."""
-    st = symmem.SymmetricTensor.wrap(x)  # an error if it is not
-    st.barrier(group=tp_group)  # all ranks have made theirs
+    st = symmem.SymmetricTensor.wrap(x)  # raises if it is not
+    st.barrier(group=tp_group)  # all ranks have filled in x
     peers = (st.remote_tensor(peer, group=tp_group) for peer in range(symmem.resolve_group(tp_group).size))
     total = sum(peers, torch.zeros_like(x))
-    st.barrier(group=tp_group)  # nobody still reads mine
+    st.barrier(group=tp_group)  # no rank still reads x
     return total
 
 
@@ -31,7 +31,7 @@ def _(x: torch.Tensor, tp_group: str) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-# This is all. Its last barrier lets compilers write to x again at once.
+# The exit barrier lets compilers reuse x right after the call.
 symmem.register_symm_mem_args("serving::one_shot_all_reduce", ["x"], exit_barrier=True)
 
 on_gpu = torch.cuda.is_available()
@@ -47,12 +47,12 @@ def input_of(peer: int) -> torch.Tensor:
     return torch.randn(64, 32, generator=torch.Generator().manual_seed(peer)).to(device)
 
 
-def check(what: str, y: torch.Tensor) -> None:
+def check(case: str, y: torch.Tensor) -> None:
     expected = sum(2 * input_of(peer) for peer in range(world))
     if not torch.allclose(y, expected, rtol=1e-4, atol=1e-4):
-        sys.exit(f"rank {rank}: the sum is wrong with {what}")
+        sys.exit(f"rank {rank}: the sum is wrong with {case}")
     if rank == 0:
-        print(f"{what}: right")
+        print(f"{case}: right")
 
 
 plain = 2 * input_of(rank)
@@ -69,7 +69,7 @@ with symmem.ops.checked("copy"):
     check("plain memory, copied for the op", one_shot_all_reduce(plain, group))
 
 with symmem.use_symmetric_memory(group):
-    made = 2 * input_of(rank)  # by an op that knows nothing of symmetric memory
+    made = 2 * input_of(rank)  # the multiplication knows nothing of symmetric memory
     check("memory made in use_symmetric_memory()", one_shot_all_reduce(made, group))
 del made
 

@@ -1,9 +1,9 @@
-"""All-gather overlapped with matmul: while one peer's rows are multiplied, the next peer's are on their way.
+"""All-gather overlapped with matmul: multiply one peer's rows while the next peer's rows arrive.
 
     torchrun --nproc-per-node 4 examples/gather_matmul.py
 
-y = all_gather(x) @ w, where each rank has some rows of x and a w of its own (a column-parallel layer with sequence
-parallelism). Nobody sends: each rank gets its peers' rows, on a second CUDA stream, or in a thread on the CPU.
+y = all_gather(x) @ w, where every rank has some rows of x and a separate w (a column-parallel layer with sequence
+parallelism). No rank sends: ranks get their peers' rows, on a second CUDA stream, or in a thread on the CPU.
 """
 
 import sys
@@ -32,7 +32,7 @@ thread = ThreadPoolExecutor(1)
 
 
 def fetch(peer: int) -> Callable[[], None]:
-    """Begin to copy a peer's rows; what is returned waits for them: the current stream, or this thread."""
+    """Begin to copy a peer's rows. Returns a function that makes the current stream, or this thread, wait for them."""
     if side is None:
         return thread.submit(x.get, peer, every_x[peer]).result
     with torch.cuda.stream(side):
@@ -46,13 +46,15 @@ def gather_matmul(w: torch.Tensor) -> torch.Tensor:
     x.barrier()  # all ranks have filled in x
     if side is not None:
         side.wait_stream(torch.cuda.current_stream())
-    peers = [(rank + step) % world for step in range(1, world)]  # the next one first: not all get from the same rank
+    peers = [
+        (rank + step) % world for step in range(1, world)
+    ]  # ranks start with different peers
     waits = [fetch(peer) for peer in peers]
     torch.matmul(x.tensor, w, out=y[rank])
     for peer, wait in zip(peers, waits, strict=True):
         wait()
         torch.matmul(every_x[peer], w, out=y[peer])
-    x.barrier()  # nobody still reads x: it may be written again
+    x.barrier()  # no rank still reads x: it may be written again
     return y.view(world * rows, cols)
 
 
@@ -64,7 +66,7 @@ for step in range(3):
     w = draw(100 + rank, inner, cols).to(x.device)
     x.tensor.copy_(draw(world * step + rank, rows, inner))
     made = gather_matmul(w)
-    x.synchronize()  # raises an error by name if a peer did not come
+    x.synchronize()  # raises a named error if a peer did not come
     whole = torch.cat([draw(world * step + peer, rows, inner) for peer in range(world)]).to(x.device)
     if not torch.allclose(made, whole @ w, rtol=1e-2, atol=1e-2 * inner**0.5):
         sys.exit(f"rank {rank}: the product is wrong in step {step}")

@@ -1,10 +1,10 @@
-"""A stencil whose halo rows are stored straight into the neighbours' memory, all steps in one CUDA C++ kernel.
+"""A stencil that stores halo rows directly into the neighbours' memory, with all steps in one CUDA C++ kernel.
 
     torchrun --nproc-per-node 4 examples/halo_exchange.py
 
-Each rank owns some rows of a grid that closes on itself, and averages the four neighbours of each cell (Jacobi). The
-kernel puts its first and last row where its neighbours read their halo, with a signal each, by symmem.cuh; needs
-pip install 'cuda-python>=13'. On the CPU the same exchange is made by torch and the signals of SymmetricTensor.
+Every rank owns some rows of a periodic grid, and averages the four neighbours of every cell (Jacobi). The kernel uses
+symmem.cuh to put its first and last row into its neighbours' halos, with a signal for both; needs
+pip install 'cuda-python>=13'. On the CPU, torch and the signals of SymmetricTensor make the same exchange.
 """
 
 import sys
@@ -19,7 +19,7 @@ KERNEL = r"""
 extern "C" __global__ void jacobi(const symmem::View *of_grid, float *grid, long rows, long cols, long steps) {
   const symmem::View view = *of_grid;
   const unsigned up = (view.rank + view.world - 1) % view.world, down = (view.rank + 1) % view.world;
-  const long size = (rows + 2) * cols;  // of each of the two halves of the grid, which take turns
+  const long size = (rows + 2) * cols;  // of one half of the memory; the two halves take turns
   for (long step = 0; step < steps; ++step) {
     const float *old = grid + step % 2 * size;
     float *now = grid + (step + 1) % 2 * size;
@@ -31,7 +31,7 @@ extern "C" __global__ void jacobi(const symmem::View *of_grid, float *grid, long
     __syncthreads();
     symmem::put_with_signal(view, now + (rows + 1) * cols, (const float *)now + cols, cols, up, 0);
     symmem::put_with_signal(view, now, (const float *)now + rows * cols, cols, down, 1);
-    symmem::wait_signal(view, down, 0);  // my lower halo has come, and what I put next is not read any more
+    symmem::wait_signal(view, down, 0);  // my lower halo has arrived, and the neighbour has read my earlier row
     symmem::wait_signal(view, up, 1);
   }
 }
@@ -48,7 +48,7 @@ def run_cuda(st: symmem.SymmetricTensor, rows: int, cols: int, steps: int) -> No
     view = st.device_view()
     stream, config = torch.cuda.current_stream(), LaunchConfig(grid=1, block=512)
     launch(stream, config, kernel, view.struct_tensor.data_ptr(), st.tensor.data_ptr(), rows, cols, steps)
-    st.synchronize()  # raises an error by name if a neighbour did not come
+    st.synchronize()  # raises a named error if a neighbour did not come
 
 
 def run_torch(st: symmem.SymmetricTensor, rows: int, cols: int, steps: int) -> None:
@@ -77,7 +77,7 @@ whole = torch.rand(rows * world, cols, generator=torch.Generator().manual_seed(1
 st = symmem.allocate((2, rows + 2, cols), torch.float32).rendezvous()
 mine = torch.arange(rank * rows - 1, (rank + 1) * rows + 1) % (rows * world)  # with the halo
 st.tensor[0].copy_(whole[mine])
-st.barrier()  # from here on neighbours may store here
+st.barrier()  # from here on, neighbours may store into this memory
 (run_cuda if on_gpu else run_torch)(st, rows, cols, steps)
 
 for _ in range(steps):

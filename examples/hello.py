@@ -1,9 +1,9 @@
-"""Every rank writes its number into memory that all ranks can reach, and adds up what it sees there.
+"""Every rank writes its number into symmetric memory, and adds up the numbers of all ranks.
 
     torchrun --nproc-per-node 4 examples/hello.py
 
-The backend is chosen from outside: SYMMEM_ENABLE=symmetric_memory_backend(host), NVFUSER_ENABLE likewise, or a
-cluster file that SYMMEM_CONFIG names; or here, by ``--backend host``. With none of these, symmem takes what works.
+To choose the backend, set SYMMEM_ENABLE=symmetric_memory_backend(host) (or NVFUSER_ENABLE), name a cluster file in
+SYMMEM_CONFIG, or pass ``--backend host``. Otherwise symmem takes a backend that works.
 """
 
 import argparse
@@ -25,13 +25,13 @@ if torch.cuda.is_available():
 
 st = symmem.allocate(1024, torch.float32, backend=args.backend).rendezvous()
 st.tensor.fill_(rank)
-st.barrier()  # from here on, all ranks see what all have written
+st.barrier()  # from here on, all ranks see the stores of all ranks
 
 total = sum(st.remote_tensor(peer) for peer in range(world))
 assert (total == world * (world - 1) / 2).all()
 line = f"rank {rank} of {world}: {st.backend} memory, sum over all ranks {total[0].item():.0f}\n"
-sys.stdout.write(line)  # in one piece, so that ranks' lines do not mix
+sys.stdout.write(line)  # one write, so that lines of ranks do not mix
 sys.stdout.flush()
 
-st.barrier()  # nobody leaves while others still read
+st.barrier()  # no rank leaves while others still read
 dist.destroy_process_group()

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 4 examples/tensor_parallel.py
 
-Each rank has a slice of the hidden layer: the first weight is split by columns, the second by rows, so that the whole
-needs one all-reduce. It is compiled in one graph, in which Inductor plans the operator's buffers like any others, and
-compared with the same MLP on one rank.
+Every rank has a slice of the hidden layer: the first weight is split by columns, the second by rows, so that the MLP
+needs one all-reduce. It compiles to one graph, in which Inductor plans the operator's buffers like any others. The
+result is compared with the same MLP on one rank.
 """
 
 import sys
@@ -25,7 +25,7 @@ batch, width, hidden = 8, 64, 256
 
 
 class ParallelMLP(torch.nn.Module):
-    """This rank's part of an MLP: every rank is given the same input, and has the same output."""
+    """This rank's part of an MLP. All ranks have the same input and the same output."""
 
     def __init__(self, whole_up: torch.Tensor, whole_down: torch.Tensor) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""A one-shot all-reduce in Triton: each block meets its peers' blocks, then adds up what all ranks have.
+"""A one-shot all-reduce in Triton: every block waits for its peers' blocks, then adds up the values of all ranks.
 
     torchrun --nproc-per-node 4 examples/triton_all_reduce.py
 
-The kernel reaches peers by symmem.triton, over any backend whose memory can be loaded from. Where there is no GPU the
-same kernel runs in Triton's interpreter, on processes that share the host's memory (pip install triton numpy).
+The kernel accesses peers with symmem.triton, over any backend with load/store access. Without a GPU, the same kernel
+runs in Triton's interpreter, on processes that share the host's memory (pip install triton numpy).
 """
 
 import os
@@ -28,10 +28,10 @@ def all_reduce(x, out, elements, pointers, signals, rank, world: tl.constexpr, b
     symm.barrier(signals, number, rank, world)  # all ranks have filled in x
     at = number * block + tl.arange(0, block)
     total = tl.zeros((block,), tl.float32)
-    for peer in range(world):  # in the order of ranks, so that all get the very same sum
+    for peer in range(world):  # in the order of ranks, so that all ranks get the same sum
         total += symm.load(x + at, pointers, rank, peer, at < elements)
     tl.store(out + at, total, mask=at < elements)
-    symm.barrier(signals, number, rank, world)  # nobody still reads x: it may be written again
+    symm.barrier(signals, number, rank, world)  # no rank still reads x: it may be written again
 
 
 on_gpu = torch.cuda.is_available()
@@ -55,7 +55,7 @@ def input_of(peer: int, step: int) -> torch.Tensor:
 for step in range(3):
     x.tensor.copy_(input_of(rank, step))
     all_reduce[(blocks,)](x.tensor, out, elements, view.pointers, view.signals, rank, world, block)
-    x.synchronize()  # raises an error by name if a peer did not come
+    x.synchronize()  # raises a named error if a peer did not come
     expected = sum(input_of(peer, step) for peer in range(world))
     if not torch.equal(out.cpu(), expected):
         sys.exit(f"rank {rank}: the sum is wrong in step {step}")

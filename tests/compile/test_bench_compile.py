@@ -1,4 +1,4 @@
-"""``symmem bench compile`` on two ranks: what it counts, what it checks, and its figures (mission F4, D1, D3)."""
+"""``symmem bench compile`` on two ranks: counts, checks and figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A10: the same cases on every backend. A backend that does not work here is skipped with the probe's reason."""
+"""The same cases on every backend. A backend that does not work here is skipped with the reason of its probe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     backends = option("--backends").split(",")
     worlds = [int(world) for world in option("--worlds").split(",")]
-    # By backend first: one pool at a time is alive, and a transport is frozen for the life of a process.
+    # Sorted by backend, because one pool is alive at a time and a process cannot change its transport.
     chosen = [(backend, world, name) for backend in backends for world in worlds for name in CASES]
     metafunc.parametrize(("backend", "world", "name"), chosen, ids=[f"{b}-{w}-{n}" for b, w, n in chosen])
 

@@ -1,4 +1,4 @@
-"""Every example but hello, which tests/test_examples.py runs under torchrun, on processes of this machine (A5)."""
+"""Every example on processes of this machine, except hello.py, which test_examples.py runs under torchrun."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from symmem.tools.examples import EXAMPLES, run_example, why_not
 from symmem.tools.outcomes import RanksFailedError
 
 FOLDER = Path(__file__).parents[2] / "examples"
-# No GPU, or the same programs would take it; inductor makes no processes of its own.
+# Without GPUs, because the programs would use them; Inductor starts no worker processes.
 ENV = {
     "CUDA_VISIBLE_DEVICES": "",
     "SYMMEM_ENABLE": "rendezvous_timeout(30s),signal_timeout(20s)",

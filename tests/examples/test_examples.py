@@ -1,4 +1,4 @@
-"""The example under torchrun, under each documented way to choose a backend (mission A9, F2)."""
+"""hello.py under torchrun, with every documented way to choose a backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VARIABLES = ("SYMMEM_ENABLE", "NVFUSER_ENABLE", "SYMMEM_CONFIG")
 
 @dataclass(frozen=True)
 class Way:
-    """A way to choose: options and environment."""
+    """A way to choose a backend: options and environment."""
 
     options: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
@@ -34,24 +34,24 @@ WAYS = {
     "SYMMEM_ENABLE": Way(env={"SYMMEM_ENABLE": "symmetric_memory_backend(host)"}),
     "NVFUSER_ENABLE": Way(env={"NVFUSER_ENABLE": "other_option(1),symmetric_memory_backend(host)"}),
     "SYMMEM_CONFIG": Way(env={"SYMMEM_CONFIG": LAPTOP}),
-    # The argument is the stronger one, and wrong.
+    # The argument is wrong, and wins over the file.
     "wrong": Way(("--backend", "hots"), {"SYMMEM_CONFIG": LAPTOP}, ranks=1),
 }
 
 
 @pytest.fixture(scope="module")
 def runs() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """All of them at once: most of the time each waits for its processes to start."""
+    """Start all runs at once, because they mostly wait for their processes to start."""
     clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     started = {}
     try:
         for name, way in WAYS.items():
-            # --standalone: a free port each, so that they do not meet one another.
+            # --standalone takes a free port per run, so that runs do not join each other.
             launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(way.ranks))
             started[name] = subprocess.Popen(
                 [sys.executable, *launch, "examples/hello.py", *way.options],
                 cwd=ROOT,
-                env=clean | {"PYTHONUNBUFFERED": "1"} | way.env,  # each write at once, as it is made
+                env=clean | {"PYTHONUNBUFFERED": "1"} | way.env,  # every write appears at once
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -1,4 +1,4 @@
-"""The suites of ``symmem bench``: how they measure, with clocks of the tests, and what they show (mission F4)."""
+"""The suites of ``symmem bench``: measurement, with clocks of the tests, and output."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def pool() -> Iterator[RankPool]:
         yield made
 
 
-# Clocks. A call of the tests' takes two seconds on the device, and one on the host.
+# Clocks. On the clock of these tests, a call takes two seconds on the device and one on the host.
 
 
 class CountingClock(HostClock):
-    """Counts what is called, and keeps what it was asked to do in order."""
+    """Counts calls, and logs its methods in order."""
 
     graphs = True
 
@@ -87,7 +87,7 @@ def test_a_clock_with_graphs_gives_three_times_of_each_call(pool: RankPool) -> N
         assert samples == {
             (ending, name): [seconds] * 2 for ending, seconds in expected.items() for name in ("symmem", "gloo")
         }
-        # Graphs: all are captured, then replayed in turns, one more than counts, each with all ranks together.
+        # All graphs are captured, then replayed in turns by all ranks together; the first replay does not count.
         assert log[-14:] == ["captured 20"] * 2 + ["together", "timed many"] * 6
 
 
@@ -105,7 +105,7 @@ def test_ours_and_gloo_do_what_float64_says(operator: str, pool: RankPool) -> No
 
 
 def check_one_that_is_wrong(operator: str) -> str:
-    """Rank 1's last element is another; the error of each rank."""
+    """Make rank 1's last element wrong, and return the error of every rank."""
     _, gloo = contenders.contenders(operator, 4096, "host", 4096)
 
     def call() -> None:
@@ -147,7 +147,7 @@ def line_up(operator: str, elements: int) -> list[tuple[Any, ...]]:
     memories = {name: torch.ones(elements, dtype=torch.bfloat16) for name in ("symmem", *contenders._TORCH, "nccl")}
     found = contenders.line_up(operator, memories)
     for each in found:
-        assert each.source.data_ptr() == memories[each.name].data_ptr()  # where the peers can reach it
+        assert each.source.data_ptr() == memories[each.name].data_ptr()  # where peers can access it
         assert not each.source.any()
     return [(each.name, tuple(each.source.shape), each.out is each.source) for each in found]
 
@@ -191,7 +191,7 @@ def test_the_backend_that_is_measured_is_configured_and_other_options_stay(monke
 
 
 class WatchingClock(HostClock):
-    """Notes from when to when it timed something, and what was in ``own`` then."""
+    """Logs start and end of every timing, and the value of ``own`` then."""
 
     def __init__(self, own: torch.Tensor) -> None:
         self.own, self.spans, self.seen = own, [], []
@@ -205,7 +205,7 @@ class WatchingClock(HostClock):
 
 
 def copied() -> tuple[p2p.Copies, list[tuple[float, float]], list[float]]:
-    """With so much to copy that ranks which do not wait for each other are seen to overlap."""
+    """Copy so much that ranks overlap visibly if they do not wait for each other."""
     rank = dist.get_rank()
     own, mine, theirs = (torch.full((1 << 20,), value) for value in (float(rank), 7.0, 9.0))
     clock, asked = WatchingClock(own), []
@@ -286,7 +286,7 @@ def test_what_cannot_be_measured_is_told_at_once(
     words: list[str], error: str, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr("symmem.tools.ranks.RankPool.__init__", None)  # nothing is begun
+    monkeypatch.setattr("symmem.tools.ranks.RankPool.__init__", None)  # fails if a pool is made
     assert cli.main(["bench", *words]) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -351,7 +351,7 @@ def test_figures_of_a_file_are_shown(tmp_path: Path, capsys: Output, monkeypatch
     assert drawn == [Path("a.png"), ([BARRIER], "old", Path("a.png"))]
 
 
-# What is shown.
+# Output.
 
 BARRIER = Figure("barrier", "host", 2, 0, 12.0, "us", "gloo", 300.0)
 

@@ -1,4 +1,4 @@
-"""What ``symmem bench`` does on CUDA, on the CPU: torch's operators, graphs and events are stand-ins (mission F4)."""
+"""``symmem bench`` for CUDA, run on the CPU with stand-ins for torch's operators, graphs and events."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Event:
 
 
 class Graph:
-    """Replays what was called while it was captured."""
+    """Replays the calls that were made during its capture."""
 
     capturing: Graph | None = None
 
@@ -55,7 +55,7 @@ def capture(graph: Graph, capture_error_mode: str) -> Iterator[None]:
 
 
 def recorded(call: Any, *args: Any, **options: Any) -> Any:
-    """While a graph is captured a call is kept, and not done."""
+    """During a capture, keep the call instead of making it."""
     if Graph.capturing is not None:
         Graph.capturing.calls.append(lambda: call(*args, **options))
         return None
@@ -63,7 +63,7 @@ def recorded(call: Any, *args: Any, **options: Any) -> Any:
 
 
 class Transport:
-    """torch's symmetric memory: ours of the host instead."""
+    """Stands in for torch's symmetric memory, with symmem's backend host."""
 
     def __init__(self, name: str) -> None:
         assert name == "CUDA"
@@ -79,7 +79,7 @@ class Transport:
 
 
 def on_cpu(function: Any) -> Any:
-    """Put ``device="cuda"`` onto the CPU."""
+    """Replace ``device="cuda"`` by the CPU."""
     return lambda *args, **options: function(*args, **(options | {"device": "cpu"}))
 
 
@@ -142,7 +142,7 @@ def test_each_contender_is_timed_in_a_graph_eager_and_by_the_host() -> None:
             for keys, positive, asleep in pool.run(collective, operator):
                 assert keys == [(ending, name) for ending in ("_graph", "_eager", "_host") for name in names]
                 assert positive
-                assert asleep == 3 * len(names)  # before each replay, one of which does not count
+                assert asleep == 3 * len(names)  # before every replay; one does not count
         for found in pool.run(pairs):
             assert {name for name, _ in found} == {
                 f"p2p_{way}_{when}" for way in ("pull", "push") for when in ("alone", "together")

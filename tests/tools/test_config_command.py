@@ -1,4 +1,4 @@
-"""``symmem config show`` and ``symmem config check`` (mission F2)."""
+"""``symmem config show`` and ``symmem config check``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``symmem memory-map``: what the page shows of a snapshot (mission F4)."""
+"""``symmem memory-map``: the page of a snapshot."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def small() -> Simulator:
 
 
 def busy(rank: int = 0, steps: int = 3000, kept: int = 4096, seed: int = 1) -> Simulator:
-    """Training steps: weights that stay, activations of many sizes that come and go."""
+    """Training steps: weights that stay, and short-lived activations of many sizes."""
     arena, chance = Simulator(rank, 16 * MIB, kept), random.Random(seed + rank)
     for index in range(6):
         arena.allocate((2 + index) * MIB, "model.py:20 in weights", f"layer{index}")
@@ -153,7 +153,7 @@ def parsed(page: str) -> ET.Element:
 
 
 def pictures(page: str) -> list[ET.Element]:
-    """The large pictures, those that have an axis: by arena, as it is and over time."""
+    """The large pictures with an axis, per arena: now, and over time."""
     return [svg for svg in parsed(page).iter(f"{SVG}svg") if svg.get("viewBox", "").startswith("0 0 1000 ")]
 
 
@@ -167,7 +167,7 @@ def edges(rect: ET.Element) -> tuple[float, ...]:
 
 
 def check(page: str) -> None:
-    """Everything in a large picture is finite and inside of it."""
+    """All elements of a large picture are finite and inside of it."""
     for picture in pictures(page):
         _, _, width, height = map(float, picture.get("viewBox", "").split())
         for rect in picture.iter(f"{SVG}rect"):
@@ -184,7 +184,7 @@ def check(page: str) -> None:
 
 
 def path_values(commands: str) -> tuple[list[float], list[float]]:
-    """All x and all y of a path that only moves, and goes along and across."""
+    """All x and all y of a path with moves and horizontal and vertical lines."""
     across, down = [], []
     for command, words in re.findall("([MHV])([^MHVZ]*)", commands):
         values = [float(word) for word in words.split()]

@@ -15,7 +15,7 @@ SubParsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def add_group(
     subparsers: SubParsers, name: str, about: str, title: str = "commands", metavar: str = "COMMAND"
 ) -> SubParsers:
-    """Add a command that has subcommands of its own, such as ``symmem bench``, and return the object to add them to.
+    """Add a command with subcommands, such as ``symmem bench``, and return the object to add them to.
 
     Every subcommand must set ``run``, a function that takes the parsed arguments and returns the exit code.
     """

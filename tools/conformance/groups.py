@@ -1,4 +1,4 @@
-"""Conformance cases: groups, and a rendezvous whose ranks differ, fail or do not come."""
+"""Conformance cases: groups, and a rendezvous in which ranks differ, fail or do not come."""
 
 from __future__ import annotations
 

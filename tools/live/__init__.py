@@ -1,1 +1,1 @@
-"""Look at running jobs from outside: processes, who waits for whom, and reports."""
+"""Look at running jobs from outside: their processes, waits, and reports."""
