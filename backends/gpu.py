@@ -48,7 +48,7 @@ _PACKAGES_FOR_CUDA_12 = {
     "nvshmem": "nvidia-nvshmem-cu12",
 }
 _PACKAGES = {
-    "cuda-python": "'cuda-python>=13'",
+    "cuda-python": "'cuda-python>=13' cuda-core",
     "nvshmem4py": "nvshmem4py-cu13",
     "nvshmem": "nvidia-nvshmem-cu13",
 }

@@ -16,6 +16,7 @@ from symmem.config.settings import (
     Setting,
     Settings,
     check_sources,
+    load_node_settings,
     load_settings,
     reference_table,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "find_option",
     "gpu_model",
     "installed_backends",
+    "load_node_settings",
     "load_settings",
     "multicast_blocker",
     "parse_cluster",

@@ -9,8 +9,8 @@
     groups:
       - {match: "tp*", arena_size: 2GiB}
 
-The whole file is checked wherever it is read, entries for other hosts included. The nodes of the YAML
-document are used rather than the values PyYAML would make of them, because nodes know their line and column.
+Every reader checks the whole file, including the entries for other hosts. It works on the nodes of the YAML document,
+not on the values that PyYAML makes from them, because nodes have a line and a column.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ __all__ = ["Cluster", "Entry", "parse_cluster", "read_file"]
 
 VERSION = "1"
 PLAN = "start from one of the files in examples/clusters, and see docs/configuration.md"
-"""What to do about a file that is no cluster file."""
+"""The hint for a file that is not a cluster file."""
 
 _BEGIN = 'match: "PATTERN"'
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of the file: settings, and the patterns that say where they hold.
+    """One entry of the file: settings, and patterns for the hosts, GPUs and groups that they apply to.
 
     Attributes:
-        path: Where it stands in the document, for example ``hosts[0]``.
+        path: Its place in the document, for example ``hosts[0]``.
         values: Settings by name.
-        host: Pattern of the host name; None if the entry is not about hosts.
-        gpu: Pattern of the GPU model; None for any, or no GPU at all.
-        group: Pattern of the group name; None if the entry is not about groups.
+        host: Pattern of the host name; None if the entry applies to all hosts.
+        gpu: Pattern of the GPU model; None if the entry applies to all models and to hosts without a GPU.
+        group: Pattern of the group name; None if the entry applies to all groups.
     """
 
     path: str
@@ -53,25 +53,30 @@ class Entry:
     group: str | None = None
 
     def matches(self, hostname: str, gpu: str | None, group: str | None) -> bool:
-        """Whether the entry holds on a host with this GPU model for this group."""
+        """Whether the entry applies to this group on a host with this name and GPU model."""
         patterns = ((self.host, hostname), (self.gpu, gpu), (self.group, group))
         return all(pattern is None or (text is not None and fnmatchcase(text, pattern)) for pattern, text in patterns)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster file: its name as given, and its entries in the order in which they override each other."""
+    """A cluster file: its name, and its entries in order. A later entry overrides an earlier one."""
 
     file: str
     entries: tuple[Entry, ...]
 
     def values(self, hostname: str, gpu: str | None, group: str | None) -> dict[str, Found]:
-        """Settings for one host, GPU model and group: the last entry that matches wins."""
+        """The settings for one host, GPU model and group. The last matching entry wins."""
         merged: dict[str, Found] = {}
         for entry in self.entries:
             if entry.matches(hostname, gpu, group):
                 merged.update(entry.values)
         return merged
+
+    def needs_gpu(self, hostname: str) -> Entry | None:
+        """The first entry for this host that also depends on the GPU model, or None."""
+        named = (entry for entry in self.entries if entry.host is not None and entry.gpu is not None)
+        return next((entry for entry in named if fnmatchcase(hostname, entry.host or "")), None)
 
 
 def read_file(file: str) -> str:
@@ -89,17 +94,17 @@ def parse_cluster(text: str, file: str, kinds: Mapping[str, Kind[Any]]) -> Clust
     Args:
         text: The YAML text.
         file: Name of the file, for errors and origins.
-        kinds: How to read each setting, by name.
+        kinds: The kind of every setting, by name.
 
     Raises:
-        ConfigError: The text is not YAML, or not a valid cluster file; it names file, line, column and key.
+        ConfigError: The text is not YAML, or not a valid cluster file. The error names file, line, column and key.
     """
     reader = _ClusterReader(file, kinds)
     return reader.cluster(reader.compose(text))
 
 
 class _ClusterReader(NodeReader):
-    """Walks the nodes of one file."""
+    """Reads the nodes of one cluster file."""
 
     def __init__(self, file: str, kinds: Mapping[str, Kind[Any]]) -> None:
         super().__init__(file, "cluster file", PLAN)
@@ -111,7 +116,7 @@ class _ClusterReader(NodeReader):
         return Cluster(self._file, tuple(self._all(top)))
 
     def _all(self, top: Pairs) -> Iterator[Entry]:
-        """All entries, less specific ones first."""
+        """All entries: defaults, then hosts, then groups."""
         if "defaults" in top:
             pairs = self.mapping(top["defaults"][1], "defaults", self._kinds)
             yield Entry("defaults", self._values(pairs, "defaults"))

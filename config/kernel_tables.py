@@ -1,4 +1,4 @@
-"""Tables of algorithms: a YAML file that says which kernel runs a collective operation on CUDA, by ranks and bytes.
+"""Tables of algorithms: YAML files that choose the kernel of a collective operation on CUDA, by ranks and bytes.
 
 ::
 
@@ -9,8 +9,9 @@
       - {operation: move, world: 2, kernel: put, threads: 512, blocks: 128}
       - {operation: move, world: 2, kernel: pull, threads: 512, blocks: 64}
 
-The rows of one operation and number of ranks take the place of all that symmem has for them; of the others nothing
-changes. The first that fits counts, so they come in the order of their bytes, and the last is for any number of them.
+The rows for one operation and number of ranks replace all built-in rows for them. Other operations and numbers of ranks
+keep their built-in rows. The first matching row is used, so rows are in the order of their bytes, and the last row is
+for any number of bytes.
 """
 
 from __future__ import annotations
@@ -43,17 +44,18 @@ KERNELS: Mapping[str, tuple[str, ...]] = {
     "reduce_scatter": ("reduce_scatter",),
     "move": ("exchange", "pull", "put"),
 }
-"""Operations, and the kernels that each can run by; ``move`` is all that only moves bytes."""
+"""The kernels of every operation. ``move`` stands for all operations that only move bytes."""
 
 MOST_BLOCKS = 256
-"""Of any kernel."""
+"""The most blocks of any kernel."""
 
 SYMMETRIC_ONLY = ("put",)
-"""Kernels that store into all ranks' results where they lie, which is in symmetric memory."""
+"""Kernels that store directly into the results of all ranks. The results must be in symmetric memory."""
+
 PLAN = "let `symmem tune` write one, and see docs/configuration.md"
 """The hint for a file that is not a table of algorithms."""
 
-_THREADS = (64, 512)  # at least one for each rank; at most what the kernels are compiled for
+_THREADS = (64, 512)  # at least one per rank; at most the number that the kernels are compiled for
 _WORLD = (2, 64)
 _NAP = (0, 1_000_000)
 _ONLY = ", ".join(map(repr, SYMMETRIC_ONLY))
@@ -66,12 +68,12 @@ class Row(NamedTuple):
     """One line of a table.
 
     Attributes:
-        world: Ranks that it is for; in the table that symmem brings, the most.
-        nbytes: Most bytes that it is for; None for any number.
+        world: The number of ranks; in the built-in table, the largest number.
+        nbytes: The largest number of bytes; None for any number.
         kernel: Name of the kernel.
-        threads: In a block.
-        blocks: At most.
-        nap: Nanoseconds between two looks of a thread at a landing zone.
+        threads: Threads per block.
+        blocks: The most blocks.
+        nap: Nanoseconds between two loads of a waiting thread.
     """
 
     world: int
@@ -83,7 +85,7 @@ class Row(NamedTuple):
 
     @property
     def symmetric(self) -> bool:
-        """Whether it is only for results in symmetric memory."""
+        """Whether the kernel needs results in symmetric memory."""
         return self.kernel in SYMMETRIC_ONLY
 
 
@@ -95,7 +97,7 @@ def read_algorithms(file: str) -> Rows:
     """Read a table.
 
     Raises:
-        ConfigError: It cannot be read, or is not a valid table; names file, line, column and key.
+        ConfigError: It cannot be read, or is not a valid table. The error names file, line, column and key.
     """
     return parse_algorithms(read_text(file, "table of algorithms", "name a readable YAML file", PLAN), file)
 
@@ -125,27 +127,27 @@ class _TableReader(NodeReader):
             rows.append(row)
             last[operation, row.world] = path, node
         if not tables:
-            self.fail(root, "rows", "there are none", PLAN)
+            self.fail(root, "rows", "the table has no rows", PLAN)
         for (operation, world), rows in tables.items():
             if rows[-1].nbytes is not None or rows[-1].symmetric:
                 path, node = last[operation, world]
                 beyond = "" if rows[-1].nbytes is None else f" of more than {SIZE.format(rows[-1].nbytes)}"
-                what = f"a gap behind it: no row is for any {operation} of {world} ranks{beyond}"
-                self.fail(node, path, what, f"end with a row without 'nbytes', whose kernel is not {_ONLY}")
+                what = f"a gap after this row: no row is for any {operation} of {world} ranks{beyond}"
+                self.fail(node, path, what, f"end with a row that has no 'nbytes', and a kernel other than {_ONLY}")
         return {key: tuple(rows) for key, rows in tables.items()}
 
     def _check_order(self, path: str, node: yaml.Node, before: Row, row: Row) -> None:
-        """Raise unless there is something left for a row by the one before."""
+        """Raise if the row before makes this row useless."""
         grows = before.nbytes is not None and (row.nbytes is None or row.nbytes > before.nbytes)
         if not grows and not (before.symmetric and not row.symmetric and row.nbytes == before.nbytes):
-            what = "it never counts: the row before is for as many bytes or more"
-            self.fail(node, path, what, f"order the rows by their bytes; of the same bytes, {_ONLY} first")
+            what = "this row is never used: the row before is for as many bytes or more"
+            self.fail(node, path, what, f"order the rows by bytes; for equal bytes, put {_ONLY} first")
 
     def _row(self, path: str, node: yaml.Node) -> tuple[str, Row]:
         pairs = self.mapping(node, path, _KEYS)
         for key in _NEEDED:
             if key not in pairs:
-                self.fail(node, path, f"the key {key!r} is missing", f"each row has {', '.join(_NEEDED)}")
+                self.fail(node, path, f"the key {key!r} is missing", f"every row has {', '.join(_NEEDED)}")
         operation = self._word(pairs, path, "operation", tuple(KERNELS))
         kernel = self._word(pairs, path, "kernel", KERNELS[operation])
         nap = self._number(pairs, path, "nap", _NAP) if "nap" in pairs else 0

@@ -1,4 +1,4 @@
-"""The kinds of values that settings have: sizes, durations, factors, choices and backends."""
+"""The kinds of settings: sizes, durations, factors, choices and backends."""
 
 from __future__ import annotations
 
@@ -33,38 +33,38 @@ __all__ = [
 T = TypeVar("T")
 
 AUTO = "auto"
-"""The backend name that means: choose by probing."""
+"""The backend name that selects a backend by probing."""
 
 BACKENDS = ("native", "pytorch_nccl", "pytorch_nvshmem", "pytorch_cuda", "nvshmem", "host")
-"""Names of the backends that come with symmem."""
+"""The names of the built-in backends."""
 
 BUILT_IN = "built-in"
 """The value of `algorithms` that selects the table that comes with symmem."""
 
 _ENTRY_POINTS = "symmem.backends"
 _MAX_BYTES = 2**63 - 1
-# poll() and socket timeouts count milliseconds in 31 bits, which is 24.8 days.
+# poll() and socket timeouts count milliseconds in 31 bits: 24.8 days.
 MAX_SECONDS = 24 * 86400
-"""The longest time that may be set or asked for."""
-# Growth is multiplied with sizes in bytes; a larger factor is a slip, and would overflow at the second arena.
+"""The longest time of a setting or an argument."""
+# Growth multiplies sizes in bytes. A larger factor is a mistake, and would overflow at the second segment.
 _MAX_FACTOR = 1024
 _SIZE_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _TIME_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
-# Digits are limited because int() refuses texts of more than 4300 digits.
+# The number of digits is limited because int() refuses texts of more than 4300 digits.
 _SIZE_TEXT = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)")
 _NUMBER_TEXT = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?(?:[eE][+-]?[0-9]{1,4})?)\s*([A-Za-z]*)")
 
 
 def installed_backends() -> tuple[str, ...]:
-    """Names that other packages offer as entry points of the group ``symmem.backends``."""
-    # Searching the installed packages takes milliseconds, so it is left to those who meet an unknown name.
+    """The names in the entry-point group ``symmem.backends`` of other packages."""
+    # A search of the installed packages takes milliseconds, so it is done only for an unknown name.
     from importlib.metadata import entry_points
 
     return tuple(sorted({entry.name for entry in entry_points(group=_ENTRY_POINTS)} - set(BACKENDS)))
 
 
 def one(parse: Callable[[object], T], values: str) -> Callable[[Sequence[object]], T]:
-    """A parser of exactly one item: ``parse`` of it; ``values`` says what may be written."""
+    """A parser that applies ``parse`` to exactly one item. ``values`` describes the valid values, for errors."""
 
     def parse_items(items: Sequence[object]) -> T:
         if len(items) == 1:
@@ -83,7 +83,7 @@ def _refuse(value: object, values: str) -> NoReturn:
 def _split(
     value: str, pattern: re.Pattern[str], units: Mapping[str, float], base: str, values: str
 ) -> tuple[str, float]:
-    """Split a text into its number and the factor of its unit; a plain number is in the unit ``base``."""
+    """Split a text into its number and the factor of its unit. A plain number is in the unit ``base``."""
     match = pattern.fullmatch(value.strip())
     if match is None:
         _refuse(value, values)
@@ -155,7 +155,7 @@ def _format_number(value: float) -> str:
 
 
 def _choice(*choices: str) -> Kind[str]:
-    """One word of a few."""
+    """A kind that takes one of these words."""
 
     def parse(value: object) -> str:
         if isinstance(value, str) and value in choices:
@@ -195,7 +195,7 @@ def _parse_backends(items: Sequence[object]) -> tuple[str, ...]:
 
 
 SIZE: Kind[int] = Kind(one(_parse_size, _SIZE_VALUES), _format_size, _SIZE_VALUES, "bytes")
-"""A number of bytes, 1 to 2**63 - 1; in text with a unit B, KiB, MiB, GiB or TiB."""
+"""A number of bytes from 1 to 2**63 - 1. Text may have a unit: B, KiB, MiB, GiB or TiB."""
 
 DURATION: Kind[float] = Kind(
     one(_parse_duration, _DURATION_VALUES),
@@ -203,22 +203,22 @@ DURATION: Kind[float] = Kind(
     _DURATION_VALUES,
     "seconds",
 )
-"""A time in seconds, more than 0 and at most 24 days; in text with a unit ms, s, m or h."""
+"""A time in seconds, more than 0 and at most 24 days. Text may have a unit: ms, s, m or h."""
 
 FACTOR: Kind[float] = Kind(one(_parse_factor, _FACTOR_VALUES), _format_number, _FACTOR_VALUES, "factor")
-"""A factor by which something grows."""
+"""A factor of growth."""
 
 MULTICAST = _choice("auto", "off")
 """Whether multicast may be used."""
 
 CHECK = _choice("meeting", "each")
-"""When something is compared among ranks."""
+"""The times at which ranks compare allocations."""
 
 COLLECTIVE_CHECK = _choice("off", "each")
 """Whether ranks compare the arguments of collective operations."""
 
 INSPECTION = _choice("on", "off")
-"""Whether a process tells what its ranks do."""
+"""Whether a process answers questions about its ranks."""
 
 
 def _parse_report(value: object) -> str:
@@ -229,16 +229,16 @@ def _parse_report(value: object) -> str:
         return value
     path = os.path.abspath(os.path.expanduser(value))
     if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path)):
-        why = "is a folder" if os.path.isdir(path) else "lies in a folder that does not exist"
-        raise InvalidValue(f"{shown(value)} {why}", "name a file in a folder that exists")
+        reason = "is a folder" if os.path.isdir(path) else "is in a folder that does not exist"
+        raise InvalidValue(f"{shown(value)} {reason}", "name a file in a folder that exists")
     return path
 
 
 REPORT: Kind[str] = Kind(one(_parse_report, _REPORT_VALUES), str, _REPORT_VALUES)
-"""Where to write what the compiler did: an absolute path, or ``off``."""
+"""The file for reports of the compiler: an absolute path, or ``off``."""
 
 SYMMETRIC_ARGUMENTS = _choice("error", "copy", "off")
-"""What becomes of an argument that should be symmetric memory and is not."""
+"""The treatment of an argument that should be in symmetric memory, but is not."""
 
 BACKEND_ORDER: Kind[tuple[str, ...]] = Kind(
     _parse_backends,

@@ -1,7 +1,6 @@
-"""The grammar of ``SYMMEM_ENABLE``, which is that of nvFuser's ``NVFUSER_ENABLE``.
+"""The grammar of ``SYMMEM_ENABLE``. nvFuser's ``NVFUSER_ENABLE`` has the same grammar.
 
-Options are separated by commas, and each may have arguments in parentheses; spaces are allowed around every
-part::
+Options are separated by commas and may have arguments in parentheses. Spaces are allowed around every part::
 
     symmetric_memory_backend(native,pytorch_nccl), multicast(off)
 
@@ -38,12 +37,12 @@ class Option:
 
 
 def place_of(variable: str, position: int) -> str:
-    """How errors and origins name a character of an environment variable."""
+    """The name of a character of an environment variable, in errors and origins."""
     return f"{variable}, character {position}"
 
 
 def parse_options(text: str, variable: str, known: Collection[str]) -> tuple[Option, ...]:
-    """Parse the value of an environment variable that is ours alone.
+    """Parse the value of an environment variable that belongs to symmem.
 
     Args:
         text: The value; empty or blank means no options.
@@ -64,10 +63,9 @@ def parse_options(text: str, variable: str, known: Collection[str]) -> tuple[Opt
 
 
 def find_option(text: str, variable: str, name: str) -> Option | None:
-    """Find one option in an environment variable whose other options belong to somebody else.
+    """Find one option in an environment variable that belongs to another program.
 
-    The others are skipped unread: their names, arguments and repetitions are their owner's business. Only
-    where they hide which part is ours (unbalanced parentheses) is that an error.
+    Other options are not checked. Only unbalanced parentheses are an error, because they hide where an option ends.
 
     Raises:
         ConfigError: The option is malformed or given twice.
@@ -94,7 +92,7 @@ def _add(options: dict[str, Option], option: Option, variable: str) -> None:
 
 
 def _items(text: str, variable: str) -> Iterator[tuple[int, int]]:
-    """Start and end of each item between commas that are outside of parentheses."""
+    """Start and end of the items between commas outside of parentheses."""
     start, opened = 0, 0
     for index, char in enumerate(text):
         if char == "(":
@@ -114,7 +112,7 @@ def _items(text: str, variable: str) -> Iterator[tuple[int, int]]:
 
 
 def _option(text: str, start: int, end: int, variable: str) -> Option:
-    """Parse one item, in which parentheses are known to be balanced and not nested."""
+    """Parse one item. Its parentheses are balanced and not nested."""
     before, parenthesis, rest = text[start:end].partition("(")
     name = _word(before, start, variable, "name(argument)")
     if not parenthesis:
@@ -134,7 +132,7 @@ def _arguments(text: str, start: int, variable: str) -> Iterator[Argument]:
 
 
 def _word(piece: str, start: int, variable: str, expected: str) -> Argument:
-    """Strip a piece of text, which must not be blank, and give its position."""
+    """Strip a piece of text and return it with its position. It must not be blank."""
     word = piece.strip()
     if not word:
         _fail(variable, start + 1, "empty item", f"write {expected} here, or remove the separator")

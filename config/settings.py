@@ -1,7 +1,7 @@
-"""The settings, each declared once, and the one precedence: argument > environment > YAML > defaults.
+"""All settings, and their precedence: argument > environment > YAML > default.
 
-The fields of :class:`Settings` are the only declaration: the options of ``SYMMEM_ENABLE``, the keys of the
-cluster file, ``symmem config show`` and the table in ``docs/configuration.md`` are all made from them.
+A setting is declared once, as a field of :class:`Settings`. The options of ``SYMMEM_ENABLE``, the keys of the cluster
+file, ``symmem config show`` and the table in ``docs/configuration.md`` are made from these fields.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ __all__ = [
     "Setting",
     "Settings",
     "check_sources",
+    "load_node_settings",
     "load_settings",
     "reference_table",
 ]
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 BACKEND_OPTION = "symmetric_memory_backend"
-"""The option that chooses backends, under the name that nvFuser gave it."""
+"""The option that chooses backends. nvFuser uses the same name."""
 
 
 _TABLE_VALUES = f"{BUILT_IN}, or the path of a table of algorithms"
@@ -76,7 +77,7 @@ _TABLE: Kind[str] = Kind(one(_parse_table, _TABLE_VALUES), str, _TABLE_VALUES)
 
 
 def _declare(kind: Kind[T], default: T, about: str, option: str | None = None) -> T:
-    """A field of :class:`Settings`; its type as seen from outside is that of its value."""
+    """A field of :class:`Settings`, typed as its value."""
     metadata = {"kind": kind, "help": about, "option": option}
     declared: Any = field(default=default, metadata=metadata)
     value: T = declared
@@ -85,62 +86,68 @@ def _declare(kind: Kind[T], default: T, about: str, option: str | None = None) -
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of symmem, valid and in its own unit; made by :func:`load_settings`.
+    """All settings of symmem, checked and in their units. Made by :func:`load_settings`.
 
     Attributes:
         backend: Names of backends in the order of preference, or ``("auto",)``.
-        multicast: ``"auto"``, or ``"off"``: then no code path may create a multicast object.
+        multicast: ``"auto"`` or ``"off"``. With ``"off"``, no code may create a multicast object.
         rendezvous_timeout: Seconds.
         signal_timeout: Seconds.
-        arena_size: Bytes on each rank.
+        arena_size: Bytes per rank.
         arena_growth: Factor.
-        arena_limit: Bytes on each rank.
+        arena_limit: Bytes per rank.
         allocation_check: ``"meeting"`` or ``"each"``.
         symmetric_arguments: ``"error"``, ``"copy"`` or ``"off"``.
         collective_check: ``"off"`` or ``"each"``.
         algorithms: ``"built-in"``, or the absolute path of a table of algorithms.
         compile_report: ``"off"``, or the absolute path of a file.
-        inspection: ``"on"`` or ``"off"``: then nobody can ask what this rank of the group does.
-        origins: For each setting, the text that says where its value came from.
+        inspection: ``"on"`` or ``"off"``. With ``"off"``, this rank of the group does not answer the inspection tools.
+        origins: The origin of every setting's value, as text.
     """
 
     backend: tuple[str, ...] = _declare(
         BACKEND_ORDER,
         (AUTO,),
-        "Backends in the order of preference; `auto` chooses by probing.",
+        "Backends in the order of preference. `auto` chooses by probing.",
         option=BACKEND_OPTION,
     )
-    multicast: str = _declare(MULTICAST, "auto", "Whether multicast may be used where the hardware has it.")
+    multicast: str = _declare(MULTICAST, "auto", "Whether multicast may be used if the hardware supports it.")
     rendezvous_timeout: float = _declare(
-        DURATION, 300.0, "How long each collective step waits for the other ranks before it fails."
+        DURATION, 300.0, "How long a collective step waits for the other ranks before it fails."
     )
     signal_timeout: float = _declare(
-        DURATION, 300.0, "How long a barrier or a wait for a signal may take before it fails."
+        DURATION, 300.0, "How long a barrier or a signal waits for another rank before it fails."
     )
-    arena_size: int = _declare(SIZE, 64 * 2**20, "Size of an arena's first segment, on each rank.")
-    arena_growth: float = _declare(FACTOR, 2.0, "How much larger each further segment is than the one before.")
-    arena_limit: int = _declare(SIZE, 2**40, "What the segments of an arena may have together, on each rank.")
+    arena_size: int = _declare(SIZE, 64 * 2**20, "Size of the first segment of an arena, per rank.")
+    arena_growth: float = _declare(FACTOR, 2.0, "How many times larger a new segment is than the previous segment.")
+    arena_limit: int = _declare(SIZE, 2**40, "The most bytes of all segments of an arena together, per rank.")
     allocation_check: str = _declare(
-        CHECK, "meeting", "When ranks compare what they have allocated: whenever they meet, or at each allocation."
+        CHECK,
+        "meeting",
+        "When ranks compare their allocations: at collective steps (`meeting`), or at every allocation (`each`).",
     )
     symmetric_arguments: str = _declare(
         SYMMETRIC_ARGUMENTS,
         "error",
-        "What happens where an op that is checked gets plain memory for an argument that is registered as symmetric.",
+        "If a checked op gets plain memory for an argument registered as symmetric: raise, copy, or do nothing.",
     )
     collective_check: str = _declare(
         COLLECTIVE_CHECK,
         "off",
-        "Whether ranks compare operation, shape and dtype before each collective operation; for finding mistakes.",
+        "Whether ranks compare operation, shape and dtype before every collective operation, to find mistakes.",
     )
     algorithms: str = _declare(
-        _TABLE, BUILT_IN, "Which kernels run collective operations on CUDA; `symmem tune` writes such a table."
+        _TABLE,
+        BUILT_IN,
+        "The table of kernels for collective operations on CUDA. `symmem tune` writes such a table.",
     )
     compile_report: str = _declare(
-        REPORT, "off", "Where each rank appends what torch.compile did with registered arguments, as JSON lines."
+        REPORT, "off", "The file to which every rank appends JSON lines about registered arguments in torch.compile."
     )
     inspection: str = _declare(
-        INSPECTION, "on", "Whether `symmem top`, `inspect` and `dump` of the same user can see what each rank does."
+        INSPECTION,
+        "on",
+        "Whether `symmem top`, `inspect` and `dump` of the same user can see the state of the ranks.",
     )
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 
@@ -153,8 +160,8 @@ class Setting:
         name: Field of :class:`Settings`, key of the cluster file, and name of the argument.
         option: Name of the option in ``SYMMEM_ENABLE``.
         kind: How values are read and written, and their unit.
-        default: The value that holds where nobody says otherwise.
-        help: One line.
+        default: The value if no source gives another.
+        help: One line of description.
     """
 
     name: str
@@ -191,18 +198,18 @@ def load_settings(
     hostname: str | None = None,
     gpu: str | None = None,
 ) -> Settings:
-    """Merge all sources into one :class:`Settings`. Nothing is collective, and nothing is remembered.
+    """Merge all sources into one :class:`Settings`. It is not collective, and keeps no state.
 
     Args:
-        overrides: Arguments of the caller by name; None as a value means that it was not given.
-        group: Name of the group, matched by the ``groups`` of the cluster file; None matches no entry.
-        environ: The environment; that of the process by default.
-        hostname: Matched by the ``hosts`` of the cluster file; this host's name by default.
-        gpu: The GPU model, matched by ``gpu`` in the ``hosts`` entries; this host's by default, and an empty
-            text for none.
+        overrides: The caller's arguments by name. A value of None means that the argument was not given.
+        group: Name of the group, for the ``groups`` of the cluster file. None matches no entry.
+        environ: The environment; by default, the environment of the process.
+        hostname: Host name for the ``hosts`` of the cluster file; by default, the name of this host.
+        gpu: GPU model for ``gpu`` in the ``hosts`` entries; by default, the model of this host. An empty text means
+            no GPU.
 
     Raises:
-        ConfigError: Any source is not valid, overridden values included; the text names the place.
+        ConfigError: A source is not valid. Overridden values are checked too. The text names the place.
     """
     environ = os.environ if environ is None else environ
     found = {name: Found(setting.default, "default") for name, setting in SETTINGS.items()}
@@ -217,15 +224,38 @@ def load_settings(
     return Settings(**values, origins={name: item.origin for name, item in found.items()})
 
 
+def load_node_settings(
+    hostname: str, gpu: str | None = None, *, group: str | None = None, environ: Mapping[str, str] | None = None
+) -> Settings:
+    """The settings of another host that reads the same cluster file and has the same environment.
+
+    Args:
+        hostname: Name of the host.
+        gpu: Its GPU model; an empty text for a host without a GPU; None if it is unknown.
+        group: See :func:`load_settings`.
+        environ: See :func:`load_settings`.
+
+    Raises:
+        ConfigError: See :func:`load_settings`; or the settings depend on the GPU model, and it is unknown.
+    """
+    environ = os.environ if environ is None else environ
+    if gpu is None and (file := environ.get("SYMMEM_CONFIG")) and (entry := _cluster(file).needs_gpu(hostname)):
+        raise ConfigError(
+            f"{file}: {entry.path} applies to the host {hostname!r} if its GPU model matches {entry.gpu!r}",
+            hint="name the model with --gpu, for example --gpu 'NVIDIA H200'; for a host without a GPU: --gpu ''",
+        )
+    return load_settings(group=group, environ=environ, hostname=hostname, gpu=gpu or "")
+
+
 def check_sources(environ: Mapping[str, str], file: str | None = None) -> Iterator[tuple[str, str | ConfigError]]:
-    """Check each source by itself, so that an error in one does not hide those of the others.
+    """Check every source separately, so that an error in one source does not hide errors in others.
 
     Args:
         environ: The environment.
-        file: The cluster file; the one that ``SYMMEM_CONFIG`` names by default.
+        file: The cluster file; by default, the file in ``SYMMEM_CONFIG``.
 
     Yields:
-        The source, and what was found in it or the error.
+        The source, and its content or its error.
     """
     for variable, source in (("SYMMEM_ENABLE", _from_environment), ("NVFUSER_ENABLE", _from_nvfuser)):
         try:
@@ -244,7 +274,7 @@ def check_sources(environ: Mapping[str, str], file: str | None = None) -> Iterat
 
 
 def reference_table() -> str:
-    """The table of all settings in Markdown, as ``docs/configuration.md`` has it."""
+    """The table of all settings in Markdown, for ``docs/configuration.md``."""
     lines = [
         "| setting and YAML key | option in `SYMMEM_ENABLE` | values | unit | default | what it does |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -1,8 +1,8 @@
-"""How raw values become checked ones, whichever source they come from.
+"""The checks of raw values, the same for every source.
 
-Every source (argument, environment, YAML) hands raw values, mostly texts, to the same :class:`Kind`, so that
-a value means the same wherever it is written. YAML scalars come as the text that stands in the file: YAML's
-own reading of ``off`` as False, or of ``60:30`` as 3630, never applies.
+Every source (argument, environment, YAML) passes raw values, mostly texts, to the same :class:`Kind`. So a value has
+the same meaning in every source. A YAML scalar is passed as the text in the file: YAML would read ``off`` as False and
+``60:30`` as 3630.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ T = TypeVar("T")
 
 
 class InvalidValue(Exception):
-    """A raw value is not valid; :func:`read`, which knows the place, turns this into a :class:`ConfigError`.
+    """A raw value is not valid. :func:`read` adds the place and raises a :class:`ConfigError`.
 
     Args:
-        what: What is wrong with the value.
-        hint: What to write instead.
-        item: Index of the item concerned where several were given; None if it is about all of them.
+        what: The problem with the value.
+        hint: How to write a valid value.
+        item: Index of the invalid item; None if the problem concerns all items.
     """
 
     def __init__(self, what: str, hint: str, item: int | None = 0) -> None:
@@ -37,7 +37,7 @@ class InvalidValue(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """A value and the text that says where it came from."""
+    """A value and its origin, as text."""
 
     value: object
     origin: str
@@ -45,14 +45,14 @@ class Found:
 
 @dataclass(frozen=True)
 class Kind(Generic[T]):
-    """How the values of a setting are read and written.
+    """A kind of setting: how to read and write its values.
 
     Attributes:
-        parse: Turns the raw items into the value; raises :class:`InvalidValue`.
-        format: The inverse: a text that ``parse`` reads as the same value.
-        values: What may be written, for people.
-        unit: Unit of the value and of plain numbers; empty if there is none.
-        several: Whether a list of items may be given; otherwise it is exactly one.
+        parse: Converts the raw items to the value. Raises :class:`InvalidValue`.
+        format: The inverse: returns a text that ``parse`` reads as the same value.
+        values: The valid values, in words.
+        unit: The unit of the value and of plain numbers; empty if it has no unit.
+        several: Whether a list of items is valid. Otherwise there is exactly one item.
     """
 
     parse: Callable[[Sequence[object]], T]
@@ -63,17 +63,17 @@ class Kind(Generic[T]):
 
 
 def read(kind: Kind[T], items: Sequence[object], origin: str, place: str, places: Sequence[str]) -> Found:
-    """Parse what one source gives for one setting.
+    """Parse the items of one setting from one source.
 
     Args:
-        kind: How to read it.
+        kind: The kind of the setting.
         items: The raw values.
-        origin: Where they came from, kept with the value.
-        place: Names the place of the whole in an error.
-        places: Names the place of each item in an error.
+        origin: The origin to keep with the value.
+        place: The place of all items together, for errors.
+        places: The places of the single items, for errors.
 
     Raises:
-        ConfigError: A value is not valid; the text begins with its place.
+        ConfigError: A value is not valid. The text begins with its place.
     """
     try:
         return Found(kind.parse(items), origin)
@@ -83,7 +83,7 @@ def read(kind: Kind[T], items: Sequence[object], origin: str, place: str, places
 
 
 def shown(value: object) -> str:
-    """A raw value as it appears in an error: short, whatever was given."""
+    """A raw value for an error: always short."""
     if isinstance(value, str):
         return repr(value) if len(value) <= 60 else f"{value[:57]!r}..."
     if isinstance(value, int) and value.bit_length() > 128:
@@ -94,7 +94,7 @@ def shown(value: object) -> str:
 
 
 def advise(word: str, choices: Collection[str]) -> str:
-    """The hint for an unknown word: all valid ones, and the nearest."""
+    """The hint for an unknown word: all valid words, and the nearest of them."""
     text = f"use one of: {', '.join(choices)}"
     near = difflib.get_close_matches(word[:80], choices, n=1, cutoff=0.5)
     return f"{text}; did you mean {near[0]!r}?" if near else text

@@ -1,6 +1,6 @@
-"""Strict reading of YAML files: nodes, which know their line and column, rather than the values PyYAML would make.
+"""A strict reader of YAML files. It uses nodes, which have a line and a column, not the values that PyYAML makes.
 
-Errors are :class:`ConfigError` and name file, line, column and key. Scalars are the text that stands in the file.
+Errors are :class:`ConfigError` and name file, line, column and key. A scalar is the text in the file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Pairs = Mapping[str, tuple[yaml.Node, yaml.Node]]
 
 _MAX_FILE = 2**20
 _TAG = "tag:yaml.org,2002:"
-# Tags that plain YAML text gets by itself; any other was written by hand, and asks for what we do not do.
+# Tags that PyYAML gives to plain text. Any other tag is written in the file, and is not supported.
 _TAGS = {_TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge", "map", "seq")}
 
 
@@ -31,15 +31,15 @@ def read_text(file: str, kind: str, hint: str, plan: str) -> str:
 
     Args:
         file: Its path.
-        kind: What it is, for errors: "cluster file".
-        hint: What to do if it cannot be read.
-        plan: What to do if it is no such file.
+        kind: The kind of file, for errors: "cluster file".
+        hint: The hint if it cannot be read.
+        plan: The hint if it is another kind of file.
 
     Raises:
         ConfigError: It is missing, unreadable, not a regular file, larger than 1 MiB, or not UTF-8.
     """
     try:
-        # Without waiting for a writer, should it be a FIFO.
+        # O_NONBLOCK: if it is a FIFO, do not wait for a writer.
         with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
             if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
                 raise OSError("it is not a regular file")
@@ -48,7 +48,7 @@ def read_text(file: str, kind: str, hint: str, plan: str) -> str:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot read the {kind} {file!r}: {reason}", hint=hint) from None
     if len(data) > _MAX_FILE:
-        raise ConfigError(f"{file}: larger than 1 MiB, which no {kind} is", hint=plan)
+        raise ConfigError(f"{file}: larger than 1 MiB, too large for a {kind}", hint=plan)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -56,12 +56,12 @@ def read_text(file: str, kind: str, hint: str, plan: str) -> str:
 
 
 class NodeReader:
-    """Reads the nodes of one file. Nothing is followed deeper than a caller asks, so aliases to parents do no harm.
+    """Reads the nodes of one file. It goes only as deep as the caller asks, so aliases to parents are harmless.
 
     Args:
         file: Its name, for errors.
-        kind: What it is: "cluster file".
-        plan: What to do if it is no such file.
+        kind: The kind of file: "cluster file".
+        plan: The hint if it is another kind of file.
     """
 
     def __init__(self, file: str, kind: str, plan: str) -> None:
@@ -79,7 +79,7 @@ class NodeReader:
             place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
             raise ConfigError(f"{place}: not valid YAML: {error.problem or error.context}", hint=self._plan) from None
         except (yaml.YAMLError, ValueError, OverflowError) as error:
-            # Characters that YAML forbids, and escapes that PyYAML fails to check.
+            # YAML forbids the character, or PyYAML does not check an escape.
             reason = getattr(error, "reason", None) or error
             raise ConfigError(f"{file}: not valid YAML: {reason}", hint=self._plan) from None
         except RecursionError:
@@ -89,7 +89,7 @@ class NodeReader:
         return node
 
     def mapping(self, node: yaml.Node, path: str, keys: Collection[str]) -> dict[str, tuple[yaml.Node, yaml.Node]]:
-        """Key and value nodes by key, all keys known and none repeated."""
+        """Key and value nodes by key. Raises for unknown and repeated keys."""
         self._check_tag(node, path)
         if not isinstance(node, yaml.MappingNode):
             self.fail(node, path, f"expected a mapping, got {_name(node)}", f"write keys: {', '.join(keys)}")
@@ -105,7 +105,7 @@ class NodeReader:
         return pairs
 
     def entries(self, top: Pairs, key: str, begin: str) -> Iterator[tuple[str, yaml.Node]]:
-        """Path and node of each entry of a list; nothing if the key is absent."""
+        """Path and node of every entry of a list; nothing if the key is missing."""
         if key not in top:
             return
         node = top[key][1]
@@ -117,7 +117,7 @@ class NodeReader:
             yield f"{key}[{index}]", item
 
     def text(self, node: yaml.Node, path: str) -> str:
-        """The text of a scalar exactly as it stands in the file."""
+        """The text of a scalar, exactly as in the file."""
         self._check_tag(node, path)
         if not isinstance(node, yaml.ScalarNode):
             self.fail(node, path, f"expected a single value, got {_name(node)}", self._plan)
@@ -129,21 +129,21 @@ class NodeReader:
             self.fail(node, path, f"the tag {shown(node.tag)} is not supported", "remove the tag")
 
     def check_version(self, top: yaml.Node, pairs: Pairs, version: str) -> None:
-        """Raise unless a file says that it is of this version."""
+        """Raise unless the file has this version."""
         if "version" not in pairs:
             self.fail(top, "version", "the key is missing", f"write 'version: {version}' at the top")
         node = pairs["version"][1]
         found = self.text(node, "version")
         if found != version:
             what = f"unknown version {shown(found)}"
-            self.fail(node, "version", what, f"write 'version: {version}', which this symmem reads")
+            self.fail(node, "version", what, f"write 'version: {version}', the version that this symmem reads")
 
     def place(self, node: yaml.Node) -> str:
-        """How errors and origins name where a node begins."""
+        """The place of a node, in errors and origins."""
         return f"{self._file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
 
     def fail(self, node: yaml.Node, path: str, what: str, hint: str) -> NoReturn:
-        """Raise an error about a node, which stands at ``path`` in the document."""
+        """Raise an error about the node at ``path`` in the document."""
         raise ConfigError(f"{self.place(node)}: {path + ': ' if path else ''}{what}", hint=hint)
 
 

@@ -4,7 +4,7 @@
 
 Every rank owns some rows of a periodic grid, and averages the four neighbours of every cell (Jacobi). The kernel uses
 symmem.cuh to put its first and last row into its neighbours' halos, with a signal for both; needs
-pip install 'cuda-python>=13'. On the CPU, torch and the signals of SymmetricTensor make the same exchange.
+pip install 'cuda-python>=13' cuda-core. On the CPU, torch and the signals of SymmetricTensor make the same exchange.
 """
 
 import sys

@@ -82,8 +82,8 @@ def test_source_that_does_not_compile_is_named(compiled: list[Any], tmp_path: Pa
 @pytest.mark.parametrize(
     ("cuda", "command"),
     [
-        (None, "pip install 'cuda-python>=13'"),
-        ("13.0", "pip install 'cuda-python>=13'"),
+        (None, "pip install 'cuda-python>=13' cuda-core"),
+        ("13.0", "pip install 'cuda-python>=13' cuda-core"),
         ("12.8", "pip install 'cuda-python>=12.9,<13' cuda-core"),
     ],
 )

@@ -21,6 +21,7 @@ from symmem.config import (
     Settings,
     gpu_model,
     installed_backends,
+    load_node_settings,
     load_settings,
     multicast_blocker,
     reference_table,
@@ -361,6 +362,21 @@ def test_host_and_gpu_are_found_out(cluster: ClusterFile, monkeypatch: pytest.Mo
     assert load_settings(environ=environ).arena_size == 2
     assert load_settings(environ=environ, gpu="").arena_size == 1
     assert load_settings(environ=environ, gpu="", hostname="other").arena_size == 64 * 2**20
+
+
+def test_settings_of_another_host(cluster: ClusterFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("symmem.config.settings.gpu_model", lambda: "NVIDIA H200")  # of this host, not of the other
+    environ = cluster(
+        "version: 1\nhosts: [{match: a*, arena_size: 1}, {match: a1, gpu: '*H*', arena_size: 2}]\n"
+        "groups: [{match: tp, arena_size: 3}]"
+    )
+    assert load_node_settings("a0", environ=environ).arena_size == 1
+    assert load_node_settings("b", environ=environ).arena_size == 64 * 2**20
+    assert load_node_settings("a1", "NVIDIA H100", environ=environ).arena_size == 2
+    assert load_node_settings("a1", "", environ=environ).arena_size == 1
+    assert load_node_settings("a0", group="tp", environ=environ).arena_size == 3
+    with pytest.raises(ConfigError, match=r"hosts\[1\] applies to the host 'a1' if its GPU model matches '\*H\*'"):
+        load_node_settings("a1", environ=environ)
 
 
 def test_the_gpu_model_is_what_the_driver_says(tmp_path: Path) -> None:

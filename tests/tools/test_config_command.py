@@ -79,6 +79,25 @@ def test_show_prints_json(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: O
     }
 
 
+def test_show_prints_the_settings_of_another_host(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    monkeypatch.setenv("SYMMEM_CONFIG", str(file))
+    file.write_text(
+        "version: 1\nhosts:\n  - {match: dgx-*, gpu: '*H200*', arena_size: 2GiB}\n  - {match: login, backend: host}\n"
+    )
+
+    def shown(*words: str) -> tuple[str | None, str | None, int, list[str]]:
+        assert run("show", "--json", *words) == 0
+        found = json.loads(capsys.readouterr().out)
+        values = found["settings"]
+        return found["host"], found["gpu"], values["arena_size"]["value"], values["backend"]["value"]
+
+    assert shown("--host", "dgx-3", "--gpu", "NVIDIA H200") == ("dgx-3", "NVIDIA H200", 2**31, ["auto"])
+    assert shown("--host", "dgx-3", "--gpu", "") == ("dgx-3", None, 2**26, ["auto"])
+    assert shown("--host", "login") == ("login", None, 2**26, ["host"])
+    assert run("show", "--host", "dgx-3") == 2
+    assert "hosts[0] applies to the host 'dgx-3' if its GPU model matches '*H200*'" in capsys.readouterr().err
+
+
 def test_show_reports_an_error_once(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
     monkeypatch.setenv("SYMMEM_ENABLE", BAD_OPTION)
     assert run("show") == 2

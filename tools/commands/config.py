@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 
-from symmem.config import SETTINGS, Settings, check_sources, gpu_model, load_settings
+from symmem.config import SETTINGS, Settings, check_sources, gpu_model, load_node_settings, load_settings
 from symmem.errors import ConfigError
 from symmem.tools.commands.subcommands import SubParsers, add_group
 
@@ -18,9 +18,11 @@ __all__ = ["add_parser"]
 def add_parser(subparsers: SubParsers) -> None:
     """Add the command ``config``."""
     commands = add_group(subparsers, "config", "show or check the configuration")
-    show = commands.add_parser("show", help="print every setting, its unit and where its value came from")
+    show = commands.add_parser("show", help="print every setting, its unit and the origin of its value")
     show.add_argument("--json", action="store_true", help="print JSON")
-    show.add_argument("--group", metavar="NAME", help="show what holds for the group of this name")
+    show.add_argument("--group", metavar="NAME", help="show the settings of this group")
+    show.add_argument("--host", metavar="HOST", help="show the settings of another host, by the same cluster file")
+    show.add_argument("--gpu", metavar="MODEL", help="the GPU model of the host (an empty text: no GPU)")
     show.set_defaults(run=_show)
     check = commands.add_parser("check", help="check the environment and the cluster file")
     check.add_argument("file", nargs="?", metavar="FILE", help="the cluster file (default: $SYMMEM_CONFIG)")
@@ -29,12 +31,16 @@ def add_parser(subparsers: SubParsers) -> None:
 
 def _show(args: argparse.Namespace) -> int:
     try:
-        settings = load_settings(group=args.group)
+        if args.host is None:
+            settings = load_settings(group=args.group, gpu=args.gpu)
+        else:
+            settings = load_node_settings(args.host, args.gpu, group=args.group)
     except ConfigError as error:
         return _report(error)
+    this_gpu = gpu_model() if args.host is None else None
     context = {
-        "host": socket.gethostname(),
-        "gpu": gpu_model(),
+        "host": args.host or socket.gethostname(),
+        "gpu": this_gpu if args.gpu is None else args.gpu or None,
         "group": args.group,
         "file": os.environ.get("SYMMEM_CONFIG") or None,
     }
