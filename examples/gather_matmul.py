@@ -46,9 +46,7 @@ def gather_matmul(w: torch.Tensor) -> torch.Tensor:
     x.barrier()  # all ranks have filled in x
     if side is not None:
         side.wait_stream(torch.cuda.current_stream())
-    peers = [
-        (rank + step) % world for step in range(1, world)
-    ]  # ranks start with different peers
+    peers = [(rank + step) % world for step in range(1, world)]  # ranks start with different peers
     waits = [fetch(peer) for peer in peers]
     torch.matmul(x.tensor, w, out=y[rank])
     for peer, wait in zip(peers, waits, strict=True):

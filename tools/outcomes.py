@@ -1,4 +1,4 @@
-"""What becomes of a task on the ranks of a pool. Without torch, so that the command line stays quick."""
+"""Outcomes of a task on the ranks of a pool. Does not import torch, so that the command line stays quick."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["Outcome", "RanksFailedError"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task on one rank.
+    """The outcome of a task on one rank.
 
     Attributes:
-        value: What the function returned.
-        error: What it raised, or RuntimeError if the process died or did not answer in time.
+        value: The result of the function.
+        error: The exception that it raised, or RuntimeError if the process died or did not answer in time.
         trace: The traceback as text.
     """
 
@@ -25,7 +25,7 @@ class Outcome:
 
 
 class RanksFailedError(RuntimeError):
-    """A task failed on some ranks; ``outcomes`` has all ranks'."""
+    """A task failed on some ranks; ``outcomes`` has the outcomes of all ranks."""
 
     def __init__(self, outcomes: Sequence[Outcome]) -> None:
         texts: dict[str, list[int]] = {}

@@ -1,7 +1,7 @@
-"""Pools of rank processes that stay alive over many tasks: under the demo, the benchmarks and the tests.
+"""Pools of rank processes that live for many tasks. The demo, the benchmarks and the tests use them.
 
-A rank is forked from a server process that has imported torch already, so a pool starts in a fraction of a second.
-The parent serves the ranks' TCPStore; thus any rank, rank 0 included, may die without taking the store along.
+A rank is forked from a server process that has already imported torch, so a pool starts in a fraction of a second. The
+parent process serves the ranks' TCPStore, so any rank, including rank 0, may die without stopping the store.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ _loader: importlib.abc.Loader | None = None  # rewrites the assertions of a modu
 
 
 class RankPool:
-    """``size`` processes in a default process group, which run functions on demand.
+    """``size`` processes in a default process group that run functions on demand.
 
     Args:
         size: Number of ranks.
-        env: Environment of the ranks, over that of this process as it is now; None as a value removes a variable.
-            (What torch reads when it is imported, it takes from the server that ranks are forked from: that has the
-            environment that this process had when it made its first pool.)
-        timeout: Seconds that a task may take, unless :meth:`run` says otherwise.
-        process_group: The ``torch.distributed`` backend to initialise; "auto" for gloo, and NCCL where there are
-            GPUs; None for no process group.
+        env: Changes to this process's environment for the ranks; None as a value removes a variable. Variables that
+            torch reads at import come from the environment at the time of the first pool, because the server process
+            imports torch then.
+        timeout: Seconds that a task may take, unless :meth:`run` gives another timeout.
+        process_group: The ``torch.distributed`` backend to initialise; "auto" for gloo, and NCCL if there are GPUs;
+            None for no process group.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class RankPool:
 
     @property
     def pids(self) -> list[int]:
-        """The ranks' processes."""
+        """Process ids by rank."""
         return [process.pid for process in self._processes]
 
     @property
     def alive(self) -> bool:
-        """Whether it was not closed, and all ranks live."""
+        """Whether the pool is open and all ranks are alive."""
         return bool(self._processes) and all(process.is_alive() for process in self._processes)
 
     def kill(self, rank: int) -> None:
@@ -97,15 +97,15 @@ class RankPool:
         self._processes[rank].kill()
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> list[Any]:
-        """Call ``function(*args)`` on all ranks; returns their results in rank order.
+        """Call ``function(*args)`` on all ranks, and return the results in rank order.
 
         Args:
-            function: At module level of a module that the ranks can load (by name, or by its file).
-            *args: Picklable.
-            timeout: Seconds.
+            function: A module-level function. The ranks load its module by name, or from its file.
+            *args: Picklable arguments.
+            timeout: Seconds that the task may take.
 
         Raises:
-            RanksFailedError: Some rank raised, died, or did not answer in time (all are killed then).
+            RanksFailedError: A rank raised, died, or did not answer in time (then all ranks are killed).
         """
         __tracebackhide__ = True  # pytest shows the ranks' tracebacks instead of this function
         outcomes = self.outcomes(function, *args, timeout=timeout)
@@ -114,7 +114,7 @@ class RankPool:
         return [outcome.value for outcome in outcomes]
 
     def outcomes(self, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> list[Outcome]:
-        """Like :meth:`run`, but tells what became of each rank instead of raising."""
+        """Like :meth:`run`, but return the outcome of every rank instead of raising."""
         self.submit(function, *args)
         return self.collect(timeout)
 
@@ -125,7 +125,7 @@ class RankPool:
         for pipe in self._pipes:
             try:
                 pipe.send_bytes(task)
-            except OSError:  # that rank is dead: `collect` will say so
+            except OSError:  # the rank is dead; `collect` reports it
                 continue
 
     def collect(self, timeout: float | None = None) -> list[Outcome]:
@@ -133,7 +133,7 @@ class RankPool:
         deadline = time.monotonic() + (timeout or self.timeout)
         outcomes: dict[int, Outcome] = {}
         while len(outcomes) < self.size and (remaining := deadline - time.monotonic()) > 0:
-            # Of a rank that died, a process that it forked may hold the pipe open: its end shows by the sentinel.
+            # A child of a dead rank may keep the pipe open, so wait for the sentinel, too.
             pending: dict[Any, int] = {}
             for rank in set(range(self.size)) - outcomes.keys():
                 pending |= {self._pipes[rank]: rank, self._processes[rank].sentinel: rank}
@@ -146,7 +146,7 @@ class RankPool:
                     self._processes[rank].join(5)
                     code = self._processes[rank].exitcode
                     outcomes[rank] = Outcome(error=RuntimeError(f"rank {rank} died with exit code {code}"))
-                except Exception as error:  # such as an exception that cannot be made from its arguments
+                except Exception as error:  # for example an exception that cannot be unpickled
                     outcomes[rank] = Outcome(error=RuntimeError(f"rank {rank}'s answer cannot be read: {error!r}"))
         if len(outcomes) < self.size:
             self._show_stacks([rank for rank in range(self.size) if rank not in outcomes])
@@ -154,17 +154,17 @@ class RankPool:
         return [outcomes.get(rank, hung) for rank in range(self.size)]
 
     def _show_stacks(self, ranks: list[int]) -> None:
-        """Let hung ranks print where they are, then kill all: a pool with a hung rank is of no more use."""
+        """Make hung ranks print their stacks, then kill all ranks, because the pool is unusable."""
         for rank in ranks:
             print(f"--- rank {rank} hangs at:", file=sys.stderr, flush=True)
-            with contextlib.suppress(ProcessLookupError):  # it has just died
+            with contextlib.suppress(ProcessLookupError):  # it died meanwhile
                 os.kill(self._processes[rank].pid, signal.SIGUSR1)
             time.sleep(0.2)
         for rank in range(self.size):
             self.kill(rank)
 
     def close(self) -> None:
-        """End all ranks; may be called again."""
+        """End all ranks. May be called more than once."""
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
@@ -179,7 +179,7 @@ class RankPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        if kind is KeyboardInterrupt:  # the ranks are amid a task
+        if kind is KeyboardInterrupt:  # the ranks still run a task
             for rank in range(len(self._processes)):
                 self.kill(rank)
         self.close()
@@ -197,7 +197,7 @@ def _serve(
 ) -> None:
     global _loader
     faulthandler.register(signal.SIGUSR1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent tells of it, and ends its ranks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent handles it
     os.environ.clear()
     os.environ.update(environ)
     torch.set_num_threads(1)
@@ -220,13 +220,13 @@ def _serve(
         try:
             reference, args = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):
-            os._exit(0)  # the parent is gone, or closed the pool: skip destructors that may wait for other ranks
+            os._exit(0)  # the pool is closed: skip destructors that may wait for other ranks
         pipe.send_bytes(_outcome(reference, args))
 
 
 def _outcome(reference: tuple[str, str, str], args: bytes) -> bytes:
     try:
-        # The module first: the arguments may be of its classes.
+        # Load the module first, because arguments may be instances of its classes.
         function = _resolve(*reference)
         return pickle.dumps(Outcome(value=function(*pickle.loads(args))))
     except BaseException as error:
@@ -240,7 +240,7 @@ def _outcome(reference: tuple[str, str, str], args: bytes) -> bytes:
 
 
 def _resolve(module_name: str, file: str, qualified: str) -> Any:
-    """The function; a test module that is not importable by its name is loaded from its file."""
+    """Find the function. A test module that cannot be imported by name is loaded from its file."""
     if module_name not in sys.modules:
         try:
             importlib.import_module(module_name)
@@ -257,6 +257,6 @@ def _resolve(module_name: str, file: str, qualified: str) -> Any:
 
 
 def rank_store() -> Store:
-    """Within a rank of a pool: the store that all ranks share."""
+    """Return the store that all ranks of the pool share. Call it in a rank."""
     store: Store = globals()["store"]
     return store

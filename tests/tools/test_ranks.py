@@ -1,4 +1,4 @@
-"""The pool of ranks that the demo, the benchmarks and the tests stand on (mission F4, G1)."""
+"""The pool of ranks of the demo, the benchmarks and the tests."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def pass_a_note() -> bytes:
 
 
 class Watch:
-    """Tells the end of processes, of which this one is not the parent."""
+    """Watches processes that are not children of this one."""
 
     def __init__(self, pids: list[int]) -> None:
         self._descriptors = [os.pidfd_open(pid) for pid in pids]
 
     def ended(self, seconds: float = 10.0) -> bool:
-        """Whether all have ended by then."""
+        """Whether all processes end within the timeout."""
         return all(select.select([descriptor], [], [], seconds)[0] for descriptor in self._descriptors)
 
     def close(self) -> None:
@@ -110,7 +110,7 @@ def test_what_a_rank_raises_comes_back_with_its_traceback(pools) -> None:
     assert "in fail_on" in bad.trace
     assert str(caught.value).startswith("1 of 2 ranks failed\n--- rank 1\nTraceback")
     assert "rank 1 does not like it" in str(caught.value)
-    assert pool.run(fail_on, 7) == [0, 1]  # the pool is of use again
+    assert pool.run(fail_on, 7) == [0, 1]  # the pool works again
 
 
 def test_what_cannot_travel_is_told_as_text(pools) -> None:
@@ -136,7 +136,7 @@ def test_the_environment_is_set_and_removed(new_pool: Make) -> None:
 
 
 def test_the_environment_is_that_of_the_parent_now(new_pool: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not of the server that ranks are forked from, which has that of long ago."""
+    """Not the environment of the server process, which is older."""
     new_pool(1, process_group=None).run(environment)  # the server runs
     monkeypatch.setenv("SYMMEM_TEST_NEW", "now")
     monkeypatch.delenv("HOME")

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from symmem.tools import cli
-from symmem.tools.bench.scale import SITUATIONS, Counter, Requests, simulate
+from symmem.tools.bench.scale import SITUATIONS, Counter, StoreRequests, simulate
 
 SIZES = (2, 4, 8, 16)
 
@@ -31,13 +31,13 @@ def test_requests_and_keys_grow_linearly_with_the_group(situation: str) -> None:
 def test_the_store_is_counted() -> None:
     counter = Counter()
     simulate(1, "one_host", counter)
-    assert counter.take() == Requests()  # a rank that is alone asks nothing
+    assert counter.take() == StoreRequests()  # a rank that is alone asks nothing
     for name, sent, new in (("a", 5, True), ("a", 7, True), ("b", 0, False)):
         counter.note([name], sent, received=2, new=new)
     counter.note_deleted("b")
-    assert counter.take() == Requests(requests=4, keys=1, keys_left=1, bytes_in=16, bytes_out=6)
+    assert counter.take() == StoreRequests(requests=4, keys=1, keys_left=1, bytes_in=16, bytes_out=6)
     counter.note_deleted("a")
-    assert (counter.take(), counter.keys) == (Requests(1, 0, -1, 1, 0), set())
+    assert (counter.take(), counter.keys) == (StoreRequests(1, 0, -1, 1, 0), set())
 
 
 def test_the_command_prints_figures(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

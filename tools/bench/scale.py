@@ -32,7 +32,7 @@ from symmem.tensor.rendezvous import rendezvous
 from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.progress import SILENT, Progress
 
-__all__ = ["SITUATIONS", "Counter", "Requests", "run", "simulate"]
+__all__ = ["SITUATIONS", "Counter", "StoreRequests", "run", "simulate"]
 
 SITUATIONS = ("one_host", "many_hosts")
 """All ranks on one host, so that sockets replace the store after two rounds; every rank on its own host."""
@@ -43,7 +43,7 @@ _HANDLE = 64  # bytes that every rank exchanges for its memory, as many as a fab
 _TIMEOUT = 600.0
 
 
-class Requests(NamedTuple):
+class StoreRequests(NamedTuple):
     """Requests of one rendezvous to the store, summed over ranks.
 
     Attributes:
@@ -72,7 +72,7 @@ class Counter:
     def __init__(self) -> None:
         self.store: Any = dist.HashStore()  # type: ignore[attr-defined]  # Any: the stubs lack bytes as values
         self.keys: set[str] = set()
-        self._requests = Requests()
+        self._requests = StoreRequests()
         self._lock = threading.Lock()
 
     def note(self, names: Sequence[str], sent: int = 0, received: int = 0, new: bool = False) -> None:
@@ -81,21 +81,21 @@ class Counter:
             made = int(new and names[0] not in self.keys)
             if new:
                 self.keys.add(names[0])
-            self._add(Requests(1, made, made, sum(map(len, names)) + sent, received))
+            self._add(StoreRequests(1, made, made, sum(map(len, names)) + sent, received))
 
     def note_deleted(self, name: str) -> None:
         """Count a request that deletes a key."""
         with self._lock:
-            self._add(Requests(1, 0, -int(name in self.keys), len(name), 0))
+            self._add(StoreRequests(1, 0, -int(name in self.keys), len(name), 0))
             self.keys.discard(name)
 
-    def _add(self, more: Requests) -> None:
-        self._requests = Requests(*map(sum, zip(self._requests, more, strict=True)))
+    def _add(self, more: StoreRequests) -> None:
+        self._requests = StoreRequests(*map(sum, zip(self._requests, more, strict=True)))
 
-    def take(self) -> Requests:
+    def take(self) -> StoreRequests:
         """Return the count since the last call."""
         with self._lock:
-            taken, self._requests = self._requests, Requests()
+            taken, self._requests = self._requests, StoreRequests()
         return taken
 
 
@@ -204,7 +204,7 @@ def _first(groups: Sequence[Group], stores: Sequence[_RankStore], pool: ThreadPo
             os.environ["SYMMEM_HOST_ID"] = before
 
 
-def simulate(size: int, situation: str, counter: Counter, first: int = 0, rounds: int = 1) -> list[Requests]:
+def simulate(size: int, situation: str, counter: Counter, first: int = 0, rounds: int = 1) -> list[StoreRequests]:
     """Make a group and let its ranks rendezvous; returns the requests of every rendezvous.
 
     Args:
@@ -233,9 +233,9 @@ def _figure(name: str, ending: str, world: int, value: int, peer: str = "", peer
     return Figure(f"store_{name}_{ending}", "any", world, 0, value, unit, peer, peer_value)
 
 
-def _beside_line(situation: str, counts: dict[int, Requests]) -> Iterator[Figure]:
+def _beside_line(situation: str, counts: dict[int, StoreRequests]) -> Iterator[Figure]:
     n, m = [*counts, *counts][:2]
-    for index, name in enumerate(Requests._fields):
+    for index, name in enumerate(StoreRequests._fields):
         y, z = counts[n][index], counts[m][index]
         slope = (z - y) / (m - n) if m != n else y / n
         for size, found in counts.items():
@@ -246,9 +246,9 @@ def run(ranks: int, group_size: int, progress: Progress = SILENT) -> Iterator[Fi
     """Yield the figures of groups of several sizes, each alone on its store, and of a job of many groups."""
     group_size = min(ranks, group_size)
     sizes = [*(size for size in _SIZES if size < group_size), group_size]
-    alone: dict[int, Requests] = {}
+    alone: dict[int, StoreRequests] = {}
     for situation in SITUATIONS:
-        again: dict[int, Requests] = {}
+        again: dict[int, StoreRequests] = {}
         for size in sizes:
             if situation == "one_host" and size > _MOST_ON_ONE_HOST:
                 continue
@@ -258,12 +258,12 @@ def run(ranks: int, group_size: int, progress: Progress = SILENT) -> Iterator[Fi
         for figure in _beside_line(f"{situation}_again", again):
             if figure.figure.startswith("store_requests"):
                 yield figure
-    counter, counts = Counter(), dict[int, Requests]()
+    counter, counts = Counter(), dict[int, StoreRequests]()
     for first in range(0, ranks, group_size):
         progress.step(f"the group from rank {first} of {ranks}")
         counts[first] = simulate(min(group_size, ranks - first), SITUATIONS[-1], counter, first)[0]
     full = [counts[first] for first in counts if first + group_size <= ranks]
-    for index, name in enumerate(Requests._fields):
+    for index, name in enumerate(StoreRequests._fields):
         largest = max(found[index] for found in full)
         yield _figure(name, "in_job", group_size, largest, "alone", alone[group_size][index])
     yield _figure("requests", "of_job", ranks, sum(found.requests for found in counts.values()))

@@ -1,4 +1,4 @@
-"""What a case is, and how a rank runs one."""
+"""Conformance cases, and how a rank runs one."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["CASES", "Case", "Context", "Resources", "case", "expect", "run_case"
 
 
 class Context:
-    """What a case gets: one rank's place in the default process group, and the backend under test.
+    """The argument of a case: this rank in the default process group, and the backend under test.
 
     Attributes:
         backend: The backend under test.
         rank: This rank.
         world: Number of ranks.
-        device: Where the backend's memory lies, on this rank.
+        device: Device of the backend's memory on this rank.
         arena: Whether :meth:`allocate` takes memory from the default group's arena.
     """
 
@@ -66,7 +66,7 @@ class Context:
         return self.allocate(sizes, dtype, **options).rendezvous()
 
     def meet(self) -> None:
-        """Wait until all ranks are here and their device work is done, by means other than those under test."""
+        """Wait until all ranks are here and their device work is done, without the code under test."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         with self.group.collective("meet", timeout=30):
@@ -75,15 +75,15 @@ class Context:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that every backend must do.
+    """A check that every backend must pass.
 
     Attributes:
-        name: Unique; says what must hold.
-        function: Run on all ranks at once.
-        requires: What a backend needs for it; one that lacks it must refuse by a named error instead.
-        world: The least number of ranks; skipped in smaller worlds.
-        breaks: It leaves the ranks' process unusable (a CUDA context after a trap): they need a pool of their own.
-        arena: It allocates from an arena.
+        name: Unique name of the property that must hold.
+        function: Runs on all ranks.
+        requires: Capabilities that the case needs. A backend without them must raise a named error instead.
+        world: Smallest number of ranks; the case is skipped with fewer.
+        breaks: The case makes the processes unusable (a CUDA context after a trap), so it needs a separate pool.
+        arena: The case allocates from an arena.
     """
 
     name: str
@@ -106,7 +106,7 @@ def case(
     arena: bool = False,
     both: bool = False,
 ) -> Callable[[Callable[[Context], None]], Callable[[Context], None]]:
-    """Enter a function into the suite; with ``both``, a second time for tensors of an arena."""
+    """Add a function to the suite; with ``both``, a second time for tensors of an arena."""
 
     def enter(function: Callable[[Context], None]) -> Callable[[Context], None]:
         name = function.__name__
@@ -122,7 +122,7 @@ def case(
 
 @contextlib.contextmanager
 def expect(kind: type[SymmemError], *texts: str, peers: tuple[int, ...] | None = None) -> Iterator[None]:
-    """The block must raise an error of exactly this kind whose text holds all of ``texts``."""
+    """Check that the block raises an error of exactly this class, with all of ``texts`` in its text."""
     try:
         yield
     except SymmemError as error:
@@ -136,11 +136,11 @@ def expect(kind: type[SymmemError], *texts: str, peers: tuple[int, ...] | None =
 
 @dataclass(frozen=True)
 class Resources:
-    """What a process holds of the system.
+    """System resources that a process holds.
 
     Attributes:
         descriptors: Open file descriptors.
-        mappings: Mapped memory files of symmem.
+        mappings: Mappings of symmem's memory files.
     """
 
     descriptors: int
@@ -148,20 +148,20 @@ class Resources:
 
     @classmethod
     def now(cls) -> Resources:
-        """Count, after a collection of garbage."""
+        """Collect garbage, then count."""
         gc.collect()
         maps = Path("/proc/self/maps").read_text()
         return cls(len(list(Path("/proc/self/fd").iterdir())), maps.count("/memfd:symmem"))
 
 
 def run_case(name: str, backend: str) -> str | None:
-    """Run one case on this rank; to be called on all ranks of the default process group.
+    """Run one case. Collective over the default process group.
 
     Returns:
-        None, or why the case was skipped.
+        None, or the reason why the case was skipped.
 
     Raises:
-        AssertionError: It does not hold, or something leaked.
+        AssertionError: The check failed, or something leaked.
     """
     chosen, context = CASES[name], Context(backend, CASES[name].arena)
     if context.world < chosen.world:
@@ -177,11 +177,11 @@ def run_case(name: str, backend: str) -> str | None:
         if not chosen.breaks:
             context.meet()
             gc.collect()
-            symmem.collect()  # so that no arena grows in a later case
+            symmem.collect()  # so that later cases do not grow the arena
             with context.group.collective("release", timeout=30):
                 _check_released(before)
     except BaseException as error:
-        context.group.fail(name, error)  # the other ranks need not wait for this one
+        context.group.fail(name, error)  # so that the other ranks do not wait for this one
         raise
     return None
 
@@ -190,18 +190,18 @@ _warm: set[str] = set()
 
 
 def _warm_up(ctx: Context) -> None:
-    """Let the group and the backend's library set up, once, what stays: sockets, watched processes, heaps, kernels."""
+    """Make the group and the backend's library set up their permanent resources: sockets, watches, heaps, kernels."""
     if ctx.backend.name not in _warm:
         st = ctx.shared(16, arena=False)
-        carved = ctx.shared(16, arena=True) if supports_arenas(ctx.backend) else None
+        in_arena = ctx.shared(16, arena=True) if supports_arenas(ctx.backend) else None
         if Capability.SIGNALS in ctx.backend.capabilities:
             st.barrier()
-        if carved and Capability.CONTIGUOUS_VIEW in ctx.backend.capabilities:
-            carved.contiguous_view()  # of the whole segment
+        if in_arena and Capability.CONTIGUOUS_VIEW in ctx.backend.capabilities:
+            in_arena.contiguous_view()  # maps the whole segment
         _warm.add(ctx.backend.name)
-        del st, carved
+        del st, in_arena
         gc.collect()
-        gc.freeze()  # what torch is made of need not be looked through again: 0.1 s each time
+        gc.freeze()  # so that later collections skip torch's own objects, which take 0.1 s
     ctx.meet()
 
 
@@ -223,7 +223,7 @@ def _rendezvous_again(st: symmem.SymmetricTensor, ctx: Context) -> None:
 
 
 def _refuses(ctx: Context, lacking: Capability) -> None:
-    """What a backend does not list among its capabilities, it must refuse by a named error."""
+    """Check that the backend refuses the capabilities that it does not list, with a named error."""
     st = ctx.shared(16)
     for capability, use in _USES.items():
         if capability in lacking:
@@ -233,7 +233,7 @@ def _refuses(ctx: Context, lacking: Capability) -> None:
 
 
 def _check_released(before: Resources) -> None:
-    """Other libraries' threads may hold a descriptor for a moment; what is leaked stays."""
+    """Check for leaks, and allow for descriptors that threads of other libraries hold for a moment."""
     deadline = time.monotonic() + 2.0
     while (after := Resources.now()) != before and time.monotonic() < deadline:
         time.sleep(0.05)
