@@ -199,8 +199,6 @@ def begin() -> None:
     global _server, _settled
     if _settled:
         return
-    from symmem.service.status import answer  # which knows groups, and they this module
-
     with _lock:
         if _settled:
             return
@@ -208,11 +206,18 @@ def begin() -> None:
         reasons = []
         for directory in directories():
             try:
-                _server = Server(directory, answer)
+                _server = Server(directory, _load_and_answer)
                 return
             except (OSError, RuntimeError) as error:  # such as: no thread can be started any more
                 reasons.append(f"{directory}: {error}")
     log.warning("this process cannot be inspected: %s", "; ".join(reasons))
+
+
+def _load_and_answer(parts: Sequence[str]) -> dict[str, Any]:
+    """Answer a request. The first request loads the modules, so a process without requests does not."""
+    from symmem.service.status import answer
+
+    return answer(parts)
 
 
 def end() -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from symmem.memory.block import Block
     from symmem.memory.layout import Layout
 
-__all__ = ["check_second_group", "rendezvous"]
+__all__ = ["rendezvous"]
 
 _HINTS = {
     "symmem": "install the same version of symmem on all ranks",
@@ -25,7 +25,7 @@ _HINTS = {
 }
 
 
-def check_second_group(block: Block, group: Group) -> None:
+def _check_second_group(block: Block, group: Group) -> None:
     """Raise UnsupportedError on all ranks if the backend supports one group per tensor and this would be another."""
     backend, groups = block.allocation.backend, block.groups
     if groups and group not in groups and Capability.SECOND_GROUP not in backend.capabilities:
@@ -50,8 +50,10 @@ def rendezvous(block: Block, layout: Layout, group: Group, timeout: float | None
     Raises:
         MismatchError: Versions, backends, shapes, strides, dtypes or offsets differ. All ranks raise it before any
             memory is mapped.
+        UnsupportedError: The backend supports only one group per tensor.
         SymmemError: Any other error on any rank; all ranks raise it.
     """
+    _check_second_group(block, group)
     allocation, mapping = block.allocation, block.mapping_for(group)
     metadata = {
         "symmem": VERSION,

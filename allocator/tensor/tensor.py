@@ -19,7 +19,6 @@ from symmem.memory.registry import block_at, register
 from symmem.tensor.arguments import check_channel, check_like, check_rank, check_tensor
 from symmem.tensor.copies import copy_elements, get_bytes, put_bytes
 from symmem.tensor.lookup import address_of, check_open, check_process, locate, mapping_of
-from symmem.tensor.rendezvous import check_second_group, rendezvous
 from symmem.tensor.request import arena_of, resolve_request, tensor_over
 
 if TYPE_CHECKING:
@@ -241,7 +240,8 @@ class SymmetricTensor:
             check_timeout(timeout)
         check_process(block, "rendezvous")
         if block.key(resolved, self._layout) not in block.compared:
-            check_second_group(block, resolved)
+            from symmem.tensor.rendezvous import rendezvous
+
             rendezvous(block, self._layout, resolved, timeout)
         if block.first is None:
             block.first = resolved
