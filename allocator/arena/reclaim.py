@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from symmem.arena.slot_mask import from_text, slots_of, to_text
-from symmem.backends.gpu import synchronize
 from symmem.errors import DivergenceError, MismatchError
 from symmem.group.group import Collective, differing
 from symmem.memory import cuda_graphs
@@ -78,6 +77,8 @@ class ReclaimRound:
             log.in_transaction = True  # until the round has taken effect
         masks = [(log, *log.quarantine()) for log in self._logs]
         for device in {log.device for log, dropped, _ in masks if dropped and log.device.type == "cuda"}:
+            from symmem.backends.gpu import synchronize
+
             synchronize(device)
         return [
             {

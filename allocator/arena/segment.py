@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from symmem.arena.suballocator import SubAllocator
-from symmem.backends import gpu
 from symmem.backends.base import tensor_at
 from symmem.backends.libc import round_up
 from symmem.errors import ResourceLimitError
@@ -174,4 +173,6 @@ class SignalPads:
 def _finish(device: torch.device) -> None:
     """Wait until the current stream has done its work."""
     if device.type == "cuda":
-        gpu.finish_stream(device)
+        from symmem.backends.gpu import finish_stream
+
+        finish_stream(device)

@@ -269,7 +269,7 @@ def test_garbage_in_the_store_is_an_error_by_name(garbage: bytes) -> None:
     store = dist.HashStore()
     wire = StoreWire(store, "p", 1, 2)
     store.set("p/1/verdict", garbage)
-    with pytest.raises(RendezvousError, match="no message"):
+    with pytest.raises(RendezvousError, match="not a message"):
         wire.verdict(1, soon())
 
 
