@@ -1,5 +1,5 @@
-"""The collective operators as torch sees them (mission C1 to C3): schemas, fake kernels, gradients, compilation; and
-what they refuse. Of one rank, or of fake tensors in a larger group.
+"""The collective operators in torch: schemas, fake kernels, gradients, compilation, and invalid calls.
+Uses a group of one rank, or fake tensors in a larger group.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from symmem.ops import gradients
 from symmem.ops.engines import select
 from symmem.ops.engines.base import Engines
 
-# What torch does, and what it imports, warns; some of it in 2.11 or 2.15 only.
+# Torch and its imports emit warnings, some of them in 2.11 or 2.15 only.
 _WARNINGS = (
     "ignore::DeprecationWarning:torch",
     "ignore:.*Profiler clears events:UserWarning",
@@ -49,13 +49,13 @@ numbers = itertools.count()
 
 @pytest.fixture
 def group() -> symmem.Group:
-    """Of one rank."""
+    """A group of one rank."""
     return symmem.Group.from_store(0, 1, dist.HashStore(), f"one {next(numbers)}")
 
 
 @pytest.fixture
 def many() -> symmem.Group:
-    """Of three ranks, two of which never come."""
+    """A group of three ranks. Two of them never come."""
     return symmem.Group.from_store(1, 3, dist.HashStore(), f"many {next(numbers)}")
 
 
@@ -71,7 +71,7 @@ def op(name: str) -> Any:
 
 
 def rows(name: str, in_place: bool = False) -> torch.Tensor:
-    """A good x for a group of one rank."""
+    """A valid x for a group of one rank."""
     needs = name in ("reduce_scatter", "all_to_all") or (in_place and name == "all_gather")
     return torch.randn(1, 5, 3) if needs else torch.randn(5, 3)
 
@@ -128,11 +128,11 @@ def test_extremes_have_no_gradient(name: str, group: symmem.Group) -> None:
 @pytest.mark.parametrize("form", ["", "_", "_out"])
 @pytest.mark.parametrize("name", COLLECTIVES)
 def test_derivatives_in_forward_mode_are_refused(name: str, form: str, group: symmem.Group) -> None:
-    """Else they would be zeros."""
+    """Otherwise they would be zeros."""
     rest, x = (*OPTIONS.get(name, ()), group.name), rows(name, in_place=form == "_")
     out = {"out": torch.empty_like(op(name)(x, *rest))} if form == "_out" else {}
     with torch.autograd.forward_ad.dual_level():
-        op(name + form)(x, *rest, **out)  # of plain tensors there are none
+        op(name + form)(x, *rest, **out)  # plain tensors have no tangents
         with pytest.raises(UnsupportedError, match=f"{name}{form} has no derivative in forward mode"):
             op(name + form)(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), *rest, **out)
     if form == "":
@@ -162,11 +162,11 @@ def test_fake_kernels_know_shapes_and_refuse_what_is_bad(many: symmem.Group) -> 
             torch.ops.symmem.all_to_all(torch.empty(4, 3), name)
         with pytest.raises(InvalidArgumentError, match=r"out must have shape \[4\]"):
             torch.ops.symmem.reduce_scatter_out(x, "sum", name, out=torch.empty(3))
-    assert many.extension(Engines) == {}  # nobody has met
+    assert many.extension(Engines) == {}  # no engine was made
 
 
 def program(x: torch.Tensor, weight: torch.Tensor, name: str) -> torch.Tensor:
-    """Functional forms with gradients, and mutating ones on what was made here."""
+    """Functional forms with gradients, and mutating forms on local tensors."""
     y = torch.ops.symmem.all_reduce(x @ weight, "avg", name)
     z = torch.ops.symmem.all_gather(y.relu(), name)
     z = torch.ops.symmem.reduce_scatter(z, "sum", name)
@@ -197,7 +197,7 @@ def test_compiled_programs_are_right(backend: str, group: symmem.Group) -> None:
 
 
 def test_the_compiler_takes_the_name_of_the_default_group_for_a_constant() -> None:
-    """And is not imported for that along with the functions."""
+    """Importing the functions does not import the compiler either."""
     code = """
 import sys
 import torch, torch.distributed as dist
@@ -223,7 +223,7 @@ def test_compiled_code_changes_its_arguments_in_place(group: symmem.Group) -> No
 
 
 def test_no_copy_is_made_for_forms_that_return_nothing(group: symmem.Group) -> None:
-    """Inductor hands the tensors themselves to the operators (C1)."""
+    """Inductor passes the tensors themselves to the operators."""
     from torch._inductor.utils import run_and_get_code
 
     def chain(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -257,7 +257,7 @@ def test_one_sided_operators_compile_with_inductor(symmetric: torch.Tensor, grou
     assert result.tolist() == [0, 4, 8, 12, 16, 20]
 
 
-# What is refused.
+# Invalid calls.
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_bad_input_is_refused_by_name(
     with pytest.raises(error, match=match):
         call(x, group)
     assert torch.equal(x, before)
-    assert torch.equal(ops.all_reduce(x, group), x)  # nothing is left of it
+    assert torch.equal(ops.all_reduce(x, group), x)  # the failure has no effect on later calls
 
 
 def test_other_groups_and_ranks_are_refused(symmetric: torch.Tensor, group: symmem.Group, many: symmem.Group) -> None:
@@ -344,7 +344,7 @@ def test_a_name_follows_its_process_group() -> None:
             assert seen[-1] is symmem.resolve_group()
             double = symmem.Group.from_store(0, 1, dist.HashStore(), seen[-1].name)
             with pytest.raises(GroupError, match="a process group is named"):
-                ops.all_reduce(torch.ones(2, requires_grad=True), double)  # whose backward pass goes by the name
+                ops.all_reduce(torch.ones(2, requires_grad=True), double)  # the backward pass finds the group by name
             assert ops.all_reduce(torch.ones(2), dist.group.WORLD).tolist() == [1, 1]
         finally:
             dist.destroy_process_group()
@@ -365,7 +365,7 @@ def test_groups_that_are_gone_are_forgotten() -> None:
     assert not [name for name in select._of_stores if name.startswith("gone")]
 
 
-# The short way of the usual eager call, and what must go through the dispatcher.
+# The shortcut of ordinary eager calls, and calls that must go through the dispatcher.
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -392,7 +392,7 @@ seen: list[str] = []
 
 @pytest.fixture
 def direct(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which operations went past the dispatcher."""
+    """The operations that bypassed the dispatcher."""
     found: list[str] = []
 
     def counting(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -467,7 +467,7 @@ def test_tracers_and_transforms_see_the_operator(direct: list[str], group: symme
 
 
 def test_operators_themselves_are_one_kernel_in_python(group: symmem.Group, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing requires a gradient; and two where something may come in between."""
+    """Calls without gradients, and two calls that something may intercept."""
     again: list[str] = []
     beneath = gradients._beneath
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The CUDA engine with no GPU: its tables, what it hands to a launch, its files, and its kernels run by CPU threads."""
+"""The CUDA engine without a GPU: tables, launch arguments, files, and kernels run by CPU threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import torch
 from emulated_gpu import COMPILER, compile_kernels
 from thread_ranks import make_groups, run_ranks, succeed
 
-from symmem.backends import cuda_signals, kernel_cache, kernel_status
+from symmem.backends import cuda_signals, kernel_status
 from symmem.backends.kernel_status import gpu_waits
 from symmem.backends.kernel_words import NBYTES
 from symmem.config.kernel_tables import KERNELS as CONFIGURED
@@ -64,7 +64,7 @@ def test_the_tables_are_in_order() -> None:
                 assert before.nbytes < after.nbytes
         assert table[-1].nbytes is None
         assert not table[-1].symmetric
-        # A meeting needs a thread for each rank, and a flag for each block.
+        # A meeting needs one thread per rank, and one flag per block.
         assert all(row.blocks <= BLOCKS and 64 <= row.threads <= 512 for row in table)
 
 
@@ -121,67 +121,6 @@ def test_the_arguments_are_those_of_the_source() -> None:
     assert ctypes.sizeof(call_type(64)) <= 4096
 
 
-# Files.
-
-
-def test_compiled_kernels_are_kept(tmp_path: Path) -> None:
-    made = []
-
-    def compile_it() -> bytes:
-        made.append(1)
-        return b"code" * 100
-
-    folder = tmp_path / "a" / "b"
-    key = kernel_cache.key_of(["source", "sm_90"])
-    for _ in range(3):
-        assert kernel_cache.cached(key, compile_it, folder) == b"code" * 100
-    assert len(made) == 1
-    assert [file.name for file in folder.iterdir()] == [f"{key}.bin"]
-    assert kernel_cache.cached(key, compile_it, None) == b"code" * 100
-    assert len(made) == 2
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "changed", "other", "longer"])
-def test_a_damaged_file_is_compiled_anew(damage: str, tmp_path: Path) -> None:
-    key = kernel_cache.key_of(["x"])
-    kernel_cache.cached(key, lambda: b"good code", tmp_path)
-    file = tmp_path / f"{key}.bin"
-    content = file.read_bytes()
-    changed = {
-        "cut": content[:-1],
-        "empty": b"",
-        "changed": content[:-1] + b"?",
-        "other": b"something else",
-        "longer": content + b"!",
-    }
-    file.write_bytes(changed[damage])
-    assert kernel_cache.cached(key, lambda: b"good code", tmp_path) == b"good code"
-    assert file.read_bytes() == content
-
-
-def test_a_folder_that_cannot_be_used_is_no_failure(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    assert kernel_cache.cached("key", lambda: b"code", blocked) == b"code"
-    assert kernel_cache.cached("key", lambda: b"code", blocked / "below") == b"code"
-
-
-def test_a_failed_compilation_leaves_nothing(tmp_path: Path) -> None:
-    def fail() -> bytes:
-        raise UnsupportedError("no compiler")
-
-    with pytest.raises(UnsupportedError):
-        kernel_cache.cached("key", fail, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_keys_tell_programs_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert kernel_cache.key_of(["ab", "c"]) != kernel_cache.key_of(["a", "bc"])
-    assert kernel_cache.key_of(["a"]) == kernel_cache.key_of(["a"])
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert kernel_cache.cache_directory() == tmp_path / "symmem" / "kernels"
-
-
 # The compiler.
 
 
@@ -210,7 +149,7 @@ def test_nvcc_takes_the_kernels(flags: list[str], tmp_path: Path) -> None:
 
 
 class EmulatedDriver:
-    """Launches run here and now, in the thread that launches them."""
+    """Launches run at once, in the calling thread."""
 
     def __init__(self) -> None:
         self.bindings = self
@@ -271,7 +210,7 @@ def memory(nbytes: int) -> torch.Tensor:
 
 
 class Ranks:
-    """An engine for each rank, in this process; an operation is run by a thread a rank."""
+    """One engine per rank in this process. An operation runs in one thread per rank."""
 
     def __init__(self, world: int, layout: WorkspaceLayout) -> None:
         self.engines = [CudaEngine(StubGroup(rank, world), torch.device("cuda", 0)) for rank in range(world)]  # type: ignore[arg-type]
@@ -281,7 +220,7 @@ class Ranks:
             engine.layout, engine._areas = layout, tuple(each.data_ptr() for each in self.areas)
 
     def use(self, **rows: tuple[Row, ...]) -> None:
-        """Let all engines choose by these rows, of one operation or several."""
+        """Let all engines use these rows, for one operation or several."""
         for engine in self.engines:
             engine.use(engine.table._replace(**rows))
 
@@ -328,7 +267,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def floats(n: int, rank: int, rng: random.Random) -> torch.Tensor:
-    """Numbers at any multiple of 4 bytes."""
+    """Random numbers at an address that is any multiple of 4 bytes."""
     start = rng.choice((0, 0, 1, 2))
     generator = torch.Generator().manual_seed(rank * 1000 + n)
     return torch.cat([torch.zeros(start), torch.randn(n, generator=generator)])[start:]
@@ -347,12 +286,12 @@ def test_all_reduce_to_the_bit(ranks: Ranks) -> None:
         assert errors == [None] * WORLD
         for out in outs:
             assert torch.equal(out.view(torch.int32), want.view(torch.int32)), (turn, n, row)
-    for area in ranks.areas:  # all that was pushed was taken
+    for area in ranks.areas:  # the receiver has taken everything that was pushed
         assert (area[SMALL.landing : SMALL.stages] == 255).all()
 
 
 def test_numbers_that_look_like_nothing(ranks: Ranks) -> None:
-    # 64 ones are what lies in a landing zone at rest; as floats they are NaNs.
+    # At rest, a word of a landing zone is 64 ones. As floats they are NaNs.
     for kernel in ("one_shot", "two_shot"):
         tensors = [torch.full((50,), -1, dtype=torch.int32).view(torch.float32) for _ in range(WORLD)]
         ranks.use(all_reduce=(Row(WORLD, None, kernel, 8, 2),))
@@ -363,7 +302,7 @@ def test_numbers_that_look_like_nothing(ranks: Ranks) -> None:
 
 
 class Alternating(Table):
-    """Takes turns by the number of bytes."""
+    """Choose by the number of bytes."""
 
     def choose(self, nbytes: int) -> Choice:
         return Choice("two_shot" if nbytes % 8 else "one_shot", 8, 2)
@@ -402,7 +341,7 @@ def test_bytes_move_unchanged(kernel: str, ranks: Ranks) -> None:
     rng = random.Random(5)
     for n in (1, 3, 7, 8, 9, 16, 33, 500, 2047, 2048, 7003):
         given = [torch.randint(0, 256, (WORLD, n), dtype=torch.uint8) for _ in range(WORLD)]
-        given[1][:] = 255  # as the landing zones at rest
+        given[1][:] = 255  # like landing zones at rest
         start = rng.choice((0, 1, 4))
         sources = [torch.cat([torch.zeros(start, dtype=torch.uint8), each.flatten()])[start:] for each in given]
         outs = [torch.zeros(WORLD, n, dtype=torch.uint8) for _ in range(WORLD)]
@@ -435,7 +374,7 @@ class StubBlock:
 
 
 def in_symmetric_memory(ranks: Ranks, rooms: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every engine find the tensors of all ranks, each at its place within its room."""
+    """Let every engine find the tensors of all ranks, at their offsets in their rooms."""
     block = StubBlock()
 
     def find(rank: int, address: int, nbytes: int) -> Any:
@@ -478,19 +417,20 @@ def test_which_memory_is_that_of_all_ranks(driver: EmulatedDriver) -> None:
         assert found.outs == (tensor.data_ptr(),)
         return found.mark
 
-    apart = [allocate(arena=False) for _ in range(2)]  # both at the beginning of their allocations
-    assert engine._memory(apart[0].tensor) is None  # nobody has met for it
+    apart = [allocate(arena=False) for _ in range(2)]  # both begin at the start of their allocations
+    assert engine._memory(apart[0].tensor) is None  # not rendezvoused
     for each in apart:
         each.rendezvous(group)
-    carved = allocate()
-    tensors = [each.tensor for each in (*apart, carved)]
+    from_arena = allocate()
+    tensors = [each.tensor for each in (*apart, from_arena)]
     places = [part for each in tensors for part in (each, each[:2048], each[2048:])]
     assert len({mark(part) for part in places}) == len(places)
     assert mark(tensors[0]) == mark(tensors[0].view(64, 64))
     assert engine._memory(tensors[0][8:]) is None
-    assert engine._find_memory(carved.tensor.data_ptr(), 4097) is None
-    cuda_pool._pooled.add(carved._block)  # torch's allocator has it: tensors lie there by when the collector runs
-    assert engine._memory(carved.tensor) is None
+    assert engine._find_memory(from_arena.tensor.data_ptr(), 4097) is None
+    # In torch's allocator, the addresses of tensors depend on when the garbage collector runs.
+    cuda_pool._pooled.add(from_arena._block)
+    assert engine._memory(from_arena.tensor) is None
     apart[0].close()
     assert engine._memory(tensors[0]) is None
 
@@ -501,7 +441,7 @@ Operation = Callable[[CudaEngine, torch.Tensor, torch.Tensor], None]
 def run_with_a_slow_rank(
     ranks: Ranks, operation: Operation, sources: list[torch.Tensor], outs: list[torch.Tensor], slow: int
 ) -> list[torch.Tensor]:
-    """What each rank has when its own kernel ends. Up to its own begin, and after its own end, memory is its own."""
+    """Every rank's memory when its own kernel ends. Before its kernel and after it, a rank's memory is its own."""
     seen = [torch.empty(0)] * WORLD
 
     def work(engine: CudaEngine, rank: int) -> None:
@@ -532,7 +472,7 @@ def test_results_in_symmetric_memory(
     def run(operation: Operation, sources: list[torch.Tensor], outs: list[torch.Tensor]) -> list[torch.Tensor]:
         return run_with_a_slow_rank(ranks, operation, sources, outs, rng.randrange(WORLD))
 
-    for n in (4, 8, 100, 1000, 4004, 7, 501):  # of the last two, parts are no multiples of 16 bytes
+    for n in (4, 8, 100, 1000, 4004, 7, 501):  # in the last two, parts are not multiples of 16 bytes
         driver.launched.clear()
         rows_of = [floats(WORLD * n, rank, rng).view(WORLD, n) for rank in range(WORLD)]
         columns = [torch.stack([each[rank] for each in rows_of]) for rank in range(WORLD)]
@@ -658,7 +598,7 @@ def test_who_waits_for_a_rank_says_so(
         assert time.monotonic() < deadline
 
 
-# What is left to the host.
+# Work of the host.
 
 
 @pytest.fixture
@@ -736,7 +676,7 @@ def test_a_graph_keeps_what_its_kernels_store_to(alone: CudaEngine, monkeypatch:
     alone.all_gather(out[0].clone(), out)
     assert kept == []
     monkeypatch.setattr("torch._C._cuda_isCurrentStreamCapturing", lambda: True)
-    for nbytes in (1 << 20, (1 << 20) + 16):  # from the latter on it matters where the result lies
+    for nbytes in (1 << 20, (1 << 20) + 16):  # for the latter, the result's address matters
         out = torch.zeros(8, nbytes // 4)
         kept.clear()
         alone.all_gather(out[0].clone(), out)
@@ -758,7 +698,7 @@ def test_steps_do_not_clash_with_the_signals() -> None:
 
 @pytest.fixture
 def checked(ranks: Ranks) -> list[Group]:
-    """Groups whose engines for tensors on the CPU are the emulated ones, checked."""
+    """Groups with emulated, checked engines for tensors on the CPU."""
     groups = make_groups(WORLD, name="checked")
     for group, engine in zip(groups, ranks.engines, strict=True):
         group.extension(Engines)[torch.device("cpu")] = CheckedEngine(engine, group)
@@ -791,7 +731,7 @@ def test_ranks_that_do_not_call_alike_are_named_before_a_launch(
         assert error.peers == (1,)
     assert driver.launched == []
     for rank, result in enumerate(run_ranks(WORLD, lambda rank: ops.all_reduce(torch.ones(4) * rank, checked[rank]))):
-        assert result.tolist() == [3] * 4, rank  # they go on
+        assert result.tolist() == [3] * 4, rank  # later calls work
 
 
 def test_a_refusal_reaches_the_others_at_once(checked: list[Group], driver: EmulatedDriver) -> None:
@@ -834,7 +774,7 @@ def test_ranks_compare_their_tables_before_they_map_memory(
 def test_tuning_runs_each_row_and_nothing_else(
     operation: str, ranks: Ranks, driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a timer that counts instead."""
+    """The timer counts instead of measuring."""
     n = 64
     rooms = [memory(WORLD * n * 4) for _ in range(WORLD)]
     in_symmetric_memory(ranks, rooms, monkeypatch)

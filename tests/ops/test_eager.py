@@ -1,6 +1,6 @@
-"""Calls of operators that are done again in C: on the CPU, with a table of functions that says it is a GPU.
+"""Operator calls that C repeats: on the CPU, with a table of functions that reports a GPU.
 
-What is launched is compared with what Python launches, argument by argument.
+Compares the launches with those from Python, argument by argument.
 """
 
 from __future__ import annotations
@@ -73,15 +73,15 @@ _NAME = b"dlpack_exchange_api"
 _TORCHS: Any = Exchange.from_address(_pointer_of(torch.Tensor.__dlpack_c_exchange_api__, _NAME))  # type: ignore[attr-defined]
 
 
-_KEPT: list[object] = []  # what the module has the addresses of, until it is told of others
+_KEPT: list[object] = []  # the module keeps their addresses, until it gets others
 
 
 class Launched(SimpleNamespace):
-    """A launch: function, blocks, threads, stream, and what its arguments hold."""
+    """A launch: function, blocks, threads, stream, and the values of its arguments."""
 
 
 class Gpu:
-    """What both ways launch with; each is told apart in ``by``."""
+    """The driver for launches from C and from Python. ``by`` records the caller."""
 
     def __init__(self) -> None:
         self.launched: list[Launched] = []
@@ -140,7 +140,7 @@ class Gpu:
         self.by.append(by)
         self.launched.append(Launched(function=function, blocks=blocks, threads=threads, stream=stream, **fields))
 
-    # What Python launches with.
+    # The interface for launches from Python.
 
     @property
     def bindings(self) -> Gpu:
@@ -181,7 +181,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
 
 
 class StubGroup:
-    """As much of a group as a call asks for."""
+    """The part of a group that a call uses."""
 
     name, rank, size, closed = "g", RANK, WORLD, False
     settings = SimpleNamespace(signal_timeout=20.0, algorithms="built-in", collective_check="off")
@@ -197,7 +197,7 @@ class StubGroup:
         return ()
 
     def fail(self, operation: str, error: BaseException) -> None:
-        """There is nobody to tell."""
+        """There are no other ranks."""
 
 
 def with_engine(group: Any) -> Any:
@@ -243,7 +243,7 @@ FORMS = [
     (name, options, form)
     for name, options in CASES
     for form in ("new", "in place", "out")
-    if form != "in place" or KINDS[name].in_place is None  # else it is more than a launch
+    if form != "in place" or KINDS[name].in_place is None  # other forms need more than one launch
 ]
 
 
@@ -269,7 +269,7 @@ def test_the_next_call_launches_the_same(name: str, options: dict[str, Any], for
 
 
 def test_each_kind_of_call_has_its_own(group: Any, gpu: Gpu) -> None:
-    """More of them than are kept, in any order: what C launches is what Python would."""
+    """More calls than the cache holds, in any order: C launches the same as Python would."""
     rng = random.Random(1)
     wanted: dict[Any, Launched] = {}
     for _turn in range(3000):
@@ -292,7 +292,7 @@ def test_each_kind_of_call_has_its_own(group: Any, gpu: Gpu) -> None:
 def test_an_option_by_any_name(group: Any, gpu: Gpu) -> None:
     x = torch.ones(4)
     ops.all_reduce(x, group, "max")
-    ops.all_reduce(x, group, "".join(["m", "ax"]))  # as good as the same text
+    ops.all_reduce(x, group, "".join(["m", "ax"]))  # an equal string
     ops.all_reduce(x, group, "min")
     assert gpu.by == ["Python", "C", "Python"]
     with pytest.raises(InvalidArgumentError, match="reduction must be one of"):
@@ -300,7 +300,7 @@ def test_an_option_by_any_name(group: Any, gpu: Gpu) -> None:
 
 
 def test_an_option_with_its_own_equality(group: Any, gpu: Gpu) -> None:
-    """Is not asked, for it might change what is being searched."""
+    """Its comparison is not called, because it might change the table during the search."""
 
     class Named(str):
         asked = 0
@@ -389,7 +389,7 @@ def test_what_else_takes_part_is_left_to_python(group: Any, gpu: Gpu, monkeypatc
 
 
 def test_what_is_conjugated_is_left_to_python(group: Any, gpu: Gpu) -> None:
-    """Such a view has the memory of the tensor, and other values."""
+    """Such a view has the memory of the tensor, but other values."""
     x, out = torch.ones(4, dtype=torch.complex64), torch.ones(4, dtype=torch.complex64)
 
     def again(x: torch.Tensor, out: torch.Tensor | None) -> Any:
@@ -439,7 +439,7 @@ def test_results_are_not_written_over_what_is_read(group: Any, gpu: Gpu) -> None
         ops.all_reduce(room[:8], group, out=room[4:12])
     assert gpu.launched == []
     same = room[:8]
-    ops.all_reduce(same, group, out=room[:8])  # two tensors of the same memory
+    ops.all_reduce(same, group, out=room[:8])  # two tensors over the same memory
     ops.all_gather(room[WORLD * 4 :], group, out=room[: WORLD * 4].view(WORLD, 4))
     assert gpu.by[-2:] == ["C", "C"]
 
@@ -483,7 +483,7 @@ def test_where_it_matters_where_tensors_lie_python_launches(group: Any, gpu: Gpu
     for _ in range(3):
         ops.all_gather(x, group)
     assert gpu.by == ["Python"] * 3
-    y = torch.zeros(80 << 20, dtype=torch.uint8).view(torch.bfloat16)  # of several launches
+    y = torch.zeros(80 << 20, dtype=torch.uint8).view(torch.bfloat16)  # needs several launches
     ops.all_reduce(y, group, out=y)
     count = len(gpu.by)
     ops.all_reduce(y, group, out=y)
@@ -505,7 +505,7 @@ def test_a_closed_group(group: Any, gpu: Gpu) -> None:
 
 
 class Torchs:
-    """A process group, as torch's table has it."""
+    """A process group in torch's table."""
 
 
 def test_who_means_a_process_group(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -544,7 +544,7 @@ def test_who_means_a_process_group(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def one_process_group(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, world: Any) -> tuple[Torchs, Any]:
-    """A process group, which ``world`` knows, and its group, which has done an operation."""
+    """A process group known to ``world``, and its group, after one operation."""
     monkeypatch.setattr(eager.dist.distributed_c10d, "_world", world)
     process_group, x = Torchs(), torch.ones(4)
     group = with_engine(StubGroup(process_group))
@@ -555,7 +555,7 @@ def one_process_group(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, world: Any) -> 
 
 
 def test_an_interrupt_is_not_lost(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's table is a property in Python, in which a signal may be handled."""
+    """Torch's table is a property in Python, so a signal handler may run in it."""
 
     class World:
         pg_map: dict[Any, Any] = {}  # noqa: RUF012
@@ -573,7 +573,7 @@ def test_an_interrupt_is_not_lost(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_group_stays_while_it_is_used(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another thread may drop it meanwhile; the kernel works on its memory."""
+    """Another thread may drop it during the call, but the kernel uses its memory."""
     held = [one_process_group(gpu, monkeypatch, SimpleNamespace(default_pg=None, pg_map={}))]
     group, there = weakref.ref(held[0][1]), []
 
@@ -641,7 +641,7 @@ def test_nothing_is_left_behind(group: Any, gpu: Gpu) -> None:
 
 
 def test_what_is_forgotten_while_it_runs(group: Any, gpu: Gpu) -> None:
-    """By another thread, for the module lets go of the interpreter while it launches."""
+    """By another thread, because the module releases the interpreter lock during a launch."""
     x = torch.ones(4)
     engine = group.extension(Engines)[CPU]
     ops.all_reduce(x, group)
@@ -747,7 +747,7 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def test_a_group_of_this_process(gpu: Gpu) -> None:
-    """A group from a store, which is known by itself and by its name, and here only by itself."""
+    """A group from a store. Calls name it by the object or by its name, and here only by the object."""
     from torch.distributed import HashStore
 
     group = with_engine(Group.from_store(RANK, WORLD, HashStore(), "stored"))

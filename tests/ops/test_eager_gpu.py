@@ -1,4 +1,4 @@
-"""Calls of operators that are done again in C, on GPUs: what they give, on which stream, and what is left to Python."""
+"""Operator calls that C repeats, on GPUs: results, streams, and the calls that remain in Python."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pool() -> Any:
 
 
 class Counted:
-    """How many calls were done in C, and how many not."""
+    """Counts the calls made in C, and the others."""
 
     def __init__(self) -> None:
         self.done, self.left = 0, 0
@@ -56,7 +56,7 @@ def numbers(shape: tuple[int, ...], dtype: torch.dtype, turn: int, rank: int) ->
 
 
 def all_right() -> None:
-    """Each operator and form, shapes in turns, new tensors at each call."""
+    """All operators and forms, with alternating shapes and new tensors at every call."""
     rank, world = dist.get_rank(), dist.get_world_size()
     shapes, dtypes = ((3,), (5, 8), (64, 1024)), (torch.float32, torch.bfloat16)
     with Counted() as counted:
@@ -65,7 +65,7 @@ def all_right() -> None:
             rows = [numbers((world, *shape), dtype, turn, each) for each in range(world)]
             total = sum(each.double() for each in given).to(dtype)
             column = [each[rank] for each in rows]
-            kept = []  # so that results lie elsewhere each time
+            kept = []  # so that results have a new address every time
             for out in (None, torch.empty_like(given[0]), x := given[rank].clone()):
                 kept.append(symmem.ops.all_reduce(x if out is x else given[rank], out=out))
                 assert torch.equal(kept[-1], total), (turn, shape, dtype)
@@ -94,7 +94,7 @@ def on_streams_and_in_graphs() -> None:
         with torch.cuda.stream(side):
             torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
             x.add_(1)
-            symmem.ops.all_reduce(x, out=out)  # on another stream it would read what was there before
+            symmem.ops.all_reduce(x, out=out)  # on another stream it would read the old values
             later.copy_(out)
         torch.cuda.current_stream().wait_stream(side)
         assert (counted.done, counted.left) == (1, 0)
@@ -112,7 +112,7 @@ def on_streams_and_in_graphs() -> None:
 
 
 def compiled_code() -> int:
-    """Code of the compiler comes here as well: how many of its calls were done in C."""
+    """Compiled code calls this too: counts its calls made in C."""
 
     def chain(x: torch.Tensor) -> torch.Tensor:
         for _ in range(3):
@@ -126,12 +126,12 @@ def compiled_code() -> int:
         with Counted() as counted:
             for _ in range(3):
                 assert torch.equal(made(x), chain(x))
-    assert counted.left <= 1  # of the eager chain, whose results are new tensors
+    assert counted.left <= 1  # from the eager chain, because its results are new tensors
     return counted.done
 
 
 def beside_another_device() -> tuple[int, int]:
-    """A group's first call while another GPU is current, if there is one; how many later ones are done in C, or not."""
+    """A group's first call while another GPU is current, if there is one. Counts later calls in C and in Python."""
     group, own = dist.new_group(), torch.cuda.current_device()
     x, world = torch.ones(9, device="cuda"), dist.get_world_size()
     with torch.cuda.device((own + 1) % torch.cuda.device_count()):
@@ -144,7 +144,7 @@ def beside_another_device() -> tuple[int, int]:
 
 
 def conjugated() -> None:
-    """Views that are conjugated when they are read: these have the memory of their tensors, and other values."""
+    """Views that are conjugated when read have the memory of their tensors, but other values."""
     rank, world = dist.get_rank(), dist.get_world_size()
     for _ in range(3):
         x = torch.full((5,), complex(rank, rank + 1), device="cuda")
@@ -155,7 +155,7 @@ def conjugated() -> None:
 
 
 def other_groups() -> list[str]:
-    """Two groups of the same ranks, one destroyed and made anew."""
+    """Two groups of the same ranks. One is destroyed and made again."""
     x, seen = torch.ones(10, device="cuda"), []
     for _ in range(2):
         group = dist.new_group()

@@ -1,4 +1,4 @@
-"""The collective operators on the CPU, over 2 to 4 processes (mission C3, G1): right, alike everywhere, and no hang."""
+"""The collective operators on the CPU, over 2 to 4 processes: correct, equal on all ranks, without hangs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from symmem.tools.ranks import RankPool, rank_store
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 MOVED = (*FLOATS, torch.int8, torch.int64, torch.bool, torch.uint16, torch.complex64)
 REDUCED = (*FLOATS, torch.int8, torch.uint8, torch.int32, torch.int64, torch.complex64)
-# Of a value, what rounding the result once may make of it; sums of narrow dtypes are made in float32.
+# The relative error of rounding a result once. Sums of narrow dtypes are computed in float32.
 ROUNDING = {
     torch.float32: 1e-6,
     torch.float16: 1e-3,
@@ -39,7 +39,7 @@ ROUNDING = {
     torch.float8_e5m2: 0.13,
     torch.complex64: 1e-6,
 }
-# Around what fits one step, and what is done in one shot; none is a multiple of 16 bytes.
+# Sizes around the limits of one step and of one shot. None is a multiple of 16 bytes.
 PIECE = host.REGION // 4
 SIZES = (0, 1, 3, 17, 1021, 32771, PIECE - 1, PIECE + 3, 2 * PIECE + 5)
 
@@ -50,7 +50,7 @@ def world() -> tuple[int, int]:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """Of the bits."""
+    """A digest of the bits."""
     dense = tensor.contiguous()
     return hashlib.sha256(ctypes.string_at(dense.data_ptr(), dense.nbytes)).hexdigest()
 
@@ -79,7 +79,7 @@ def laid_out(tensor: torch.Tensor, how: int) -> torch.Tensor:
 
 
 def exact(tensors: list[torch.Tensor], reduction: str) -> torch.Tensor:
-    """The reference, in float64 or the widest type of its kind."""
+    """The reference result, in float64 or the widest type of this kind."""
     first = tensors[0]
     wide = torch.complex128 if first.dtype.is_complex else torch.float64 if first.is_floating_point() else torch.int64
     stacked = torch.stack([each.to(wide) for each in tensors])
@@ -100,7 +100,7 @@ def check_reduced(result: torch.Tensor, tensors: list[torch.Tensor], reduction: 
 
 
 def call(name: str, form: int, x: torch.Tensor, shape: tuple[int, ...], how: int, *options: Any) -> torch.Tensor:
-    """Call an operator in one of its forms; returns the result."""
+    """Call an operator in one of its forms. Returns the result."""
     group = symmem.resolve_group()
     if form == 0:
         return getattr(torch.ops.symmem, name)(x, *options, group.name)
@@ -178,9 +178,9 @@ def test_results_are_right_and_the_same_everywhere_and_each_time(pools: Any, siz
 
 
 def in_order(reduction: str, dtype: torch.dtype, count: int) -> None:
-    """Bitwise what a sum in float32, in the order of ranks, gives."""
+    """Bitwise equal to a sum in float32, in rank order."""
     rank, size = world()
-    # Of such different sizes that each order gives other roundings.
+    # Magnitudes so different that every order rounds differently.
     tensors = [values((count,), dtype, each) * (1, 4000, 0.01, 5)[each] for each in range(size)]
     sums = tensors[0].float()
     for each in tensors[1:]:
@@ -200,7 +200,7 @@ def test_sums_are_made_in_float32_in_the_order_of_ranks(pools: Any, size: int) -
 
 
 def groups_at_once() -> None:
-    """Operations of three groups, each over other ranks, in turns."""
+    """Alternating operations of three groups with different ranks."""
     rank, size = world()
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mine, odd = pairs[rank // 2], dist.new_group([0, 2, 3])
@@ -239,7 +239,7 @@ def test_an_engine_goes_with_its_group(pools: Any) -> None:
 
 
 def gradients() -> None:
-    """Of the sum of all ranks' losses, each of which weighs the result by its rank + 1."""
+    """The gradient of the sum of all ranks' losses. A rank weighs the result by its rank + 1."""
     rank, size = world()
     weight, total = rank + 1.0, size * (size + 1) / 2
 
@@ -320,12 +320,12 @@ def test_the_benchmark_measures_all_operators() -> None:
     assert all(each.value > 0 and each.peer == "gloo" and each.peer_value for each in figures)
 
 
-# Faults. Each rank returns what it raised; the pool then still works.
+# Faults. Every rank returns its error. The pool still works afterwards.
 
-Told = tuple[str, tuple[int, ...], str]
+Outcome = tuple[str, tuple[int, ...], str]
 
 
-def told(operation: Callable[[], object]) -> Told:
+def error_of(operation: Callable[[], object]) -> Outcome:
     try:
         operation()
     except SymmemError as error:
@@ -333,8 +333,8 @@ def told(operation: Callable[[], object]) -> Told:
     return "", (), ""
 
 
-def compared(first: bool, odd: int) -> list[Told]:
-    """Rank ``odd`` calls something else; afterwards all call alike again."""
+def compared(first: bool, odd: int) -> list[Outcome]:
+    """Rank ``odd`` makes another call. Afterwards all ranks make the same calls again."""
     rank, size = world()
     group = symmem.Group.from_store(rank, size, rank_store(), f"compared {first}")
     if not first:
@@ -342,12 +342,12 @@ def compared(first: bool, odd: int) -> list[Told]:
     differs = rank == odd
     x, symmetric = torch.ones(size, 4), torch.ones(size, 4)
     found = [
-        told(lambda: ops.all_reduce(torch.ones(5 if differs else 4), group)),
-        told(lambda: ops.all_reduce(torch.ones(4 << 20 if differs else 4), group)),
-        told(lambda: ops.all_reduce(x.half() if differs else x, group)),
-        told(lambda: ops.all_reduce(x, group, reduction="max" if differs else "sum")),
-        told(lambda: ops.broadcast(x, group, root=1 if differs else 0)),
-        told(lambda: ops.all_to_all(x, group) if differs else ops.all_gather(x, group)),
+        error_of(lambda: ops.all_reduce(torch.ones(5 if differs else 4), group)),
+        error_of(lambda: ops.all_reduce(torch.ones(4 << 20 if differs else 4), group)),
+        error_of(lambda: ops.all_reduce(x.half() if differs else x, group)),
+        error_of(lambda: ops.all_reduce(x, group, reduction="max" if differs else "sum")),
+        error_of(lambda: ops.broadcast(x, group, root=1 if differs else 0)),
+        error_of(lambda: ops.all_to_all(x, group) if differs else ops.all_gather(x, group)),
     ]
     assert ops.all_reduce(symmetric, group)[0, 0] == size
     return found
@@ -365,7 +365,7 @@ def test_ranks_that_do_not_call_alike_are_told_and_go_on(pools: Any, first: bool
     assert "broadcast(root 1) of 12 torch.float32 on rank 1" in texts[4]
 
 
-def refused(first: bool) -> list[Told]:
+def refused(first: bool) -> list[Outcome]:
     """Rank 1's arguments are bad."""
     rank, size = world()
     group = symmem.Group.from_store(rank, size, rank_store(), f"refused {first}")
@@ -373,12 +373,12 @@ def refused(first: bool) -> list[Told]:
     if not first:
         ops.all_reduce(x, group)
     found = [
-        told(lambda: ops.all_reduce(x, group, reduction="product" if differs else "sum")),
-        told(lambda: ops.all_reduce(x, group, out=torch.ones(5) if differs else None)),
-        told(lambda: ops.all_reduce(x, group, out=torch.ones(1).expand(4) if differs else None)),
-        told(lambda: ops.reduce_scatter(torch.ones(size + differs), group)),
+        error_of(lambda: ops.all_reduce(x, group, reduction="product" if differs else "sum")),
+        error_of(lambda: ops.all_reduce(x, group, out=torch.ones(5) if differs else None)),
+        error_of(lambda: ops.all_reduce(x, group, out=torch.ones(1).expand(4) if differs else None)),
+        error_of(lambda: ops.reduce_scatter(torch.ones(size + differs), group)),
     ]
-    bad = [told(lambda: ops.broadcast(x, group, root=size)) for _ in range(3)]  # on all ranks
+    bad = [error_of(lambda: ops.broadcast(x, group, root=size)) for _ in range(3)]  # on all ranks
     assert {kind for kind, _peers, _text in bad} == {"RankError"}
     assert ops.all_reduce(x, group)[0] == size
     return found
@@ -390,14 +390,14 @@ def test_arguments_that_one_rank_refuses_are_an_error_on_all(pools: Any, first: 
     own, *others = (lambda results: (results[1], results[0], results[2]))(pools.get(3).run(refused, first))
     assert {kind for kind, _peers, _text in own} == {"InvalidArgumentError"}
     for column in others:
-        # As long as there is no engine, what a rank raised reaches the others as it is.
+        # Before an engine exists, the other ranks raise this rank's error itself.
         assert {kind for kind, _peers, _text in column} == {"InvalidArgumentError" if first else "MismatchError"}
         assert all("rank 1" in text for _kind, _peers, text in column)
     assert time.monotonic() - begin < 10
 
 
-def checked() -> list[Told]:
-    """Rank 1 does otherwise, or refuses, in the checked mode."""
+def checked() -> list[Outcome]:
+    """Rank 1 makes another call, or refuses, in the checked mode."""
     rank, size = world()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SYMMEM_ENABLE", "collective_check(each)")
@@ -405,8 +405,8 @@ def checked() -> list[Told]:
     x, differs = torch.ones(4), rank == 1
     assert ops.all_reduce(x, group)[0] == size
     found = [
-        told(lambda: ops.all_reduce(torch.ones((2, 2) if differs else 4), group)),  # as many elements
-        told(lambda: ops.all_reduce(x, group, out=torch.ones(5) if differs else None)),
+        error_of(lambda: ops.all_reduce(torch.ones((2, 2) if differs else 4), group)),  # the same number of elements
+        error_of(lambda: ops.all_reduce(x, group, out=torch.ones(5) if differs else None)),
     ]
     assert ops.all_reduce(x, group)[0] == size
     return found
@@ -420,8 +420,8 @@ def test_in_the_checked_mode_shapes_count_and_refusals_arrive_as_they_are(pools:
         assert "rank 1" in refusal[2]
 
 
-def interrupted() -> list[Told]:
-    """Rank 1 is interrupted between two pieces, and begins anew."""
+def interrupted() -> list[Outcome]:
+    """Rank 1 is interrupted between two pieces, and starts again."""
     rank, size = world()
     group = symmem.Group.from_store(rank, size, rank_store(), "interrupted")
     x = torch.ones(4 * PIECE)
@@ -432,20 +432,20 @@ def interrupted() -> list[Told]:
         with pytest.raises(ZeroDivisionError):
             ops.all_reduce(x, group)
         del engine._reduce
-    found = [told(lambda: ops.all_reduce(x, group))]
+    found = [error_of(lambda: ops.all_reduce(x, group))]
     assert ops.all_reduce(x, group)[-1] == size
     return found
 
 
-def test_a_rank_that_was_interrupted_and_begins_anew_is_told_apart(pools: Any) -> None:
+def test_a_rank_that_was_interrupted_and_starts_again_is_told_apart(pools: Any) -> None:
     for (found,) in pools.get(2).run(interrupted):
         assert found[0] == "MismatchError"
         assert f"all_reduce(sum) of {4 * PIECE} torch.float32, piece 1 on rank 0" in found[2]
         assert f"all_reduce(sum) of {4 * PIECE} torch.float32 on rank 1" in found[2]
 
 
-def nested() -> list[Told]:
-    """Amid an operation of rank 0, a callback begins another."""
+def nested() -> list[Outcome]:
+    """During an operation of rank 0, a callback begins another."""
     rank, size = world()
     group = symmem.Group.from_store(rank, size, rank_store(), "nested")
     x, found = torch.ones(4), []
@@ -454,7 +454,7 @@ def nested() -> list[Told]:
     reduce = engine._reduce
 
     def again(*args: Any) -> None:
-        found.append(told(lambda: ops.all_reduce(x, group)))
+        found.append(error_of(lambda: ops.all_reduce(x, group)))
         reduce(*args)
 
     if rank == 0:
@@ -477,16 +477,16 @@ def with_group(name: str, timeout: str) -> symmem.Group:
     return symmem.Group.from_store(rank, size, rank_store(), name)
 
 
-def killed(nbytes: int) -> list[Told]:
-    """Rank 1 dies amid many operations."""
+def killed(nbytes: int) -> list[Outcome]:
+    """Rank 1 dies during a series of operations."""
     group = with_group("killed", "20s")
     x = torch.ones(nbytes // 4)
     for count in range(200):
         if group.rank == 1 and count == 50:
-            signal.setitimer(signal.ITIMER_REAL, 0.002)  # SIGALRM kills, wherever it is by then
-        found = told(lambda: ops.all_reduce(x, group))
+            signal.setitimer(signal.ITIMER_REAL, 0.002)  # SIGALRM kills the process at some point of the loop
+        found = error_of(lambda: ops.all_reduce(x, group))
         if found[0]:
-            return [found, told(lambda: ops.all_reduce(x, group))]
+            return [found, error_of(lambda: ops.all_reduce(x, group))]
         assert count < 199, "rank 1 lives"
     return []
 
@@ -503,14 +503,14 @@ def test_a_rank_that_dies_amid_an_operation_is_named(new_pool: Callable[..., Ran
     assert time.monotonic() - begin < 15
 
 
-def late() -> list[Told]:
+def late() -> list[Outcome]:
     """Rank 2 does not come."""
     group = with_group("late", "0.5s")
     x = torch.ones(1000)
     ops.all_reduce(x, group)
     if group.rank == 2:
         time.sleep(1.5)
-    return [told(lambda: ops.all_reduce(x, group)) for _ in range(2)]
+    return [error_of(lambda: ops.all_reduce(x, group)) for _ in range(2)]
 
 
 def test_a_rank_that_does_not_come_is_named_on_all(new_pool: Callable[..., RankPool]) -> None:
@@ -528,7 +528,7 @@ def forked() -> str:
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
-            os.write(there, told(lambda: ops.all_reduce(torch.ones(2)))[0].encode())
+            os.write(there, error_of(lambda: ops.all_reduce(torch.ones(2)))[0].encode())
         os._exit(0)
     os.waitpid(child, 0)
     os.close(there)

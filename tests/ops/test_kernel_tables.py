@@ -1,4 +1,4 @@
-"""Tables of algorithms: the YAML file, what it takes the place of, and that all ranks must have the same."""
+"""Tables of algorithms: the YAML file, the rows that it replaces, and the comparison of ranks."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_rows_take_the_place_of_those_for_the_same_ranks(good: str) -> None:
 def test_fingerprints_tell_what_is_chosen(good: str) -> None:
     assert table_for(4, good).fingerprint() != table_for(4).fingerprint()
     assert table_for(3, good).fingerprint() == table_for(3).fingerprint()
-    assert table_for(4).fingerprint() == table_for(3).fingerprint()  # the same rows, written for 4 at most
+    assert table_for(4).fingerprint() == table_for(3).fingerprint()  # the same rows, written for up to 4 ranks
 
 
 ROW = "{operation: all_reduce, world: 2, nbytes: 4KiB, kernel: one_shot, threads: 128, blocks: 8}"
@@ -128,7 +128,7 @@ def test_a_path_does_not_depend_on_later_folders(good: str, monkeypatch: pytest.
 def test_a_table_that_is_taken_answers_for_every_size(
     limits: list[tuple[int, bool]], nbytes: int, symmetric: bool
 ) -> None:
-    """Whatever rows a file has, either it is refused, or the row that counts is the first that fits."""
+    """A file with any rows is either refused, or the first row that fits is used."""
     common = "operation: move, world: 5, threads: 64"
     rows = [
         f"{{{common}, blocks: {n + 1}, nbytes: {most}, kernel: {'put' if only else 'pull'}}}"

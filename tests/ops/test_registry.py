@@ -1,4 +1,4 @@
-"""Operators with symmetric arguments: what is registered, and what is checked in eager mode (mission B1 to B6)."""
+"""Operators with symmetric arguments: registrations, and the checks of eager calls."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _numbers = itertools.count()
 
 @pytest.fixture
 def lib() -> Iterator[ops.Library]:
-    """A library of a new namespace, which ends with the test."""
+    """A library with a new namespace. It ends with the test."""
     made = ops.Library(f"symmem_test{next(_numbers)}", "FRAGMENT")
     yield made
     names = [each.op for each in ops.registered() if each.op.startswith(f"{made.ns}::")]
@@ -77,7 +77,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def refused(*args: Any, **kwargs: Any) -> str:
-    """The text of the error, after which nothing has changed."""
+    """Returns the text of the error. The registry must be unchanged."""
     before = ops.fingerprint(), ops.version()
     with pytest.raises(InvalidArgumentError) as caught:
         symmem.register_symm_mem_args(*args, **kwargs)
@@ -217,7 +217,7 @@ def test_nested_arguments_are_registered_and_found_in_calls(define: Define) -> N
     assert all(tensor is (y if place in ("last", "a0[1]", "a4[0]") else x) for place, tensor in found)
 
 
-# What is refused.
+# Invalid registrations.
 
 
 def test_an_unknown_op_is_refused(define: Define) -> None:
@@ -378,24 +378,24 @@ def test_ours_are_visible_upstream(define: Define, caplog: pytest.LogCaptureFixt
     ops.unregister(name)
     assert seen() is None
     assert not caplog.records
-    # Its own ops upstream lowers itself.
+    # Upstream lowers its own ops itself.
     assert ops.registration("symm_mem::one_shot_all_reduce") is not None
     assert upstream.args_of("symm_mem::one_shot_all_reduce") is None
 
 
 @needs_upstream
 def test_upstream_is_told_where_it_can_place(define: Define) -> None:
-    """Of an operator on the CPU its placement would raise, with no hook of ours."""
+    """Without our hook, its placement would raise for an operator on the CPU."""
     name = define("op(Tensor x, str group_name) -> Tensor")
     symmem.register_symm_mem_args(name, ["x"])
     held = singleton.get(name).symm_mem_args
     node = torch.fx.Graph().placeholder("x")
     assert held.is_registered()
-    for device, told in (("cpu", False), ("meta", True)):
+    for device, shown in (("cpu", False), ("meta", True)):
         reader = node.graph.call_function(getattr(torch.ops, name.split("::")[0]).op.default, (node, "any"))
         node.meta["val"] = torch.empty(2, device=device)
         with V.set_graph_handler(types.SimpleNamespace(current_node=reader)):
-            assert held.is_registered() is told
+            assert held.is_registered() is shown
             assert upstream.all_args()[name] == ("x",)
     ops.unregister(name)
     assert not held.is_registered()
@@ -466,7 +466,7 @@ def test_upstreams_that_do_not_fit_are_told(define: Define, caplog: pytest.LogCa
     name = define("op(Tensor x, int n) -> Tensor")
     theirs: Any = torch.library.Library(name.split("::")[0], "FRAGMENT")
     theirs.register_symm_mem_args("op", ["n"])
-    theirs.register_symm_mem_args("later", ["x"])  # of an op that is not there
+    theirs.register_symm_mem_args("later", ["x"])  # this op does not exist
     with pytest.raises(InvalidArgumentError, match=r"Library.*does not match the op: .*'n' is of type int"):
         ops.registration(name)
     assert ops.registration(f"{theirs.ns}::later") is None
@@ -511,7 +511,7 @@ def test_without_upstream_everything_works(define: Define, monkeypatch: pytest.M
 
 
 def symm_mem_schemas() -> dict[str, Any]:
-    assert ops.registered()  # defines those that are written in Python
+    assert ops.registered()  # defines the ops that are written in Python
     schemas = torch._C._jit_get_all_schemas()
     return {each.name.removeprefix("symm_mem::"): each for each in schemas if each.name.startswith("symm_mem::")}
 
@@ -535,7 +535,7 @@ def test_each_op_of_torch_is_registered_or_needs_nothing() -> None:
 
 def test_symmems_own_ops_are_registered_or_take_any_memory() -> None:
     ops.registered()  # defines them
-    # Those that begin with an underscore are of symmem.compile, and only for what it generates.
+    # Ops with a leading underscore belong to symmem.compile, for generated code only.
     schemas = {each.name for each in torch._C._jit_get_all_schemas() if re.match("symmem::[^_]", each.name)}
     forms = {f"symmem::{name}{form}" for name in KINDS for form in ("", "_", "_out")}
     assert schemas == forms | {f"symmem::{name}" for name in built_in.OWN}
@@ -685,7 +685,7 @@ def test_threads_register_and_look_at_once(define: Define) -> None:
     for thread in threads:
         thread.join(30)
     assert not errors
-    assert sorted(outcomes) == sorted(names)  # each by one thread only
+    assert sorted(outcomes) == sorted(names)  # one thread per name
 
 
 # Any schema.
@@ -709,7 +709,7 @@ OTHERS = (
 @given(st.lists(st.sampled_from(TENSORS + OTHERS), min_size=1, max_size=7), st.integers(0, 7), st.data())
 def test_of_any_schema_the_tensors_and_nothing_else(kinds: list[str], keyword: int, data: st.DataObject) -> None:
     lib = ops.Library(f"symmem_test_any{next(_numbers)}", "FRAGMENT")
-    # Alias sets are of one argument each.
+    # An alias set belongs to one argument.
     written = [kind.replace("(a!", f"({chr(98 + index)}!") + f" a{index}" for index, kind in enumerate(kinds)]
     if keyword < len(written):
         written.insert(keyword, "*")
@@ -736,7 +736,7 @@ def test_of_any_schema_the_tensors_and_nothing_else(kinds: list[str], keyword: i
 
 
 def add(x: torch.Tensor, group: str) -> torch.Tensor:
-    """Fails unless it gets symmetric memory, as a kernel for it would."""
+    """Fails without symmetric memory, like a kernel that needs it."""
     assert symmem.find(x) is not None
     return x + 1
 
@@ -753,7 +753,7 @@ def test_plain_memory_is_an_error_that_says_what_to_do(define: Define, group: st
     packet = getattr(torch.ops, name.split("::")[0]).op
     x, good = torch.ones(2, 3), symmem.allocate((2, 3)).tensor
     symmem.register_symm_mem_args(name, ["x", "ys"])
-    assert packet(x, [x], group).sum() == 12  # nothing is checked where nobody asked for it
+    assert packet(x, [x], group).sum() == 12  # outside of checked() nothing is checked
     for call in (lambda: ops.check(name, (good, [good, x], group)), lambda: packet(good, [good, x], group)):
         with ops.checked(), pytest.raises(NotSymmetricError) as caught:
             call()
@@ -765,7 +765,7 @@ def test_plain_memory_is_an_error_that_says_what_to_do(define: Define, group: st
     with ops.checked():
         packet(good, [good, good[1:]], group)
         packet(good, [], group)
-        assert (x + x).sum() == 12  # no other op is asked
+        assert (x + x).sum() == 12  # other ops are not checked
     ops.check(name, (good, []), {"group": group})
     ops.check("aten::mm", (x, x))
 
@@ -782,7 +782,7 @@ def test_the_setting_decides_where_nothing_is_said(define: Define, group: str, m
         with pytest.raises(NotSymmetricError):
             packet(torch.zeros(1), group)
         with pytest.raises(NotSymmetricError), ops.checked("error"):
-            packet(torch.zeros(1), "nosuch")  # and not what is wrong with the group
+            packet(torch.zeros(1), "nosuch")  # not the error about the group
     with ops.checked("off"):
         assert packet(torch.zeros(1), group) == 0
     assert packet(torch.zeros(1), group) == 0
@@ -913,7 +913,7 @@ def test_memory_that_torch_allocated_is_symmetric(define: Define, monkeypatch: p
     name = define("op(Tensor x) -> Tensor")
     symmem.register_symm_mem_args(name, ["x"])
     x = torch.ones(2)
-    # torch 2.11 has no such method: what its own allocator made is then not known.
+    # torch 2.11 has no such method, so memory of its own allocator is not recognised.
     monkeypatch.setattr(_SymmetricMemory, "is_symm_mem_tensor", staticmethod(lambda each: each is x), raising=False)
     ops.check(name, (x,))
     with pytest.raises(NotSymmetricError):
@@ -922,7 +922,7 @@ def test_memory_that_torch_allocated_is_symmetric(define: Define, monkeypatch: p
 
 @pytest.mark.parametrize("transport", ["CUDA", "NVSHMEM"])
 def test_memory_that_an_older_torch_allocated_is_symmetric(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch 2.11 tells by a rendezvous alone, and its transports do not tell alike of other memory."""
+    """torch 2.11 can tell only by a rendezvous, and its transports differ for other memory."""
     asked = []
 
     class Older:
@@ -942,11 +942,11 @@ def test_memory_that_an_older_torch_allocated_is_symmetric(transport: str, monke
     monkeypatch.setattr("torch._C._distributed_c10d._SymmetricMemory", Older)
     theirs, pooled, plain, broken = (cast("torch.Tensor", SimpleNamespace(is_cuda=True)) for _ in range(4))
     assert is_torchs(theirs, lambda: "tp")
-    assert not is_torchs(pooled, lambda: "tp")  # of which operators would take what lies 512 bytes before
+    assert not is_torchs(pooled, lambda: "tp")  # operators would read the memory 512 bytes before it
     assert not is_torchs(plain, lambda: "tp")
     with pytest.raises(RuntimeError, match="CUDA error"):
         is_torchs(broken, lambda: "tp")
-    assert not is_torchs(torch.ones(1), lambda: "tp")  # which no transport is for
+    assert not is_torchs(torch.ones(1), lambda: "tp")  # no transport is for the CPU
     assert asked == ["tp"] * 4
 
 
@@ -956,21 +956,21 @@ def test_a_process_group_that_was_destroyed(group: str) -> None:
     dist.destroy_process_group(made)
     with pytest.raises(GroupError, match="torch does not know the process group: it was destroyed"):
         symmem.resolve_group(made)
-    with pytest.raises(GroupError, match="there is no process group"):  # and not the one that is left of it
+    with pytest.raises(GroupError, match="there is no process group"):  # not the group that the cache still has
         group_named(made.group_name)
 
 
 def test_torchs_operators_take_what_begins_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take a storage for the allocation that it lies in: of an arena they would read other tensors."""
+    """They take a storage for its allocation, so in an arena they would read other tensors."""
     group = symmem.Group.from_store(0, 1, dist.HashStore(), "torchs operators")
-    carved = symmem.allocate(64, group=group).rendezvous(group).tensor
+    from_arena = symmem.allocate(64, group=group).rendezvous(group).tensor
     own = symmem.allocate(64, group=group, arena=False).rendezvous(group).tensor
     monkeypatch.setattr(_SymmetricMemory, "is_symm_mem_tensor", staticmethod(lambda each: True), raising=False)
     for name in ("symm_mem::one_shot_all_reduce", "symm_mem::two_shot_all_reduce_"):
         for tensor in (own, own[3:]):
             ops.check(name, (tensor, "sum", "tp"))
             assert is_torchs(tensor, lambda: "tp")
-        for tensor in (carved, carved[3:]):
+        for tensor in (from_arena, from_arena[3:]):
             assert not is_torchs(tensor, lambda: "tp")
             with pytest.raises(
                 NotSymmetricError, match=r"(?s)is not at the beginning.*backend='pytorch_cuda', arena=False"
@@ -1018,7 +1018,7 @@ def test_a_composition_is_warned_of(lib: ops.Library, caplog: pytest.LogCaptureF
 
 
 def gather_on_ranks(mode: str) -> tuple[list[float], list[float]]:
-    """A toy of a communicating op: it stores to all ranks' output, and has no exit barrier."""
+    """A simple communicating op. It stores to all ranks' outputs, and has no exit barrier."""
     lib = ops.Library("symmem_test_ranks", "FRAGMENT")
     lib.define("gather(Tensor x, Tensor(a!) out, str comm) -> ()")
 
@@ -1055,8 +1055,8 @@ def test_the_command_lists_what_is_registered(define: Define, capsys: pytest.Cap
     name = define("op(Tensor(a!) x, Tensor?[] ys, str tp) -> ()")
     made = symmem.register_symm_mem_args(name, ["x", "ys"], group_arg="tp", exit_barrier=True)
     assert cli.main(["ops", "list", "--json"]) == 0
-    told = {each["op"]: each for each in json.loads(capsys.readouterr().out)}
-    assert told[name] == {
+    shown = {each["op"]: each for each in json.loads(capsys.readouterr().out)}
+    assert shown[name] == {
         "op": name,
         "args": ["x", "ys"],
         "types": {"x": "Tensor", "ys": "Tensor?[]"},
@@ -1067,8 +1067,8 @@ def test_the_command_lists_what_is_registered(define: Define, capsys: pytest.Cap
         "one_sided": False,
         "source": made.source,
     }
-    assert told["symm_mem::nvshmem_put"]["one_sided"] is True
-    assert set(told) == {each.op for each in ops.registered()}
+    assert shown["symm_mem::nvshmem_put"]["one_sided"] is True
+    assert set(shown) == {each.op for each in ops.registered()}
     assert cli.main(["ops", "list"]) == 0
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     rows = {cells[0]: [cell.strip() for cell in cells[1:] if cell.strip()] for cells in lines}
@@ -1099,7 +1099,7 @@ def test_the_command_imports_first(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_schema_hint() -> None:
-    """``symm`` before an argument's type registers it (E4); torch sees the schema without it."""
+    """``symm`` before an argument's type registers it. Torch sees the schema without it."""
     lib = ops.Library("symm_hint", "DEF")
     lib.define("op(symm Tensor x, Tensor y, symm Tensor(a!)[] outs, str group_name) -> ()")
     known = ops.registration("symm_hint::op")

@@ -1,7 +1,8 @@
-"""GPUs made of CPU threads: CUDA kernels, compiled by the C++ compiler of this machine.
+"""Emulate GPUs by CPU threads: the machine's C++ compiler compiles CUDA kernels.
 
-Each CUDA thread is a thread, ``__syncthreads`` a barrier of a block's threads, peers' memory is this process's. Inline
-assembly is replaced, so this shows what kernels do to which memory in which order, not how a GPU's memory behaves.
+A CUDA thread is a thread of the CPU. ``__syncthreads`` is a barrier of a block's threads. Peers' memory belongs to this
+process. Inline assembly is replaced. So tests see the accesses of kernels and their order, but not the behaviour of a
+GPU's memory.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _BEFORE = r"""
 #define __launch_bounds__(threads)
 struct Index { unsigned x, y, z; };
 thread_local Index threadIdx, blockIdx, blockDim, gridDim;
-// Those that have trapped do not come any more.
+// A thread that has trapped does not come any more.
 struct Block {
   std::mutex mutex;
   std::condition_variable all_here;
@@ -68,7 +69,7 @@ thread_local std::jmp_buf out_of_kernel;
 [[noreturn]] static void __trap() { stopped = true; leave(); }
 """
 
-# In the place of the functions of that name.
+# Replacements for the bodies of these functions.
 _REPLACED = {
     "load_relaxed": "return __atomic_load_n(word, __ATOMIC_RELAXED);",
     "load_acquire": "sched_yield(); if (stopped) leave(); return __atomic_load_n(word, __ATOMIC_ACQUIRE);",
@@ -88,7 +89,7 @@ WAITING = {
     "leave_word": "u32 *w = at; w[1] = b; w[2] = c; w[3] = d; __atomic_store_n(w, a, __ATOMIC_RELEASE);",
     "not_before": "",
 }
-"""In the place of those that :func:`symmem.backends.signal_kernels.lateness` makes."""
+"""Replacements for bodies of functions from :func:`symmem.backends.signal_kernels.lateness`."""
 
 _AFTER = r"""
 extern "C" void restart() { stopped = false; }
@@ -128,22 +129,22 @@ def _replace_bodies(source: str, replaced: Mapping[str, str]) -> str:
 
 
 def compile_kernels(kind: str, macros: Mapping[str, str], folder: Path) -> ctypes.CDLL:
-    """The kernels of a module of the collective operations; see :func:`emulate`."""
+    """Compile the kernels of a module of the collective operations; see :func:`emulate`."""
     return emulate(SOURCE, _REPLACED | WAITING, KERNELS[kind], macros, folder / f"{kind}{macros['WORLD']}.so")
 
 
 def emulate(
     cuda: str, replaced: Mapping[str, str], kernels: Sequence[str], macros: Mapping[str, str], library: Path
 ) -> ctypes.CDLL:
-    """Kernels as a library whose ``launch(number, call, blocks, threads)`` runs one; 0 unless it traps.
+    """Compile kernels to a library. Its ``launch(number, call, blocks, threads)`` returns 0 unless the kernel traps.
 
-    After a trap no kernel runs any more, until ``restart()``.
+    After a trap no kernel runs until ``restart()``.
 
     Args:
-        cuda: The source; its kernels take a ``Call``.
-        replaced: The bodies of the functions that are replaced.
-        kernels: Their names.
-        macros: What is defined on the command line.
+        cuda: The source. Its kernels take a ``Call``.
+        replaced: New bodies of functions, by name.
+        kernels: Names of the kernels.
+        macros: Macros for the command line.
         library: The file to make.
     """
     assert COMPILER is not None

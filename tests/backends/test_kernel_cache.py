@@ -1,0 +1,68 @@
+"""The cache of compiled programs on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from symmem.backends import kernel_cache
+from symmem.errors import UnsupportedError
+
+
+def test_compiled_kernels_are_kept(tmp_path: Path) -> None:
+    made = []
+
+    def compile_it() -> bytes:
+        made.append(1)
+        return b"code" * 100
+
+    folder = tmp_path / "a" / "b"
+    key = kernel_cache.key_of(["source", "sm_90"])
+    for _ in range(3):
+        assert kernel_cache.cached(key, compile_it, folder) == b"code" * 100
+    assert len(made) == 1
+    assert [file.name for file in folder.iterdir()] == [f"{key}.bin"]
+    assert kernel_cache.cached(key, compile_it, None) == b"code" * 100
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "changed", "other", "longer"])
+def test_a_damaged_file_is_compiled_again(damage: str, tmp_path: Path) -> None:
+    key = kernel_cache.key_of(["x"])
+    kernel_cache.cached(key, lambda: b"good code", tmp_path)
+    file = tmp_path / f"{key}.bin"
+    content = file.read_bytes()
+    changed = {
+        "cut": content[:-1],
+        "empty": b"",
+        "changed": content[:-1] + b"?",
+        "other": b"something else",
+        "longer": content + b"!",
+    }
+    file.write_bytes(changed[damage])
+    assert kernel_cache.cached(key, lambda: b"good code", tmp_path) == b"good code"
+    assert file.read_bytes() == content
+
+
+def test_a_folder_that_cannot_be_used_is_no_failure(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert kernel_cache.cached("key", lambda: b"code", blocked) == b"code"
+    assert kernel_cache.cached("key", lambda: b"code", blocked / "below") == b"code"
+
+
+def test_a_failed_compilation_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> bytes:
+        raise UnsupportedError("no compiler")
+
+    with pytest.raises(UnsupportedError):
+        kernel_cache.cached("key", fail, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_tell_programs_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert kernel_cache.key_of(["ab", "c"]) != kernel_cache.key_of(["a", "bc"])
+    assert kernel_cache.key_of(["a"]) == kernel_cache.key_of(["a"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kernel_cache.cache_directory() == tmp_path / "symmem" / "kernels"
