@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 
 from symmem.backends.base import SIGNAL_CHANNELS, tensor_at
 from symmem.backends.kernel_status import named, raise_failure
-from symmem.errors import NotSymmetricError, UnsupportedError
+from symmem.errors import NotSymmetricError
 from symmem.group.group import GroupLike, check_timeout, default_group, resolve_group
 from symmem.memory import cuda_graphs
 from symmem.memory.block import Block
 from symmem.memory.call_site import caller
 from symmem.memory.registry import block_at, register
 from symmem.tensor.arguments import check_channel, check_like, check_rank, check_tensor
+from symmem.tensor.block_handle import BlockHandle
 from symmem.tensor.copies import copy_elements, get_bytes, put_bytes
 from symmem.tensor.lookup import address_of, check_open, check_process, locate, mapping_of
 from symmem.tensor.request import arena_of, resolve_request, tensor_over
 
 if TYPE_CHECKING:
     from symmem.backends.base import Mapping
-    from symmem.group.group import Group
     from symmem.memory.layout import Layout
     from symmem.tensor.device_view import DeviceView
 
 __all__ = ["SymmetricTensor", "allocate", "find"]
 
 
-class SymmetricTensor:
+class SymmetricTensor(BlockHandle):
     """A tensor that every rank of a group has, at the same offset of memory that the other ranks can reach.
 
     This is a handle; :attr:`tensor` is a plain tensor. Make a handle with :meth:`allocate`, let the ranks call
@@ -149,59 +149,6 @@ class SymmetricTensor:
                 step="tensor",
             )
         return tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        """Sizes, the same on all ranks."""
-        return torch.Size(self._layout.sizes)
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Strides in elements, the same on all ranks."""
-        return self._layout.strides
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Element type."""
-        return self._layout.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of this rank's memory."""
-        return self._block.allocation.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes from the first element to the end of the last."""
-        return self._layout.nbytes
-
-    @property
-    def backend(self) -> str:
-        """Name of the backend."""
-        return self._block.allocation.backend.name
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """The groups that have rendezvoused the memory, in order; the arena's group counts."""
-        return tuple(self._block.groups)
-
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called on this handle or another of the same memory."""
-        return self._block.closed
-
-    def __repr__(self) -> str:
-        state = "closed" if self.closed else f"groups={[group.name for group in self.groups]}"
-        return (
-            f"SymmetricTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', "
-            f"backend={self.backend!r}, {state})"
-        )
-
-    def __reduce__(self) -> NoReturn:
-        raise UnsupportedError(
-            "a SymmetricTensor cannot be pickled or copied: it refers to memory of this process",
-            hint="send its .tensor.clone(), or let each rank allocate its own and rendezvous",
-        )
 
     # Rendezvous.
 
