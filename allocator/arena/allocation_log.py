@@ -122,6 +122,43 @@ class AllocationLog:
         growths: Number of segments that were added.
     """
 
+    # Slots, because an instance with more than 30 attributes is otherwise slower on the warm path of an allocation.
+    __slots__ = (
+        "__weakref__",
+        "_divergence",
+        "_pending",
+        "agreed",
+        "agreed_bytes",
+        "backend",
+        "blocks",
+        "changes",
+        "collections",
+        "count",
+        "device",
+        "digest",
+        "dropped",
+        "drops",
+        "free_slots",
+        "further_pads",
+        "group",
+        "growths",
+        "history",
+        "in_transaction",
+        "live_bytes",
+        "lock",
+        "pads",
+        "peak_bytes",
+        "process",
+        "quarantined_blocks",
+        "quarantined_bytes",
+        "reclaimed_blocks",
+        "reclaims",
+        "records",
+        "restricted",
+        "segments",
+        "slot_marks",
+    )
+
     def __init__(self, group: Group, backend: Backend, device: torch.device) -> None:
         self.group, self.backend, self.device = group, backend, device
         self.process = os.getpid()

@@ -112,10 +112,10 @@ class Arena:
             else:
                 segment, offset = self._take_new(log.proposal(size, layout, CallSite(code, instruction), name))
             slot = log.free_slots.pop()
-            log.count += 1
+            log.count = number = log.count + 1
             # The digest covers the place too. So ranks with different logs notice, whatever the reason is.
             log.digest = digest = hash((log.digest, layout.fingerprint, name_hash, segment.index, offset, slot))
-            record = (log.count, digest, perf_counter(), segment.index, offset, size, layout, code, instruction, name)
+            record = (number, digest, perf_counter(), segment.index, offset, size, layout, code, instruction, name)
             log.records[slot] = record
             log.history.append(record)
             block = ArenaBlock(log, segment, slot, offset, nbytes, layout, record)

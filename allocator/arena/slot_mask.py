@@ -1,7 +1,7 @@
-"""Which of an arena's slots were dropped: a mark for each, and sets of slots as one integer.
+"""Masks of slots: a set of an arena's slots as one integer, made from a byte per slot.
 
-A mark is a byte, and setting one is a single step that may happen anywhere, in the middle of anything. Of a mask, the
-bit ``1 << slot`` stands for a slot. All functions here take a few steps in C, however many slots there are.
+The byte of a slot is its mark. Setting a mark is a single step, so a finalizer may do it in the middle of anything. In
+a mask, the bit ``1 << slot`` stands for a slot. All functions here take a few steps in C, however many slots there are.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import itertools
 __all__ = ["DROPPED", "SIGNALLED", "from_text", "masks_of", "slots_of", "to_text"]
 
 DROPPED, SIGNALLED = 1, 2
-"""Marks: a block that was dropped; and one that was dropped, and had signalled. 0 is any other slot."""
+"""Marks: the block was dropped; the block was dropped and has signalled. All other slots have 0."""
 
 _DIGIT = {least: bytes(b"01"[mark >= least] for mark in range(256)) for least in (DROPPED, SIGNALLED)}
 _BIT = bytes(digit == ord("1") for digit in range(256))
 
 
 def masks_of(marks: bytearray) -> tuple[int, int]:
-    """Masks of the slots that were dropped, and of those among them that had signalled; as it is at one moment."""
-    marks = marks[::-1]  # a copy
+    """Masks of the slots that were dropped, and of the dropped ones that have signalled; both of the same moment."""
+    marks = marks[::-1]  # a copy, made in one step
     signalled = int(marks.translate(_DIGIT[SIGNALLED]), 2) if SIGNALLED in marks else 0
     return int(marks.translate(_DIGIT[DROPPED]) or b"0", 2), signalled
 
@@ -30,7 +30,7 @@ def slots_of(mask: int) -> list[int]:
 
 
 def to_text(mask: int) -> str:
-    """A mask in hexadecimal; what is in use is often the last part of it alone."""
+    """A mask in hexadecimal, with a shift, because often all low bits are 0."""
     shift = max((mask & -mask).bit_length() - 1, 0)
     return f"{mask >> shift:x}<<{shift}"
 

@@ -1,15 +1,16 @@
-"""Cutting one piece of symmetric memory into blocks: integers only, no memory is touched.
+"""Sub-allocation: divide a range of offsets into blocks. It uses integers only and touches no memory.
 
-All ranks of a group make the same calls, each on a :class:`SubAllocator` of its own, and get the same offsets without
-talking. Hence whatever decides where a block goes follows from the calls alone: dicts, which keep the order of what
-was put in, and no sets.
+Every rank of a group makes the same calls on its own :class:`SubAllocator`, and gets the same offsets without
+communication. So the calls alone must decide the place of a block. This is why free blocks are kept in dicts, which
+remember the order of insertion, and never in sets.
 
-Two-level segregated fit (M. Masmano et al., "TLSF: a new dynamic memory allocator for real-time systems", 2004): free
-blocks lie in bins by size, one integer has a bit for each bin that isn't empty, and free blocks that touch are merged
-at once. A bin has one size up to 63 granules; above, each power of two is divided into 32 bins.
+The algorithm is two-level segregated fit (M. Masmano et al., "TLSF: a new dynamic memory allocator for real-time
+systems", 2004). Free blocks are in bins by size. One integer has a bit for every bin that is not empty. Free blocks
+that touch are merged at once. Up to 63 granules, a bin has blocks of a single size; above, every power of two is
+divided into 32 bins.
 
-What is free at the end lies in no bin: it is cut where no bin has room, and so stays large (the "wilderness" of
-D. Lea's malloc). While nothing else is free, a block is taken from there in a few steps.
+The free space at the end is in no bin. It is used if no bin has room, and so it stays large (the "wilderness" of
+D. Lea's malloc). While nothing else is free, an allocation from it takes a few steps.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ from symmem.errors import InvalidArgumentError
 
 __all__ = ["SubAllocator"]
 
-_BITS = 6  # the leading bits of a size, which choose its bin: sizes in one differ by 3% at most
+_BITS = 6  # the leading bits of a size choose its bin, so sizes in a bin differ by at most 3%
 
 
 class SubAllocator:
-    """Hands out blocks of ``range(capacity)``.
+    """Allocates blocks of ``range(capacity)``.
 
-    It has no lock: calls must come one at a time, and for equal offsets on all ranks in the same order on each.
+    It has no lock, so calls must not overlap. For equal offsets, all ranks must make the same calls in the same order.
 
     Args:
         capacity: Bytes; rounded down to a multiple of ``granularity``.
         granularity: Bytes, a power of two. Offsets and sizes of blocks are multiples of it.
 
     Attributes:
-        capacity: Bytes in all.
-        granularity: As given.
+        capacity: Total bytes.
+        granularity: Bytes; see above.
         used: Bytes in live blocks.
 
     Raises:
-        InvalidArgumentError: ``granularity`` is not a power of two; ``capacity`` is less than that.
+        InvalidArgumentError: ``granularity`` is not a power of two, or ``capacity`` is smaller.
     """
 
     __slots__ = (
@@ -67,23 +68,23 @@ class SubAllocator:
         self.used = 0
         self._mask = granularity - 1
         self._shift = granularity.bit_length() - 1
-        self._live: dict[int, int] = {}  # bytes of each live block, by offset
-        self._free: dict[int, int] = {}  # bin of each free block, by offset
-        self._ends: dict[int, int] = {}  # offset of each free block, by its end
-        self._bins: list[dict[int, int]] = [{} for _ in range(self._bin_of(self.capacity) + 1)]  # bytes, by offset
+        self._live: dict[int, int] = {}  # bytes of the live blocks, by offset
+        self._free: dict[int, int] = {}  # bin of the free blocks, by offset
+        self._ends: dict[int, int] = {}  # offset of the free blocks, by their end
+        self._bins: list[dict[int, int]] = [{} for _ in range(self._bin_of(self.capacity) + 1)]  # bytes by offset
         self._bitmap = 0
-        self._most = 0  # no block in a bin is larger; less time is lost if this is close
-        self._tail = 0  # from here to the end all is free
-        self._refused = self.capacity + 1  # no block has room for this, or more, until one is freed
+        self._most = 0  # upper bound of the blocks in bins; a close bound saves time
+        self._tail = 0  # everything from here to the end is free
+        self._refused = self.capacity + 1  # no block has room for this much, until one is freed
 
     def allocate(self, nbytes: int) -> int | None:
-        """Take a block.
+        """Allocate a block.
 
         Args:
-            nbytes: Bytes; rounded up to a multiple of the granularity, 0 to one granule.
+            nbytes: Bytes; rounded up to a multiple of the granularity, and to at least one granule.
 
         Returns:
-            The offset; None only if no free block has room for it.
+            The offset, or None if no free block has room.
 
         Raises:
             InvalidArgumentError: ``nbytes`` is negative.
@@ -108,10 +109,10 @@ class SubAllocator:
         return offset
 
     def free(self, offset: int) -> None:
-        """Give a block back.
+        """Free a block.
 
         Raises:
-            InvalidArgumentError: No live block begins there; nothing has changed.
+            InvalidArgumentError: No live block begins at the offset; nothing has changed.
         """
         size = self._live.pop(offset, 0)
         if not size:
@@ -120,10 +121,10 @@ class SubAllocator:
         self._merge(offset, offset + size)
 
     def free_many(self, offsets: Iterable[int]) -> None:
-        """Give many blocks back; the order in which they are named makes no difference.
+        """Free many blocks. The order of the offsets makes no difference.
 
         Raises:
-            InvalidArgumentError: At one of them no live block begins, or it comes twice; nothing has changed.
+            InvalidArgumentError: No live block begins at an offset, or an offset occurs twice; nothing has changed.
         """
         ordered, live = sorted(offsets), self._live
         start = end = total = 0
@@ -132,10 +133,10 @@ class SubAllocator:
             if offset not in live:
                 raise self._not_live(offset)
             if offset == last:
-                raise InvalidArgumentError(f"offset {offset} comes twice among those to free")
+                raise InvalidArgumentError(f"offset {offset} occurs twice in the offsets to free")
             last = offset
         for offset in ordered:
-            if offset != end:  # a run of touching blocks is over
+            if offset != end:  # a run of adjacent blocks ends
                 if end:
                     self._merge(start, end)
                 start = offset
@@ -150,7 +151,7 @@ class SubAllocator:
         """Bytes of a live block, a multiple of the granularity.
 
         Raises:
-            InvalidArgumentError: No live block begins there.
+            InvalidArgumentError: No live block begins at the offset.
         """
         size = self._live.get(offset, 0)
         if not size:
@@ -170,11 +171,11 @@ class SubAllocator:
 
     @property
     def fragmentation(self) -> float:
-        """The part of the free bytes that is outside of the largest free block; 0.0 if nothing is free."""
+        """The fraction of the free bytes outside of the largest free block; 0.0 if nothing is free."""
         return 1 - self.largest_free / self.free_bytes if self.free_bytes else 0.0
 
     def blocks(self) -> Iterator[tuple[int, int, bool]]:
-        """Offset, bytes, and whether it is in use, of each block by address; together they are the capacity."""
+        """Offset, bytes and whether the block is in use, for all blocks by offset. Together they fill the capacity."""
         live = [(offset, size, True) for offset, size in self._live.items()]
         free = [(offset, self._bins[index][offset], False) for offset, index in self._free.items()]
         tail = [(self._tail, self.capacity - self._tail, False)] if self._tail < self.capacity else []
@@ -188,21 +189,21 @@ class SubAllocator:
         return (shift - self._shift << _BITS - 1) + (size >> shift)
 
     def _from_bins(self, size: int) -> int | None:
-        """Take a block out of a bin of which every block has room, or the last of its own bin; None if neither has."""
-        # _bin_of() is written out here, and in _put(): calls would be a tenth of the time taken.
+        """Allocate from the newest block of the size's bin, or from a bin in which all blocks fit; None if neither."""
+        # _bin_of() is repeated here and in _put(), because the calls would take a tenth of the time.
         shift = size.bit_length() - _BITS
         if shift < self._shift:
             shift = self._shift
         index = (shift - self._shift << _BITS - 1) + (size >> shift)
         chosen = self._bins[index]
         spare = -1
-        if chosen:  # what came free last is often of this very size
+        if chosen:  # the newest free block often has this very size
             start, length = chosen.popitem()
             spare = length - size
             if spare < 0:
                 chosen[start] = length
         if spare < 0:
-            above = self._bitmap >> index + 1  # the bins of which every block has room
+            above = self._bitmap >> index + 1  # the bins in which every block has room
             if not above:
                 return None
             index += (above & -above).bit_length()
@@ -211,9 +212,9 @@ class SubAllocator:
         return self._cut(index, start, length, size)
 
     def _search(self, size: int) -> int | None:
-        """Take a block out of the bin in which some may have room and some not.
+        """Allocate from the bin in which only some blocks have room.
 
-        This is linear in the blocks there, but giving up costs more: then all ranks must meet to get more memory.
+        This is linear in the blocks of the bin. Failing costs more, because then all ranks communicate to get memory.
         """
         index = self._bin_of(size)
         for start, length in self._bins[index].items():
@@ -223,7 +224,7 @@ class SubAllocator:
         return None
 
     def _cut(self, index: int, start: int, length: int, size: int) -> int:
-        """Make a block of a free one that was just taken out of a bin; returns its offset."""
+        """Allocate from a free block that was just removed from a bin; returns the offset."""
         if not self._bins[index]:
             self._bitmap ^= 1 << index
         del self._free[start]
@@ -260,7 +261,7 @@ class SubAllocator:
         return size
 
     def _merge(self, start: int, end: int) -> None:
-        """Make a range free, as one block with the free ones that it touches."""
+        """Free a range, and merge it with the free blocks that it touches."""
         self._refused = self.capacity + 1
         if start in self._ends:
             start = self._ends.pop(start)
@@ -269,13 +270,13 @@ class SubAllocator:
             self._tail = start
             return
         if end in self._free:
-            end += self._pull(end)  # what is kept by its end, _put() overwrites
+            end += self._pull(end)  # _put() overwrites the entry by end
         self._put(start, end)
 
     def _not_live(self, offset: int) -> InvalidArgumentError:
         for start, size, in_use in self.blocks():
             if start <= offset < start + size:
                 if in_use:
-                    return InvalidArgumentError(f"offset {offset} lies within the block of {size} bytes at {start}")
-                return InvalidArgumentError(f"offset {offset} is free: freed twice, or never allocated")
-        return InvalidArgumentError(f"offset {offset} lies outside of the {self.capacity} bytes")
+                    return InvalidArgumentError(f"offset {offset} is inside the block of {size} bytes at {start}")
+                return InvalidArgumentError(f"offset {offset} is free: it was freed twice, or never allocated")
+        return InvalidArgumentError(f"offset {offset} is outside of the {self.capacity} bytes")

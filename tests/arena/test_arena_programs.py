@@ -1,4 +1,4 @@
-"""Arenas in programs that do several things at once (mission G1, G3, E3): each of these once went wrong."""
+"""Arenas in programs that do several things at once. Every case here has failed before."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def two_threads_meet() -> list[str]:
 
 
 def test_groups_that_meet_on_several_threads_at_once(pools: Any) -> None:
-    """The threads of a rank share one client of the store, and each waits on it for its group."""
+    """The threads of a rank share one client of the store, and every thread waits on it for its group."""
     assert pools.get(2).run(two_threads_meet) == [[], []]
 
 
@@ -57,7 +57,7 @@ def collectives_inside() -> None:
 
 
 def test_functional_collectives_inside_the_context(pools: Any) -> None:
-    """They return before the result is there."""
+    """They return before the result is complete."""
     pools.get(2).run(collectives_inside)
 
 
@@ -100,7 +100,7 @@ def test_statistics_do_not_wait_for_a_meeting(one_rank: Any) -> None:
     snapshot = symmem.memory_snapshot()
     assert symmem.memory_stats()["segments"] == 1
     assert time.monotonic() - begin < 5
-    # Of one arena only: a process group that torch still holds may have another.
+    # Only one arena: a process group that torch still holds may have another arena.
     assert [each["meeting"] for each in snapshot["arenas"]].count(True) == 1
     done.set()
     thread.join()
@@ -115,7 +115,7 @@ def test_a_processor_by_its_number_is_the_same_device(one_rank: Any) -> None:
 
 @pytest.mark.parametrize("mebibytes", [1, 56, 63, 64, 65, 127, 128, 300])
 def test_a_first_tensor_of_any_size_fits(one_rank: Any, mebibytes: int) -> None:
-    """The first segment holds signal pads beside it."""
+    """The first segment also holds signal pads."""
     st = symmem.allocate(mebibytes << 20, torch.uint8, backend="host")
     st.tensor[-1] = 1
     st.barrier()

@@ -1,9 +1,10 @@
-"""Arenas under random use (mission G3): every rank makes the same allocations in the same order, but drops when it
-likes, keeps some for long, lets the collector run at random, and meets the others, or some of them, at steps that all
-know.
+"""Arenas under random use.
 
-After every step each rank checks that no live block of it overlaps another, that its own blocks hold what it stored,
-and that those of a peer hold what that stored. Give a seed with SYMMEM_ARENA_SEED to replay one run.
+Every rank makes the same allocations in the same order. But it drops tensors at random moments, keeps some for long,
+and lets the collector run at random. Common steps synchronize all ranks, or some of them.
+
+After every step, every rank checks that its live blocks do not overlap, that its own blocks hold the values that it
+stored, and that the blocks of a peer hold the peer's values. Set SYMMEM_ARENA_SEED to the seed of a run to replay it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def test_random_use(seed: int, pools_of: dict[int, RankPool]) -> None:
     books = [book for book, _ in told]
     assert all(book == books[0] for book in books), f"SYMMEM_ARENA_SEED={seed}"
     used = {what: sum(each[what] for _, each in told) for what in told[0][1]}
-    assert all(used.values()), used  # else the test has become too tame
+    assert all(used.values()), used  # otherwise the test has become too tame
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +54,18 @@ def pools_of() -> Any:
 
 
 class Live(NamedTuple):
-    """A block this rank has not dropped."""
+    """A block that this rank has not dropped."""
 
     serial: int
     st: symmem.SymmetricTensor
 
     def value(self, rank: int) -> int:
-        """What a rank's elements are."""
+        """The value of all elements of a rank."""
         return 1 + (self.serial * 4 + rank) % 32749
 
 
 class Program:
-    """One rank's run. ``common`` decides what all ranks do alike, ``own`` what this one does for itself."""
+    """One rank's run. ``common`` chooses the steps of all ranks, ``own`` the choices of this rank alone."""
 
     def __init__(self, seed: int) -> None:
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -75,7 +76,6 @@ class Program:
         self.parts = {ranks: self.group(f"{ranks} of {seed}", ranks) for ranks in some}
         self.live: dict[int, Live] = {}
         self.kept: list[torch.Tensor] = []  # views; their blocks stay
-        self.filled: dict[int, int] = {}  # serials of blocks whose memory all ranks have filled: up to which step
         self.serial = 0
         self.used = dict.fromkeys(("dropped", "kept", "freed", "subgroups", "signals", "grown", "circles"), 0)
 
@@ -103,11 +103,11 @@ class Program:
         return count
 
     def drop(self) -> None:
-        """Each rank other ones, in another order, by count or in a circle, or all but a view."""
+        """Drop blocks: other ones on every rank, in another order, directly, in a cycle, or all but a view."""
         for serial in self.own.sample(sorted(self.live), int(len(self.live) * self.own.uniform(0, 0.5))):
             entry = self.live[serial]
             if serial % 17 == self.rank:
-                continue  # kept to the end, by this rank alone
+                continue  # only this rank keeps it to the end
             chance = self.own.random()
             if chance < 0.1 and entry.st.tensor.numel():
                 self.kept.append(entry.st.tensor[-1:])
@@ -128,7 +128,7 @@ class Program:
         self.used["freed"] += symmem.collect(self.all, trim=trim) > 0
 
     def drop_all_of_some(self) -> None:
-        """What everyone drops at the same time, so that much is freed."""
+        """Drop the same blocks on all ranks at the same time, so that much is freed."""
         for serial in sorted(self.live):
             if serial % 3 == 0 and serial % 17 >= self.world:
                 del self.live[serial]
@@ -136,7 +136,7 @@ class Program:
         self.collect()
 
     def barrier(self) -> None:
-        """A tensor that all ranks surely have: a new one."""
+        """A barrier on a new tensor, because all ranks surely have it."""
         self.allocate()
         st = self.live[self.serial].st
         for channel in (self.serial % 64, 0):
@@ -145,7 +145,7 @@ class Program:
         self.used["signals"] += 1
 
     def subgroup(self) -> None:
-        new = self.allocate()  # what all ranks surely have
+        new = self.allocate()  # all ranks surely have these
         entries = [self.live[self.serial - n] for n in range(min(new, 2))]
         ranks = self.common.choice(sorted(self.parts))
         channel = self.common.randrange(64)
@@ -162,7 +162,7 @@ class Program:
             assert not st.signal_pad(part.rank, group=part).view(torch.int32).any()
         self.used["subgroups"] += 1
 
-    # What holds after each.
+    # Checks after every step.
 
     def check(self) -> None:
         self.meet()  # all have stored
@@ -176,7 +176,7 @@ class Program:
             assert (st.tensor == entry.value(self.rank)).all(), f"own block {entry.serial} was overwritten"
             found = symmem.find(st.tensor[1:])
             assert st.tensor.numel() < 2 or (found and found._block is st._block)
-        # As long as this rank has not dropped a block, nobody may use its place, whether or not the peer dropped it.
+        # A block that this rank has not dropped must not be reused on any rank, even if the peer has dropped it.
         peers = [peer for peer in range(self.world) if peer != self.rank]
         for entry in self.live.values():
             peer = self.own.choice(peers)
@@ -194,7 +194,7 @@ class Program:
             pass
 
     def book(self) -> list[Any]:
-        """What must be the same on all ranks."""
+        """State that must be the same on all ranks."""
         (arena,) = arenas_of(self.all)  # type: ignore[arg-type]
         log = arena.log
         log.count_drops()

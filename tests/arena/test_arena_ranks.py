@@ -1,5 +1,6 @@
-"""What goes wrong with arenas between ranks that are processes: they allocate differently, die, run out of memory, or
-are interrupted (mission G2, G3). The documented error on every rank, in time; nothing left, nothing reused early.
+"""Faults of arenas, with ranks as processes: they allocate differently, die, run out of memory, or are interrupted.
+
+Every rank gets the documented error in time. Nothing is left over, and nothing is reused too early.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from symmem.tools.ranks import RankPool, rank_store
 
 WORLD = 3
 MIB = 1 << 20
-SOON = 6.0  # seconds; far from the timeout of 30, and room for a busy machine
+SOON = 6.0  # seconds; far below the timeout of 30, and enough for a busy machine
 SETTINGS = "arena_size(2MiB),arena_growth(1),arena_limit(64MiB),rendezvous_timeout(30s),signal_timeout(20s)"
 NewPool = Callable[..., RankPool]
 
@@ -46,20 +47,20 @@ def pool(living_pool: NewPool) -> RankPool:
 
 @pytest.fixture
 def mortals(new_pool: NewPool) -> RankPool:
-    """Ranks of which the test kills some."""
+    """Ranks for a test that kills some of them."""
     return new_pool(WORLD, process_group=None, env={"SYMMEM_ENABLE": SETTINGS})
 
 
-# What ranks do.
+# Functions that ranks run.
 
 groups: dict[str, symmem.Group] = {}
 
 
 def group_of(name: str, **settings: object) -> symmem.Group:
-    """A group of all ranks, which has met; with settings that are this rank's."""
+    """A group of all ranks that has joined, with settings of this rank."""
     if name not in groups:
         if not groups:
-            gc.freeze()  # what torch is made of need not be looked through again
+            gc.freeze()  # spares the collector torch's own objects
         added = "".join(f",{key}({value})" for key, value in settings.items())
         known = dict(part.rstrip(")").split("(") for part in (SETTINGS + added).split(","))
         os.environ["SYMMEM_ENABLE"] = ",".join(f"{key}({value})" for key, value in known.items())
@@ -75,7 +76,7 @@ def meet(group: symmem.Group) -> None:
         pass
 
 
-Told = SimpleNamespace  # what an operation raised: kind ("" for nothing), text, peers, took (seconds)
+Told = SimpleNamespace  # the error of an operation: kind ("" for nothing), text, peers, took (seconds)
 
 
 def told(operation: Callable[[], object]) -> Told:
@@ -103,7 +104,7 @@ def log_of(group: symmem.Group) -> AllocationLog:
 
 
 def works(group: symmem.Group) -> None:
-    """All ranks' memory is reached at the same offset, and signals work."""
+    """Check that all ranks' memory is reached at the same offset, and that signals work."""
     st = allocate(group, 1000, torch.int32)
     st.tensor.fill_(group.rank + 1)
     st.barrier()
@@ -112,7 +113,7 @@ def works(group: symmem.Group) -> None:
 
 
 def ended(group: symmem.Group) -> None:
-    """The ranks are done with a group that may have come to harm."""
+    """Close a group that may be damaged."""
     groups.pop(group.name)
     group.close()
 
@@ -130,7 +131,7 @@ def survivors(pool: RankPool, victim: int, function: Callable[..., Any], *args: 
 
 
 class Interrupt(BaseException):
-    """What a signal handler raises."""
+    """The exception of a signal handler."""
 
 
 @contextmanager
@@ -151,14 +152,14 @@ def interrupted_after(seconds: float) -> Iterator[None]:
 
 
 def allocate_with_another_backend(group: symmem.Group) -> Any:
-    """As if `host` had another name."""
+    """Allocate with a copy of `host` that has another name."""
     import sys
 
     arena = arena_for(group, HostBackend("toy"), torch.device("cpu"))
     return arena.sub_allocate(Layout.make((8,), torch.uint8, None), None, sys._getframe(0))
 
 
-# What the odd rank does, what the others do, and what the message says of each.
+# The calls of the odd rank and of the others, and the part of the message about them.
 DIVERGENCES: dict[str, tuple[Callable[[symmem.Group], object], Callable[[symmem.Group], object], str, str]] = {
     "size": (lambda g: allocate(g, 10), lambda g: allocate(g, 9), "[10] of torch.uint8", "[9] of torch.uint8"),
     "a size that takes more": (lambda g: allocate(g, 9000), lambda g: allocate(g, 9), "[9000]", "[9]"),
@@ -205,7 +206,7 @@ def diverge(kind: str, meeting: str) -> tuple[list[Told], bool]:
     first = told(lambda: MEETINGS[meeting](group))
     later = told(lambda: allocate(group))
     last = told(lambda: symmem.collect(group))
-    assert common[0].tensor.fill_(1).sum() == 100  # what lives can be used
+    assert common[0].tensor.fill_(1).sum() == 100  # live tensors can be used
     del different
     ended(group)
     return [first, later, last], True
@@ -232,7 +233,7 @@ def test_ranks_that_diverge_are_told_at_the_next_meeting(kind: str, meeting: str
 
 
 def diverge_while_growing(kind: str) -> Told:
-    """The very allocation for which the arena must grow, as the first one or later."""
+    """Diverge in the allocation that makes the arena grow, as the first one or later."""
     group = group_of(f"growing {kind}")
     live = [] if kind == "first" else [allocate(group)]
     result = told(lambda: live.append(allocate(group, (5 if group.rank == 1 else 7) * MIB)))
@@ -283,7 +284,7 @@ def test_in_the_checked_mode_at_once(kind: str, pool: RankPool) -> None:
         assert later.kind == "DivergenceError"
 
 
-# What only some ranks do.
+# Calls of some ranks only.
 
 
 def alone(kind: str) -> tuple[Told, bool]:
@@ -329,7 +330,7 @@ def memory_of_its_own_on_one_rank() -> None:
 
 
 def test_what_only_some_ranks_need_they_allocate_outside(pool: RankPool) -> None:
-    """As the error for a divergence advises; before anybody has used the arena, too."""
+    """The error for a divergence advises this; it also works before any rank has used the arena."""
     pool.run(memory_of_its_own_on_one_rank)
 
 
@@ -388,7 +389,7 @@ def run_out(where: str) -> tuple[list[Told], Any, Any]:
 
 @pytest.mark.parametrize("where", ["limit", "allocate", "after allocate"])
 def test_an_arena_that_cannot_grow(where: str, pool: RankPool) -> None:
-    """On one rank, or on all: the same on all, nothing left, and the arena goes on."""
+    """On one rank or on all: all ranks get the same error, nothing is left over, and the arena still works."""
     for results, before, after in pool.run(run_out, where):
         for result in results:
             assert result.kind == ("ResourceLimitError" if where == "limit" else "OutOfMemoryError"), result
@@ -407,7 +408,7 @@ def drop_in_another_order(turns: int) -> tuple[list[int], list[int]]:
     for count, n in enumerate(order):
         circle: list[Any] = [live.pop(n)]
         if n % 5 == group.rank:
-            kept.append(circle[0])  # by this rank alone
+            kept.append(circle[0])  # only this rank keeps it
         circle.append(circle)
         del circle
         if count % 3 == group.rank:
@@ -434,7 +435,7 @@ def drop_in_another_order(turns: int) -> tuple[list[int], list[int]]:
 
 
 def test_ranks_that_drop_in_another_order(pool: RankPool) -> None:
-    """And each of which keeps some that the others have dropped: seen in the statistics."""
+    """Every rank also keeps some tensors that the others have dropped; the statistics show it."""
     outcomes = pool.run(drop_in_another_order, 40)
     assert all(freed == outcomes[0][0] for freed, _ in outcomes)
     assert len({sum(stats[:2]) for _, stats in outcomes}) == 1
@@ -448,7 +449,7 @@ def reuse_pads(turns: int) -> None:
         st.tensor.fill_(255)
         if group.rank == turn % 3:
             time.sleep(0.001)
-        st.put_signal((group.rank + 1) % 3, 2)  # which nobody takes
+        st.put_signal((group.rank + 1) % 3, 2)  # no rank waits for this signal
         st.barrier()
         values.append(int(st.signal_pad(group.rank).view(torch.int32).sum()))
         del st
@@ -466,7 +467,7 @@ def test_a_pad_is_zero_on_all_ranks_when_it_is_used_again(pool: RankPool) -> Non
 
 
 def signal_one_way() -> int:
-    """The one that is signalled has never used the tensor's signals itself, so only its peer knows of it."""
+    """The signalled rank has never used the tensor's signals itself, so only its peer knows about the signal."""
     group = group_of("one way")
     st = allocate(group)
     if group.rank == 0:
@@ -535,7 +536,7 @@ def use_subgroups() -> list[int]:
             st.barrier(group=pair)
             assert st.remote_tensor(peer, group=pair)[3] == 10 * ranks[peer] + ranks[0]
             st.barrier(group=pair)
-        # Four signals, none of which is another's: two tensors, two groups, the same channel.
+        # Four independent signals on one channel: two tensors in two groups.
         one.put_signal(peer, 4, group=pair)
         assert told(partial(two.wait_signal, peer, 4, 0.02, group=pair)).kind == "PeerTimeoutError"
         assert told(partial(one.wait_signal, ranks[peer], 4, 0.02, group=group)).kind == "PeerTimeoutError"
@@ -554,7 +555,7 @@ def test_subgroups_have_signals_of_their_own(pool: RankPool) -> None:
 
 
 def reuse_subgroup_pads(turns: int) -> int:
-    """Small segments, so that a pad is soon used again: what the peer still looks at must not be zeroed."""
+    """Small segments reuse pads soon. A pad must not be zeroed while the peer still reads it."""
     group, pair = group_of("subgroup pads"), pair_of((0, 1))
     pads = set()
     for turn in range(turns):
@@ -574,7 +575,7 @@ def test_a_pad_of_a_subgroup_that_is_used_again(pool: RankPool) -> None:
 
 
 def another_arena_at_the_same_offset() -> Told:
-    """Each rank has a group of its own: their arenas are alike, but nobody of the large group knows what is freed."""
+    """Every rank has a separate group. Their arenas are equal, but the large group does not know their freed blocks."""
     rank, group = int(os.environ["RANK"]), group_of("large")
     solo = symmem.Group.from_store(0, 1, rank_store(), f"solo {rank}")
     st = allocate(solo)
@@ -608,7 +609,7 @@ def die_with_quarantine(moment: str, victim: int) -> tuple[Told, Told, bool]:
     first = told(lambda: allocate(group, 5 * MIB) if moment == "growth" else symmem.collect(group))
     second = told(lambda: symmem.collect(group))
     assert (view == 7).all()
-    more = [allocate(group, 1000) for _ in range(5)]  # needs nobody
+    more = [allocate(group, 1000) for _ in range(5)]  # needs no other rank
     for st in more:
         st.tensor.fill_(8)
     same = held() == before
@@ -651,7 +652,7 @@ def interrupt_a_collection(victim: int) -> tuple[str, Told, int]:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_an_interrupt_while_waiting_for_the_others(victim: int, pool: RankPool) -> None:
-    """Nothing was freed on any rank; the next collection does it."""
+    """No rank freed anything; the next collection does."""
     for rank, (raised, result, freed) in enumerate(pool.run(interrupt_a_collection, victim)):
         assert raised == ("Interrupt" if rank == victim else "")
         assert result.kind == ("" if rank == victim else "RendezvousError"), result
@@ -697,7 +698,7 @@ def test_an_interrupt_half_way_is_told_at_the_next_meeting(where: str, pool: Ran
 
 
 def books_that_differ() -> list[Told]:
-    """As when an interrupt comes between the last round and what it agreed on."""
+    """Make logs differ, as an interrupt between the last exchange and its effect would."""
     group = group_of("books")
     allocate(group, 1000)
     live = [allocate(group, 10)]
@@ -722,7 +723,7 @@ def test_books_that_differ_though_the_allocations_do_not(pool: RankPool) -> None
 def places_that_differ() -> Told:
     group = group_of("places")
     keep = [allocate(group, 1000)]
-    if group.rank == 1:  # as when an interrupt had left a block that nobody has
+    if group.rank == 1:  # as if an interrupt had left a block without a tensor
         log_of(group).segments[0].space.allocate(256)
     keep.append(allocate(group))
     result = told(lambda: symmem.collect(group))
@@ -732,13 +733,13 @@ def places_that_differ() -> Told:
 
 
 def test_offsets_that_differ_though_the_allocations_do_not(pool: RankPool) -> None:
-    """Else this rank's tensor would be a peer's other one."""
+    """Otherwise this rank's tensor would be at the place of another tensor on its peers."""
     for result in pool.run(places_that_differ):
         assert result.kind == "DivergenceError", result
 
 
 def collect_in_callbacks(kind: str) -> Told:
-    """On one rank, amid a collective operation of the group: told at once, and the others are not disturbed."""
+    """Collect in a finalizer on one rank, during a collective operation: an error at once; the others go on."""
     group = group_of("callbacks")
     kept, seen = [allocate(group)], list[Told]()
 
@@ -756,7 +757,7 @@ def collect_in_callbacks(kind: str) -> Told:
     if kind == "in an allocation":
         if group.rank == 1:
             ArenaBlock.__init__ = amid  # type: ignore[method-assign]
-        # The others collect at this very place, which is not amid anything there.
+        # The other ranks collect here, outside of any operation.
         kept.append(allocate(group))
         if group.rank != 1:
             seen.append(told(lambda: symmem.collect(group)))
@@ -782,7 +783,7 @@ def test_a_finalizer_that_collects(kind: str, pool: RankPool) -> None:
         assert outcome.kind == ("GroupError" if kind == "in an allocation" else ""), outcome
 
 
-# Threads, forks, and what is left.
+# Threads, forks, and leaks.
 
 
 def two_threads() -> list[str]:
@@ -885,6 +886,6 @@ def groups_come_and_go(turns: int) -> tuple[Any, Any]:
 
 
 def test_groups_that_come_and_go_leave_nothing(pool: RankPool) -> None:
-    """Neither their arenas nor their mappings of another arena's memory."""
+    """Neither their arenas nor their mappings of other arenas' memory are left."""
     for before, after in pool.run(groups_come_and_go, 4):
         assert before == after

@@ -1,4 +1,4 @@
-"""Blocks cut out of one piece: against a list of intervals, in long runs, and alike on every rank."""
+"""The sub-allocator against a list of intervals, in long runs, and with equal results on every rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from symmem.errors import InvalidArgumentError
 
 
 def state(allocator: SubAllocator) -> dict[str, Any]:
-    """All of it, with the order of what is in each dict: that too decides where blocks go."""
+    """The whole state, with the order of the dicts, because the order also decides the place of blocks."""
 
     def ordered(value: Any) -> Any:
         if isinstance(value, list):
@@ -28,7 +28,7 @@ def state(allocator: SubAllocator) -> dict[str, Any]:
 
 
 def gaps(live: dict[int, int], capacity: int) -> list[tuple[int, int]]:
-    """Offset and bytes of what lies between live blocks."""
+    """Offset and bytes of the gaps between live blocks."""
     found, end = [], 0
     for offset, size in [*sorted(live.items()), (capacity, 0)]:
         if offset > end:
@@ -40,7 +40,7 @@ def gaps(live: dict[int, int], capacity: int) -> list[tuple[int, int]]:
 
 
 def check(allocator: SubAllocator, live: dict[int, int]) -> None:
-    """Whatever the allocator says of itself is what follows from the live blocks."""
+    """Check that everything that the allocator reports follows from the live blocks."""
     free = gaps(live, allocator.capacity)
     largest = max((size for _, size in free), default=0)
     expected = [(*block, True) for block in live.items()] + [(*gap, False) for gap in free]
@@ -57,7 +57,7 @@ def whole(allocator: SubAllocator) -> bool:
 
 
 class AgainstIntervals(RuleBasedStateMachine):
-    """Two instances, as two ranks have them, and the live blocks as a dict."""
+    """Two instances, as on two ranks, and the live blocks as a dict."""
 
     @initialize(
         granularity=st.sampled_from((1, 16, 256)),
@@ -122,7 +122,7 @@ class AgainstIntervals(RuleBasedStateMachine):
                 with pytest.raises(InvalidArgumentError, match=f"offset {offset} "):
                     call(rank, offset)
         if valid:
-            with pytest.raises(InvalidArgumentError, match=f"offset {valid[-1]} comes twice"):
+            with pytest.raises(InvalidArgumentError, match=f"offset {valid[-1]} occurs twice"):
                 self.ranks[0].free_many([valid[-1], *valid])
         assert self.on_all(state) == before
 
@@ -153,7 +153,7 @@ def powers(rng: random.Random) -> int:
 
 
 def alike(rng: random.Random) -> int:
-    """Some tensors of a model, over and over."""
+    """Some tensors of a model, many times."""
     return rng.choice((4096, 4096 * 3, 100_000, 1024 * 77, 64, 250_000))
 
 
@@ -162,12 +162,12 @@ def alike(rng: random.Random) -> int:
     [(mixed, 30_000_019, 256), (powers, 7_777_777, 64), (alike, (1 << 26) - 1, 512)],
 )
 def test_a_long_run(draw: Callable[[random.Random], int], capacity: int, granularity: int) -> None:
-    """100,000 operations, with half of the capacity in use, with most of it, and near the brim."""
+    """100,000 operations, with half of the capacity in use, with most of it, and nearly full."""
     rng = random.Random(f"{draw.__name__} {capacity}")
     allocator = SubAllocator(capacity, granularity)
-    taken = bytearray(allocator.capacity // granularity)  # one byte a granule: 1 if it is in a live block
+    taken = bytearray(allocator.capacity // granularity)  # a byte per granule: 1 if it is in a live block
     live: dict[int, int] = {}
-    order: list[int] = []  # the keys of live, to choose one from at once
+    order: list[int] = []  # the keys of live, for a quick random choice
 
     def pick() -> int:
         place = rng.randrange(len(order))
@@ -231,7 +231,7 @@ def test_free_many_does_not_depend_on_the_order(rng: random.Random, count: int) 
 
 def test_what_was_freed_last_is_used_first() -> None:
     allocator = SubAllocator(1 << 30)
-    sizes = (5000, 300, 1_000_000, 1, 1_010_000, 1)  # both large ones of one bin
+    sizes = (5000, 300, 1_000_000, 1, 1_010_000, 1)  # both large sizes share a bin
     offsets = [allocator.allocate(nbytes) for nbytes in sizes]
     for place in (0, 2, 4):
         allocator.free(offsets[place])
@@ -250,7 +250,7 @@ def test_a_small_block_does_not_break_up_a_large_one() -> None:
 
 
 def test_a_block_that_is_not_the_last_of_its_bin_is_found() -> None:
-    """Sizes of one bin, the larger one freed first, and no other bin to turn to: the last resort."""
+    """Two sizes of one bin, the larger block freed first, and all other bins empty: the linear search."""
     allocator = SubAllocator(129 * 256 + 256 + 128 * 256, 256)
     large, _, small = (allocator.allocate(granules * 256) for granules in (129, 1, 128))
     allocator.free(large)
@@ -270,7 +270,7 @@ def test_all_of_the_capacity_can_be_had_at_once(capacity: int) -> None:
 
 
 def test_sizes_that_a_bin_begins_with() -> None:
-    """Around each power of two and each bin's first size: freed and had again, with a neighbour on both sides."""
+    """Sizes around powers of two and around the first size of bins: freed and reused between two neighbours."""
     for granules in sorted(
         {(32 + step << bits) + by for bits, step, by in itertools.product(range(8), (0, 1, 31), (-1, 0, 1))}
     ):
@@ -297,12 +297,12 @@ def test_bad_input_is_refused_with_the_place() -> None:
     before = state(allocator)
     refused("cannot allocate -1 bytes", allocator.allocate, -1)
     for call in (allocator.free, allocator.size_of, lambda offset: allocator.free_many([0, offset, 512])):
-        refused("offset 256 lies within the block of 512 bytes at 0", call, 256)
-        refused("offset 513 lies within the block of 256 bytes at 512", call, 513)
-        refused("offset 768 is free: freed twice, or never allocated", call, 768)
-        refused("offset 4096 lies outside of the 4096 bytes", call, 4096)
-        refused("offset -1 lies outside of the 4096 bytes", call, -1)
-    refused("offset 512 comes twice among those to free", allocator.free_many, [512, 0, 512])
+        refused("offset 256 is inside the block of 512 bytes at 0", call, 256)
+        refused("offset 513 is inside the block of 256 bytes at 512", call, 513)
+        refused("offset 768 is free: it was freed twice, or never allocated", call, 768)
+        refused("offset 4096 is outside of the 4096 bytes", call, 4096)
+        refused("offset -1 is outside of the 4096 bytes", call, -1)
+    refused("offset 512 occurs twice in the offsets to free", allocator.free_many, [512, 0, 512])
     assert state(allocator) == before
     allocator.free(0)
-    refused("offset 0 is free: freed twice, or never allocated", allocator.free, 0)
+    refused("offset 0 is free: it was freed twice, or never allocated", allocator.free, 0)

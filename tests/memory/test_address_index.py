@@ -1,4 +1,4 @@
-"""The set that finds the block of an address: against a sorted list, and while another thread changes it."""
+"""The set that finds blocks by address: against a sorted list, and while another thread changes it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from symmem.memory.address_index import IntegerSet
 
-# Members near the edges of words of every level, and few enough that they meet.
+# Members near the edges of words of every level, and few enough to collide.
 numbers = st.one_of(
     st.integers(0, 40),
     st.builds(lambda power, off: max(2**power + off, 0), st.integers(0, 30), st.integers(-2, 2)),
@@ -76,7 +76,7 @@ def quick_switches() -> Iterator[None]:
 
 @pytest.mark.usefixtures("quick_switches")
 def test_looking_needs_no_lock() -> None:
-    """All members are found at once while other threads add some, and look as well."""
+    """All members are found at once while other threads add and search."""
     fixed, numbers, chance = [0, 5000, 2**20, 2**25], IntegerSet(2**30), random.Random(1)
     for number in fixed:
         numbers.add(number)
@@ -105,7 +105,7 @@ def test_looking_needs_no_lock() -> None:
 
 
 class Watched(dict[int, int]):
-    """A level that lets something happen between two steps of another's."""
+    """A level that runs a callback between two steps."""
 
     def __init__(self, after_get: Callable[[], None]) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Watched(dict[int, int]):
 
 
 def test_a_finalizer_that_adds_and_looks_while_members_are_entered() -> None:
-    """It finds those that are not in the tree yet, its own too; and none is lost."""
+    """It finds members that are not in the tree yet, and no member is lost."""
     seen: list[int | None] = []
     numbers, mine = IntegerSet(2**30), [2**29, 2**28 + 1]
     inside = False

@@ -1,4 +1,4 @@
-"""Sizes, strides and bytes of a tensor in an allocation, against torch's own answers (mission A2, A7)."""
+"""Sizes, strides and bytes of a tensor in an allocation, compared with torch."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def layouts(draw: st.DrawFn, offsets: bool = True) -> Layout:
 
 
 def positions(layout: Layout) -> list[int]:
-    """Where each element lies, in elements."""
+    """The position of every element, in elements."""
     indices = itertools.product(*map(range, layout.sizes))
     return [sum(i * s for i, s in zip(index, layout.strides, strict=True)) for index in indices]
 
 
 def nests(layout: Layout) -> bool:
-    """Whether the dimensions can be ordered so that each steps over all that is within it."""
+    """Whether the dimensions nest: in some order, every stride exceeds the extent of the dimensions before."""
     dimensions = [(stride, size) for size, stride in zip(layout.sizes, layout.strides, strict=True) if size > 1]
     return any(
         all(
@@ -45,12 +45,12 @@ def nests(layout: Layout) -> bool:
 
 
 def ramp(nbytes: int, dtype: torch.dtype) -> torch.Tensor:
-    """Bytes that tell where they are; a bool has only two."""
+    """Bytes that depend on their position; a bool has only two values."""
     return torch.arange(nbytes, dtype=torch.int64).remainder(2 if dtype == torch.bool else 251).to(torch.uint8)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal shape and bytes; values would not do: NaN differs from itself."""
+    """Whether shape and bytes are equal. Values cannot be compared, because NaN differs from itself."""
     pair = [tensor.flatten().clone().as_strided((tensor.numel(),), (1,)).view(torch.uint8) for tensor in (one, other)]
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(*pair)
 
@@ -76,7 +76,7 @@ def test_bytes_against_brute_force_and_torch(layout: Layout) -> None:
 @settings(max_examples=300)
 @given(layouts(offsets=False))
 def test_an_overlap_is_never_missed(layout: Layout) -> None:
-    """``overlaps`` may also be True where no two elements meet, but only where the dimensions do not nest."""
+    """``overlaps`` may be True although no elements overlap, but only if the dimensions do not nest."""
     places = positions(layout)
     if len(set(places)) < len(places):
         assert layout.overlaps
@@ -105,7 +105,7 @@ def test_view_is_as_strided(layout: Layout) -> None:
 
 @given(layouts(), st.integers(1, 4), st.integers(0, 3))
 def test_view_all_is_every_ranks_view(layout: Layout, world: int, spare: int) -> None:
-    stride = -(-(layout.offset + layout.nbytes) // 16) * 16 + 16 * spare  # a multiple of any itemsize, as pages are
+    stride = -(-(layout.offset + layout.nbytes) // 16) * 16 + 16 * spare  # a multiple of every itemsize, as pages are
     memory = ramp(world * stride, layout.dtype)
     view = layout.view_all(memory, world, stride)
     ranks = [layout.view(memory[rank * stride : (rank + 1) * stride]) for rank in range(world)]
@@ -138,7 +138,7 @@ def test_what_fits_is_accepted(sizes: list[int], dtype: torch.dtype) -> None:
 def test_defaults() -> None:
     assert Layout.make(5, None, None) == Layout((5,), (1,), torch.get_default_dtype())
     assert Layout.make((), torch.int8, ()).nbytes == 1
-    # What numpy and torch call an integer is one.
+    # Integers of numpy and torch count as integers.
     assert Layout.make(torch.Size([2, 3]), torch.int8, (torch.tensor(3), 1)).strides == (3, 1)
 
 

@@ -1,4 +1,4 @@
-"""The book of live memory, behind ``symmem.find`` and ``wrap`` (mission A3)."""
+"""The registry of live memory, behind ``symmem.find`` and ``wrap``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Mapping:
 
 
 class Book(RuleBasedStateMachine):
-    """Blocks come and go, by reference count or by the collector, and addresses are used again."""
+    """Blocks are dropped by reference count or by the collector, and addresses are reused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Book(RuleBasedStateMachine):
         self.live.clear()
         if self.cyclic:
             gc.collect()
-        assert block_at(0) is None  # a look-up drops what was collected
+        assert block_at(0) is None  # a look-up removes collected blocks
         assert [pointer for pointer in registry._pointers if pointer >= BASE] == []
         assert [pointer for pointer in registry._ranges if pointer >= BASE] == []
 
