@@ -1,4 +1,4 @@
-"""symmem.cuh, and the kernel of its guide: compiled for GPUs, and their protocol run by CPU threads (mission A5)."""
+"""symmem.cuh and the guide's kernel: compiled for GPUs, and their protocol executed by CPU threads."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Call(ctypes.Structure):
 
 
 class Ranks:
-    """Memory of all ranks, and kernels that run on all of them at a time."""
+    """Memory of all ranks, and kernels that run on all ranks at the same time."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -143,7 +143,7 @@ def test_who_is_late_is_named(ranks: Ranks) -> None:
     operation, channel, peer, group = ranks.status[:4]
     assert (operation, channel, group) == (1, 2, 9)
     assert peer in (1, 2)
-    # Before, it has said for whom it waits, at the place of each peer.
+    # Before, it reported its wait in the record of every peer.
     for peer in (1, 2):
         place = 4 * (1 + (9 * signal_kernels.GROUP_SPREAD + peer) % signal_kernels.PLACES)
         who, whom, waited, left = ranks.status[place : place + 4]
@@ -198,7 +198,7 @@ def test_nvcc_takes_it(standard: str, tmp_path: Path) -> None:
     command = ("nvcc", "-arch=sm_90", f"-std={standard}", "--Werror", "all-warnings", "-cubin", "-o", "kernels.cubin")
     assert compiled(CHECKED + KERNELS, tmp_path, *command) == ""
     wrong = CHECKED.replace("== 48", "== 52")
-    assert "View" in compiled(wrong, tmp_path, *command)  # the assertions are looked at
+    assert "View" in compiled(wrong, tmp_path, *command)  # the assertions are checked
 
 
 def test_nvrtc_takes_it() -> None:

@@ -1,4 +1,4 @@
-"""What a kernel gets to know of a symmetric tensor (mission A5): over what backends, and what is refused."""
+"""Device views: their contents, the backends that have them, and refused arguments."""
 
 from __future__ import annotations
 

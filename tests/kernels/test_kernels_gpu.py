@@ -1,6 +1,6 @@
-"""Kernels of the user's own on GPUs, over backends whose peers can be loaded from: symmem.triton, symmem.cuh (A5).
+"""The user's kernels on GPUs, with symmem.triton and symmem.cuh, over backends with load/store reachable peers.
 
-One rank a GPU, or two ranks on the only one.
+One rank per GPU, or two ranks on the only GPU.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def by_triton(backend: str) -> None:
         args = st.tensor, out, view.pointers, view.signals, rank, right, left, value, world, block
         kernels.pass_on[(1,)](*args)
         assert (out[:block] == 100 * step + left).all()
-    st.put_signal(right, 6)  # by the host's kernels, taken by this one
+    st.put_signal(right, 6)  # put by the host's kernels, taken by this kernel
     kernels.take[(1,)](view.signals, left, 6, 1, rank, world)
     kernels.put[(1,)](view.signals, right, 7, 1, rank, world)  # and the other way round
     st.wait_signal(left, 7)
@@ -99,7 +99,7 @@ def compile_header() -> dict[str, Any]:
 
 
 def launch(function: Any, view: Any, x: torch.Tensor, out: torch.Tensor, blocks: int = 1) -> None:
-    """The view goes by value, within a struct."""
+    """The view is passed by value, within a struct."""
     call = Call(view.struct, x.data_ptr(), out.data_ptr(), x.data_ptr() + 4096)
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(call))
     stream = torch.cuda.current_stream().cuda_stream
@@ -160,7 +160,7 @@ def pool() -> Any:
 def test_kernels(task: Any, backend: str, pool: RankPool) -> None:
     if not (found := examine(backend)).available:
         pytest.skip(found.why_not)
-    if backend in ("pytorch_nvshmem", "pytorch_nccl"):  # of torch's transports, a process has one
+    if backend in ("pytorch_nvshmem", "pytorch_nccl"):  # a process has only one of torch's transports
         with RankPool(WORLD, env={"SYMMEM_ENABLE": "signal_timeout(20s)"}) as own:
             own.run(task, backend, timeout=60)
     else:

@@ -1,4 +1,4 @@
-"""The Triton functions: by Triton's interpreter in several processes over host memory, and as PTX (mission A5)."""
+"""The Triton functions: in Triton's interpreter with several processes over host memory, and compiled to PTX."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def ring() -> None:
         value = 100 * step + rank
         kernel[(1,)](st.tensor, own.tensor, view.pointers, view.signals, rank, right, left, value, world, BLOCK)
         assert (own.tensor == 100 * step + left).all()
-    st.put_signal(right, 6)  # by the host, taken by a kernel
+    st.put_signal(right, 6)  # put by the host, taken by a kernel
     kernels().take[(1,)](view.signals, left, 6, 1, rank, world)
     kernels().put[(1,)](view.signals, right, 7, 1, rank, world)  # and the other way round
     st.wait_signal(left, 7)
@@ -83,7 +83,7 @@ def atomics(times: int) -> None:
     kernels().count[(times,)](st.tensor, view.pointers, rank, times)
     st.barrier()
     counted, won, last, _ = st.get(0).tolist()
-    assert counted == times * world  # not one was lost
+    assert counted == times * world  # none was lost
     assert (won, last) in [(peer + 1, other + 1) for peer in range(world) for other in range(world)]
     st.barrier()
 
@@ -131,7 +131,7 @@ def test_who_is_late_is_named(new_pool) -> None:  # type: ignore[no-untyped-def]
 @needs_triton
 @pytest.mark.parametrize("world", [2, 72])
 def test_what_it_is_compiled_to(world: int, tmp_path: Path) -> None:
-    """In a process of its own, since here Triton may interpret."""
+    """In a separate process, because Triton may use the interpreter in this one."""
     script = (
         f"import sys; sys.path.insert(0, {str(KERNELS.parent)!r}); import triton_kernels as k; k.print_ptx({world})"
     )
@@ -143,18 +143,18 @@ def test_what_it_is_compiled_to(world: int, tmp_path: Path) -> None:
     chunks = -(-world // 32)
     release, acquire = r"(?:atom|red)\.global\.sys\.release\.add\.u32", r"atom\.global\.sys\.acquire\.add\.u32"
     assert len(re.findall(rf"bar\.sync\s+0;(?:(?!bar\.sync|st\.global).)*?{release}", ptx, re.DOTALL)) >= 2
-    assert len(re.findall(release, ptx)) == chunks + 1  # of the barrier, and of the signal
+    assert len(re.findall(release, ptx)) == chunks + 1  # from the barrier and from the signal
     taken = rf"bar\.sync\s+0;(?:(?!bar\.sync).)*?{acquire}[^;]*;(?:(?!ld\.global).)*?bar\.sync"
     assert len(re.findall(taken, ptx, re.DOTALL)) == chunks + 1
     waiting = [part for part in ptx.split("\n$L__BB") if re.search("// .*Loop", part.splitlines()[0])]
     assert any("ld.volatile.global.b32" in part for part in waiting)
-    assert not any("bar.sync" in part for part in waiting)  # warps need not go round equally often
-    # The wait is told where it lasts, and the status is left where it fails: for each place that waits.
+    assert not any("bar.sync" in part for part in waiting)  # warps may make different numbers of iterations
+    # Every place that waits reports long waits and records a failure.
     assert len(re.findall(r"st\.volatile\.global\.v4\.u32", ptx)) >= 2 * (chunks + 1)
     assert len(re.findall(r"shr\.(?:s|u)64\s+%rd\d+, %rd\d+, 26;", ptx)) >= chunks + 1
     assert "globaltimer" in ptx
     assert "trap;" in ptx
-    assert "ld.global.v4.b32" in ptx  # what lies at a peer is loaded as widely as what lies here
+    assert "ld.global.v4.b32" in ptx  # loads from a peer are as wide as local loads
 
 
 def test_without_triton_the_error_is_named() -> None:

@@ -1,4 +1,4 @@
-"""``symmem.use_symmetric_memory``: where the tensors lie that ops make inside of it (mission E3)."""
+"""``symmem.use_symmetric_memory``: the memory of tensors that ops make inside it."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def _one_rank() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def lies(tensor: torch.Tensor) -> bool:
-    """Whether all of a tensor lies in one block of symmetric memory that the default group has met for."""
+def is_symmetric(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is inside one block of symmetric memory that the default group has rendezvoused."""
     found = symmem.find(tensor)
     if found is None:
         return False
@@ -56,7 +56,7 @@ def arena_of(tensor: torch.Tensor) -> Any:
 
 x = torch.arange(12, dtype=torch.float32).view(3, 4)
 
-# What is made inside.
+# Tensors made inside.
 
 MAKERS: dict[str, tuple[Callable[[], torch.Tensor], Any]] = {
     "arithmetic": (lambda: x + 1, x + 1),
@@ -96,10 +96,10 @@ def test_what_is_made(name: str) -> None:
     make, expected = MAKERS[name]
     with inside():
         made = make()
-    assert lies(made)
+    assert is_symmetric(made)
     assert torch.equal(made.to(expected.dtype), expected)
     outside = make()
-    assert not lies(outside)
+    assert not is_symmetric(outside)
     assert (made.dtype, made.stride(), made.requires_grad) == (
         outside.dtype,
         outside.stride(),
@@ -122,12 +122,12 @@ def test_empty(make: Callable[[], torch.Tensor]) -> None:
     outside = make()
     with inside():
         made = make()
-    assert lies(made)
+    assert is_symmetric(made)
     assert (made.shape, made.dtype, made.stride()) == (outside.shape, outside.dtype, outside.stride())
 
 
 def test_the_handle_is_of_the_tensor_alone() -> None:
-    """Not of the storage that the op has made, which may be larger."""
+    """The arena gets the bytes of the result; the op's storage may be larger."""
 
     @torch.library.custom_op("symmem_test_context::tail", mutates_args=())
     def tail(t: torch.Tensor) -> torch.Tensor:
@@ -152,18 +152,18 @@ def test_nothing_is_copied_that_only_allocates() -> None:
 
     seen: list[str] = []
     arena = resolve_group()
-    with inside(), Log():  # the log is asked first, and then goes on to the context
+    with inside(), Log():  # the log runs first and then calls the context
         made = torch.zeros(1000)
-    assert lies(made)
+    assert is_symmetric(made)
     assert seen == ["aten.zeros.default"]
     assert arena
-    with Log(), inside():  # what the context does itself, nobody sees
+    with Log(), inside():  # other modes do not see the context's own ops
         made = x + 1
-    assert lies(made)
+    assert is_symmetric(made)
     assert seen == ["aten.zeros.default", "aten.add.Tensor"]
 
 
-# What is left alone.
+# Tensors that keep their memory.
 
 
 def test_views_and_inputs() -> None:
@@ -174,13 +174,13 @@ def test_views_and_inputs() -> None:
         same = [base.contiguous(), base.to(torch.float32), base.add_(1), torch.mul(base, 2, out=buffer)]
         parameter = torch.nn.Parameter(base)
     for each in (*views, *same, parameter, base, buffer):
-        assert not lies(each)
+        assert not is_symmetric(each)
         assert each.untyped_storage().data_ptr() in (base.data_ptr(), buffer.data_ptr())
     assert torch.equal(buffer, base * 2)
 
 
 def test_memory_that_torch_has_not_allocated() -> None:
-    """An op that hands it out may go on using it."""
+    """An op that returns a tensor over its own buffer may use the buffer again."""
     memory = bytearray(8)
     library = torch.library.Library("symmem_test_foreign", "DEF")
     library.define("foreign(Tensor t) -> Tensor")
@@ -212,8 +212,8 @@ def test_other_kinds_of_tensors() -> None:
     assert meta.device.type == "meta"
     assert nothing.shape == (0, 3)
     assert quantized.is_quantized
-    assert not any(lies(each) for each in (sparse, meta, nothing, quantized, buffer))
-    nothing.resize_(2)  # would fail, had it memory of others
+    assert not any(is_symmetric(each) for each in (sparse, meta, nothing, quantized, buffer))
+    nothing.resize_(2)  # would fail if it used foreign memory
 
 
 def test_numbers_and_nones() -> None:
@@ -221,12 +221,12 @@ def test_numbers_and_nones() -> None:
         assert x.sum().item() == 66
         assert torch.equal(x, x)
         values, indices = x.max(1)
-        assert lies(values)
-        assert lies(indices)
+        assert is_symmetric(values)
+        assert is_symmetric(indices)
         out = torch.ops.aten.native_layer_norm_backward(
             x, x, [4], torch.zeros(3, 1), torch.ones(3, 1), None, None, [True, False, False]
         )
-    assert lies(out[0])
+    assert is_symmetric(out[0])
     assert out[1:] == (None, None)
 
 
@@ -238,7 +238,7 @@ def test_conjugate_and_negative_bits() -> None:
         return [t.clone().conj(), t.clone().conj().imag]
 
     with inside():
-        assert lies(z.conj() + 0)
+        assert is_symmetric(z.conj() + 0)
         conjugate, negative = lazy(z)
         view = (z + 0).conj()
     assert (conjugate.is_conj(), negative.is_neg(), view.is_conj()) == (True, True, True)
@@ -257,8 +257,8 @@ def test_results_that_share_memory_still_do() -> None:
     library.impl("two_views", two_views, "CPU")
     with inside():
         one, two, other = torch.ops.symmem_test_views.two_views(x)
-    assert lies(one)
-    assert lies(two)
+    assert is_symmetric(one)
+    assert is_symmetric(two)
     assert torch.equal(two, x.T)
     assert one.tolist() == list(range(1, 9))
     one.fill_(-1)
@@ -303,10 +303,10 @@ def test_gradients() -> None:
     assert hidden._version == 0
     for each, wanted in zip((linear.weight.grad, linear.bias.grad, data.grad), expected, strict=True):
         assert each is not None
-        assert lies(each)
+        assert is_symmetric(each)
         assert torch.equal(each, wanted)  # type: ignore[arg-type]
     for each in (hidden, loss, quiet, inference):
-        assert lies(each)
+        assert is_symmetric(each)
     assert not quiet.requires_grad
     assert inference.is_inference()
 
@@ -317,7 +317,7 @@ def test_gradients_of_what_is_made_inside_and_used_outside() -> None:
         functional = torch.func.grad(lambda w: (x @ w).sum())(weight.detach())
     assert weight.is_leaf
     (x @ weight).sum().backward()
-    assert lies(functional)
+    assert is_symmetric(functional)
     assert torch.equal(weight.grad, functional)  # type: ignore[arg-type]
     checkpointed = torch.randn(4, 4, requires_grad=True)
     with inside():
@@ -340,16 +340,16 @@ def test_custom_ops() -> None:
         first, rest, n = several(x, 2)
         assert torch.ops.symmem_test_context.returns_input(mine) is mine
         implicit = torch.ops.symmem_test_context.implicit(x)
-    assert not lies(mine)
+    assert not is_symmetric(mine)
     assert mine.tolist() == [1, 1, 1]
-    assert all(lies(each) for each in (first, *rest, implicit))
+    assert all(is_symmetric(each) for each in (first, *rest, implicit))
     assert torch.equal(first, x * 2)
     assert torch.equal(rest[1], x + 1)
     assert n == 2
 
 
 class Wrapper(torch.Tensor):
-    """A subclass that has no memory of its own."""
+    """A subclass without memory."""
 
     inner: torch.Tensor
 
@@ -368,7 +368,7 @@ def test_subclasses() -> None:
     with inside():
         made = Wrapper(x) + 1
     assert isinstance(made, Wrapper)
-    assert lies(made.inner)
+    assert is_symmetric(made.inner)
     assert torch.equal(made.inner, x + 1)
 
 
@@ -396,12 +396,12 @@ def test_compiled_functions_run_uncompiled() -> None:
         return t.sin() + 1
 
     with inside():
-        assert lies(compiled(x))  # first seen inside
+        assert is_symmetric(compiled(x))  # first seen inside
     assert graphs == 0
-    assert not lies(compiled(x))
+    assert not is_symmetric(compiled(x))
     before = graphs
     with inside():
-        assert lies(compiled(x))  # compiled already
+        assert is_symmetric(compiled(x))  # compiled already
     assert graphs == before
 
 
@@ -418,7 +418,7 @@ def test_copies_and_pickles() -> None:
     stored.seek(0)
     for each in (copied, plain, pickle.loads(pickle.dumps(made)), torch.load(stored)):
         assert torch.equal(each, x + 1)
-        assert not lies(each)
+        assert not is_symmetric(each)
         each.zero_()
     assert torch.equal(made, x + 1)
 
@@ -435,7 +435,7 @@ def test_what_is_over_is_freed() -> None:
     with inside():
         for _ in range(20_000):
             made = torch.ones(1000) * 2
-    assert sum(segment.nbytes for segment in arena.segments) < 20_000 * 2 * 4000  # what was asked for in all
+    assert sum(segment.nbytes for segment in arena.segments) < 20_000 * 2 * 4000  # the bytes of all requests
     del made
     symmem.collect()
     assert arena.live_bytes < before
@@ -457,7 +457,7 @@ def test_nested() -> None:
     assert [arena.group for arena in arenas] == [resolve_group(), other, other, resolve_group(), other, resolve_group()]
     assert arena_of(x + 1) is None
     counts = [arena.count for arena in (arenas[0], arenas[1])]
-    assert counts == [3, 3]  # each was carved once, from one of them
+    assert counts == [3, 3]  # every tensor was allocated once, from one of the arenas
 
 
 def test_an_error_inside() -> None:
@@ -468,8 +468,8 @@ def test_an_error_inside() -> None:
         assert arena_of(x + 1).group is resolve_group()
         with pytest.raises(RuntimeError, match="mat1 and mat2"):
             x @ x
-        assert lies(x + 1)
-    assert not lies(x + 1)
+        assert is_symmetric(x + 1)
+    assert not is_symmetric(x + 1)
 
 
 def test_as_decorator() -> None:
@@ -477,12 +477,12 @@ def test_as_decorator() -> None:
     def double(t: torch.Tensor, depth: int = 2) -> torch.Tensor:
         return double(t, depth - 1) if depth else t * 2
 
-    assert lies(double(x))
-    assert not lies(x * 2)
+    assert is_symmetric(double(x))
+    assert not is_symmetric(x * 2)
 
 
 def test_threads() -> None:
-    """Each has its own state; one object serves them all."""
+    """Threads have separate state; one object serves them all."""
     context, results, step = inside(), {}, threading.Barrier(3, timeout=20)
     groups = [Group.from_store(0, 1, dist.HashStore(), f"thread{index}") for index in range(2)]
 
@@ -502,11 +502,11 @@ def test_threads() -> None:
         thread.join(20)
     for index, group in enumerate(groups):
         assert {arena_of(each).group for each in results[index]} == {group}
-    assert not any(lies(each) for each in results[2])
+    assert not any(is_symmetric(each) for each in results[2])
 
 
 def test_overlapping_threads_leave_torch_as_it_was() -> None:
-    """torch notes for the whole process that a mode is on; then it does not compile."""
+    """torch has process-wide flags for active modes; it does not compile while they are set."""
     first, second = threading.Event(), threading.Event()
 
     def outlasts() -> None:
@@ -536,7 +536,7 @@ def test_threads_started_inside_are_not_inside() -> None:
         thread = threading.Thread(target=lambda: made.append(x + 1))
         thread.start()
         thread.join(20)
-    assert not lies(made[0])
+    assert not is_symmetric(made[0])
 
 
 def test_the_call_site_is_the_programs() -> None:
@@ -570,7 +570,7 @@ def test_a_full_arena(monkeypatch: pytest.MonkeyPatch) -> None:
         assert arena_of(made + 1).group is small
 
 
-# CUDA, with another allocator in the place of torch's.
+# CUDA, with a fake of torch's allocator.
 
 SEGMENT = 2 << 20
 
@@ -617,7 +617,7 @@ class FakeTensor:
 
 
 class FakeTorch:
-    """A caching allocator: each tensor has a piece; of several pools that a thread has begun, the first is used."""
+    """A caching allocator: every tensor has a separate piece; a thread that has begun several pools uses the first."""
 
     def __init__(self) -> None:
         self.begun: list[tuple[int, int, FakePool]] = []
@@ -686,7 +686,7 @@ def test_pool_comes_from_the_arena(fake: FakeTorch) -> None:
     assert arena.live == 2
     del one
     cuda_pools.sweep()
-    assert arena.live == 2  # a pool goes as a whole
+    assert arena.live == 2  # a pool ends as a whole
     del again
     symmem.collect()
     assert arena.live == 0
@@ -700,7 +700,7 @@ def test_each_entry_has_a_pool(fake: FakeTorch) -> None:
             made = fake.empty()
         del made
         assert arena.live == 1
-    assert len(arena.blocks) == 100  # what another pool had is not taken again
+    assert len(arena.blocks) == 100  # memory of another pool is not reused
     with within(arena):
         assert arena.live == 0
 
@@ -762,7 +762,7 @@ def test_why_there_is_no_memory(fake: FakeTorch) -> None:
     with pytest.raises(torch.OutOfMemoryError), within(arena):  # noqa: PT012
         fails_once(fake, arena)
         del made
-        made = fake.empty()  # there was some then
+        made = fake.empty()  # memory was available then
         raise torch.OutOfMemoryError("somewhere else")
     with pytest.raises(ZeroDivisionError), within(arena):  # noqa: PT012
         fails_once(fake, arena)
@@ -776,13 +776,13 @@ def test_why_there_is_no_memory(fake: FakeTorch) -> None:
     arena.error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt), within(arena):  # noqa: PT012
         with pytest.raises(torch.OutOfMemoryError):
-            fake.empty()  # what is raised in a callback of C, C does not see
+            fake.empty()  # an exception in a callback from C does not reach C's caller
         arena.error = None
     del made
 
 
 @contextlib.contextmanager
-def amid_capture(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def during_capture(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(cuda_pools.cuda_graphs, "is_capturing", lambda device: True)
         yield
@@ -790,12 +790,12 @@ def amid_capture(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_captures(fake: FakeTorch, monkeypatch: pytest.MonkeyPatch) -> None:
     arena = FakeArena()
-    with pytest.raises(UnsupportedError, match="captured within"), within(arena), amid_capture(monkeypatch):
+    with pytest.raises(UnsupportedError, match="captured within"), within(arena), during_capture(monkeypatch):
         fake.empty()
 
 
-def test_entering_amid_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    with amid_capture(monkeypatch), pytest.raises(UnsupportedError, match="cannot be entered"), inside():
+def test_entering_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    with during_capture(monkeypatch), pytest.raises(UnsupportedError, match="cannot be entered"), inside():
         pass
 
 

@@ -1,4 +1,4 @@
-"""What handles take as arguments, and what they refuse by name (mission A2, A3, A6, G1)."""
+"""Arguments that handles accept, and arguments that they refuse with a named error."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def new_group(name: str = "alone") -> symmem.Group:
 
 
 def cut_off(st: symmem.SymmetricTensor) -> symmem.SymmetricTensor:
-    """Let the rank's memory be reached by `put` and `get` alone."""
+    """Make the rank's memory reachable only by `put` and `get`."""
     mapping, allocation = st._mapping("test", None), st._block.allocation
 
     def memory(offset: int, like: torch.Tensor) -> torch.Tensor:
@@ -143,7 +143,7 @@ def test_a_group_without_a_store_is_refused() -> None:
 
 
 def test_a_second_group_is_refused_for_a_backend_that_knows_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A4: by the handle itself; the backend needs no code for it."""
+    """The handle refuses it, so the backend needs no code for it."""
     host = get_backend("host")
     monkeypatch.setattr(host, "capabilities", host.capabilities & ~Capability.SECOND_GROUP, raising=False)
     st, first = symmem.allocate(4, backend="host"), new_group()
@@ -157,7 +157,7 @@ def test_a_second_group_is_refused_for_a_backend_that_knows_but_one(monkeypatch:
 
 
 def test_the_tensor_of_a_handle_that_was_found() -> None:
-    """It is made when it is asked for, once, and is a usual tensor whatever the mode is then."""
+    """It is made once, at the first use, and is a normal tensor even in inference mode."""
     x = alone((2, 3)).tensor.fill_(4)
     handle = symmem.find(x[1:])
     assert handle is not None

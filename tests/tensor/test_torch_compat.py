@@ -86,7 +86,7 @@ def test_ring_program(pool: Any) -> None:
 
 
 def pointer_program() -> None:
-    """What a kernel does with the arrays of pointers, by hand."""
+    """Use the arrays of pointers as a kernel does."""
     t = symm_mem.empty((4, 16), dtype=torch.float64)
     hdl = symm_mem.rendezvous(t, dist.group.WORLD)
     t.fill_(hdl.rank)
@@ -95,7 +95,7 @@ def pointer_program() -> None:
     expected = hdl.buffer_ptrs, hdl.signal_pad_ptrs
     assert hdl.buffer_ptrs[hdl.rank] == t.data_ptr()
     assert hdl.offset == 0
-    assert hdl.multicast_ptr == 0  # torch's way to say that there is none
+    assert hdl.multicast_ptr == 0  # torch's value for a missing pointer
     assert not hdl.has_multicast_support()
     assert t.nbytes <= hdl.buffer_size < t.nbytes + 256
     hdl.barrier()
@@ -160,11 +160,11 @@ def sizes_of_pads() -> None:
     hdl = symm_mem.rendezvous(t, dist.group.WORLD)
     assert hdl.signal_pad_size == 1 << 20
     hdl.get_signal_pad((hdl.rank + 1) % 4, dtype=torch.uint8).fill_(hdl.rank + 1)
-    hdl.barrier()  # which uses no word of it
+    hdl.barrier()  # it uses no word of the pad
     assert (hdl.get_signal_pad(hdl.rank, dtype=torch.uint8) == (hdl.rank - 1) % 4 + 1).all()
     assert not t.any()
     hdl.barrier()
-    # A tensor that was not made here has the backend's own pad.
+    # A tensor from another function has the backend's pad.
     st = symmem.allocate(5)
     other = symm_mem.rendezvous(st.tensor[1:3], dist.group.WORLD)
     assert other.signal_pad_ptrs[other.rank] == st.signal_pad(other.rank).data_ptr()
@@ -245,7 +245,7 @@ def test_choosing_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torchs_public_names_are_here() -> None:
     import torch.distributed._symmetric_memory as theirs
 
-    # Pools and operators of one transport are no matter of this module.
+    # This module leaves out pools and the operators of one transport.
     assert set(theirs.__all__) - {"get_mem_pool", "reduce_scatter_offset"} <= set(symm_mem.__all__)
     from torch._C._distributed_c10d import _SymmetricMemory
 
