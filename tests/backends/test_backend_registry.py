@@ -1,4 +1,4 @@
-"""How a backend is found and chosen (mission A1, A9, G4)."""
+"""How a backend is found and chosen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from symmem.tools.commands.doctor import examine
 
 
 class Fake:
-    """A backend that counts its probes, and fails them while it is told to."""
+    """A backend that counts its probes, and fails them on request."""
 
     device_type = "cuda"
     why_not: str | None = None
@@ -41,7 +41,7 @@ class FakeHost(Fake):
 
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """All built-in names lead to fakes, and nothing was loaded or probed."""
+    """All built-in names lead to fakes, and nothing is loaded or probed yet."""
     module = ModuleType("fake_backends")
     module.Fake, module.FakeHost = Fake, FakeHost  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -72,7 +72,7 @@ def test_a_backend_is_loaded_once_and_not_probed() -> None:
     assert fake("host") is fake("host")
     assert fake("host").name == "host"
     assert fake("host").probes == 0
-    assert list(backends._instances) == ["host"]  # nobody else was loaded
+    assert list(backends._instances) == ["host"]  # no other backend was loaded
 
 
 def test_an_unknown_name_lists_the_valid_ones() -> None:
@@ -148,7 +148,7 @@ def test_a_backend_is_not_taken_for_the_other_kind_of_memory() -> None:
 
 @pytest.mark.parametrize("stated", [True, False])
 def test_auto_never_takes_host_for_cuda(stated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine with a GPU on which no CUDA backend works, ``auto`` fails and says why for each."""
+    """If a machine has a GPU and no CUDA backend works, ``auto`` fails with a reason per backend."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     fail(**{name: f"{name} is broken" for name in BACKENDS if name != "host"})
     text = refusal(("auto",), "cuda" if stated else None)
@@ -183,7 +183,7 @@ def test_a_device_that_no_backend_serves_is_named() -> None:
 def test_whatever_goes_wrong_in_an_import_is_an_unavailable_backend(
     kind: type[Exception], fakes: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G4: so the others are still tried, and `symmem doctor` tells of them."""
+    """So the other backends are still tried, and `symmem doctor` shows them."""
 
     def load(name: str) -> ModuleType:
         raise kind("libmissing.so")

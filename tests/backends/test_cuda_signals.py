@@ -1,4 +1,4 @@
-"""The host's side of the signals on CUDA streams: what it hands to a launch, and what it makes of a failure."""
+"""The host side of signals on CUDA streams: the arguments of a launch, and the error of a failure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Code(int):
 
 
 class Call(ctypes.Structure):
-    """``struct Call`` of the kernels, written down once more."""
+    """``struct Call`` of the kernels, declared a second time."""
 
     _fields_ = (
         ("pads", ctypes.c_uint64 * WORLD),
@@ -35,7 +35,7 @@ class Call(ctypes.Structure):
 
 
 class StubDriver:
-    """Records launches; ``codes`` are what the next ones return."""
+    """Records launches; ``codes`` are the results of the next launches."""
 
     def __init__(self) -> None:
         self.bindings = self
@@ -48,7 +48,7 @@ class StubDriver:
     def cuLaunchKernel(self, *arguments: Any) -> tuple[int]:
         self.launched.append(arguments)
         call = Call.from_address(ctypes.c_void_p.from_address(arguments[9]).value or 0)
-        self.calls.append(Call.from_buffer_copy(call))  # at the launch, as the driver does
+        self.calls.append(Call.from_buffer_copy(call))  # the driver copies the arguments at the launch too
         return (Code(self.codes.pop(0) if self.codes else 0),)
 
     def enter(self, ordinal: int) -> None:
@@ -118,7 +118,7 @@ def test_arguments_are_laid_out_once(driver: StubDriver) -> None:
     assert len({launch[9] for launch in driver.launched}) == 1
     other = StubGroup()
     signals(other).barrier(0, 10.0)
-    assert driver.calls[-1].group == 1  # a failure can be told from one of the first group
+    assert driver.calls[-1].group == 1  # the report of a failure names the group
 
 
 def test_a_thread_that_has_not_used_cuda_is_helped(driver: StubDriver) -> None:
@@ -151,7 +151,7 @@ def test_what_a_kernel_left_is_raised_by_name(operation: int, text: str, driver:
 
 
 def test_a_kernel_that_stops_amid_a_call_is_named(driver: StubDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the call has looked: torch fails, or the launch does."""
+    """After the call has checked the status, torch or the launch fails."""
     group = StubGroup()
     mine = signals(group)
 
@@ -186,7 +186,7 @@ def test_ranks_that_cannot_be_reached_are_named(driver: StubDriver) -> None:
             use()
         assert caught.value.peers == (2,)
     mine.put_signal(0, 0, 1.0)
-    mine.wait_signal(2, 0, 1.0)  # it writes into this rank's pad, somehow
+    mine.wait_signal(2, 0, 1.0)  # the other rank writes into this rank's pad
     assert len(driver.launched) == 2
 
 

@@ -1,4 +1,4 @@
-"""Messages and descriptors over unix sockets, and who may join (mission G5)."""
+"""Messages and descriptors over unix sockets, and authentication."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def soon(seconds: float = 5.0) -> float:
 @pytest.mark.parametrize("number", [0, 1, 199, 200, 201, 253, 254, 600])
 @pytest.mark.parametrize("nbytes", [0, 1, 3 << 20])
 def test_any_number_of_descriptors_and_bytes_pass(number: int, nbytes: int, pair: Pair) -> None:
-    """G5: the kernel takes 253 descriptors in one message; they come in order, and no exec'd program inherits them."""
+    """The kernel takes 253 descriptors per message. They come in order, and no exec'd program inherits them."""
     files = [os.memfd_create(f"file{index}") for index in range(3)]
     body = os.urandom(nbytes)
     try:
@@ -64,7 +64,7 @@ def test_any_number_of_descriptors_and_bytes_pass(number: int, nbytes: int, pair
 
 
 def test_messages_in_a_row_keep_their_bounds(pair: Pair) -> None:
-    """G5: what belongs to the next message is not read with this one."""
+    """Bytes of the next message are not read with this message."""
     for turn in range(20):
         scm.send(pair[0], {"turn": turn}, b"x" * turn, [0] * (turn % 3), soon())
     for turn in range(20):
@@ -75,7 +75,7 @@ def test_messages_in_a_row_keep_their_bounds(pair: Pair) -> None:
 
 @pytest.mark.parametrize("room", [0, 1, 200, 399])
 def test_descriptors_beyond_the_limit_are_an_error_and_the_next_message_is_whole(room: int, pair: Pair) -> None:
-    """G1: MSG_CTRUNC: RLIMIT_NOFILE lets only some in; they are closed, and the connection stays of use."""
+    """MSG_CTRUNC: RLIMIT_NOFILE admits only some descriptors. They are closed, and the connection still works."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     scm.send(pair[0], {}, b"first", [0] * 400, soon())
     scm.send(pair[0], {}, b"second", [0], soon())
@@ -98,7 +98,7 @@ def test_descriptors_beyond_the_limit_are_an_error_and_the_next_message_is_whole
 
 
 def descriptors_by_fstat() -> list[int]:
-    """Open descriptors, counted without opening one."""
+    """Open descriptors, counted without opening another."""
     found = []
     for number in range(2000):
         with contextlib.suppress(OSError):
@@ -129,7 +129,7 @@ def test_a_peer_that_does_not_read_is_a_timeout(pair: Pair) -> None:
 
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_message_or_a_named_error(data: bytes) -> None:
-    """G1: never another exception, and no room is made for what only is announced."""
+    """No other exception is raised, and no memory is allocated for announced bytes that have not come."""
     mine, theirs = socket.socketpair()
     with mine, theirs:
         theirs.sendall(data)
@@ -156,7 +156,7 @@ def test_a_deep_header_is_a_named_error() -> None:
 
 
 def test_received_descriptors_are_closed_once() -> None:
-    """G5: ``close`` may be called again, and closes nothing that was opened since."""
+    """``close`` may be called again, and does not close descriptors opened since."""
     first, second = os.dup(0), os.dup(0)
     received = scm.Received([scm.Contribution(b"a", (first,)), scm.Contribution(b"b", (second,))])
     assert (len(received), received[1].payload, [c.payload for c in received]) == (2, b"b", [b"a", b"b"])
@@ -169,7 +169,7 @@ def test_received_descriptors_are_closed_once() -> None:
     os.close(again)
 
 
-# Who may join.
+# Authentication.
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def listener() -> Iterator[scm.Listener]:
 
 
 def test_all_followers_join_and_both_sides_are_shown_to_be_who_they_are(listener: scm.Listener) -> None:
-    """G5: in any order; the leader never waits."""
+    """In any order; the leader never waits."""
     socks = {rank: scm.connect(listener.welcome, rank, soon()) for rank in (2, 1)}
     members = listener.accept()
     assert sorted(members) == [1, 2]
@@ -195,7 +195,7 @@ def test_all_followers_join_and_both_sides_are_shown_to_be_who_they_are(listener
 
 
 def test_every_listener_has_its_own_name_and_secret() -> None:
-    """G5: abstract, random; nothing is left in the file system."""
+    """Abstract and random; nothing is left in the file system."""
     made = [scm.Listener(2) for _ in range(20)]
     assert len({listener.welcome.address for listener in made}) == 20
     assert len({listener.welcome.secret for listener in made}) == 20
@@ -215,7 +215,7 @@ def stranger(listener: scm.Listener, data: bytes) -> socket.socket:
 
 
 def test_strangers_are_turned_away_and_cost_no_time(listener: scm.Listener, caplog: pytest.LogCaptureFixture) -> None:
-    """G5: nothing, a part, garbage, a false secret, a right secret with a rank that is none or is taken."""
+    """They send nothing, a part, garbage, a wrong secret, or the right secret with an invalid or used rank."""
     right, proof = listener.welcome.halves
     hellos = [b"", b"a", b"b" * 500, scm._HELLO.pack(b"\0" * 32, 1), scm._HELLO.pack(proof, 1)]
     hellos += [scm._HELLO.pack(right, rank) for rank in (0, 3, 2**31)]
@@ -242,7 +242,7 @@ def test_strangers_are_turned_away_and_cost_no_time(listener: scm.Listener, capl
 
 
 def test_who_did_not_connect_is_named_at_once(listener: scm.Listener) -> None:
-    """G1: the queue holds all who came; nobody is waited for, and who was accepted is let go."""
+    """The leader looks only at the queue and does not wait. Accepted connections are closed."""
     sock = scm.connect(listener.welcome, 2, soon())
     begin = time.monotonic()
     with pytest.raises(PeerLostError, match=r"ranks \[1\]") as caught:
@@ -255,7 +255,7 @@ def test_who_did_not_connect_is_named_at_once(listener: scm.Listener) -> None:
 
 
 def test_a_follower_that_died_in_the_queue_is_found_at_the_next_message(listener: scm.Listener) -> None:
-    """G1: it had shown its secret; that it is gone shows on its connection."""
+    """It had sent its secret; the closed connection shows that it is gone."""
     for rank in (1, 2):
         scm.connect(listener.welcome, rank, soon()).close()
     members = listener.accept()
@@ -266,7 +266,7 @@ def test_a_follower_that_died_in_the_queue_is_found_at_the_next_message(listener
 
 
 def test_a_queue_full_of_strangers_is_an_error_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """G5: a flood before the followers came; no follower hangs in it."""
+    """Strangers fill the queue before the followers come; no follower hangs."""
     monkeypatch.setattr(scm, "_BACKLOG", 4)
     listener = scm.Listener(3)
     strangers = []
@@ -284,7 +284,7 @@ def test_a_queue_full_of_strangers_is_an_error_by_name(monkeypatch: pytest.Monke
 
 
 def test_there_is_room_for_hundreds_of_strangers(listener: scm.Listener) -> None:
-    """G5: and followers are found among them."""
+    """The leader finds the followers among them."""
     strangers = [stranger(listener, b"?") for _ in range(300)]
     socks = [scm.connect(listener.welcome, rank, soon()) for rank in (1, 2)]
     begin = time.monotonic()
@@ -295,7 +295,7 @@ def test_there_is_room_for_hundreds_of_strangers(listener: scm.Listener) -> None
 
 
 def test_nobody_listens_any_more(listener: scm.Listener) -> None:
-    """G1: the leader died, or gave up."""
+    """The leader died or gave up."""
     listener.close()
     with pytest.raises(PeerLostError, match="no longer listens") as caught:
         scm.connect(listener.welcome, 1, soon())
@@ -304,7 +304,7 @@ def test_nobody_listens_any_more(listener: scm.Listener) -> None:
 
 @pytest.mark.parametrize("answer", [b"", b"short", b"\0" * 32, b"right"])
 def test_a_false_leader_is_found_out(answer: bytes) -> None:
-    """G5: somebody else listens at the name; it cannot show the second half of the secret, whatever it was shown."""
+    """Another process listens at the name. It cannot know the second half of the secret."""
     real = scm.Listener(2)
     welcome = real.welcome
     real.close()
@@ -336,7 +336,7 @@ def test_a_false_leader_is_found_out(answer: bytes) -> None:
 
 
 def test_a_leader_that_does_not_answer_is_a_timeout(listener: scm.Listener) -> None:
-    """G1: it is stopped: not the same as gone."""
+    """The leader is stopped, not gone."""
     sock = scm.connect(listener.welcome, 1, soon())
     with pytest.raises(PeerTimeoutError) as caught:
         scm.check_leader(sock, listener.welcome, soon(0.05))

@@ -1,4 +1,4 @@
-"""The wrapper over cuda.bindings.driver: what it passes to each function, with the package's real types, and no GPU."""
+"""The wrapper over cuda.bindings.driver: the arguments of every call, with the real types and without a GPU."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ RESULTS = {
 
 
 class Recorder:
-    """Stands in for the module: its types are the real ones, its functions only note their arguments."""
+    """Replaces the module: its types are real, its functions only record their arguments."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
@@ -67,7 +67,7 @@ class Recorder:
         def function(*arguments: Any) -> tuple[Any, ...]:
             self.calls.append((name, arguments))
             assert len(arguments) == parameters_of(real), f"{name}{arguments}"
-            if not HAS_DRIVER:  # then the function gets as far as to have converted its arguments
+            if not HAS_DRIVER:  # the function converts its arguments and then fails
                 with pytest.raises(RuntimeError, match=r"libcuda|NVIDIA driver"):
                     real(*arguments)
             code = getattr(cu.CUresult, self.codes.get(name, "CUDA_SUCCESS"))
@@ -77,7 +77,7 @@ class Recorder:
 
 
 def parameters_of(function: Any) -> int:
-    """How many parameters a function of cuda.bindings has, by the first line of its documentation."""
+    """The number of parameters of a function of cuda.bindings, from the first line of its documentation."""
     (inside,) = re.findall(r"\((.*)\)", inspect.getdoc(function).split("\n")[0])  # type: ignore[union-attr]
     return len(re.sub(r"\[[^\]]*\]*", "", inside).split(",")) if inside else 0
 
@@ -138,7 +138,7 @@ def test_memory_is_asked_for_as_it_must_be(recorder: Recorder) -> None:
         assert prop.type == cu.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         assert prop.location.type == cu.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         assert prop.location.id == 1
-        # The struct itself: the package cannot show two flags at a time.
+        # Read the struct itself: the package cannot represent two flags together.
         assert ctypes.c_int.from_address(int(prop.getPtr()) + 4).value == types
     driver.allow(1, 1 << 40, 1 << 21)
     address, nbytes, (access,), count = recorder.calls[-1][1]

@@ -1,6 +1,6 @@
-"""What bad input and faults get on host memory (mission G1, G5): the documented error on every surviving rank, within
-the timeout, and nothing left behind. Ranks are processes; each returns what it was told and what it held before and
-after.
+"""Bad input and faults on host memory: every surviving rank gets the documented error within the timeout.
+
+Nothing is left behind. Ranks are processes. They return their error, and their resources before and after.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from symmem.tools.conformance.case import Resources
 from symmem.tools.ranks import RankPool, rank_store
 
 WORLD = 3
-LONG = 12.0  # a timeout that nobody may wait for
-SOON = 6.0  # seconds; far from LONG, and room for a busy machine
+LONG = 12.0  # a timeout that must not expire
+SOON = 6.0  # seconds; far below LONG, and enough for a busy machine
 NewPool = Callable[..., RankPool]
 
 
@@ -69,7 +69,7 @@ def meet(group: symmem.Group, timeout: float = LONG) -> None:
         pass
 
 
-Told = SimpleNamespace  # what an operation raised on a rank: kind ("" for nothing), text, rank, peers, took (seconds)
+Told = SimpleNamespace  # the error of an operation on a rank: kind ("" for none), text, rank, peers, took (seconds)
 
 
 def told(operation: Callable[[], object]) -> Told:
@@ -86,7 +86,7 @@ def told(operation: Callable[[], object]) -> Told:
 
 
 def works(group: symmem.Group, elements: int = 1000) -> None:
-    """Allocate, meet and read every rank's memory."""
+    """Allocate, rendezvous and read every rank's memory."""
     st = symmem.allocate(elements, torch.int32, backend="host", arena=False).rendezvous(group, timeout=LONG)
     st.tensor.fill_(group.rank + 1)
     st.barrier(timeout=LONG)
@@ -99,7 +99,7 @@ def die() -> None:
 
 
 def survivors(pool: RankPool, victim: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What the others of ``victim``, who must have died, returned."""
+    """The results of all ranks but ``victim``, which must have died."""
     outcomes = pool.outcomes(function, *args)
     assert "died with exit code -9" in str(outcomes.pop(victim).error)
     for outcome in outcomes:
@@ -126,7 +126,7 @@ def see_death(moment: str, victim: int) -> tuple[Told, Resources, Resources]:
         else:
             if moment == "in put_signal":
                 st.put_signal((victim + 1) % WORLD, timeout=LONG)
-            time.sleep(0.2)  # the others wait by now
+            time.sleep(0.2)  # the others are waiting now
             die()
     operation: Callable[[], object] = lambda: st.rendezvous(mine, timeout=LONG)  # noqa: E731
     if moment == "before the first meeting":
@@ -151,7 +151,7 @@ def see_death(moment: str, victim: int) -> tuple[Told, Resources, Resources]:
     ["before the first meeting", "before", "after the exchange", "in a barrier", "in wait_signal", "in put_signal"],
 )
 def test_a_rank_that_is_killed_is_named_by_all_at_once(moment: str, victim: int, mortals: RankPool) -> None:
-    """G1: before, during and after the rendezvous. Before the first meeting nobody knows its process: a timeout."""
+    """Before, during and after the rendezvous. Before the first collective step its process is unknown: a timeout."""
     for error, before, after in survivors(mortals, victim, see_death, moment, victim):
         expected = "PeerTimeoutError" if moment == "before the first meeting" else "PeerLostError"
         assert (error.kind, error.peers) == (expected, (victim,)), error
@@ -183,7 +183,7 @@ def see_leader_die(step: str) -> tuple[Told, Resources, Resources]:
 
 @pytest.mark.parametrize("step", ["join", "connect", "accept", "watch", "joined"])
 def test_a_leader_that_dies_in_the_bootstrap_is_named(step: str, mortals: RankPool) -> None:
-    """G1: within the timeout, whichever step it got to."""
+    """Within the timeout, at any step."""
     for error, before, after in survivors(mortals, 0, see_leader_die, step):
         assert error.kind in ("PeerLostError", "PeerTimeoutError"), error
         assert error.peers == (0,), error
@@ -231,7 +231,7 @@ def _is_stopped(pid: int) -> bool:
 @pytest.mark.parametrize("victim", [0, 2])
 @pytest.mark.parametrize("what", ["rendezvous", "barrier"])
 def test_a_stopped_rank_is_a_timeout_that_names_it(what: str, victim: int, pool: RankPool) -> None:
-    """G1: SIGSTOP; when the rank goes on it learns at once that the others gave up, and a retry works."""
+    """SIGSTOP. When the rank continues, it learns at once that the others gave up. A retry works."""
     results = pool.run(see_stop, victim, pool.pids, what)
     for rank, (errors, before, after) in enumerate(results):
         for error in errors:
@@ -254,7 +254,7 @@ def see_absence(absent: int, name: str) -> tuple[Told | None, Resources, Resourc
 @pytest.mark.parametrize("absent", [0, 1])
 @pytest.mark.parametrize("met", [False, True])
 def test_a_rank_that_never_comes_is_named(absent: int, met: bool, pool: RankPool) -> None:
-    """G1: over the store, before the ranks know each other, and over sockets."""
+    """Over the store, before the ranks know each other, and over sockets."""
     name = f"faults {absent} {met}"
     if met:
         pool.run(meet_by_name, name)
@@ -287,7 +287,7 @@ def limit(kind: int, value: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def room_for(descriptors: int) -> Iterator[None]:
-    """This process may open so many descriptors more."""
+    """Within the block, this process may open so many more descriptors."""
     fillers = [os.open("/dev/null", os.O_RDONLY)]
     try:
         highest = max(map(int, os.listdir("/proc/self/fd")))
@@ -307,7 +307,7 @@ def address_space(more: int) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def mappings_run_out(after: int) -> Iterator[None]:
-    """As if max_map_count were reached: so many calls of mmap work, the next ones do not."""
+    """Simulate max_map_count: so many calls of mmap work, and later calls fail."""
     original = libc._libc
     left = after
 
@@ -380,7 +380,7 @@ def see_limit(name: str, culprit: int, moment: str) -> tuple[Told, Resources, Re
     ],
 )
 def test_a_limit_of_one_rank_is_the_named_error_of_all(name: str, moment: str, culprit: int, pool: RankPool) -> None:
-    """G1: at allocate and amid the rendezvous; at once, on all ranks; the retry works; nothing leaks."""
+    """At allocate and during the rendezvous. All ranks get it at once, a retry works, and nothing leaks."""
     _limit, kind, text = LIMITS[name]
     for error, before, after in pool.run(see_limit, name, culprit, moment):
         assert (error.kind, error.rank) == (kind, culprit), error
@@ -405,7 +405,7 @@ def see_full_bootstrap(culprit: int, room: int) -> tuple[Told, Resources, Resour
 
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_the_first_meeting_needs_descriptors_and_says_so(culprit: int, pool: RankPool) -> None:
-    """G1, A9: with room for 0, 1, 2, ... descriptors the named error on all ranks, until it is enough."""
+    """With room for 0, 1, 2, ... descriptors, all ranks raise the named error until there is enough room."""
     for room in range(20):
         results = pool.run(see_full_bootstrap, culprit, room)
         assert all(after == before for _error, before, after in results), (room, results)
@@ -435,7 +435,7 @@ def see_sizes() -> tuple[list[Told], Resources, Resources]:
 
 
 def test_more_than_the_available_memory_is_refused_on_all(pool: RankPool) -> None:
-    """G1: before any page is touched, while there is somebody to tell."""
+    """The error comes before any page is touched."""
     for errors, before, after in pool.run(see_sizes):
         assert [error.kind for error in errors] == ["OutOfMemoryError", "OutOfMemoryError", "InvalidArgumentError"]
         assert all(error.rank == 1 for error in errors)
@@ -469,7 +469,7 @@ def listen_among_strangers() -> tuple[float, Resources, Resources]:
 
 
 def test_strangers_neither_disturb_nor_delay(new_pool: NewPool) -> None:
-    """G5: a process that connects to the leader's socket, with nothing, garbage or a false hello, is turned away."""
+    """A process that connects to the leader's socket with nothing, garbage or a wrong hello is refused."""
     pool = new_pool(WORLD, process_group=None)
     hello = scm._HELLO
     shown = [b"", b"x", os.urandom(100), b"GET / HTTP/1.1\r\n\r\n", b"\0" * hello.size]
@@ -496,7 +496,7 @@ def test_strangers_neither_disturb_nor_delay(new_pool: NewPool) -> None:
         for sock in strangers:
             sock.settimeout(5)
             with contextlib.suppress(ConnectionResetError):
-                assert sock.recv(1) == b""  # turned away, and told nothing
+                assert sock.recv(1) == b""  # refused without an answer
     assert address not in Path("/proc/net/unix").read_text()
 
 
@@ -504,7 +504,7 @@ def test_strangers_neither_disturb_nor_delay(new_pool: NewPool) -> None:
 
 
 def leave_network(rank: int) -> int:
-    """Go to a network of one's own; returns 0, or why not."""
+    """Move to a new network namespace; returns 0, or the error number."""
     if int(os.environ["RANK"]) != rank:
         return 0
     unshare = ctypes.CDLL(None, use_errno=True).unshare
@@ -523,13 +523,13 @@ def rendezvous_apart() -> tuple[Told, Resources, Resources]:
 
 @contextlib.contextmanager
 def told_nothing(mine: symmem.Group) -> Iterator[None]:
-    meet(mine)  # without descriptors they can meet
+    meet(mine)  # steps without descriptors work
     yield
     meet(mine)
 
 
 def test_ranks_in_different_containers_are_told_which(new_pool: NewPool) -> None:
-    """G5: a real network namespace of its own for rank 1."""
+    """Rank 1 has a separate network namespace."""
     pool = new_pool(WORLD, process_group=None)
     if error := max(pool.run(leave_network, 1)):
         pytest.skip(f"this process may make no network namespace: {os.strerror(error)}")
@@ -548,7 +548,7 @@ def stand_on_host(hosts: list[str]) -> None:
 
 
 def test_ranks_on_different_hosts_are_told_which(new_pool: NewPool) -> None:
-    """G5: simulated by SYMMEM_HOST_ID."""
+    """Simulated by SYMMEM_HOST_ID."""
     pool = new_pool(WORLD, process_group=None)
     pool.run(stand_on_host, ["here", "here", "there"])
     for error, before, after in pool.run(rendezvous_apart):
@@ -597,7 +597,7 @@ def fork_after_rendezvous() -> tuple[int, dict[str, Any]] | None:
         told_by_child = {name: told(use).kind for name, use in uses.items()}
         told_by_child["sum"] = int(st.tensor.sum())
         st.tensor[0] = 6
-        st.close()  # its own view only
+        st.close()  # only the own view
     os.write(here, json.dumps(told_by_child).encode() + b"\n")
     while True:  # outlives the rank
         time.sleep(1)
@@ -618,7 +618,7 @@ def wait_for_the_dead() -> list[Told]:
 
 
 def test_a_forked_child_is_no_rank_and_hides_no_death(mortals: RankPool) -> None:
-    """G1: ForkedError by every method in the child; its tensor is shared; the parent's death shows though it lives."""
+    """In the child every method raises ForkedError. Its tensor is shared. The parent's death is noticed nevertheless."""
     results = mortals.run(fork_after_rendezvous)
     child, told_by_child = results[1]
     try:
@@ -630,7 +630,7 @@ def test_a_forked_child_is_no_rank_and_hides_no_death(mortals: RankPool) -> None
             for error in errors:
                 assert (error.kind, error.peers) == ("PeerLostError", (1,)), error
                 assert error.took < SOON
-        os.kill(child, 0)  # it was alive all the time
+        os.kill(child, 0)  # it was alive the whole time
     finally:
         os.kill(child, signal.SIGKILL)
 
@@ -667,7 +667,7 @@ def read_what_the_dead_freed() -> int:
 
 
 def test_freed_memory_stays_with_those_who_use_it(mortals: RankPool) -> None:
-    """G3: the owner freed it, then died; a tensor that a peer has of it still reads, and handles say ClosedError."""
+    """The owner freed it, then died. A peer can still read its tensor of it, and handles raise ClosedError."""
     results = mortals.run(free_what_peers_use)
     assert [kinds for kinds, _ in results] == [["ClosedError"] * 4] * WORLD
     assert [value for _, value in results] == [33, -1, 33]
@@ -712,7 +712,7 @@ def _nothing_left(address: str) -> bool:
 
 @pytest.mark.parametrize(("mode", "code"), [("normal", 0), ("exception", 1), ("killed", -9)])
 def test_however_ranks_end_nothing_is_left(mode: str, code: int, tmp_path: Path) -> None:
-    """G6: the interpreter's normal end, an exception, SIGKILL of all ranks: no file, no socket, no process."""
+    """After a normal exit, an exception or SIGKILL of all ranks: no file, no socket, no process."""
     marker = str(tmp_path / "store")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, marker, mode], capture_output=True, text=True, timeout=60
@@ -737,10 +737,10 @@ def _processes_of(marker: str) -> list[str]:
 
 
 def test_a_pool_that_is_killed_leaves_nothing(new_pool: NewPool) -> None:
-    """G6: SIGKILL of all ranks amid their work."""
+    """SIGKILL of all ranks while they work."""
     pool = new_pool(WORLD, process_group=None)
     address = pool.run(meet_and_keep)[0]
-    assert not _nothing_left(address)  # the leader's ends of the connections are there
+    assert not _nothing_left(address)  # the leader's ends of the connections exist
     for rank in range(WORLD):
         pool.kill(rank)
     assert all("died" in str(outcome.error) for outcome in pool.outcomes(meet_and_keep))
@@ -779,11 +779,11 @@ def run_planted(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["descriptor", "mapping"])
 def test_a_planted_leak_fails_its_case(kind: str, new_pool: NewPool) -> None:
-    """A10: the leak check of the conformance suite finds a descriptor and a mapping that stay; without, it passes."""
+    """The leak check of the conformance suite finds a leaked descriptor and mapping, and passes without a leak."""
     pool = new_pool(2)
     pool.run(run_planted, "none")
     outcomes = pool.outcomes(run_planted, kind)
-    for outcome in outcomes:  # all are told
+    for outcome in outcomes:  # all ranks raise
         assert isinstance(outcome.error, SymmemError), outcome.trace
         assert f"AssertionError: {kind}s leaked" in str(outcome.error)
         assert outcome.error.rank == 1

@@ -1,4 +1,4 @@
-"""What kernels leave in host memory (mission F3, G1): who waits, until it is over; and why one stopped, which wins."""
+"""Reports of kernels in host memory: waits, and the error of a stopped kernel, which has priority."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from symmem.ops.engines.collective_kernels import STEPS
 
 WORLD = 3
 
-kernel_words.name_steps(STEPS)  # as the engine for CUDA does
+kernel_words.name_steps(STEPS)  # the engine for CUDA does this too
 
 
 class StubGroup:
@@ -44,7 +44,7 @@ class StubGroup:
 
 
 class Words(KernelWords):
-    """The words, and what kernels do to them."""
+    """The words, written as kernels write them."""
 
     def __init__(self) -> None:
         self.memory = (ctypes.c_uint32 * (NBYTES // 4))(*[9] * (NBYTES // 4))
@@ -56,7 +56,7 @@ class Words(KernelWords):
 
 
 class Clock:
-    """Time passes by sleeping; ``meanwhile`` is what kernels do then, each once."""
+    """Time passes only by sleeping; ``meanwhile`` are actions of kernels during the next sleep."""
 
     def __init__(self) -> None:
         self.now, self.slept = 1000.0, 0
@@ -91,7 +91,7 @@ def seen(waiting: KernelWords) -> list[tuple[str, str, tuple[int, ...], str | No
     return [(wait.group.name, wait.step, wait.missing(), wait.device) for wait in waiting.waits()]
 
 
-# Who waits.
+# Waiting threads.
 
 
 def test_a_wait_that_goes_on_is_told(words: Words, clock: Clock) -> None:
@@ -113,7 +113,7 @@ def test_a_wait_that_is_over_is_not_told_and_costs_nothing_twice(words: Words, c
     assert seen(words) == []
     assert clock.slept == 1
     assert seen(words) == []
-    assert clock.slept == 2  # asked again at once: it may just have been told again
+    assert clock.slept == 2  # asked again at once: it may just have been reported again
     clock.now += 1
     assert seen(words) == []
     assert clock.slept == 2
@@ -130,7 +130,7 @@ def test_one_that_begins_meanwhile_is_told_and_one_that_ends_is_not(words: Words
 
 
 def test_peers_of_one_operation_are_told_together(words: Words, clock: Clock) -> None:
-    """Since when and until when are those of the first to give up."""
+    """Start and deadline are the earliest of all peers."""
     step, name = min(STEPS.items())
     number, other = words.enter(kept := StubGroup()), words.enter(another := StubGroup("other"))
     words.tell(1, other, 0, 1, waited=1)
@@ -181,7 +181,7 @@ def test_all_peers_of_a_group_have_places(
 
 
 def test_a_forked_child_does_not_look(words: Words) -> None:
-    """The memory is its parent's, and may not even be mapped."""
+    """The memory belongs to its parent, and may not be mapped in the child."""
     words.memory[0] = 1
     words.enter(StubGroup())
     assert failure() is not None
@@ -212,7 +212,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 class Ranks:
-    """The pads of all ranks; a kernel is run by a thread. All ranks' kernels leave their words in the same memory."""
+    """The pads of all ranks. A thread runs a kernel. The kernels of all ranks report to the same memory."""
 
     def __init__(self, library: ctypes.CDLL, words: Words) -> None:
         self.library, self.words = library, words
@@ -236,7 +236,7 @@ class Ranks:
         self.threads.append(thread)
 
     def become(self, *expected: tuple[int, str, tuple[int, ...]]) -> None:
-        """Look until the waits are as expected: rank, step, and for whom."""
+        """Poll until the waits are as expected: rank, step and awaited ranks."""
         wanted = [(f"of rank {rank}", step, missing) for rank, step, missing in expected]
         deadline = time.monotonic() + 20
         while sorted(each[:3] for each in seen(self.words)) != wanted:
@@ -290,7 +290,7 @@ def test_who_gives_up_has_said_so_before(library: ctypes.CDLL, words: Words) -> 
     assert caught.value.peers == (2,)
 
 
-# How often a wait is told: a kernel whose clock shows what it is given.
+# How often a wait is reported: a kernel with a clock that the test sets.
 
 PROBE = """
 typedef unsigned int u32;
@@ -331,7 +331,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def told_at(probe: ctypes.CDLL, words: Words, milliseconds: list[int], limit: int = 10**9) -> list[int]:
-    """Of the moments at which a thread asks the clock, those at which it tells that it waits, and since when."""
+    """The clock readings at which a thread reports its wait, and the start that it reports."""
     start = 1_700_000_000_000_000_123
     times = (ctypes.c_uint64 * len(milliseconds))(*(start + each * 10**6 for each in milliseconds))
     told = (ctypes.c_uint32 * len(milliseconds))()
@@ -345,7 +345,13 @@ def told_at(probe: ctypes.CDLL, words: Words, milliseconds: list[int], limit: in
 
 def test_a_wait_is_told_after_each_beat(probe: ctypes.CDLL, words: Words) -> None:
     assert told_at(probe, words, [0, 1, 66, 68, 69, 133, 135, 136, 200]) == [68, 135]
-    assert told_at(probe, words, [0, 380, 381, 382, 383, 384, 385, 390]) == [380, 381, 382, 383, 384]  # it was away
+    assert told_at(probe, words, [0, 380, 381, 382, 383, 384, 385, 390]) == [
+        380,
+        381,
+        382,
+        383,
+        384,
+    ]  # the thread was not scheduled
     assert len(told_at(probe, words, [*range(0, 60_001, 10)])) == 60_000_000_000 >> BEAT
 
 
@@ -362,7 +368,7 @@ def test_a_wait_ends_when_its_time_is_up(probe: ctypes.CDLL, words: Words) -> No
         probe.restart()
 
 
-# Why a kernel stopped, wherever CUDA is asked next.
+# A stopped kernel, seen by the next call of CUDA.
 
 
 def fail(*_: Any) -> Any:
@@ -396,7 +402,7 @@ def a_call_of_the_driver(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_collective_operation(patch: pytest.MonkeyPatch) -> None:
-    """What the other ranks are told."""
+    """The error on the other ranks."""
     raise group._named(RuntimeError("CUDA error: unspecified launch failure"))
 
 

@@ -1,4 +1,4 @@
-"""System calls and limits: each limit has its name, its present value and what to do (mission G1)."""
+"""System calls and limits: an error names the limit, its value and how to raise it."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_rounding_up(nbytes: int, rounded: int) -> None:
 
 
 class Kernel:
-    """Takes the place of libc; remembers the system calls."""
+    """Replaces libc and records system calls."""
 
     def __init__(self, refused: int | None = None) -> None:
         self.calls: list[tuple[int, int]] = []
@@ -150,7 +150,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, machine: str, kernel: Kernel) -> No
 
 @pytest.mark.parametrize("machine", ["aarch64", "riscv64", "loongarch64"])
 def test_elsewhere_the_kernel_fences(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The global expedited command: the private one does nothing for a process of one thread."""
+    """The global expedited command: the private one does nothing in a process with one thread."""
     kernel = Kernel()
     pretend(monkeypatch, machine, kernel)
     libc.require_signals()
@@ -189,5 +189,5 @@ def test_limits_of_the_own_control_group_count(tmp_path: Path, monkeypatch: pyte
     places = {"/sys/fs/cgroup": tmp_path, "/proc/self/cgroup": own}
     monkeypatch.setattr(libc, "Path", lambda path: places.get(path) or Path(path))
     assert libc.available_memory() == 5000
-    own.write_text("0::/../job/task\n")  # of another namespace
+    own.write_text("0::/../job/task\n")  # a path of another namespace
     assert libc._limits() == [tmp_path / "memory.max"]

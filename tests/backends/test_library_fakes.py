@@ -1,4 +1,4 @@
-"""The backends over NVSHMEM and torch on fakes of those: the whole path, in real processes."""
+"""The backends over NVSHMEM and torch, on fakes of both: the whole path, in real processes."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ FAKED = ("nvshmem", "pytorch_cuda", "pytorch_nccl", "pytorch_nvshmem")
 
 
 def forget_arenas() -> None:
-    """Let go of the default group's arenas, whose memory is that of an earlier fake."""
-    os.environ["SYMMEM_ENABLE"] = "arena_size(4MiB)"  # the fakes' memory is this machine's, and zeroed
+    """Drop the default group's arenas, because their memory belongs to an earlier fake."""
+    os.environ["SYMMEM_ENABLE"] = "arena_size(4MiB)"  # the memory of the fakes is host memory, and zeroed
     group = symmem.resolve_group()
     group.settings = dataclasses.replace(group.settings, arena_size=4 << 20)
     group.extension(Arenas).clear()
@@ -47,7 +47,7 @@ def forget_arenas() -> None:
 
 
 def fresh() -> tuple[FakeNvshmem, FakeTorch]:
-    """New fakes on this rank, once what an earlier task left is collected."""
+    """New fakes on this rank, after a collection of the objects of earlier tasks."""
     forget_arenas()
     gc.collect()
     return install()
@@ -86,7 +86,7 @@ def test_conformance(backend: str, name: str, pools: Any) -> None:
         pytest.skip(str(reason))
 
 
-# Memory that is allocated and freed together.
+# Collective allocation and freeing.
 
 
 def freed_once_all_let_go(backend: str) -> None:
@@ -94,19 +94,19 @@ def freed_once_all_let_go(backend: str) -> None:
     rank = dist.get_rank()
     tensors = [allocate(backend, 8) for _ in range(4)]
     before = library.calls.count("free")
-    # Each rank drops other ones, in another order: 1 and 2 go on all ranks, 0 and 3 on some.
+    # Every rank drops others, in another order: 1 and 2 on all ranks, 0 and 3 on some.
     order = ([2, 1, 0], [1, 2, 3], [1, 0, 2], [2, 1])[rank]
     for index in order:
         tensors[index] = None  # type: ignore[call-overload]
         gc.collect()
-    assert library.calls.count("free") == before  # the collector frees nothing
+    assert library.calls.count("free") == before  # the garbage collector frees nothing
     tensors.append(allocate(backend, 8))
     assert library.calls.count("free") == before + 2
     tensors[0] = tensors[3] = None  # type: ignore[call-overload]
     tensors.append(allocate(backend, 8))
     assert library.calls.count("free") == before + 4
     for st in tensors[4:]:
-        assert not st.tensor.any()  # zeroed, also where it was used before
+        assert not st.tensor.any()  # zeroed, even if it was used before
         st.rendezvous().tensor.fill_(rank + 1)
         st.barrier()
         assert [int(st.remote_tensor(peer)[0]) for peer in range(4)] == [1, 2, 3, 4]
@@ -176,7 +176,7 @@ def a_failure_on_one_rank_frees_nothing_alone() -> None:
     real, symm.heap.malloc = symm.heap.malloc, lambda nbytes: 0 if nbytes == 9216 else real(nbytes)  # type: ignore[method-assign]
     assert "torn" in str(caught(RendezvousError, allocate, "pytorch_nvshmem", 8))
     gc.collect()
-    assert library.calls.count("free") == frees + 1  # of the first one, which all had let go of
+    assert library.calls.count("free") == frees + 1  # the first allocation, which all ranks had dropped
     symm.fault = None
     del symm.heap.malloc
     for _ in range(3):
@@ -199,9 +199,9 @@ def groups_that_are_not_the_job(backend: str) -> None:
     dist.barrier()
     st = allocate(backend, 8)
     del st
-    st = allocate(backend, 8, group=mine)  # now the job is known: all ranks allocate, whose settings is a detail
+    st = allocate(backend, 8, group=mine)  # now the job is known: all ranks allocate, with any group
     if rank % 2:
-        st.rendezvous(odd)  # alone: the others do not come
+        st.rendezvous(odd)  # without the others
         st.tensor.fill_(rank)
         st.barrier()
         assert [int(st.remote_tensor(peer)[0]) for peer in range(2)] == [1, 3]
@@ -250,7 +250,7 @@ def test_eight_groups_and_no_more(backend: str, pool: Any) -> None:
 
 def unreachable_peers() -> None:
     library, _symm = fresh()
-    vars(nvshmem_library)["STAGING_NBYTES"] = 1000  # so that copies take several pieces
+    vars(nvshmem_library)["STAGING_NBYTES"] = 1000  # so that a copy needs several pieces
     rank = dist.get_rank()
     library.unreachable = {other for other in range(4) if other % 2 != rank % 2}
     st = allocate("nvshmem", 700, 3).rendezvous()

@@ -42,7 +42,7 @@ NOTHING = (0, 0, 0, 0)
 
 
 def forget_arenas() -> None:
-    """Let go of the default group's arenas, whose memory is that of an earlier fake."""
+    """Drop the default group's arenas, because their memory belongs to an earlier fake."""
     group = symmem.resolve_group()
     group.extension(Arenas).clear()
     group.extension(Requests).clear()
@@ -50,7 +50,7 @@ def forget_arenas() -> None:
 
 
 def fresh(**options: Any) -> FakeDriver:
-    """New fakes on this rank, once what an earlier task left is collected."""
+    """New fakes on this rank, after a collection of the objects of earlier tasks."""
     forget_arenas()
     gc.collect()
     return install(dist.get_rank(), dist.get_world_size(), **options)
@@ -75,12 +75,12 @@ def error_of(function: Callable[[], Any]) -> SymmemError:
     try:
         function()
     except SymmemError as error:
-        return from_wire(to_wire(error))  # without the frames that led to it, which hold memory
+        return from_wire(to_wire(error))  # without its frames, because they keep memory alive
     raise AssertionError("nothing was raised")
 
 
 def forget_pads() -> None:
-    """Let go of the groups' blocks of signal pads; all ranks must before the next rendezvous."""
+    """Drop the groups' blocks of signal pads. All ranks must do this before the next rendezvous."""
     gc.collect()
     backend: Any = get_backend("native")
     backend.pads.clear()
@@ -92,7 +92,7 @@ def check_nothing_left(driver: FakeDriver, before: int) -> None:
     assert descriptors() == before
 
 
-# The way as it should go.
+# Without faults.
 
 
 def whole_path() -> None:
@@ -118,11 +118,11 @@ def whole_path() -> None:
     st.put_signal((rank + 1) % world)
     st.wait_signal((rank - 1) % world)
     st.synchronize()
-    # A handle for the memory and one for the block of pads; a range for each, for all ranks' memory, and for the
+    # Handles for the memory and for the block of pads; ranges for both, for the memory of all ranks, and for the
     # peers' blocks.
     others = int(world > 1)
     assert driver.live == (2, 3 + others, 2 * world + 1, 0)
-    # What is set up is set up once for each group, whose blocks go with it.
+    # Blocks are made once per group, and dropped with it.
     second = symmem.Group.from_store(rank, world, rank_store(), "whole path")
     st.rendezvous(second)
     assert driver.live == (3, 5 + 2 * others, 4 * world, 0)
@@ -166,10 +166,10 @@ def test_conformance(name: str, pools: Any) -> None:
 
 def install_only() -> None:
     fresh()
-    allocate(1).rendezvous()  # the default group's blocks of pads stay
+    allocate(1).rendezvous()  # the blocks of pads of the default group stay
 
 
-# What a rendezvous costs.
+# The cost of a rendezvous.
 
 COUNTED = ("create", "export_descriptor", "import_descriptor", "reserve", "map", "allow", "zero")
 
@@ -187,16 +187,16 @@ def calls_of_rendezvous() -> None:
     peers, inner = world - 1, int(0 < rank < world - 1)
     group, second = new_group("calls"), new_group("calls, second")
     kept = [allocate(100) for _ in range(3)]
-    runs = min(peers, 1) + inner  # of peers' memory that touches
+    runs = min(peers, 1) + inner  # for adjacent memory of peers
     first = (1, 2, 2 * peers, 2 + min(peers, 1), 1 + 2 * peers, 1 + min(peers, 1) + runs, 1)
     later = (0, 1, peers, 1, peers, runs, 1)
     assert calls_of(driver, kept[0].rendezvous, group) == first
     assert calls_of(driver, kept[1].rendezvous, group) == later
-    # What was exported once stays so.
+    # An export is made once.
     assert calls_of(driver, kept[0].rendezvous, second) == (first[0], 1, *first[2:])
     assert calls_of(driver, kept[2].rendezvous, group) == later
     assert calls_of(driver, kept[1].rendezvous, second) == (0, 0, *later[2:])
-    # The own memory joins the row when the row is asked for, once.
+    # The own memory is mapped into the row once, on request.
     assert calls_of(driver, functools.partial(kept[2].contiguous_view, group=group)) == (0, 0, 0, 0, 1, 1, 0)
     assert calls_of(driver, functools.partial(kept[2].contiguous_view, group=group)) == (0,) * len(COUNTED)
     for st in kept:
@@ -254,13 +254,13 @@ def slots_are_reused() -> None:
         seen.append(own_pad(st))
         assert not any(st.signal_pad(peer).view(torch.int32).any() for peer in range(world)), turn
         meet()
-        st.signal_pad(rank).view(torch.int32).fill_(7)  # a signal that nobody took
+        st.signal_pad(rank).view(torch.int32).fill_(7)  # a signal that no rank took
         del st
-    # Round and round, but for the one that is in use; what came free last is used last.
+    # In turn, except for the slot in use; the slot that became free last is used last.
     assert len(set(seen[: slots - 1])) == slots - 1
     assert seen[slots - 1 :] == seen[:3]
     assert first not in seen
-    assert driver.calls.count("create") == slots + 4  # each tensor's, and one block
+    assert driver.calls.count("create") == slots + 4  # one per tensor, and one block
     kept.barrier()
     meet()
 
@@ -274,7 +274,7 @@ def native_pad_nbytes(size: int) -> int:
 
 
 def blocks_run_out(extra: int) -> None:
-    # A block of one slot: each tensor that is alive needs one.
+    # A block with one slot: every live tensor needs a block.
     driver = fresh()
     meet()
     before, rank, world = descriptors(), dist.get_rank(), dist.get_world_size()
@@ -346,7 +346,7 @@ def fault_at_rendezvous(method: str, when: int, culprit: int, fault: str) -> Sym
         driver.faults[method] = (fault, when)
     error = error_of(st.rendezvous)
     gc.collect()
-    # Blocks of pads may stay: this rank's, and once all of them are mapped the peers'.
+    # Blocks of pads may stay: this rank's, and after all are mapped, the peers'.
     blocks = len(driver.handles) - 1
     peers = len(driver.reservations) - 1 - blocks
     assert blocks <= 1
@@ -401,7 +401,7 @@ def fault_at_allocation(method: str) -> SymmemError | None:
     driver = fresh()
     meet()
     before, group, error = descriptors(), symmem.resolve_group(), None
-    allocate(1)  # what is found out once
+    allocate(1)  # these facts are cached
     if dist.get_rank() == 1:
         driver.faults[method] = ("CUDA_ERROR_OUT_OF_MEMORY", 0)
         error = error_of(lambda: allocate(100, group=group))
@@ -539,7 +539,9 @@ def on_two_hosts(fabric: tuple[str, str]) -> SymmemError | None:
     return None
 
 
-@pytest.mark.parametrize("fabric", [("absent", "absent"), ("lies", "lies"), ("works", "lies"), ("lies", "works")])
+@pytest.mark.parametrize(
+    "fabric", [("absent", "absent"), ("refused", "refused"), ("works", "refused"), ("refused", "works")]
+)
 def test_hosts_without_fabric_are_named(fabric: tuple[str, str], pools: Any) -> None:
     for error in pools.get(2, "native").run(on_two_hosts, fabric):
         assert type(error) is RendezvousError
@@ -574,7 +576,7 @@ def multicast_works() -> None:
     order = ["multicast_add", "multicast_bind", "map", "allow"]
     called = [name for name in driver.calls if name in (*order, "multicast_create")]
     assert called == (["multicast_create", *order] if rank0 else order)
-    assert st.multicast_ptr == pointer  # alone: no longer collective
+    assert st.multicast_ptr == pointer  # not collective any more
     handles, reservations, mappings, _ = made
     assert driver.live == (handles + 1, reservations + 1, mappings + 1, 1), (made, driver.live)
     assert symmem.SymmetricTensor.wrap(st.tensor.view(torch.uint8)[3:]).multicast_ptr == pointer + 3
@@ -586,7 +588,7 @@ def multicast_works() -> None:
     assert driver.live == NOTHING
     del_order = [name for name in driver.calls if name in ("quiesce", "unmap", "multicast_unbind")]
     assert del_order.index("quiesce") < del_order.index("unmap") < del_order.index("multicast_unbind")
-    # Those of the handles of memory and pads, and the closed group's own.
+    # Descriptors of the handles of memory and pads, and of the closed group.
     assert descriptors() < before - 2
 
 
@@ -635,7 +637,7 @@ def freed_amid_a_capture() -> None:
     driver.capturing = True
     del st
     gc.collect()
-    # The handle goes; what is mapped stays, and so does the slot in the block of pads.
+    # The handle is released; mappings and the slot in the block of pads stay.
     assert driver.live == (1, 3, 2, 0)
     assert len(native_pads()._free) == slots
     driver.capturing = False
@@ -656,7 +658,7 @@ def collected_on_a_thread() -> None:
     circle: dict[str, Any] = {"st": allocate(100).rendezvous()}
     circle["self"] = circle
     del circle
-    # No other rank does anything now: a collection that talked to them would hang.
+    # The other ranks are idle now: a garbage collection that needed them would hang.
     if dist.get_rank() == 0:
         thread = threading.Thread(target=gc.collect)
         thread.start()

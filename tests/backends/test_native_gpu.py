@@ -1,6 +1,6 @@
-"""What of the backend ``native`` only GPUs can show: streams, graphs, kernels in flight, and speed beside PyTorch's.
+"""Properties of the backend ``native`` that need GPUs: streams, graphs, running kernels, and speed beside PyTorch.
 
-The conformance suite covers the rest. One rank a GPU, or two ranks on the only one.
+The conformance suite covers the rest. There is one rank per GPU, or two ranks on a single GPU.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def graph_of_barriers() -> None:
     rank, following, _previous = ring()
     st, out, turn = shared(4096), torch.zeros(4096, dtype=torch.int64, device="cuda"), 0
     value = torch.zeros(1, dtype=torch.int64, device="cuda")
-    st.barrier()  # compiles; inside the capture it would do so too
+    st.barrier()  # compiles; this works inside the capture too
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         value += 1
@@ -123,7 +123,7 @@ def allocated_in_a_capture() -> None:
     inside = None
     symmem.allocate(1, backend="native", arena=False)
     meet()
-    assert torch.cuda.mem_get_info()[0] >= free + (128 << 20)  # of 256 MiB
+    assert torch.cuda.mem_get_info()[0] >= free + (128 << 20)  # for 256 MiB
 
 
 def test_allocating_and_freeing_amid_a_capture(new_pool: Callable[..., RankPool]) -> None:

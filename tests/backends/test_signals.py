@@ -1,4 +1,4 @@
-"""A barrier that is interrupted (mission G1), with ranks as threads over the pads of one process."""
+"""A barrier that is interrupted, with ranks as threads over the pads of one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZE = 3
 
 
 def make() -> tuple[list[SharedSignals], list[int]]:
-    """Each rank's signals, and the list of ranks that are lost."""
+    """The signals of all ranks, and the list of lost ranks."""
     lost: list[int] = []
     words = [(ctypes.c_uint32 * (SharedSignals.nbytes(SIZE) // 4))() for _ in range(SIZE)]
     pads = [ctypes.addressof(pad) for pad in words]
@@ -26,7 +26,7 @@ def make() -> tuple[list[SharedSignals], list[int]]:
 
 
 def interrupt(one: SharedSignals, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]) -> None:
-    """Let a barrier of this rank sleep, and be interrupted there."""
+    """Interrupt a barrier of this rank in its sleep."""
 
     def interrupted(*args: object) -> None:
         raise kind
@@ -41,7 +41,7 @@ def interrupt(one: SharedSignals, monkeypatch: pytest.MonkeyPatch, kind: type[Ba
 def test_an_interrupted_barrier_is_not_counted_twice(
     kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All ranks raise, when they come or come again, and say what happened."""
+    """All ranks raise, at their first call or a later call, and name the cause."""
     (first, second, third), lost = make()
     interrupt(first, monkeypatch, kind)
     texts = []

@@ -1,4 +1,4 @@
-"""A backend of another package joins by an entry point, and passes the conformance suite by its name (A1, A10)."""
+"""A backend of another package is found by its entry point, and passes the conformance suite."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORLD = 3
 
 
 def join(folder: str) -> list[str]:
-    """Let this process find the package; returns the names of the backends that it has then."""
+    """Add the package to this process; returns the names of its backends then."""
     sys.path.insert(0, folder)
     importlib.invalidate_caches()
     return list(available_names())
@@ -31,7 +31,7 @@ def join(folder: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What installing a third party's package leaves on sys.path."""
+    """The files of an installed third-party package, for sys.path."""
     folder = tmp_path_factory.mktemp("site")
     shutil.copy(Path(__file__).parents[1] / "support" / "toy_backend.py", folder)
     info = folder / "toy-1.0.dist-info"
@@ -54,12 +54,12 @@ def pool(package: Path) -> Iterator[RankPool]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_passes_the_conformance_suite(name: str, pool: RankPool) -> None:
-    """A10: what it lists as capabilities works, the rest is refused by name; nothing is skipped, nothing leaks."""
+    """Its capabilities work, the rest raises named errors. Nothing is skipped, and nothing leaks."""
     assert pool.run(run_case, name, "toy") == [None] * WORLD
 
 
 def view_it() -> None:
-    """It has peers' memory, and no signals: kernels need words of the user's own."""
+    """Peers are reachable, but there are no signals: kernels need words of the user."""
     st, own = (symmem.allocate((4, WORLD), torch.int32, backend="toy").rendezvous() for _ in range(2))
     with pytest.raises(UnsupportedError, match="signals` of your own"):
         st.device_view()
@@ -93,7 +93,7 @@ def choose_by_environment() -> str:
 
 
 def test_it_is_chosen_by_argument_and_by_environment(pool: RankPool) -> None:
-    """A9: the name is as good as that of a built-in backend."""
+    """Its name works like the name of a built-in backend."""
     assert pool.run(use_it) == ["toy"] * WORLD
     assert pool.run(choose_by_environment) == ["toy"] * WORLD
 
@@ -110,7 +110,7 @@ def ask_for_what_it_lacks() -> list[str]:
 
 
 def test_what_it_lacks_is_the_named_error(pool: RankPool) -> None:
-    """A6, A7: with no code of its own."""
+    """Without code for these in the backend."""
     for told in pool.run(ask_for_what_it_lacks):
         assert len(told) == 4
         assert all("'toy' has no" in text for text in told)
@@ -118,7 +118,7 @@ def test_what_it_lacks_is_the_named_error(pool: RankPool) -> None:
 
 
 def test_installing_it_changes_nothing_unless_it_is_named(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A9: auto never guesses a third party's; a built-in name stays the built-in; a broken one says why."""
+    """``auto`` never takes it, it cannot replace a built-in name, and a broken package gives its reason."""
     with pytest.raises(ConfigError, match="unknown backend 'toy'"):
         symmem.allocate(1, backend="toy")
     monkeypatch.syspath_prepend(str(package))

@@ -1,4 +1,4 @@
-"""What torch and NVSHMEM4Py lack or refuse, and how it is named: no ranks, no GPU."""
+"""Named errors for things that torch and NVSHMEM4Py lack or refuse, without ranks or a GPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GPU = torch.device("cuda", 0)
 
 
 class Symm:
-    """torch's ``_SymmetricMemory`` as far as choosing a transport goes."""
+    """The part of torch's ``_SymmetricMemory`` that chooses a transport."""
 
     def __init__(self, active: str | None, refusal: str = "") -> None:
         self.active, self.refusal = active, refusal
@@ -101,11 +101,11 @@ def test_probe_names_what_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert symm.chosen == []  # a probe changes nothing
 
 
-# One transport a process.
+# One transport per process.
 
 
 def test_the_active_transport_is_not_set_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    symm = use(monkeypatch, "CUDA", "SymmetricMemory does not find allocation backend CUDA")  # as 2.11 does
+    symm = use(monkeypatch, "CUDA", "SymmetricMemory does not find allocation backend CUDA")  # as in 2.11
     Transport("CUDA").activate(GPU)
     assert symm.chosen == []
 
@@ -178,7 +178,7 @@ def test_which_group_is_the_job() -> None:
     job, part, larger = group(0, 4, "job"), group(0, 2, "part"), group(0, 8, "larger")
     assert job_group("b", job, None) is job
     assert job_group("b", None, job) is job
-    assert job_group("b", part, job) is job  # smaller than what met before: a subgroup
+    assert job_group("b", part, job) is job  # smaller than the group before: a subgroup
     again = group(0, 4, "again")
     assert job_group("b", again, job) is again
     with pytest.raises(GroupError, match="began with the 4 ranks of 'job'"):

@@ -1,4 +1,4 @@
-"""The YAML cluster file (mission F1)."""
+"""The YAML cluster file."""
 
 from __future__ import annotations
 

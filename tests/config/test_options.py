@@ -1,4 +1,4 @@
-"""The grammar of SYMMEM_ENABLE and of our option in NVFUSER_ENABLE (mission A9)."""
+"""The grammar of SYMMEM_ENABLE, and of our option in NVFUSER_ENABLE."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_what_is_not_ours_is_left_alone(text: str) -> None:
         ("x,backend()", 11),
         ("x,backend(a)b", 13),
         ("backend(a),x,backend(a)", 14),
-        # Whose is what comes after this parenthesis?
+        # It is unclear which program the text after this parenthesis belongs to.
         ("x(y,backend(a)", 12),
     ],
 )

@@ -1,4 +1,4 @@
-"""Values, sources and their one precedence (mission F2, A9), and multicast safety."""
+"""Values, sources and their precedence, and multicast safety."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ClusterFile = Callable[[str], dict[str, str]]
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> ClusterFile:
-    """Writes a cluster file and gives the environment that names it."""
+    """Write a cluster file; returns the environment that names it."""
 
     def write(text: str) -> dict[str, str]:
         file = tmp_path / "cluster.yaml"
@@ -188,7 +188,7 @@ def test_errors_in_the_environment_name_the_character(text: str, message: str) -
     ],
 )
 def test_errors_in_our_option_of_nvfuser_are_errors(text: str, message: str) -> None:
-    # Even where SYMMEM_ENABLE wins: a wrong text is never passed over in silence.
+    # Even if SYMMEM_ENABLE wins: an invalid text is never ignored.
     ours = "symmetric_memory_backend(host)"
     assert failure(NVFUSER_ENABLE=text, SYMMEM_ENABLE=ours).startswith(f"NVFUSER_ENABLE, character {message}")
 
@@ -272,7 +272,7 @@ def test_factors_are_read_as_they_are_written(factor: float) -> None:
 
 
 def texts_of(*names: str) -> st.SearchStrategy[str]:
-    """Texts that are options of these names more often than not."""
+    """Texts that are mostly options with these names."""
     argument = st.sampled_from(["off", "auto", "host", "1", "2KiB", "", "x"])
     option = st.tuples(st.sampled_from(names), argument).map(lambda pair: f"{pair[0]}({pair[1]})")
     return st.text() | st.lists(option | st.text("(), x", max_size=2), max_size=4).map(",".join)
@@ -287,7 +287,7 @@ def test_any_argument_is_valid_or_a_config_error(name: str, value: object) -> No
     if isinstance(outcome, str):
         assert outcome.startswith(f"argument {name}")
     else:
-        # What was accepted is a value that is accepted again, unchanged.
+        # A parsed value is accepted again, unchanged.
         assert load_settings({name: getattr(outcome, name)}, environ={}) == outcome
 
 

@@ -1,9 +1,9 @@
 """A fake of the CUDA driver over host memory: real processes, real descriptors, real mappings, no GPU.
 
-Physical memory is a memory file, a handle is a number for one, exporting duplicates its descriptor, a range is reserved
-address space in which files are mapped, inaccessible until access is set. What the driver would refuse or leave
-undefined (releasing twice, freeing a range that is still mapped, a size off the granularity, unmapping before the
-device was synchronised) is an AssertionError.
+Physical memory is a memory file, and a handle is a number for it. An export duplicates its descriptor. A range is
+reserved address space in which files are mapped; it is inaccessible until access is set. Calls that the driver would
+refuse or leave undefined raise AssertionError: a double release, freeing a range that is still mapped, a size that is
+not a multiple of the granularity, unmapping before the device was synchronised.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ def _mmap(address: int | None, nbytes: int, flags: int, descriptor: int) -> int:
 
 
 class FakeDriver(Driver):
-    """What :class:`Driver` does, of a machine with one "GPU" a rank.
+    """A :class:`Driver` for a machine with one "GPU" per rank.
 
     Args:
         rank: The GPU of this process.
         world: Number of GPUs.
         p2p: Whether GPUs can access each other's memory.
-        fabric: ``"absent"``, ``"works"``, or ``"lies"``: advertised, and not permitted.
+        fabric: ``"absent"``, ``"works"``, or ``"refused"``: advertised, but not permitted.
         multicast: Whether the GPUs support it.
         shared_gpu: Whether all ranks use GPU 0.
 
     Attributes:
         calls: Names of the methods that were called, in order.
-        faults: By method: which error to raise (a CUresult's name, or what to call) and at which call, 0 the next one.
-        capturing: Whether a stream capture is going on.
+        faults: By method: the error (name of a CUresult, or a function to call), and its call; 0 is the next call.
+        capturing: Whether a stream capture is in progress.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class FakeDriver(Driver):
         return recorded
 
     def _before(self, name: str) -> None:
-        """Record a call, and let it fail if that was asked for."""
+        """Record a call, and let it fail on request."""
         self.calls.append(name)
         fault, when = self.faults.get(name, ("", -1))
         if when > 0:
@@ -107,7 +107,7 @@ class FakeDriver(Driver):
 
     @property
     def live(self) -> tuple[int, int, int, int]:
-        """How many handles, reservations, mappings and bound multicast objects there are."""
+        """The number of handles, reservations, mappings and bound multicast objects."""
         return len(self.handles), len(self.reservations), len(self.mappings), len(self.bound)
 
     # Devices.
@@ -151,7 +151,7 @@ class FakeDriver(Driver):
             raise driver_error("CUDA_ERROR_NOT_PERMITTED", "create: CUDA_ERROR_NOT_PERMITTED")
         descriptor = os.memfd_create("symmem-fake", os.MFD_CLOEXEC)
         os.ftruncate(descriptor, nbytes)
-        os.pwrite(descriptor, b"\xa5" * nbytes, 0)  # the driver promises no zeros
+        os.pwrite(descriptor, b"\xa5" * nbytes, 0)  # the driver does not promise zeros
         return self._enter(descriptor)
 
     def _enter(self, descriptor: int) -> int:
@@ -209,7 +209,7 @@ class FakeDriver(Driver):
     def zero(self, ordinal: int, address: int, nbytes: int) -> None:
         ctypes.memset(address, 0, nbytes)
 
-    # Multicast: a file of its own, which shows that the calls come in order; stores do not spread.
+    # Multicast: a separate file, which shows the order of calls; stores do not reach the ranks.
 
     def multicast_granularity(self, ordinal: int) -> int:
         return 2 * GRANULARITY
@@ -231,13 +231,10 @@ class FakeDriver(Driver):
 
 
 class FakeSignals(SharedSignals):
-    """What :class:`CudaSignals` does, on the CPU."""
+    """Signals like :class:`CudaSignals`, on the CPU."""
 
     def __init__(self, group: Any, device: torch.device, pads: tuple[int, ...]) -> None:
         super().__init__(group, pads, None)
-
-    def check(self) -> None:
-        """Signals on the CPU fail when they are called."""
 
 
 def install(rank: int, world: int, **options: Any) -> FakeDriver:
@@ -249,7 +246,7 @@ def install(rank: int, world: int, **options: Any) -> FakeDriver:
     type(backend)._granularity.cache_clear()
     backend.pads.clear()
     vars(native)["CudaSignals"] = FakeSignals
-    # What forbids multicast on this machine is about its GPUs; the settings are honoured all the same.
+    # Variables that forbid multicast on this machine concern its GPUs. The settings still count.
     vars(multicast)["multicast_blocker"] = lambda: None
     return backend.driver  # type: ignore[no-any-return]
 

@@ -1,7 +1,7 @@
-"""Fakes of NVSHMEM and of torch's symmetric memory over host memory: real processes, really shared, no GPU.
+"""Fakes of NVSHMEM and of torch's symmetric memory over host memory: real processes, real sharing, no GPU.
 
-What the libraries demand is checked: a collective call that not all ranks make alike is an AssertionError (or hangs
-until gloo gives up), whoever makes it, the garbage collector included.
+The fakes check the rules of the libraries. If not all ranks make the same collective call, an AssertionError is raised
+(or it hangs until gloo gives up). This includes calls in the garbage collector.
 """
 
 from __future__ import annotations
@@ -15,30 +15,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fake_driver import FakeSignals
 
 from symmem.backends import cuda_signals, get_backend, gpu, nvshmem, torch_transport
 from symmem.backends.libc import PAGE, Region, round_up
-from symmem.backends.signals import SharedSignals
 
 HEAP = 1 << 27
 SHARED = Path("/dev/shm")
 
 
-class FakeSignals(SharedSignals):
-    """What :class:`CudaSignals` does, on the CPU."""
-
-    def __init__(self, group: Any, device: torch.device, pads: tuple[int, ...]) -> None:
-        super().__init__(group, pads, None)
-
-    def check(self) -> None:
-        pass
-
-
-_mapped: list[Region] = []  # never unmapped: who still holds an address is another matter
+_mapped: list[Region] = []  # never unmapped: an address may still be in use
 
 
 def map_file(name: str, nbytes: int) -> int:
-    """Address of a shared file of that name, made if there is none."""
+    """The address of the shared file with this name. It is made if it does not exist."""
     descriptor = os.open(SHARED / name, os.O_RDWR | os.O_CREAT, 0o600)
     nbytes = round_up(nbytes, PAGE)
     os.ftruncate(descriptor, nbytes)
@@ -49,7 +39,7 @@ def map_file(name: str, nbytes: int) -> int:
 
 
 def agree(what: int, *values: int, group: Any = None) -> list[list[int]]:
-    """All ranks call this with the same ``what``; returns each one's values."""
+    """All ranks call this with the same ``what``; returns the values of all."""
     mine = torch.tensor([what, *values])
     all_of_them = [torch.zeros_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(all_of_them, mine, group=group)
@@ -61,7 +51,7 @@ INIT, MALLOC, FREE, FINALIZE, MEET = range(5)
 
 
 class FakeNvshmem:
-    """What :class:`NvshmemLibrary` does; the PE is the global rank.
+    """A fake :class:`NvshmemLibrary`; the PE is the global rank.
 
     Attributes:
         calls: Names of the collective calls, in order.
@@ -113,7 +103,7 @@ class FakeNvshmem:
         if at + nbytes > self.limit:
             return 0
         self.taken[at] = -(-nbytes // 256) * 256
-        ctypes.memset(self.bases[self.pe()] + at, 0xA5, nbytes)  # as dirty as memory that was used before
+        ctypes.memset(self.bases[self.pe()] + at, 0xA5, nbytes)  # dirty, like memory that was used before
         return self.bases[self.pe()] + at
 
     def free(self, pointer: int) -> None:
@@ -142,13 +132,13 @@ class _Handle:
 
 
 class FakeTorch:
-    """What torch's ``_SymmetricMemory`` does, with the manners of 2.11.
+    """A fake of torch's ``_SymmetricMemory``, with the behaviour of 2.11.
 
     Attributes:
         active: The transport.
-        heap: NVSHMEM, shared with the backend ``nvshmem`` if a test wants it so.
-        rendezvoused: Names of the groups that met, in order.
-        frees: How many tensors torch has freed.
+        heap: NVSHMEM, shared with the backend ``nvshmem`` in some tests.
+        rendezvoused: Names of the groups with a rendezvous, in order.
+        frees: Number of tensors that torch has freed.
     """
 
     def __init__(self, heap: FakeNvshmem) -> None:
@@ -221,7 +211,7 @@ class FakeTorch:
         number, nbytes = self._files[address]
         files = agree(MEET, os.getpid(), number, nbytes, group=group)
         pointers = [map_file(f"symmem-fake-torch-{pid}-{theirs}", nbytes) for pid, theirs, _ in files]
-        if self.active == "CUDA":  # NCCL's window has an address of its own for the own memory too
+        if self.active == "CUDA":  # NCCL's window has a separate address, even for the own memory
             pointers[dist.get_rank(group)] = address
         return _Handle(pointers)
 

@@ -1,4 +1,4 @@
-"""A whole backend of a third party: anonymous files of memory, mapped with Python's mmap."""
+"""A complete third-party backend: anonymous memory files, mapped with Python's mmap."""
 
 import ctypes
 import mmap
@@ -11,7 +11,7 @@ from symmem.backends.base import Allocation, Backend, Capability, Collective, Gr
 
 
 def _map(descriptor: int) -> tuple[int, mmap.mmap]:
-    """Map a file; returns its address, and what keeps it mapped."""
+    """Map a file; returns its address, and the object that keeps it mapped."""
     memory = mmap.mmap(descriptor, 0)
     return ctypes.addressof(ctypes.c_ubyte.from_buffer(memory)), memory
 
@@ -28,7 +28,7 @@ class ToyAllocation(Allocation):
 class ToyMapping(Mapping):
     def __init__(self, allocation: ToyAllocation, group: Group, files: list[int]) -> None:
         pointers, self.memory = map(list, zip(*map(_map, files), strict=True))
-        pointers[group.rank] = allocation.pointer  # the address that this rank's tensors have
+        pointers[group.rank] = allocation.pointer  # the address of this rank's tensors
         super().__init__(allocation.backend, group, allocation.device, pointers)
 
 

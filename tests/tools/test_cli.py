@@ -224,6 +224,13 @@ def test_other_systems_get_a_named_sentence(platform: str) -> None:
     assert done.stderr.startswith(f"symmem: {sentence}")
 
 
+def test_a_missing_numpy_is_not_reported() -> None:
+    """``import torch`` warns about it; the commands hide this warning."""
+    code = "import sys; sys.modules['numpy'] = None; from symmem.tools.cli import main; sys.exit(main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_config_check_does_not_import_torch() -> None:
     code = (
         "import sys; from symmem.tools import cli; assert cli.main(['config', 'check']) == 0; "
