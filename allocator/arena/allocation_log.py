@@ -333,7 +333,7 @@ class AllocationLog:
         """
         if self.in_transaction:
             raise GroupError(
-                f"{step!r} was called during another allocation or collection of the same arena, or after an exception "
+                f"{step!r} began during another allocation or collection of the same arena, or after an exception "
                 "from a signal handler had stopped one half-way",
                 hint="do not allocate or collect in a finalizer, a signal handler or another callback. If a signal "
                 "handler raised, the arena cannot be used any more: make a new group, or allocate with arena=False",

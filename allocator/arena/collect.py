@@ -16,10 +16,11 @@ before_collecting: list[Callable[[], object]] = []
 
 
 def collect(group: GroupLike = None, *, trim: bool = False, timeout: float | None = None) -> int:
-    """Free the tensors that all ranks of a group have dropped. Collective over the group, with two exchanges.
+    """Free the tensors that all ranks of a group have dropped. Collective over the group.
 
-    An arena also does this before it would grow, and at every rendezvous of its group. The call waits for the work that
-    is enqueued on the devices of the arenas. Garbage that Python has not collected yet counts as in use.
+    It takes one exchange for all arenas, and one round in which the ranks agree. An arena also does this before it
+    would grow, and at every rendezvous of its group. The call waits for the work that is enqueued on the devices of the
+    arenas. Garbage that Python has not collected yet counts as in use.
 
     Args:
         group: See :meth:`SymmetricTensor.rendezvous`.

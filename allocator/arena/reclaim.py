@@ -71,7 +71,7 @@ class ReclaimRound:
         """
         cuda_graphs.forget_ended()
         for log in self._logs:
-            log.check_idle("collect")
+            log.check_idle("reclaim")
         self._started = True
         for log in self._logs:
             log.in_transaction = True  # until the round has taken effect

@@ -49,7 +49,7 @@ def is_symmetric(tensor: torch.Tensor) -> bool:
     return True
 
 
-def arena_of(tensor: torch.Tensor) -> Any:
+def log_of(tensor: torch.Tensor) -> Any:
     found = symmem.find(tensor)
     return None if found is None else found._block.log  # type: ignore[attr-defined]
 
@@ -193,10 +193,10 @@ def test_memory_that_torch_has_not_allocated() -> None:
 def test_views_of_what_is_symmetric() -> None:
     with inside():
         made = x + 1
-        arena = arena_of(made)
-        count = arena.count
+        log = log_of(made)
+        count = log.count
         views = [made[1:], made.T, *made.split(2), made.add_(1), made.contiguous()]
-        assert arena.count == count
+        assert log.count == count
     assert all(symmem.find(view)._block is symmem.find(made)._block for view in views)  # type: ignore[union-attr]
 
 
@@ -429,16 +429,16 @@ def test_copies_and_pickles() -> None:
 def test_what_is_over_is_freed() -> None:
     with inside():
         made = x + 1
-    arena = arena_of(made)
+    log = log_of(made)
     symmem.collect()
-    before = arena.live_bytes
+    before = log.live_bytes
     with inside():
         for _ in range(20_000):
             made = torch.ones(1000) * 2
-    assert sum(segment.nbytes for segment in arena.segments) < 20_000 * 2 * 4000  # the bytes of all requests
+    assert sum(segment.nbytes for segment in log.segments) < 20_000 * 2 * 4000  # the bytes of all requests
     del made
     symmem.collect()
-    assert arena.live_bytes < before
+    assert log.live_bytes < before
 
 
 def test_nested() -> None:
@@ -453,11 +453,11 @@ def test_nested() -> None:
                 three = x + 1
             four = x + 1
         five = x + 1
-    arenas = [arena_of(each) for each in (one, two, made, three, four, five)]
-    assert [arena.group for arena in arenas] == [resolve_group(), other, other, resolve_group(), other, resolve_group()]
-    assert arena_of(x + 1) is None
-    counts = [arena.count for arena in (arenas[0], arenas[1])]
-    assert counts == [3, 3]  # every tensor was allocated once, from one of the arenas
+    logs = [log_of(each) for each in (one, two, made, three, four, five)]
+    assert [log.group for log in logs] == [resolve_group(), other, other, resolve_group(), other, resolve_group()]
+    assert log_of(x + 1) is None
+    counts = [log.count for log in (logs[0], logs[1])]
+    assert counts == [3, 3]  # every tensor was allocated once, from one of the logs
 
 
 def test_an_error_inside() -> None:
@@ -465,7 +465,7 @@ def test_an_error_inside() -> None:
     with inside():
         with pytest.raises(ZeroDivisionError), inside(other):
             raise ZeroDivisionError
-        assert arena_of(x + 1).group is resolve_group()
+        assert log_of(x + 1).group is resolve_group()
         with pytest.raises(RuntimeError, match="mat1 and mat2"):
             x @ x
         assert is_symmetric(x + 1)
@@ -501,7 +501,7 @@ def test_threads() -> None:
     for thread in threads:
         thread.join(20)
     for index, group in enumerate(groups):
-        assert {arena_of(each).group for each in results[index]} == {group}
+        assert {log_of(each).group for each in results[index]} == {group}
     assert not any(is_symmetric(each) for each in results[2])
 
 
@@ -542,7 +542,7 @@ def test_threads_started_inside_are_not_inside() -> None:
 def test_the_call_site_is_the_programs() -> None:
     with inside():
         made = torch.nn.functional.gelu(torch.nn.functional.linear(x, x))
-    records = arena_of(made).recent()
+    records = log_of(made).recent()
     assert [record.site.code.co_name for record in records] == ["test_the_call_site_is_the_programs"] * len(records)
 
 
@@ -567,7 +567,7 @@ def test_a_full_arena(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.zeros(10_000_000)
         with pytest.raises(ResourceLimitError):
             made.expand(5000, 1000).contiguous()
-        assert arena_of(made + 1).group is small
+        assert log_of(made + 1).group is small
 
 
 # CUDA, with a fake of torch's allocator.
