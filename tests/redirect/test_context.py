@@ -457,7 +457,7 @@ def test_nested() -> None:
     assert [log.group for log in logs] == [resolve_group(), other, other, resolve_group(), other, resolve_group()]
     assert log_of(x + 1) is None
     counts = [log.count for log in (logs[0], logs[1])]
-    assert counts == [3, 3]  # every tensor was allocated once, from one of the logs
+    assert counts == [3, 3]  # every tensor was allocated once, from one of the arenas
 
 
 def test_an_error_inside() -> None:
