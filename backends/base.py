@@ -107,7 +107,7 @@ class Group(Protocol):
         """The ``torch.distributed.ProcessGroup``, or None for a group made from a store alone."""
 
     def lost(self) -> tuple[int, ...]:
-        """Ranks whose process is known to have ended. Costs a few microseconds, never blocks."""
+        """The ranks with a process that is known to have ended. It takes a few microseconds and never blocks."""
 
     def collective(self, operation: str, timeout: float | None = None) -> contextlib.AbstractContextManager[Collective]:
         """Begin a collective operation; all ranks must. For resources that a mapping makes later, such as multicast.

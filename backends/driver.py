@@ -39,6 +39,9 @@ class Driver:
 
     def __init__(self) -> None:
         self.bindings = _import_bindings()
+        handle_types = self.bindings.CUmemAllocationHandleType
+        self._posix = handle_types.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        self._fabric = handle_types.CU_MEM_HANDLE_TYPE_FABRIC
         self._initialise()
         self._devices = tuple(self._call("cuDeviceGet", i) for i in range(self._call("cuDeviceGetCount")))
         if not self._devices:
@@ -174,9 +177,7 @@ class Driver:
         return location
 
     def _handle_types(self, fabric: bool) -> Any:
-        types = self.bindings.CUmemAllocationHandleType
-        posix = types.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-        return posix | types.CU_MEM_HANDLE_TYPE_FABRIC if fabric else posix
+        return self._posix | self._fabric if fabric else self._posix
 
     def release(self, handle: int) -> None:
         """Release a handle. The memory lives on while it is mapped, exported or imported anywhere."""
@@ -184,25 +185,19 @@ class Driver:
 
     def export_descriptor(self, handle: int) -> int:
         """A file descriptor for a handle. Another process of this host can import it; the caller closes it."""
-        types = self.bindings.CUmemAllocationHandleType
-        posix = types.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-        return int(self._call("cuMemExportToShareableHandle", handle, posix, 0))
+        return int(self._call("cuMemExportToShareableHandle", handle, self._posix, 0))
 
     def import_descriptor(self, descriptor: int) -> int:
         """The handle for a descriptor of another process. The caller closes the descriptor."""
-        types = self.bindings.CUmemAllocationHandleType
-        posix = types.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-        return int(self._call("cuMemImportFromShareableHandle", descriptor, posix))
+        return int(self._call("cuMemImportFromShareableHandle", descriptor, self._posix))
 
     def export_fabric(self, handle: int) -> bytes:
         """64 bytes for a handle. A process on any host of the NVLink fabric can import them."""
-        fabric = self.bindings.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_FABRIC
-        return bytes(self._call("cuMemExportToShareableHandle", handle, fabric, 0).data)
+        return bytes(self._call("cuMemExportToShareableHandle", handle, self._fabric, 0).data)
 
     def import_fabric(self, exported: bytes) -> int:
         """The handle for the bytes that :meth:`export_fabric` returned."""
-        fabric = self.bindings.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_FABRIC
-        return int(self._call("cuMemImportFromShareableHandle", exported, fabric))
+        return int(self._call("cuMemImportFromShareableHandle", exported, self._fabric))
 
     def reserve(self, nbytes: int, alignment: int) -> int:
         """Reserve a range of addresses."""

@@ -1,8 +1,8 @@
 """Signal pads inside an allocation: slots behind the user's bytes, one per group that rendezvouses the memory.
 
-Backends use it whose library maps an allocation as a whole (torch's transports, NVSHMEM). A pad inside costs nothing. A
-separate pad would cost a second rendezvous: 18 ms with torch's CUDA transport and 200 ms with its NCCL transport, on
-8 GPUs. Our pads are also separate from torch's pad, whose words torch's own operators use.
+They are for backends with a library that maps an allocation as a whole (torch's transports, NVSHMEM). A pad inside
+costs nothing. A separate pad would cost a second rendezvous: 18 ms with torch's CUDA transport and 200 ms with its
+NCCL transport, on 8 GPUs. Our pads are also separate from torch's pad, which torch's own operators use.
 
 A rank may have used other slots than its peers, because it may be in other groups. So every rank takes any free slot
 and tells the others its offset.
