@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from symmem.arena.statistics import memory_snapshot, memory_stats
     from symmem.backends.base import Capability
     from symmem.errors import SymmemError
-    from symmem.group.group import Group, resolve_group
+    from symmem.group.group import Group
+    from symmem.group.resolve import resolve_group
     from symmem.redirect.context import use_symmetric_memory
     from symmem.tensor.device_view import DeviceView, include_path
     from symmem.tensor.tensor import SymmetricTensor, allocate, find
@@ -80,7 +81,7 @@ __getattr__, __dir__ = lazy_exports(
         "memory_snapshot": "symmem.arena.statistics",
         "memory_stats": "symmem.arena.statistics",
         "register_symm_mem_args": "symmem.ops.registry.registry",
-        "resolve_group": "symmem.group.group",
+        "resolve_group": "symmem.group.resolve",
         "use_symmetric_memory": "symmem.redirect.context",
     },
     # Layers above this one, and one that needs Triton: the type checker must not see imports of them here.

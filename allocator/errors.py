@@ -69,7 +69,7 @@ class SymmemError(Exception):
         self.group = group
         self.step = step
         self.peers = tuple(peers)
-        self.known_to: str | None = None  # the group of which all ranks have raised it
+        self.propagated_to: str | None = None  # the group of which all ranks have raised it
 
     def located(self, *, rank: int, group: str, step: str) -> SymmemError:
         """Fill in where the error happened, unless that is known already; returns the error itself."""

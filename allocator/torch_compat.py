@@ -31,7 +31,7 @@ from symmem.backends import select_backend
 from symmem.backends.torch_transport import BACKENDS as _TORCH_NAMES
 from symmem.config import load_settings
 from symmem.errors import BackendUnavailableError, GroupError, InvalidArgumentError
-from symmem.group.group import GroupLike, resolve_group
+from symmem.group.resolve import GroupLike, resolve_group
 from symmem.tensor.tensor import SymmetricTensor, find
 from symmem.tensor.torch_handle import TorchHandle as Handle
 from symmem.tensor.torch_handle import reserve

@@ -1,7 +1,7 @@
 """The contract between symmem and a backend.
 
 A backend makes, exports and maps memory. It knows nothing of shapes, dtypes or handles. Of the group it sees only
-:class:`Group` and :class:`Collective`. A new backend subclasses three classes:
+:class:`RankGroup` and :class:`Collective`. A new backend subclasses three classes:
 
 * :class:`Backend`: ``probe``, ``allocate`` and the one collective hook, ``rendezvous``;
 * :class:`Allocation`: this rank's memory, freed when the last tensor over it is gone;
@@ -34,6 +34,7 @@ __all__ = [
     "Collective",
     "Group",
     "Mapping",
+    "RankGroup",
     "Signals",
     "storage_at",
     "tensor_at",
@@ -83,7 +84,7 @@ class Signals(Protocol):
         """See :meth:`Mapping.signal_pad`."""
 
 
-class Group(Protocol):
+class RankGroup(Protocol):
     """The part of a group of ranks that backends see."""
 
     @property
@@ -118,6 +119,10 @@ class Group(Protocol):
         """
 
 
+Group = RankGroup
+"""The name by which backends import :class:`RankGroup`."""
+
+
 class Collective(Protocol):
     """One collective operation in progress.
 
@@ -125,7 +130,7 @@ class Collective(Protocol):
     """
 
     @property
-    def group(self) -> Group:
+    def group(self) -> RankGroup:
         """The group of the operation."""
 
     @property
@@ -214,7 +219,7 @@ class Mapping:
 
     serial = 0
 
-    def __init__(self, backend: Backend, group: Group, device: torch.device, pointers: Sequence[int]) -> None:
+    def __init__(self, backend: Backend, group: RankGroup, device: torch.device, pointers: Sequence[int]) -> None:
         self.backend = backend
         self.group = group
         self.device = device
@@ -341,7 +346,7 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
-    def allocate(self, nbytes: int, device: torch.device, group: Group | None) -> Allocation:
+    def allocate(self, nbytes: int, device: torch.device, group: RankGroup | None) -> Allocation:
         """Make ``nbytes`` (0 or more) bytes of zeroed memory on ``device``.
 
         Not collective, unless the backend has ``COLLECTIVE_ALLOCATION``.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from symmem.arena.arena import used_arenas
 from symmem.arena.reclaim import ReclaimRound
-from symmem.group.group import GroupLike, resolve_group
+from symmem.group.resolve import GroupLike, resolve_group
 from symmem.memory import cuda_graphs
 
 __all__ = ["before_collecting", "collect"]

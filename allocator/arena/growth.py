@@ -20,7 +20,7 @@ from symmem.memory import cuda_graphs
 if TYPE_CHECKING:
     from symmem.arena.allocation_log import AllocationLog, AllocationRecord
     from symmem.arena.segment import Segment
-    from symmem.group.group import Collective
+    from symmem.group.agreement import CollectiveOperation
 
 __all__ = ["Growth"]
 
@@ -174,7 +174,7 @@ class Growth:
         return log.add_segment(allocation, mapping)
 
     @contextlib.contextmanager
-    def _collective(self, operation: str, proposed: AllocationRecord) -> Iterator[Collective]:
+    def _collective(self, operation: str, proposed: AllocationRecord) -> Iterator[CollectiveOperation]:
         """A collective operation for an allocation. If the other ranks do something else, the hint names it."""
         log = self._log
         try:

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from symmem.arena.slot_mask import from_text, slots_of, to_text
-from symmem.errors import DivergenceError, MismatchError
-from symmem.group.group import Collective, differing
+from symmem.errors import DivergenceError
+from symmem.group.agreement import CollectiveOperation
+from symmem.group.compare import check_equal, differing, exchange_json
 from symmem.memory import cuda_graphs
 
 if TYPE_CHECKING:
@@ -58,10 +58,9 @@ class ReclaimRound:
                 log.in_transaction = False
         self._locks.close()
 
-    def run(self, collective: Collective) -> None:
+    def run(self, collective: CollectiveOperation) -> None:
         """Exchange and agree, in a collective operation that does nothing else."""
-        with collective.exchange("compare", json.dumps(self.metadata()).encode()) as received:
-            self.agree(collective, [json.loads(contribution.payload) for contribution in received])
+        self.agree(collective, exchange_json(collective, "compare", self.metadata()))
 
     def metadata(self) -> list[dict[str, Any]]:
         """The metadata that this rank sends, per arena. Starts the round on this rank.
@@ -92,7 +91,7 @@ class ReclaimRound:
             for log, dropped, signalled in masks
         ]
 
-    def agree(self, collective: Collective, received: Sequence[list[dict[str, Any]]]) -> None:
+    def agree(self, collective: CollectiveOperation, received: Sequence[list[dict[str, Any]]]) -> None:
         """Compare the metadata of all ranks, and prepare to free slots. Collective if ranks have diverged.
 
         Raises:
@@ -103,13 +102,9 @@ class ReclaimRound:
         if any(kind != kinds[0] for kind in kinds):
             self._explain_kinds(collective, kinds)
         trims = [metadata[0]["trim"] if metadata else False for metadata in received]
-        if len(set(trims)) > 1:
-            text, peers = differing(trims)
-            raise MismatchError(
-                f"ranks disagree on 'trim' of their arenas: {text}",
-                hint="call collect() with the same arguments on all ranks",
-                peers=peers,
-            )
+        check_equal(
+            trims, "ranks disagree on 'trim' of their arenas:", "call collect() with the same arguments on all ranks"
+        )
         self._agreed = []
         for log, by_rank in zip(self._logs, zip(*received, strict=True), strict=True):
             if len({(metadata["number"], metadata["digest"]) for metadata in by_rank}) > 1:
@@ -119,13 +114,12 @@ class ReclaimRound:
             log.pads.clear(slots_of(agreed & signalled))
             self._agreed.append(agreed)
 
-    def _explain_kinds(self, collective: Collective, kinds: Sequence[list[str]]) -> None:
+    def _explain_kinds(self, collective: CollectiveOperation, kinds: Sequence[list[str]]) -> None:
         """Raise the error that says which ranks use a backend that others do not use, and where. Collective."""
         common = set(kinds[0]).intersection(*kinds[1:])
         only = [log for log in self._logs if _kind(log) not in common] or self._logs
         mine = "; ".join(f"{_kind(log)}: {next(iter(log.recent()))}" for log in only) or "nothing"
-        with collective.exchange("difference", mine.encode()) as received:
-            text, peers = differing([contribution.payload.decode() for contribution in received])
+        text, peers = differing(exchange_json(collective, "difference", mine))
         raise DivergenceError(
             f"the ranks have allocated with different backends, or on different devices: {text}",
             hint="all ranks of a group must make the same allocations. If only some ranks need a tensor, allocate it "
@@ -151,7 +145,7 @@ def _kind(log: AllocationLog) -> str:
 
 
 def compare(
-    log: AllocationLog, collective: Collective, proposed: AllocationRecord, nbytes: int, sites: bool = False
+    log: AllocationLog, collective: CollectiveOperation, proposed: AllocationRecord, nbytes: int, sites: bool = False
 ) -> None:
     """Compare the allocations of all ranks; dropped blocks do not matter. Collective.
 
@@ -168,33 +162,27 @@ def compare(
     """
     site = f"{proposed.site.code.co_name}:{proposed.site.line}" if sites else ""
     mine = [[log.count, proposed.digest, site], nbytes]
-    with collective.exchange("compare", json.dumps(mine).encode()) as contributions:
-        received = [json.loads(contribution.payload) for contribution in contributions]
+    received = exchange_json(collective, "compare", mine)
     if any(other[0] != received[0][0] for other in received):
         _explain(log, collective, proposed)
-    values = [f"{other[1]} bytes" for other in received]
-    if len(set(values)) > 1:
-        text, peers = differing(values)
-        raise MismatchError(
-            f"the arena of {log.backend.name!r} would grow differently: by {text}",
-            hint="set arena_size, arena_growth and arena_limit to the same values on all ranks",
-            peers=peers,
-        )
+    check_equal(
+        [f"{other[1]} bytes" for other in received],
+        f"the arena of {log.backend.name!r} would grow differently: by",
+        "set arena_size, arena_growth and arena_limit to the same values on all ranks",
+    )
 
 
-def _explain(log: AllocationLog, collective: Collective, proposed: AllocationRecord | None = None) -> None:
+def _explain(log: AllocationLog, collective: CollectiveOperation, proposed: AllocationRecord | None = None) -> None:
     """Find the first allocation that differs, and raise the error. Collective."""
     records = {record.number: record for record in log.recent()}
     if proposed:
         records[proposed.number] = proposed
     digests = {number: record.digest for number, record in records.items()}
-    with collective.exchange("history", json.dumps(list(digests.items())).encode()) as received:
-        histories = [dict(json.loads(contribution.payload)) for contribution in received]
+    histories = [dict(history) for history in exchange_json(collective, "history", list(digests.items()))]
     first = max(min(history, default=1) for history in histories)  # the first that all ranks remember
     last = max(max(history, default=0) for history in histories)
     number = next((n for n in range(first, last + 1) if len({history.get(n) for history in histories}) > 1), last)
-    with collective.exchange("difference", str(records.get(number) or "nothing").encode()) as received:
-        texts = [contribution.payload.decode() for contribution in received]
+    texts = exchange_json(collective, "difference", str(records.get(number) or "nothing"))
     text, peers = differing(texts)
     same = len(set(texts)) == 1  # only an interrupt can cause this
     if same:

@@ -14,7 +14,8 @@ from symmem.arena.allocation_log import AllocationLog, AllocationRecord
 from symmem.arena.arena import arenas_of
 from symmem.arena.segment import Segment
 from symmem.arena.slot_mask import masks_of, slots_of
-from symmem.group.group import GroupLike, known_groups, resolve_group
+from symmem.group.group import known_groups
+from symmem.group.resolve import GroupLike, resolve_group
 from symmem.memory import cuda_graphs
 from symmem.memory.block import Block
 from symmem.memory.registry import live_ranges

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from symmem.compile.plan.mutable_ops import original_of
 from symmem.compile.plan.symmetric_layout import is_part
 from symmem.errors import GroupError
-from symmem.ops.engines.select import group_named
+from symmem.group.resolve import group_named
 from symmem.ops.registry import registry
 from symmem.ops.registry.built_in import OWN_NAMESPACE
 from symmem.ops.registry.eager_checks import backend_of

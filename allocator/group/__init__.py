@@ -1,4 +1,4 @@
-"""Groups of ranks: identity, agreement, joining, and the transports between ranks."""
+"""Groups of ranks: identity, agreement, join, comparison, and the transports between ranks."""
 
 from __future__ import annotations
 
@@ -7,23 +7,15 @@ from typing import TYPE_CHECKING
 from symmem._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from symmem.group.group import (
-        Collective,
-        Group,
-        GroupLike,
-        Place,
-        check_timeout,
-        default_group,
-        differing,
-        known_groups,
-        resolve_group,
-    )
+    from symmem.group.agreement import CollectiveOperation
+    from symmem.group.compare import differing
+    from symmem.group.group import Group, check_timeout, known_groups
+    from symmem.group.resolve import GroupLike, default_group, resolve_group
 
 __all__ = [
-    "Collective",
+    "CollectiveOperation",
     "Group",
     "GroupLike",
-    "Place",
     "check_timeout",
     "default_group",
     "differing",
@@ -34,14 +26,13 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "Collective": "symmem.group.group",
+        "CollectiveOperation": "symmem.group.agreement",
         "Group": "symmem.group.group",
-        "GroupLike": "symmem.group.group",
-        "Place": "symmem.group.group",
+        "GroupLike": "symmem.group.resolve",
         "check_timeout": "symmem.group.group",
-        "default_group": "symmem.group.group",
-        "differing": "symmem.group.group",
+        "default_group": "symmem.group.resolve",
+        "differing": "symmem.group.compare",
         "known_groups": "symmem.group.group",
-        "resolve_group": "symmem.group.group",
+        "resolve_group": "symmem.group.resolve",
     },
 )

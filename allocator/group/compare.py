@@ -1,37 +1,110 @@
-"""What all ranks of a group must have alike: compared before they go on, so that a difference is an error on all."""
+"""Let the ranks of a group compare values, so that a difference is the same error on all ranks."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from symmem.errors import MismatchError
-from symmem.group.group import Group, differing
 
-__all__ = ["compare"]
+if TYPE_CHECKING:
+    from symmem.backends.base import Collective, RankGroup
+
+__all__ = ["check_equal", "compare", "compare_in_group", "differing", "exchange_json"]
 
 
-def compare(group: Group, step: str, card: Mapping[str, object], hint: str) -> None:
-    """Let all ranks compare what they have. Collective over the group, and waits.
+def compare_in_group(group: RankGroup, step: str, values: Mapping[str, object], hint: str) -> None:
+    """Compare values in a collective operation that does nothing else. Collective; waits for all ranks.
 
     Args:
-        group: Of the ranks.
-        step: The operation that they are about to do, the same on all ranks.
-        card: What must be alike, by names for errors.
-        hint: What to do if something is not.
+        group: The group.
+        step: The operation that follows; it must be the same on all ranks too.
+        values: The values by name.
+        hint: The hint of the error.
 
     Raises:
-        MismatchError: On all ranks: names what differs, and who has what.
-        SymmemError: On all ranks: what a rank has told instead by :meth:`Group.fail`; or who died or did not come.
+        MismatchError: Values differ; on all ranks.
+        SymmemError: An error that a rank passed to :meth:`Group.fail` instead, or a rank died or did not come.
     """
-    if group.size == 1:
-        return
-    with group.collective("comparison", group.settings.signal_timeout) as collective:
-        sent = {"operation": step, **{name: str(value) for name, value in card.items()}}
-        with collective.exchange("what is alike", json.dumps(sent).encode()) as received:
-            cards = [json.loads(contribution.payload) for contribution in received]
-        for name in sent:
-            values = [each.get(name, "none") for each in cards]
-            if len(set(values)) > 1:
-                text, peers = differing(values)
-                raise MismatchError(f"ranks differ in {name}: {text}", hint=hint, step=step, peers=peers)
+    if group.size > 1:
+        with group.collective("comparison", group.settings.signal_timeout) as collective:
+            compare(collective, {"operation": step, **values}, hint=hint, step=step)
+
+
+def compare(
+    collective: Collective,
+    values: Mapping[str, object],
+    state: Mapping[str, object] | None = None,
+    *,
+    hint: str,
+    hints: Mapping[str, str] | None = None,
+    step: str | None = None,
+) -> list[dict[str, Any]]:
+    """Compare values within a collective operation, in one exchange.
+
+    Args:
+        collective: The operation in progress.
+        values: Values that must be equal on all ranks, by name.
+        state: Values to exchange that may differ.
+        hint: The hint of the error.
+        hints: Other hints for some of the names.
+        step: The step that the error names; default the collective operation.
+
+    Returns:
+        The values and the state of every rank, in rank order.
+
+    Raises:
+        MismatchError: Values differ. The error names the first difference and the ranks of every value.
+    """
+    received = exchange_json(collective, "compare", {**values, **(state or {})})
+    for name in values:
+        check_equal(
+            [rank.get(name) for rank in received],
+            f"ranks disagree on {name!r}:",
+            (hints or {}).get(name, hint),
+            step=step,
+        )
+    return received
+
+
+def exchange_json(collective: Collective, step: str, value: object) -> list[Any]:
+    """Exchange plain data; returns the values of all ranks. Other types than those of JSON become text."""
+    with collective.exchange(step, json.dumps(value, default=str).encode()) as received:
+        return [json.loads(contribution.payload) for contribution in received]
+
+
+def check_equal(values: Sequence[object], problem: str, hint: str, step: str | None = None) -> None:
+    """Raise MismatchError unless all ranks have the same value.
+
+    Args:
+        values: The value of every rank.
+        problem: The beginning of the error; the values and their ranks follow.
+        hint: The hint of the error.
+        step: The step that the error names.
+    """
+    texts = [str(value) for value in values]
+    if len(set(texts)) > 1:
+        text, peers = differing(texts)
+        raise MismatchError(f"{problem} {text}", hint=hint, step=step, peers=peers)
+
+
+def differing(values: Sequence[object]) -> tuple[str, tuple[int, ...]]:
+    """Return a text with the ranks of every value, and the ranks outside the majority. On a draw, rank 0 decides."""
+    ranks: dict[object, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    text = ", ".join(f"{value} on rank{'s' * (len(r) > 1)} {_spans(r)}" for value, r in ranks.items())
+    common = max(ranks.values(), key=len)
+    return text, tuple(rank for rank in range(len(values)) if rank not in common)
+
+
+def _spans(ranks: list[int]) -> str:
+    """Write sorted ranks compactly: 0-3, 6."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and spans[-1][-1] == rank - 1:
+            spans[-1][1:] = [rank]
+        else:
+            spans.append([rank])
+    return ", ".join("-".join(map(str, span)) for span in spans)

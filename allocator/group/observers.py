@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from symmem.backends.base import Group
+    from symmem.backends.base import RankGroup
 
 __all__ = ["group_made"]
 
-group_made: list[Callable[[Group], object]] = []
+group_made: list[Callable[[RankGroup], object]] = []
 """Called in order when a group is made; for example to start the inspection server."""

@@ -1,8 +1,8 @@
-"""How the ranks of a group pass messages: over the job's store, or over unix sockets on one host.
+"""The transports of a group's messages: the job's store, or unix sockets on one host.
 
-Both are stars around rank 0, the leader: every other rank submits one message a round, the leader collects them
-and publishes one verdict. What a round asks of the store grows linearly with the group, and the sockets ask
-nothing of it: only a group's first round, or a group that spans hosts, uses the store.
+Both are stars around rank 0, the leader. In a round, every other rank submits one message. The leader collects them and
+publishes one verdict. The number of requests to the store grows linearly with the group. Only a group's first rounds,
+or a group that spans hosts, use the store.
 """
 
 from __future__ import annotations
@@ -41,27 +41,26 @@ if TYPE_CHECKING:
 
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["Message", "SocketWire", "StoreWire", "Wire", "watch_process", "within"]
+__all__ = ["Message", "SocketTransport", "StoreTransport", "Transport", "watch_process", "within"]
 
 T = TypeVar("T")
 
-log = logging.getLogger("symmem.wires")
+log = logging.getLogger("symmem.group")
 
 PATIENCE = 2.0
-"""Seconds that rank 0 tries to send a verdict to a rank whose buffer is full, before it takes that rank for gone; and
-that the store may be late with an answer."""
+"""Seconds of tolerance. After this time, rank 0 gives up a rank with a full buffer, and a rank gives up the store."""
 
 TURN = 1.0
-"""Seconds that the first request of the store may wait, and the following ones longer. A client of it serves one at a
-time, so two threads whose groups meet at once would otherwise wait for each other."""
+"""Seconds of the first wait in the store; the following waits are longer. A store client handles one request at a
+time, so with one long wait two threads with different groups would block each other."""
 
 
 @dataclass
 class Message:
-    """What a rank submits (one contribution or an error), or the leader publishes (all of them or an error).
+    """A rank submits one contribution or an error; the leader publishes all contributions or an error.
 
-    ``sequence`` numbers the group's rounds; what is left over from an earlier round is recognised and dropped.
-    ``deadline`` is on CLOCK_MONOTONIC, thus meaningful within one host only.
+    ``sequence`` is the number of the round, so that messages of earlier rounds can be dropped. ``deadline`` is by
+    CLOCK_MONOTONIC, so it has a meaning within one host only.
     """
 
     sequence: int
@@ -70,8 +69,12 @@ class Message:
     contributions: list[Contribution] = field(default_factory=list)
     error: dict[str, Any] | None = None
 
+    def replace(self, contributions: Iterable[Contribution], error: dict[str, Any] | None) -> Message:
+        """Return a message of the same round with other contents."""
+        return Message(self.sequence, self.step, self.deadline, list(contributions), error)
+
     def header(self) -> dict[str, Any]:
-        """Everything but the payloads and descriptors, as plain data."""
+        """Return everything except the payloads and descriptors, as plain data."""
         return {
             "sequence": self.sequence,
             "step": self.step,
@@ -83,14 +86,14 @@ class Message:
 
     @classmethod
     def unpack(cls, header: dict[str, Any], body: bytes, descriptors: tuple[int, ...] = ()) -> Message:
-        """The inverse of :meth:`header` and the concatenated payloads and descriptors.
+        """Make a message from its header, its concatenated payloads and its descriptors.
 
         Raises:
-            RendezvousError: It is not; the descriptors are closed.
+            RendezvousError: They are not a message. The descriptors are closed.
         """
         if not _is_sound(header, len(body), len(descriptors)):
             scm.close_all(descriptors)
-            raise RendezvousError(f"a peer sent something that is no message: {str(header)[:80]}")
+            raise RendezvousError(f"a peer sent data that is not a message: {str(header)[:80]}")
         contributions, at, first = [], 0, 0
         for size, count in zip(header["sizes"], header["counts"], strict=True):
             contributions.append(Contribution(body[at : at + size], descriptors[first : first + count]))
@@ -98,20 +101,20 @@ class Message:
         return cls(header["sequence"], header["step"], header["deadline"], contributions, header["error"])
 
     def body(self) -> bytes:
-        """All payloads in order."""
+        """Return all payloads in order."""
         return b"".join(c.payload for c in self.contributions)
 
     def descriptors(self) -> tuple[int, ...]:
-        """All descriptors in order."""
+        """Return all descriptors in order."""
         return tuple(d for c in self.contributions for d in c.descriptors)
 
     def close(self) -> None:
-        """Close the descriptors of a message that was received and is not used."""
+        """Close the descriptors of a received message that is not used."""
         scm.close_all(self.descriptors())
 
 
 def _is_sound(header: dict[str, Any], nbytes: int, descriptors: int) -> bool:
-    """Whether a header is that of a message with a body of ``nbytes`` bytes and so many descriptors."""
+    """Whether a header fits a body of ``nbytes`` bytes and this number of descriptors."""
     try:
         sizes, counts = header["sizes"], header["counts"]
         if header["error"] is not None:
@@ -128,44 +131,40 @@ def _is_sound(header: dict[str, Any], nbytes: int, descriptors: int) -> bool:
         return False
 
 
-class Wire(Protocol):
+class Transport(Protocol):
     """A star around rank 0."""
 
-    carries_descriptors: bool
-
     def submit(self, message: Message) -> None:
-        """Send to the leader; replaces what this rank submitted in the same round."""
+        """Send to the leader; replaces an earlier message of this rank in the same round."""
 
     def collect(self, sequence: int, deadline: float) -> dict[int, Message]:
-        """At the leader: the message of every other rank; returns early, with fewer, once one carries an error."""
+        """At the leader: return the message of every other rank; return early, with fewer, after an error."""
 
     def publish(self, message: Message) -> None:
         """At the leader: send to all others."""
 
     def verdict(self, sequence: int, deadline: float) -> Message:
-        """At the others: what the leader published in this round; asked again, its error or none is enough."""
+        """At the others: return the message that the leader published in this round.
 
-    def close(self) -> None:
-        """Give up all resources."""
+        If called again, the returned message may lack the contributions.
+        """
 
 
-class StoreWire:
+class StoreTransport:
     """Messages as keys of a ``torch.distributed.Store``.
 
-    A round of n ranks takes 2 requests from each rank (its message, a counter), one wait each, and a read of n keys
-    by the leader. The last rank to come, or the first that failed, sets ``ready``, so nobody polls.
+    In a round of n ranks, every rank makes 2 requests (its message, a counter) and one wait, and the leader reads n
+    keys. The last rank to come, or the first that failed, sets ``ready``, so no rank polls.
 
-    Of a store's calls only ``wait`` has a limit, and none if the process that serves it is stopped. So they are made on
-    a thread that is given up when time is up.
+    Of a store's calls, only ``wait`` has a timeout, and not even ``wait`` if the process that serves the store is
+    stopped. So a thread makes the calls, and the caller abandons the thread at the deadline.
     """
 
-    carries_descriptors = False
-
     def __init__(self, store: Store, prefix: str, rank: int, size: int) -> None:
-        self._store: Any = store  # torch's stubs leave out bytes as values, and has_extended_api
+        self._store: Any = store  # torch's stubs lack bytes as values, and has_extended_api
         self._prefix, self._rank, self._size = prefix, rank, size
-        self._kept = 1  # the first round whose keys are still there
-        self._collected = 0  # the last round that was collected here; those that sockets carried left no keys
+        self._kept = 1  # the first round with keys in the store
+        self._collected = 0  # the last round collected here; rounds over sockets leave no keys
 
     def _key(self, sequence: int, name: object) -> str:
         return f"{self._prefix}/{sequence}/{name}"
@@ -191,7 +190,7 @@ class StoreWire:
     def _collect(self, sequence: int, deadline: float) -> dict[int, Message]:
         ranks = range(1, self._size)
         self._collected = sequence
-        self._store.set(self._key(sequence, 0), b"")  # only so that the others can tell whether rank 0 came
+        self._store.set(self._key(sequence, 0), b"")  # shows the others that rank 0 has come
         self._wait(self._key(sequence, "ready"), deadline, sequence, ranks)
         keys = {rank: self._key(sequence, rank) for rank in ranks}
         if self._store.has_extended_api() and self._store.check(list(keys.values())):
@@ -204,7 +203,10 @@ class StoreWire:
         return messages
 
     def forget(self, sequence: int) -> None:
-        """At the leader: all ranks have come to this round, so all have read the verdicts before: their keys can go."""
+        """At the leader: delete the keys of the rounds before this one.
+
+        All ranks have come to this round, so they have read the earlier verdicts.
+        """
         within(time.monotonic(), self._forget, sequence)
 
     def _forget(self, sequence: int) -> None:
@@ -217,9 +219,6 @@ class StoreWire:
         key = self._key(sequence, "verdict")
         self._wait(key, deadline, sequence, range(self._size))
         return self._decode(self._store.get(key))
-
-    def close(self) -> None:
-        pass  # the store belongs to the job
 
     def _set(self, key: str, message: Message) -> None:
         head = json.dumps(message.header()).encode()
@@ -234,8 +233,8 @@ class StoreWire:
         turn = TURN
         while not self._comes(key, min(time.monotonic() + turn, deadline)):
             if time.monotonic() < deadline:
-                turn = min(2 * turn, 4 * TURN)  # torch logs each that was in vain
-                time.sleep(0.02)  # so that another thread gets hold of the client
+                turn = min(2 * turn, 4 * TURN)  # torch logs every wait that times out
+                time.sleep(0.02)  # lets another thread use the client
                 continue
             absent = tuple(
                 rank for rank in ranks if rank != self._rank and not self._store.check([self._key(sequence, rank)])
@@ -246,11 +245,11 @@ class StoreWire:
             )
 
     def _comes(self, key: str, end: float) -> bool:
-        """Wait for a key for a while; meanwhile no other thread of this process can ask the store anything."""
+        """Wait for a key until ``end``. Meanwhile no other thread of this process can use the store."""
         try:
             self._store.wait([key], timedelta(seconds=max(end - time.monotonic(), 0.001)))
         except RuntimeError as error:
-            # Stores differ in what they raise when time is up; the clock tells a timeout from a broken store.
+            # The exception at a timeout differs from store to store; the clock tells it from a broken store.
             if time.monotonic() < end - 0.05:
                 raise RendezvousError(
                     f"the job's store failed: {error}", hint="the process that serves it may have ended"
@@ -260,7 +259,10 @@ class StoreWire:
 
 
 def within(deadline: float, call: Callable[..., T], *arguments: Any) -> T:
-    """The result of a call of the store, or an error if there is none some time after ``deadline``."""
+    """Return the result of a call of the store; raise PeerTimeoutError if it is late.
+
+    The limit is ``deadline`` plus :data:`PATIENCE`.
+    """
     answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
     def work() -> None:
@@ -282,7 +284,7 @@ def within(deadline: float, call: Callable[..., T], *arguments: Any) -> T:
 
 
 def watch_process(pid: int) -> int | None:
-    """A descriptor that polls readable once the process has ended (pidfd_open(2)), or None on a kernel without.
+    """Return a descriptor that becomes readable when the process ends (pidfd_open(2)); None if the kernel has none.
 
     Raises:
         ResourceLimitError: This process may have no more descriptors.
@@ -296,24 +298,26 @@ def watch_process(pid: int) -> int | None:
         return None
 
 
-class SocketWire:
-    """Messages and descriptors over unix sockets; the death of a rank shows at once.
+class SocketTransport:
+    """Messages and descriptors over unix sockets. The death of a rank ends its connection at once.
 
     Args:
-        peers: At the leader a connection to each other rank; at the others one to rank 0.
-    """
+        peers: At the leader, a connection to every other rank; at the others, a connection to rank 0.
 
-    carries_descriptors = True
+    Attributes:
+        missing: At the leader, the ranks without a message in this round.
+    """
 
     def __init__(self, peers: dict[int, socket.socket]) -> None:
         self._peers = peers
-        # Holds the sockets: the collector, which finalises a circle in any order, must not come to them before this.
-        self._closing = weakref.finalize(self, _close_sockets, tuple(peers.values()))
-        self._closing.atexit = False
         self._inbox: dict[int, deque[Message]] = {peer: deque() for peer in peers}
+        # It holds the sockets, because the collector may otherwise finalise the sockets of a cycle first. At the exit
+        # of the interpreter it does nothing: the system closes the descriptors.
+        self._closing = weakref.finalize(self, _close_all, tuple(peers.values()), self._inbox)
+        self._closing.atexit = False
         self._gone: set[int] = set()
-        self.awaited: tuple[int, ...] = ()  # at the leader: whose message of this round has not come
-        self._heard: Message | None = None  # the last verdict, without its contributions
+        self.missing: tuple[int, ...] = ()
+        self._last_verdict: Message | None = None  # without its contributions
         self._poll = select.poll()
         self._at: dict[int, int] = {}
         for peer, sock in peers.items():
@@ -321,18 +325,18 @@ class SocketWire:
             self._at[sock.fileno()] = peer
 
     def submit(self, message: Message) -> None:
-        # If rank 0 is gone: what it told before it left is still to be read.
+        # If rank 0 is gone, its last message may still be unread.
         with contextlib.suppress(PeerLostError):
             self._send(0, message)
 
     def publish(self, message: Message) -> None:
-        # Who reads goes first, and who stopped reading holds the others up for no longer than its patience.
+        # Ranks that read come first. A rank that does not read delays the others by PATIENCE at most.
         ready = select.poll()
         for peer in self._peers.keys() - self._gone:
             ready.register(self._peers[peer], select.POLLOUT)
         readers = {self._at[descriptor] for descriptor, _event in ready.poll(0)}
         for peer in sorted(self._peers, key=lambda peer: peer not in readers):
-            # A rank that cannot be told is dead or stuck: the next round that needs it says so.
+            # An unreachable rank is dead or stuck; the next round that needs it raises the error.
             with contextlib.suppress(SymmemError):
                 self._send(peer, message, time.monotonic() + PATIENCE)
 
@@ -342,15 +346,15 @@ class SocketWire:
             looked = False
             while True:
                 deadline = min([deadline, *self._take(sequence, messages)])
-                self.awaited = missing = tuple(peer for peer in self._peers if peer not in messages)
+                self.missing = missing = tuple(peer for peer in self._peers if peer not in messages)
                 if any(message.error for message in messages.values()) or (looked and not missing):
                     return messages
                 if gone := tuple(peer for peer in missing if peer in self._gone):
                     raise _lost(gone)
                 if missing and looked and time.monotonic() > deadline:
                     raise PeerTimeoutError(f"ranks {list(missing)} did not come in time", peers=missing)
-                # When all are here, look once more at what has arrived: somebody may have withdrawn. Look too when
-                # time is up: it may be this rank that was late.
+                # When all messages are here, read once more: a rank may have withdrawn. Read too when time is up,
+                # because this rank itself may be late.
                 looked = not self._receive(deadline if missing else 0.0)
         except BaseException:
             for message in messages.values():
@@ -358,7 +362,7 @@ class SocketWire:
             raise
 
     def _take(self, sequence: int, messages: dict[int, Message]) -> list[float]:
-        """Move this round's messages out of the inboxes, drop older ones; returns the deadlines that came."""
+        """Move this round's messages out of the inboxes and drop older ones; return the deadlines of the moved ones."""
         deadlines = []
         for peer, inbox in self._inbox.items():
             while inbox and inbox[0].sequence <= sequence:
@@ -378,25 +382,23 @@ class SocketWire:
             while inbox:
                 message = inbox[0]
                 if message.sequence == sequence:
-                    # Noted first: an interrupt from here on must not leave this rank in doubt about the round.
-                    self._heard = Message(sequence, message.step, message.deadline, error=message.error)
+                    # Set first, so that this rank knows the outcome of the round even after an interrupt.
+                    self._last_verdict = Message(sequence, message.step, message.deadline, error=message.error)
                     return inbox.popleft()
                 inbox.popleft().close()
-            if self._heard is not None and self._heard.sequence == sequence:
-                return self._heard
+            if self._last_verdict is not None and self._last_verdict.sequence == sequence:
+                return self._last_verdict
             if self._gone:
                 raise _lost((0,))
             if not self._receive(deadline) and time.monotonic() > deadline:
                 raise PeerTimeoutError("rank 0, which gathers for the group, did not answer in time", peers=(0,))
 
     def close(self) -> None:
+        """Close the sockets, and the descriptors of unread messages."""
         self._closing()
-        for inbox in self._inbox.values():
-            while inbox:
-                inbox.popleft().close()
 
     def leave(self) -> None:
-        """Tell all peers, and a thread of this process that waits for them, that it is over; any thread may."""
+        """End the connections; peers, and a waiting thread of this process, wake up. Any thread may call it."""
         for sock in self._peers.values():
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -408,7 +410,7 @@ class SocketWire:
         except ConnectionError as error:
             raise _lost((peer,)) from error
         except OSError as error:
-            self._drop(peer)  # it may have got a part, and would take what follows for the rest
+            self._drop(peer)  # it may have received a part, and would read the next message as the rest
             if isinstance(error, TimeoutError):
                 raise PeerTimeoutError(f"rank {peer} does not read its messages", peers=(peer,)) from error
             raise limit_error(error, f"cannot send to rank {peer}") from error
@@ -417,7 +419,7 @@ class SocketWire:
             raise
 
     def _drop(self, peer: int) -> None:
-        """Take a rank for gone: what would come from it next cannot be told from the rest of what came last."""
+        """Treat a rank as gone, because the next data on its stream could be the rest of an earlier message."""
         if peer not in self._gone:
             self._gone.add(peer)
             self._poll.unregister(self._peers[peer])
@@ -425,7 +427,7 @@ class SocketWire:
                 self._peers[peer].shutdown(socket.SHUT_RDWR)
 
     def _receive(self, deadline: float) -> bool:
-        """Wait until ``deadline`` for messages and put them into the inboxes; False if nothing happened."""
+        """Wait until ``deadline`` for messages and put them into the inboxes; return False if none came."""
         remaining = max(deadline - time.monotonic(), 0.0)
         events = self._poll.poll(remaining * 1000)
         for descriptor, _event in events:
@@ -436,9 +438,9 @@ class SocketWire:
                 self._drop(peer)
             except TimeoutError as error:
                 self._drop(peer)
-                raise PeerTimeoutError(f"rank {peer} stopped amid a message", peers=(peer,)) from error
+                raise PeerTimeoutError(f"rank {peer} stopped in the middle of a message", peers=(peer,)) from error
             except ResourceLimitError:
-                raise  # the message was read to its end
+                raise  # the message was read completely, so the connection stays usable
             except BaseException:
                 self._drop(peer)
                 raise
@@ -447,9 +449,12 @@ class SocketWire:
         return bool(events)
 
 
-def _close_sockets(sockets: Iterable[socket.socket]) -> None:
+def _close_all(sockets: Iterable[socket.socket], inboxes: dict[int, deque[Message]]) -> None:
     for sock in sockets:
         sock.close()
+    for inbox in inboxes.values():
+        while inbox:
+            inbox.popleft().close()
 
 
 def _lost(peers: tuple[int, ...]) -> PeerLostError:

@@ -53,8 +53,9 @@ import torch
 
 from symmem.errors import InvalidArgumentError, RankError, SymmemError
 from symmem.group.group import Group
+from symmem.group.resolve import group_named
 from symmem.ops.engines.base import REDUCTIONS, Engine, Engines
-from symmem.ops.engines.select import engine_for, group_named
+from symmem.ops.engines.select import engine_for
 from symmem.ops.gradients import with_gradient, without_gradient
 
 __all__ = ["KINDS", "LIBRARY", "OperatorKind", "functional", "in_place", "into"]

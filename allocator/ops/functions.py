@@ -11,11 +11,10 @@ import torch
 
 import symmem.ops.one_sided  # noqa: F401  # defines operators
 from symmem.backends.kernel_status import raise_failure
-from symmem.group.group import GroupLike
+from symmem.group.resolve import GroupLike, name_of, open_group
 from symmem.ops import eager
 from symmem.ops.collectives import KINDS, OperatorKind, functional, in_place, into
 from symmem.ops.dispatch import is_usual
-from symmem.ops.engines.select import group_of, name_of
 
 __all__ = [
     "all_gather",
@@ -60,7 +59,7 @@ def _call(
     try:
         made: torch.Tensor | None = eager.run(kind, x, group, option, out)
         if made is None and is_usual(x, out):
-            resolved, options = group_of(group), _options(option)
+            resolved, options = open_group(group), _options(option)
             if out is None:
                 made = functional(kind, resolved, x, options)
             elif out is x and kind.like_x:

@@ -15,8 +15,8 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from symmem.errors import UnsupportedError
+from symmem.group.resolve import group_named
 from symmem.ops.dispatch import in_forward_mode, is_usual_keyset
-from symmem.ops.engines.select import group_named
 
 __all__ = ["GRADIENTS", "with_gradient", "without_gradient"]
 

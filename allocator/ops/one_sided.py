@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
+from symmem.group.resolve import group_named
 from symmem.ops.collectives import LIBRARY
-from symmem.ops.engines.select import group_named
 from symmem.ops.gradients import without_gradient
 from symmem.tensor.tensor import SymmetricTensor
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from symmem.errors import UnsupportedError
-from symmem.group.group import GroupLike, default_group, resolve_group
+from symmem.group.resolve import GroupLike, default_group, resolve_group
 from symmem.memory import cuda_graphs
 from symmem.redirect.cpu_dispatch import ArenaMode
 from symmem.redirect.cuda_pool import ArenaPool
@@ -119,7 +119,7 @@ class use_symmetric_memory(contextlib.ContextDecorator):
             return arena_of(source, group)
         except Exception as error:
             # As in allocate(): the other ranks need not wait for the timeout.
-            if group is not None and self._group is not None and getattr(error, "known_to", None) is None:
+            if group is not None and self._group is not None and getattr(error, "propagated_to", None) is None:
                 group.fail("use_symmetric_memory", error)
             raise
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from symmem.backends.base import Group
+    from symmem.backends.base import RankGroup
 
 __all__ = ["start_inspection"]
 
 
-def start_inspection(group: Group) -> None:
+def start_inspection(group: RankGroup) -> None:
     """Start the inspection server of this process, unless the settings of its new group switch it off."""
     if group.settings.inspection == "on":
         from symmem.service import server

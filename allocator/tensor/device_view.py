@@ -15,7 +15,7 @@ from symmem.errors import InvalidArgumentError
 from symmem.group.group import check_timeout
 
 if TYPE_CHECKING:
-    from symmem.backends.base import Group, Mapping
+    from symmem.backends.base import Mapping, RankGroup
     from symmem.memory.block import Block
 
 __all__ = ["CustomSignals", "DeviceView", "View", "include_path"]
@@ -144,7 +144,7 @@ def _signal_words(mapping: Mapping, block: Block, custom: CustomSignals | None) 
     return custom.pointers, shape[0]
 
 
-def _status(group: Group, device: torch.device) -> tuple[int, int]:
+def _status(group: RankGroup, device: torch.device) -> tuple[int, int]:
     """The address where a kernel reports a failed wait, and its number for the group; zeros on the CPU."""
     if device.type != "cuda":
         return 0, 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 from symmem.errors import ClosedError, ForkedError, NotRendezvousedError, NotSymmetricError
-from symmem.group.group import GroupLike, resolve_group
+from symmem.group.resolve import GroupLike, resolve_group
 from symmem.memory import cuda_graphs
 from symmem.memory.block import Block
 from symmem.memory.layout import Layout

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from symmem.arena.arena import used_arenas
 from symmem.arena.reclaim import ReclaimRound
 from symmem.backends.base import Capability
 from symmem.errors import ClosedError, MismatchError, UnsupportedError
-from symmem.group.group import Collective, Group, differing
+from symmem.group.agreement import CollectiveOperation
+from symmem.group.compare import compare
+from symmem.group.group import Group
 from symmem.memory import cuda_graphs
 from symmem.version import VERSION
 
@@ -75,7 +76,13 @@ def rendezvous(block: Block, layout: Layout, group: Group, timeout: float | None
                 "arenas": reclaim_round.metadata(),
                 "home": block.home and block.home[2],
             }
-            received = _compare(collective, metadata, state)
+            received = compare(
+                collective,
+                metadata,
+                state,
+                hint="all ranks must make the same allocations and rendezvous in the same order",
+                hints=_HINTS,
+            )
             if block.home and len({peer["home"] for peer in received}) < group.size:
                 raise MismatchError(
                     f"the ranks do not share an arena: each has one of a group that is named {block.home[0]!r}",
@@ -97,7 +104,7 @@ def rendezvous(block: Block, layout: Layout, group: Group, timeout: float | None
         )
 
 
-def _pads(block: Block, group: Group, collective: Collective, dropped: list[list[int] | None]) -> list[int]:
+def _pads(block: Block, group: Group, collective: CollectiveOperation, dropped: list[list[int] | None]) -> list[int]:
     """Return the offset of every rank's signal pad for a further group; empty if the mapping has the pads."""
     known = [set(slots) for slots in dropped if slots is not None]
     if len(known) < group.size:
@@ -105,19 +112,3 @@ def _pads(block: Block, group: Group, collective: Collective, dropped: list[list
     block.free_pads(group, sorted(set.intersection(*known)))  # all ranks have dropped these tensors
     with collective.exchange("pads", str(block.pad_for(group)).encode()) as received:
         return [int(contribution.payload) for contribution in received]
-
-
-def _compare(collective: Collective, metadata: dict[str, Any], state: dict[str, Any]) -> list[dict[str, Any]]:
-    """Exchange metadata and state; return all ranks' values, or raise MismatchError if the metadata differ."""
-    received = collective.exchange("compare", json.dumps({**metadata, **state}).encode())
-    peers = [json.loads(contribution.payload) for contribution in received]
-    for key in metadata:
-        values = [json.dumps(peer.get(key)) for peer in peers]
-        if len(set(values)) > 1:
-            text, differ = differing(values)
-            raise MismatchError(
-                f"ranks disagree on {key!r}: {text}",
-                hint=_HINTS.get(key, "all ranks must make the same allocations and rendezvous in the same order"),
-                peers=differ,
-            )
-    return peers

@@ -11,7 +11,8 @@ import torch
 from symmem.backends.base import SIGNAL_CHANNELS, tensor_at
 from symmem.backends.kernel_status import named, raise_failure
 from symmem.errors import NotSymmetricError
-from symmem.group.group import GroupLike, check_timeout, default_group, resolve_group
+from symmem.group.group import check_timeout
+from symmem.group.resolve import GroupLike, default_group, resolve_group
 from symmem.memory import cuda_graphs
 from symmem.memory.block import Block
 from symmem.memory.call_site import caller
@@ -105,7 +106,7 @@ class SymmetricTensor(BlockHandle):
                 register(block)
         except Exception as error:
             # All ranks already know an error from a collective: arena growth, or a backend's collective allocation.
-            if resolved is not None and group is not None and getattr(error, "known_to", None) is None:
+            if resolved is not None and group is not None and getattr(error, "propagated_to", None) is None:
                 resolved.fail("allocate", error)
             raise
         return cls(block, layout, make_tensor(block))

@@ -12,7 +12,7 @@ import torch
 
 from symmem.backends.base import tensor_at
 from symmem.errors import InvalidArgumentError, MulticastUnavailableError
-from symmem.group.group import GroupLike, resolve_group
+from symmem.group.resolve import GroupLike, resolve_group
 from symmem.tensor.arguments import check_rank
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch.distributed._functional_collectives as functional
 import symmem
 from symmem.arena.arena import arenas_of
 from symmem.errors import NotSymmetricError
-from symmem.group.group import resolve_group
+from symmem.group.resolve import resolve_group
 
 
 def two_threads_meet() -> list[str]:

@@ -778,7 +778,7 @@ def collect_in_callbacks(kind: str) -> Told:
 def test_a_finalizer_that_collects(kind: str, pool: RankPool) -> None:
     outcomes = pool.run(collect_in_callbacks, kind)
     assert outcomes[1].kind == "GroupError", outcomes
-    assert ("during another" if kind == "in an allocation" else "was begun amid") in outcomes[1].text
+    assert ("during another" if kind == "in an allocation" else "was begun during") in outcomes[1].text
     for outcome in (outcomes[0], outcomes[2]):
         assert outcome.kind == ("GroupError" if kind == "in an allocation" else ""), outcome
 

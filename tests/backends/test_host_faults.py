@@ -29,6 +29,7 @@ import symmem
 from symmem.backends import descriptors as scm
 from symmem.backends import get_backend, libc
 from symmem.errors import SymmemError
+from symmem.group.agreement import Rounds
 from symmem.tools.conformance import CASES, Case, run_case
 from symmem.tools.conformance.case import Resources
 from symmem.tools.ranks import RankPool, rank_store
@@ -168,15 +169,15 @@ def see_leader_die(step: str) -> tuple[Told, Resources, Resources]:
         if step == "accept":
             scm.Listener.accept = lambda self: die()  # type: ignore[assignment,method-assign]
         else:
-            original = symmem.Group._round
+            original = Rounds.exchange
 
-            def dying(self: symmem.Group, collective: Any, name: str, contribution: Any) -> Any:
-                received = original(self, collective, name, contribution)
+            def dying(self: Rounds, operation: Any, name: str, *contribution: Any) -> Any:
+                received = original(self, operation, name, *contribution)
                 if name == step:
                     die()
                 return received
 
-            symmem.Group._round = dying  # type: ignore[method-assign]
+            Rounds.exchange = dying  # type: ignore[method-assign]
     error = told(lambda: meet(mine, 1.5))
     return error, before, Resources.now()
 
@@ -686,7 +687,7 @@ def rank(rank):
     group = symmem.Group.from_store(rank, 2, dist.FileStore(file + mode, 2), "ends")
     st = symmem.allocate(1 << 20, backend="host", arena=False).rendezvous(group)
     if rank == 0:
-        print(group._socket_wire._peers[1].getsockname()[1:].decode(), flush=True)
+        print(group._rounds.sockets._peers[1].getsockname()[1:].decode(), flush=True)
     view = st.contiguous_view()
     st.barrier()
     if mode == "exception":
@@ -750,8 +751,8 @@ def test_a_pool_that_is_killed_leaves_nothing(new_pool: NewPool) -> None:
 def meet_and_keep() -> str:
     mine = group("faults kept")
     kept.append(symmem.allocate(1 << 20, backend="host", arena=False).rendezvous(mine))
-    assert mine._socket_wire is not None
-    return mine._socket_wire._peers[1].getsockname()[1:].decode() if mine.rank == 0 else ""
+    assert mine._rounds.sockets is not None
+    return mine._rounds.sockets._peers[1].getsockname()[1:].decode() if mine.rank == 0 else ""
 
 
 # The check of leaks itself.

@@ -24,7 +24,7 @@ from symmem.backends.kernel_status import failure, gpu_waits
 from symmem.backends.kernel_words import NBYTES, KernelWords
 from symmem.backends.signal_kernels import BEAT, GROUP_SPREAD, OPERATIONS, PLACES, SOURCE, TICK, lateness
 from symmem.errors import OutOfMemoryError, PeerTimeoutError, UnsupportedError
-from symmem.group import group
+from symmem.group.agreement import as_symmem_error
 from symmem.memory import cuda_graphs
 from symmem.ops.engines.collective_kernels import STEPS
 
@@ -403,7 +403,7 @@ def a_call_of_the_driver(patch: pytest.MonkeyPatch) -> None:
 
 def a_collective_operation(patch: pytest.MonkeyPatch) -> None:
     """The error on the other ranks."""
-    raise group._named(RuntimeError("CUDA error: unspecified launch failure"))
+    raise as_symmem_error(RuntimeError("CUDA error: unspecified launch failure"))
 
 
 @pytest.mark.parametrize(

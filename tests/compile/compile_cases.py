@@ -24,6 +24,7 @@ import symmem
 from symmem.backends import kernel_status, kernel_words
 from symmem.compile.report import AT_RUN_TIME, COPIED, PLACED, Report
 from symmem.errors import GroupError, InvalidArgumentError, NotSymmetricError, PeerTimeoutError, UnsupportedError
+from symmem.group.resolve import name_of
 from symmem.ops.engines.base import Engines
 
 
@@ -955,7 +956,7 @@ def case_graph_knows_groups_made_anew() -> None:
 
     def replaced(group: symmem.Group) -> None:
         others.append(of_store())
-        assert symmem.ops.engines.select.name_of(others[-1]) == group.name
+        assert name_of(others[-1]) == group.name
 
     def closed(group: symmem.Group) -> None:
         group.close()
@@ -967,7 +968,7 @@ def case_graph_knows_groups_made_anew() -> None:
     for first, goes in ((of_store(), replaced), (of_store(), closed), (of_process_group, closed)):
         graph = runtime.Graph()
         if first.process_group is None:
-            symmem.ops.engines.select.name_of(first)
+            name_of(first)
         record = records.BufferRecord(0, torch.float32, str(device()), (first.name,), None, False)
         made = graph.buffer(record, (2, 2), (2, 1))
         graph.begin()

@@ -27,11 +27,14 @@ from symmem.errors import (
     RendezvousError,
     ResourceLimitError,
 )
-from symmem.group.group import Group, Place, differing
+from symmem.group.agreement import Rounds
+from symmem.group.compare import differing
+from symmem.group.group import Group
+from symmem.group.locations import Location
 
-HOST = Place("boot", 1, "node", 1)
-OTHER_HOST = Place("another boot", 1, "node2", 1)
-OTHER_CONTAINER = Place("boot", 2, "node", 1)
+HOST = Location("boot", 1, "node", 1)
+OTHER_HOST = Location("another boot", 1, "node2", 1)
+OTHER_CONTAINER = Location("boot", 2, "node", 1)
 
 
 @pytest.fixture(params=["sockets", "store"])
@@ -42,10 +45,10 @@ def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
     return 3
 
 
-def stand_at(monkeypatch: pytest.MonkeyPatch, *places: Place) -> None:
+def stand_at(monkeypatch: pytest.MonkeyPatch, *places: Location) -> None:
     """Let the rank of each thread believe that it runs at the given place."""
     here = classmethod(lambda cls: places[int(threading.current_thread().name)])
-    monkeypatch.setattr(Place, "here", here)
+    monkeypatch.setattr(Location, "here", here)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +134,7 @@ def test_an_interrupt_goes_on_as_itself_and_the_others_are_told(
     groups = make_groups(size)
     succeed(size, lambda rank: meet(groups[rank]))
     if when == "waiting":
-        wire = groups[culprit]._wire
+        wire = groups[culprit]._rounds.transport
         wait = "collect" if culprit == 0 else "verdict"
         original = getattr(wire, wait)
 
@@ -254,22 +257,22 @@ def test_a_failure_at_any_round_of_the_bootstrap_leaves_all_able_to_meet(
 ) -> None:
     """A9: an initialisation that failed half-way can be tried again; G1: all raise the culprit's error at once."""
     groups = make_groups(3)
-    original = Group._round
+    original = Rounds.exchange
 
-    def fails(group: Group, collective: Any, step: str, contribution: Any) -> Any:
-        fails_here = step == at and group.rank == culprit
+    def fails(rounds: Rounds, operation: Any, step: str, *contribution: Any) -> Any:
+        fails_here = step == at and operation.group.rank == culprit
         if fails_here and moment == "before":
             raise OSError(24, "Too many open files")
-        received = original(group, collective, step, contribution)
+        received = original(rounds, operation, step, *contribution)
         if fails_here:
             received.close()
             raise OSError(24, "Too many open files")
         return received
 
-    monkeypatch.setattr(Group, "_round", fails)
+    monkeypatch.setattr(Rounds, "exchange", fails)
     begin = time.monotonic()
     results = run_ranks(3, lambda rank: meet(groups[rank], timeout=15))
-    monkeypatch.setattr(Group, "_round", original)
+    monkeypatch.setattr(Rounds, "exchange", original)
     if (at, moment) == ("agree", "after"):  # all had agreed: it is alone with it, and the others hear of it next
         assert isinstance(results.pop(culprit), ResourceLimitError)
         assert results == [None, None]
@@ -285,7 +288,7 @@ def test_a_failure_at_any_round_of_the_bootstrap_leaves_all_able_to_meet(
         assert {error.rank for error in results} == {culprit}
         assert all("RLIMIT_NOFILE" in str(error) for error in results)
     succeed(3, lambda rank: meet(groups[rank]))
-    assert all(group._passes_descriptors for group in groups)
+    assert all(group._rounds.passes_descriptors for group in groups)
 
 
 @pytest.mark.parametrize("fails", ["Listener", "Listener.accept", "connect", "watch_process"])
@@ -380,7 +383,7 @@ def test_a_leader_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_descriptors_between_places_are_refused_on_all_ranks(
-    other: Place, texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    other: Location, texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G5: the error names the ranks and places; without descriptors the ranks meet over the store."""
     stand_at(monkeypatch, HOST, other, HOST)
@@ -610,7 +613,7 @@ def test_a_group_of_one_needs_nobody() -> None:
         assert received[0].descriptors != (0,)
     with pytest.raises(RankError), group.collective("alone"):
         raise RankError("mine")
-    assert group._sequence > 0
+    assert group._rounds.number > 0
 
 
 def test_a_group_that_spans_threads_collects_with_no_reference() -> None:
@@ -677,7 +680,7 @@ def test_a_rank_that_slept_past_its_deadline_takes_what_has_come(late: int, monk
     """G1: a rank that was stopped between asking and waiting does not fail a round that the others have passed."""
     groups = make_groups(2)
     succeed(2, lambda rank: meet(groups[rank]))
-    wire = groups[late]._wire
+    wire = groups[late]._rounds.transport
     name = "verdict" if late else "collect"
     original = getattr(wire, name)
     monkeypatch.setattr(wire, name, lambda sequence, deadline: (time.sleep(0.6), original(sequence, 0.0))[1])

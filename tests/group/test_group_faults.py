@@ -29,7 +29,7 @@ from symmem.errors import (
 )
 from symmem.group import transports
 from symmem.group.group import Group
-from symmem.group.transports import Message, SocketWire, StoreWire
+from symmem.group.transports import Message, SocketTransport, StoreTransport
 from symmem.tensor.tensor import SymmetricTensor, allocate
 
 
@@ -57,7 +57,7 @@ def test_an_interrupt_while_the_verdict_is_awaited_fails_that_round_everywhere(
     """G1: the follower withdraws in the round it has submitted to, so no rank passes it."""
     groups = met(3)
     interrupted = threading.Event()
-    wire = groups[1]._wire
+    wire = groups[1]._rounds.transport
     original = wire.verdict
 
     def verdict(*args: Any) -> Message:
@@ -81,14 +81,14 @@ def test_an_interrupt_while_the_verdict_is_awaited_fails_that_round_everywhere(
     expected = interrupt if interrupt is KeyboardInterrupt else RendezvousError
     assert [type(result) for result in results] == [RendezvousError, expected, RendezvousError]
     assert interrupt.__name__ in str(results[0])
-    assert len({group._sequence for group in groups}) == 1
+    assert len({group._rounds.number for group in groups}) == 1
     succeed(3, lambda rank: meet(groups[rank]))
 
 
 def test_an_interrupt_after_the_verdict_is_told_in_the_next_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """G1: too late to withdraw: the others hear of it in the round they have come to."""
     groups = met(2)
-    wire = groups[1]._wire
+    wire = groups[1]._rounds.transport
     original = wire.verdict
 
     def verdict(*args: Any) -> Message:
@@ -109,7 +109,7 @@ def test_an_interrupt_after_the_verdict_is_told_in_the_next_round(monkeypatch: p
 def test_an_interrupt_amid_a_message_ends_the_connection(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """G1: what follows on the stream would be taken for the rest of that message."""
     ours, theirs = socket.socketpair()
-    wire = SocketWire({1: ours})
+    wire = SocketTransport({1: ours})
     if way == "receive":
         theirs.sendall(b"\0\0\0")
 
@@ -134,7 +134,7 @@ def test_a_peer_that_does_not_read_does_not_hold_up_the_verdict_of_others() -> N
     with contextlib.suppress(BlockingIOError):
         while True:
             pairs[1][0].send(b"x" * 4096)
-    wire = SocketWire({peer: pair[0] for peer, pair in pairs.items()})
+    wire = SocketTransport({peer: pair[0] for peer, pair in pairs.items()})
     begin = time.monotonic()
     publishing = threading.Thread(target=wire.publish, args=(Message(1, "step", begin + 60),))
     publishing.start()
@@ -219,7 +219,7 @@ def test_many_threads_may_ask_who_is_lost_while_one_disconnects() -> None:
     class SlowPoll:
         """Polls with a pause, during which another thread would come."""
 
-        inner, busy = groups[0]._poll, False
+        inner, busy = groups[0]._watch._poll, False
 
         def poll(self, timeout: int) -> list[tuple[int, int]]:
             if SlowPoll.busy:
@@ -231,8 +231,8 @@ def test_many_threads_may_ask_who_is_lost_while_one_disconnects() -> None:
                 os.fstat(descriptor)
             return self.inner.poll(timeout)
 
-    watched = list(groups[0]._watched)
-    groups[0]._poll = SlowPoll()  # type: ignore[assignment]
+    watched = list(groups[0]._watch._ranks)
+    groups[0]._watch._poll = SlowPoll()  # type: ignore[assignment]
 
     def ask() -> None:
         while not stop.is_set():
@@ -246,7 +246,7 @@ def test_many_threads_may_ask_who_is_lost_while_one_disconnects() -> None:
         thread.start()
     time.sleep(0.05)
     groups[0]._disconnect()
-    assert isinstance(groups[0]._poll, select.poll().__class__)
+    assert isinstance(groups[0]._watch._poll, select.poll().__class__)
     stop.set()
     for thread in threads:
         thread.join()
@@ -290,8 +290,8 @@ def test_closing_ends_a_collective_of_another_thread_and_still_watches() -> None
     results = run_ranks(2, lambda rank: meet(groups[rank], timeout=15) if rank else time.sleep(1))
     assert time.monotonic() - begin < 5
     assert isinstance(results[1], (RendezvousError, GroupError))
-    assert groups[1]._socket_wire is None
-    assert groups[1]._watched
+    assert groups[1]._rounds.sockets is None
+    assert groups[1]._watch._ranks
     assert groups[1].lost() == ()
 
 
@@ -301,7 +301,7 @@ def test_a_forked_child_does_not_wait_for_threads_of_its_parent() -> None:
     held, release = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with group._lock, group._watch_lock, symmem.memory.registry._lock, symmem.backends._lock:
+        with group._lock, group._watch._lock, symmem.memory.registry._lock, symmem.backends._lock:
             held.set()
             release.wait(20)
 
@@ -347,7 +347,7 @@ def test_a_store_that_does_not_answer_is_named_in_time() -> None:
     """G1: no step of a collective is without limit, whoever serves the store."""
     go_on = threading.Event()
     group = Group.from_store(1, 2, dist.HashStore(), "stopped")
-    vars(group)["_store_wire"] = StoreWire(_StoppedStore(go_on), "stopped", 1, 2)  # type: ignore[arg-type]
+    vars(group._rounds)["store"] = StoreTransport(_StoppedStore(go_on), "stopped", 1, 2)  # type: ignore[arg-type]
     begin = time.monotonic()
     try:
         with pytest.raises(PeerTimeoutError, match="the job's store does not answer"), group.collective("meet", 0.2):

@@ -28,7 +28,7 @@ from symmem.errors import (
     ResourceLimitError,
     to_wire,
 )
-from symmem.group.transports import Message, SocketWire, StoreWire
+from symmem.group.transports import Message, SocketTransport, StoreTransport
 
 pytestmark = pytest.mark.usefixtures("what_stays", "nothing_leaks")
 
@@ -87,7 +87,7 @@ def test_a_header_with_a_wrong_value_is_the_named_error_and_closes_descriptors(
         del header[key]
     ends = os.pipe()
     try:
-        with pytest.raises(RendezvousError, match="no message"):
+        with pytest.raises(RendezvousError, match="not a message"):
             Message.unpack(header, b"abc", (ends[0],))
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(ends[0])
@@ -118,10 +118,10 @@ def test_any_header_is_taken_whole_or_refused(changed: dict[str, Any], body: byt
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[tuple[SocketWire, socket.socket]]:
+def listening() -> Iterator[tuple[SocketTransport, socket.socket]]:
     """A leader, and the end of the socket where it takes rank 1 to be."""
     mine, theirs = socket.socketpair()
-    wire = SocketWire({1: mine})
+    wire = SocketTransport({1: mine})
     try:
         yield wire, theirs
     finally:
@@ -129,14 +129,14 @@ def listening() -> Iterator[tuple[SocketWire, socket.socket]]:
         theirs.close()
 
 
-def leader_and(*ranks: int) -> tuple[SocketWire, dict[int, SocketWire]]:
+def leader_and(*ranks: int) -> tuple[SocketTransport, dict[int, SocketTransport]]:
     pairs = {rank: socket.socketpair() for rank in ranks}
-    return SocketWire({rank: p[0] for rank, p in pairs.items()}), {
-        rank: SocketWire({0: p[1]}) for rank, p in pairs.items()
+    return SocketTransport({rank: p[0] for rank, p in pairs.items()}), {
+        rank: SocketTransport({0: p[1]}) for rank, p in pairs.items()
     }
 
 
-def close(leader: SocketWire, followers: dict[int, SocketWire]) -> None:
+def close(leader: SocketTransport, followers: dict[int, SocketTransport]) -> None:
     for wire in (leader, *followers.values()):
         wire.close()
 
@@ -251,7 +251,7 @@ def test_a_message_that_stops_amid_is_a_timeout_that_names_the_rank() -> None:
     """G1: and the connection is of no more use."""
     with listening() as (wire, theirs):
         theirs.sendall(scm._PREFIX.pack(1000, 0, 0) + b"{")
-        with pytest.raises(PeerTimeoutError, match="amid a message") as caught:
+        with pytest.raises(PeerTimeoutError, match="in the middle of a message") as caught:
             wire.collect(1, soon(0.05))
         assert caught.value.peers == (1,)
         with pytest.raises(BrokenPipeError):
@@ -267,7 +267,7 @@ def test_a_message_that_stops_amid_is_a_timeout_that_names_the_rank() -> None:
 def test_garbage_in_the_store_is_an_error_by_name(garbage: bytes) -> None:
     """G1: a key that something else wrote."""
     store = dist.HashStore()
-    wire = StoreWire(store, "p", 1, 2)
+    wire = StoreTransport(store, "p", 1, 2)
     store.set("p/1/verdict", garbage)
     with pytest.raises(RendezvousError, match="not a message"):
         wire.verdict(1, soon())
@@ -276,7 +276,7 @@ def test_garbage_in_the_store_is_an_error_by_name(garbage: bytes) -> None:
 def test_over_the_store_an_error_is_seen_before_all_have_come() -> None:
     """G1: one message with an error ends the wait of the leader, at once."""
     store = dist.HashStore()
-    leader, first = StoreWire(store, "p", 0, 3), StoreWire(store, "p", 1, 3)
+    leader, first = StoreTransport(store, "p", 0, 3), StoreTransport(store, "p", 1, 3)
 
     def rank(rank: int) -> Any:
         if rank == 0:
@@ -293,7 +293,7 @@ def test_over_the_store_an_error_is_seen_before_all_have_come() -> None:
 def test_who_is_waited_for_at_the_store_is_named() -> None:
     """G1: the ranks whose message is not there, or rank 0 if all are and it does not answer."""
     store = dist.HashStore()
-    wires = [StoreWire(store, "p", rank, 4) for rank in range(4)]
+    wires = [StoreTransport(store, "p", rank, 4) for rank in range(4)]
     wires[2].submit(message(1))
     with pytest.raises(PeerTimeoutError) as caught:
         wires[0].collect(1, soon(0.05))
@@ -316,5 +316,5 @@ def test_a_store_that_fails_is_no_timeout() -> None:
             raise RuntimeError("Broken pipe")
 
     with pytest.raises(RendezvousError, match="the job's store failed: Broken pipe") as caught:
-        StoreWire(Broken(), "p", 1, 2).verdict(1, soon())
+        StoreTransport(Broken(), "p", 1, 2).verdict(1, soon())
     assert type(caught.value) is RendezvousError

@@ -26,9 +26,9 @@ from symmem.errors import (
     RankError,
     UnsupportedError,
 )
+from symmem.group import resolve
 from symmem.ops import functions as ops
 from symmem.ops import gradients
-from symmem.ops.engines import select
 from symmem.ops.engines.base import Engines
 
 # Torch and its imports emit warnings, some of them in 2.11 or 2.15 only.
@@ -328,10 +328,10 @@ def test_groups_of_one_name_are_told_apart_or_refused() -> None:
     with pytest.raises(GroupError, match="2 groups made from stores are named 'twin'"):
         torch.ops.symmem.all_reduce(torch.ones(1), "sum", "twin")
     assert ops.all_reduce(torch.ones(1), second).tolist() == [1]
-    assert select.name_of(second) == "twin"
-    assert select.group_named("twin") is second
+    assert resolve.name_of(second) == "twin"
+    assert resolve.group_named("twin") is second
     second.close()
-    assert select.group_named("twin") is first
+    assert resolve.group_named("twin") is first
 
 
 def test_a_name_follows_its_process_group() -> None:
@@ -340,7 +340,7 @@ def test_a_name_follows_its_process_group() -> None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
             assert ops.all_reduce(torch.ones(2)).tolist() == [1, 1]
-            seen.append(select.group_named(symmem.resolve_group().name))
+            seen.append(resolve.group_named(symmem.resolve_group().name))
             assert seen[-1] is symmem.resolve_group()
             double = symmem.Group.from_store(0, 1, dist.HashStore(), seen[-1].name)
             with pytest.raises(GroupError, match="a process group is named"):
@@ -359,10 +359,10 @@ def test_a_closed_group_is_refused(group: symmem.Group) -> None:
 
 def test_groups_that_are_gone_are_forgotten() -> None:
     for turn in range(3):
-        select.name_of(symmem.Group.from_store(0, 1, dist.HashStore(), f"gone {turn}"))
+        resolve.name_of(symmem.Group.from_store(0, 1, dist.HashStore(), f"gone {turn}"))
     gc.collect()
-    select.name_of(symmem.Group.from_store(0, 1, dist.HashStore(), "here"))
-    assert not [name for name in select._of_stores if name.startswith("gone")]
+    resolve.name_of(symmem.Group.from_store(0, 1, dist.HashStore(), "here"))
+    assert not [name for name in resolve._of_names if name.startswith("gone")]
 
 
 # The shortcut of ordinary eager calls, and calls that must go through the dispatcher.

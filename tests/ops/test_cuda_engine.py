@@ -727,7 +727,8 @@ def test_ranks_that_do_not_call_alike_are_named_before_a_launch(
 ) -> None:
     for error in run_ranks(WORLD, lambda rank: call(checked[rank], rank == 1)):
         assert isinstance(error, MismatchError)
-        assert f"ranks differ in {differs}" in str(error)
+        name, values = differs.split(": ", 1)
+        assert f"ranks disagree on {name!r}: {values}" in str(error)
         assert error.peers == (1,)
     assert driver.launched == []
     for rank, result in enumerate(run_ranks(WORLD, lambda rank: ops.all_reduce(torch.ones(4) * rank, checked[rank]))):
@@ -767,7 +768,7 @@ def test_ranks_compare_their_tables_before_they_map_memory(
     x = torch.ones(4)
     for error in run_ranks(2, lambda rank: engines[rank].all_reduce(x, x, "sum")):
         assert isinstance(error, MismatchError)
-        assert "ranks differ in table of algorithms" in str(error)
+        assert "ranks disagree on 'table of algorithms'" in str(error)
 
 
 @pytest.mark.parametrize("operation", sorted(CONFIGURED))

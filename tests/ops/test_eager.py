@@ -211,12 +211,12 @@ def with_engine(group: Any) -> Any:
 def group(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Any:
     made = with_engine(StubGroup())
 
-    def group_of(group: Any) -> Any:
+    def open_group(group: Any) -> Any:
         if group.closed:
             raise GroupError("closed")
         return group
 
-    monkeypatch.setattr(ops, "group_of", group_of)
+    monkeypatch.setattr(ops, "open_group", open_group)
     return made
 
 

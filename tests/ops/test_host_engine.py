@@ -415,7 +415,7 @@ def checked() -> list[Outcome]:
 def test_in_the_checked_mode_shapes_count_and_refusals_arrive_as_they_are(pools: Any) -> None:
     for shapes, refusal in pools.get(3).run(checked):
         assert shapes[:2] == ("MismatchError", (1,))
-        assert "ranks differ in shape of x: [4] on ranks 0, 2, [2, 2] on rank 1" in shapes[2]
+        assert "ranks disagree on 'shape of x': [4] on ranks 0, 2, [2, 2] on rank 1" in shapes[2]
         assert refusal[0] == "InvalidArgumentError"
         assert "rank 1" in refusal[2]
 

@@ -17,7 +17,7 @@ from symmem.config import load_settings
 from symmem.config.kernel_tables import parse_algorithms, read_algorithms
 from symmem.config.kinds import BUILT_IN
 from symmem.errors import ConfigError, MismatchError
-from symmem.group.compare import compare
+from symmem.group.compare import compare_in_group
 from symmem.ops.engines.cuda_tuning import Choice, built_in, table_for
 
 HEAD = "version: 1\nrows:\n"
@@ -153,12 +153,12 @@ def test_ranks_with_other_tables_are_named() -> None:
     tables = [built_in(3), built_in(3), built_in(8)]
 
     def meet(rank: int) -> None:
-        compare(groups[rank], "all_reduce", {"table of algorithms": tables[rank].fingerprint()}, "use one")
+        compare_in_group(groups[rank], "all_reduce", {"table of algorithms": tables[rank].fingerprint()}, "use one")
 
     for error in run_ranks(3, meet):
         assert isinstance(error, MismatchError)
         assert error.peers == (2,)
-        assert "ranks differ in table of algorithms" in str(error)
+        assert "ranks disagree on 'table of algorithms'" in str(error)
         assert error.step == "all_reduce"
     tables[2] = tables[0]
     assert run_ranks(3, meet) == [None] * 3
@@ -168,6 +168,6 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     groups = make_groups(2, dist.HashStore(), "late")
     settings: Any = SimpleNamespace(**{**vars(groups[0].settings), "signal_timeout": 0.3})
     groups[0].settings = settings
-    (error,) = run_ranks(1, lambda rank: compare(groups[0], "broadcast", {}, ""))
+    (error,) = run_ranks(1, lambda rank: compare_in_group(groups[0], "broadcast", {}, ""))
     assert type(error).__name__ == "PeerTimeoutError"
     assert error.peers == (1,)

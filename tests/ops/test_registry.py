@@ -30,8 +30,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import symmem
 from symmem import ops
 from symmem.errors import ConfigError, GroupError, InvalidArgumentError, NotSymmetricError
+from symmem.group.resolve import group_named
 from symmem.ops.collectives import KINDS
-from symmem.ops.engines.select import group_named
 from symmem.ops.registry import built_in, upstream
 from symmem.ops.registry.eager_checks import is_torchs
 from symmem.tools import cli

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import symmem
 from symmem.errors import DivergenceError, GroupError, ResourceLimitError, UnsupportedError
-from symmem.group.group import Group, resolve_group
+from symmem.group.group import Group
+from symmem.group.resolve import resolve_group
 from symmem.redirect import cuda_pool as cuda_pools
 from symmem.redirect.context import _thread
 

@@ -61,10 +61,10 @@ def _reclaim(backend: str, rounds: int = 5) -> tuple[float, float, int]:
             gc.collect()
             with group.collective("begin together"):
                 pass
-            before, begin = group._sequence, time.perf_counter()
+            before, begin = group.status()["rounds"], time.perf_counter()
             symmem.collect()
             samples.append(time.perf_counter() - begin)
-            exchanges = group._sequence - before
+            exchanges = group.status()["rounds"] - before
             del kept
             symmem.collect()
         medians.append(statistics.median(samples[1:]))

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import symmem
-from symmem.group.group import resolve_group
+from symmem.group.resolve import resolve_group
 from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.progress import SILENT, Progress
 from symmem.tools.bench.timing import alternate

@@ -29,12 +29,12 @@ def _another_group(ctx: Context) -> Iterator[dist.ProcessGroup]:
 @case(arena=True)
 def a_warm_arena_needs_no_communication(ctx: Context) -> None:
     first = ctx.allocate(1000)
-    rounds = ctx.group._sequence
+    rounds = ctx.group.status()["rounds"]
     second = ctx.allocate((3, 5), torch.float16)
     assert second.rendezvous() is second
     assert second.remote_pointers.shape == (ctx.world,)
     assert first.groups == second.groups == (ctx.group,)
-    assert ctx.group._sequence == rounds
+    assert ctx.group.status()["rounds"] == rounds
     assert second.tensor.data_ptr() % 256 == 0
 
 

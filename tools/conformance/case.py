@@ -19,7 +19,8 @@ from symmem.arena.arena import supports_arenas
 from symmem.backends import get_backend
 from symmem.backends.base import Backend, Capability
 from symmem.errors import SymmemError, UnsupportedError
-from symmem.group.group import Group, resolve_group
+from symmem.group.group import Group
+from symmem.group.resolve import resolve_group
 
 __all__ = ["CASES", "Case", "Context", "Resources", "case", "expect", "run_case"]
 

@@ -29,7 +29,7 @@ from symmem.compile.plan.symmetric_layout import GraphPlan, SymmetricLayout, can
 from symmem.compile.records import ArgumentRecord
 from symmem.compile.report import PLACED, Decision
 from symmem.errors import UnsupportedError
-from symmem.ops.engines.select import name_of
+from symmem.group.resolve import name_of
 from symmem.ops.registry.eager_checks import backend_of
 from symmem.ops.registry.registration import Registration
 

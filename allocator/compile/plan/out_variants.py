@@ -15,8 +15,8 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from symmem.compile.plan.symmetric_layout import declare
+from symmem.group.resolve import group_named
 from symmem.ops.collectives import KINDS
-from symmem.ops.engines.select import group_named
 from symmem.ops.registry.built_in import OWN_NAMESPACE
 
 __all__ = ["OutCall", "out_variant"]

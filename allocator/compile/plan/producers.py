@@ -18,7 +18,7 @@ from symmem.compile.plan import symmetric_layout
 from symmem.compile.plan.mutable_ops import original_of
 from symmem.compile.plan.out_variants import OutCall, out_variant
 from symmem.compile.plan.symmetric_layout import nbytes_of
-from symmem.ops.engines.select import name_of
+from symmem.group.resolve import name_of
 from symmem.ops.registry.registry import lookup
 
 __all__ = ["REDIRECT_BYTES", "fed", "producer"]

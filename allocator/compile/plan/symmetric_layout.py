@@ -18,7 +18,7 @@ from torch._inductor.virtualized import V
 
 from symmem.compile.records import ArgumentRecord, BufferRecord
 from symmem.compile.report import GRAPH, MARK, Decision
-from symmem.ops.engines.select import group_named
+from symmem.group.resolve import group_named
 
 __all__ = [
     "GraphPlan",

@@ -16,9 +16,10 @@ from symmem.compile.records import ArgumentRecord
 from symmem.compile.run.current_graph import running
 from symmem.compile.run.graph import Graph
 from symmem.errors import GroupError, InvalidArgumentError
+from symmem.group.resolve import group_named
 from symmem.ops import eager
 from symmem.ops.collectives import KINDS, _plain
-from symmem.ops.engines.select import engine_for, group_named
+from symmem.ops.engines.select import engine_for
 
 __all__ = ["LIBRARY", "collective", "write_back"]
 

@@ -12,21 +12,20 @@ compiled function that communicates on two streams at once.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Container, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from symmem.compile.records import ArgumentRecord, BufferRecord
 from symmem.compile.run.inputs import Input, PersistentBuffer, block_of, dead_reference
 from symmem.errors import NotSymmetricError
 from symmem.group.group import Group
+from symmem.group.resolve import group_named, is_current
 from symmem.memory import block as block_module
 from symmem.memory import cuda_graphs
 from symmem.memory.block import Block
 from symmem.memory.registry import block_at
-from symmem.ops.engines.select import group_named
 from symmem.ops.registry.eager_checks import asked_locally, is_torchs
 from symmem.redirect.context import use_symmetric_memory
 from symmem.tensor.tensor import SymmetricTensor, find
@@ -51,28 +50,6 @@ def _allocate(record: BufferRecord, sizes: Sequence[int], strides: Sequence[int]
     return handle.tensor
 
 
-class _GroupReference(NamedTuple):
-    """A group with a rendezvous, and the data to check quickly that its name still refers to it.
-
-    Attributes:
-        group: The group.
-        process_group: Weak reference to its process group; returns None for a group made from a store.
-        registered: The process groups that torch has not destroyed.
-    """
-
-    group: Group
-    process_group: Callable[[], object]
-    registered: Container[object]
-
-    @classmethod
-    def of(cls, group: Group) -> _GroupReference:
-        """Make a reference to a group."""
-        found = group.process_group
-        if found is None:
-            return cls(group, dead_reference, ())
-        return cls(group, weakref.ref(found), dist.distributed_c10d._world.pg_map)
-
-
 class Graph:
     """The persistent memory of one compiled graph."""
 
@@ -83,7 +60,7 @@ class Graph:
         self._kept: list[torch.Tensor] = []  # outgrown memory that CUDA graphs may still use
         self._in_torchs_memory: dict[int, int] = {}  # address by number of the argument
         self._not_in_torchs_memory: set[int] = set()
-        self._groups: list[_GroupReference] = []  # groups with a rendezvous for this memory
+        self._groups: list[Group] = []  # groups with a rendezvous for this memory
 
     def begin(self) -> None:
         """Begin a call: drop all buffers if a group was closed or its name refers to a new group.
@@ -91,8 +68,8 @@ class Graph:
         Raises:
             GroupError: There is no group of that name any more.
         """
-        for group, process_group, registered in self._groups:
-            if (group.closed or process_group() not in registered) and group_named(group.name) is not group:
+        for group in self._groups:
+            if not is_current(group):
                 self._kept += [buffer.tensor for buffer in self._buffers.values() if buffer.keep]
                 for known in (self._buffers, self._inputs, self._finished, self._groups):
                     known.clear()
@@ -101,8 +78,8 @@ class Graph:
     def _enter(self, name: str) -> Group:
         """The group of a name. :meth:`begin` checks it from now on."""
         group = group_named(name)
-        if all(known.group is not group for known in self._groups):
-            self._groups.append(_GroupReference.of(group))
+        if group not in self._groups:
+            self._groups.append(group)
         return group
 
     def buffer(self, record: BufferRecord, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:

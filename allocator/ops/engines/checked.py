@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from symmem.errors import SymmemError
-from symmem.group.compare import compare
+from symmem.group.compare import compare_in_group
 from symmem.group.group import Group
 from symmem.ops.engines.base import Engine
 
@@ -30,7 +30,7 @@ class CheckedEngine:
 
     def _compare(self, operation: str, source: torch.Tensor, **options: object) -> None:
         call = {**options, "shape of x": list(source.shape), "dtype": source.dtype, "device": source.device.type}
-        compare(self._group, operation, call, _HINT)
+        compare_in_group(self._group, operation, call, _HINT)
 
     def all_reduce(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.all_reduce`."""

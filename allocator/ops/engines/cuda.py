@@ -29,7 +29,7 @@ from symmem.backends.driver_errors import driver_error
 from symmem.backends.gpu import finish_stream
 from symmem.backends.kernel_status import raise_failure
 from symmem.errors import SymmemError, UnsupportedError
-from symmem.group.compare import compare
+from symmem.group.compare import compare_in_group
 from symmem.group.group import Group
 from symmem.memory import cuda_graphs
 from symmem.memory.block import Block
@@ -316,7 +316,7 @@ class CudaEngine:
                 step=step,
             )
         hint = "use the same setting `algorithms` on all ranks, or files with the same rows"
-        compare(self._group, step, {"table of algorithms": self.table.fingerprint()}, hint)
+        compare_in_group(self._group, step, {"table of algorithms": self.table.fingerprint()}, hint)
         layout = self.layout
         workspace = SymmetricTensor.allocate(
             (layout.nbytes,), torch.uint8, self.device, group=self._group, arena=False, name="collective operations"

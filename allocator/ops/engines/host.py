@@ -33,7 +33,8 @@ from symmem.backends.base import tensor_at
 from symmem.backends.libc import PAGE, round_up
 from symmem.backends.signals import SharedSignals
 from symmem.errors import ForkedError, GroupError, MismatchError, RendezvousError, SymmemError
-from symmem.group.group import Group, differing
+from symmem.group.compare import differing
+from symmem.group.group import Group
 from symmem.ops.engines.base import REDUCTIONS
 
 __all__ = ["HostEngine"]

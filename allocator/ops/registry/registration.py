@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from symmem.errors import GroupError
-from symmem.group.group import Group, resolve_group
+from symmem.group.group import Group
+from symmem.group.resolve import resolve_group
 from symmem.ops.registry.schema import Parameter
 
 __all__ = ["BUILT_IN", "UPSTREAM", "Registration"]

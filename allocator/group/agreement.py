@@ -1,0 +1,351 @@
+"""Agree or fail: the rounds in which the ranks of a group exchange contributions, or all raise the same error.
+
+Rounds are numbered. In every round, all ranks submit a message or an error to rank 0. Rank 0 publishes either all
+messages or one error (see :mod:`symmem.group.transports`).
+
+A rank that fails outside an exchange submits its error to the next round, so the other ranks raise it at once. A rank
+that runs out of time withdraws its message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from symmem.backends.descriptors import Contribution, Received
+from symmem.backends.kernel_status import failure
+from symmem.backends.libc import duplicate, is_limit, limit_error
+from symmem.errors import (
+    GroupError,
+    MismatchError,
+    OutOfMemoryError,
+    PeerLostError,
+    PeerTimeoutError,
+    SymmemError,
+    from_wire,
+    to_wire,
+)
+from symmem.group.compare import differing
+from symmem.group.locations import Location, not_connectable
+from symmem.group.transports import Message, SocketTransport, StoreTransport, Transport, within
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+    from symmem.backends.base import RankGroup
+
+__all__ = ["AgreedError", "CollectiveOperation", "Rounds", "as_symmem_error"]
+
+log = logging.getLogger("symmem.group")
+
+_NOTHING = Contribution(b"")
+_SAME_CALLS = "all ranks of a group must make the same calls in the same order"
+
+GRACE = 0.5
+"""Seconds that a rank waits for rank 0's verdict after its own timeout, so that all ranks raise the same error."""
+
+
+class CollectiveOperation:
+    """A collective operation in progress; :meth:`Group.collective` makes it.
+
+    Attributes:
+        group: The group.
+        name: The name of the operation.
+        timeout: Seconds for the whole operation.
+        deadline: The end of that time, by ``time.monotonic()``.
+        propagated: Whether the other ranks know the error that this rank is about to raise.
+    """
+
+    def __init__(self, group: RankGroup, rounds: Rounds, name: str, timeout: float) -> None:
+        self.group, self.name, self.timeout = group, name, timeout
+        self.deadline = time.monotonic() + timeout
+        self.propagated = False
+        self._rounds = rounds
+
+    @property
+    def serial(self) -> int:
+        """How many rounds the group has begun; the same on all ranks."""
+        return self._rounds.number
+
+    @property
+    def passes_descriptors(self) -> bool:
+        """See :attr:`symmem.backends.base.Collective.passes_descriptors`."""
+        return self._rounds.passes_descriptors
+
+    def exchange(self, step: str, payload: bytes = b"", descriptors: Sequence[int] = ()) -> Received:
+        """See :meth:`symmem.backends.base.Collective.exchange`."""
+        if descriptors and not self.passes_descriptors:
+            raise not_connectable(self._rounds.locations)
+        return self._rounds.exchange(self, step, Contribution(payload, tuple(descriptors)))
+
+
+class Rounds:
+    """The rounds of one group.
+
+    Args:
+        store: The store that all ranks share; it carries the messages until the ranks have joined.
+        rank: This process's rank.
+        size: Number of ranks.
+        name: The group's name.
+
+    Attributes:
+        number: How many rounds this rank has begun; the same on all ranks.
+        waiting: The round that this rank waits in: step, number, start, deadline. Else None.
+        joined: Whether the ranks know each other's locations; see :mod:`symmem.group.join`.
+        locations: Where the ranks run, once they have joined.
+        identity: A text that is the same on all ranks, once they have joined, and different for every group.
+        sockets: The sockets between the ranks; None if messages go over the store.
+        closed: Whether this rank has left the group.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, name: str) -> None:
+        self._store, self._rank, self._size, self._name = store, rank, size, name
+        self.number = 0
+        self.waiting: tuple[str, int, float, float] | None = None
+        self.joined = size == 1
+        self.locations: tuple[Location, ...] = ()
+        self.identity: str | None = None
+        self.sockets: SocketTransport | None = None
+        self.closed = False
+
+    @functools.cached_property
+    def store(self) -> StoreTransport:
+        """The transport over the store."""
+        # A worker group that torchrun restarted must not see keys of the one before.
+        job = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        # The store counts the groups of this name at their first collective. Making a group does not count, because a
+        # single rank may do that. This process cannot count, because it may have used other stores.
+        key = f"symmem/{job}/{self._name}/met/{self._rank}"
+        generation = within(time.monotonic() + 10.0, self._store.add, key, 1)
+        return StoreTransport(self._store, f"symmem/{job}/{self._name}/{generation}", self._rank, self._size)
+
+    @property
+    def transport(self) -> Transport:
+        """The transport of the next round."""
+        return self.sockets or self.store
+
+    @property
+    def passes_descriptors(self) -> bool:
+        """Whether descriptors can pass between all ranks."""
+        return self.sockets is not None or self._size == 1
+
+    def disconnect(self) -> None:
+        """Close the sockets."""
+        if self.sockets is not None:
+            self.sockets.close()
+            self.sockets = None
+
+    @contextlib.contextmanager
+    def operation(self, group: RankGroup, name: str, timeout: float) -> Iterator[CollectiveOperation]:
+        """Run a block as a collective operation: at its end all ranks agree, or raise the same error."""
+        operation = CollectiveOperation(group, self, name, timeout)
+        before = self.number
+        try:
+            yield operation
+            self.exchange(operation, "agree")
+        except AgreedError as agreed:
+            agreed.error.propagated_to = self._name
+            raise agreed.error from agreed.__cause__
+        except BaseException as error:
+            local = as_symmem_error(error) if operation.propagated else self.report(operation, error)
+            local.propagated_to = self._name
+            if local is error or not isinstance(error, Exception):
+                raise
+            raise local from error
+        finally:
+            log.debug(
+                "%s: rank %d of group %r, rounds %d to %d, %.3f ms",
+                *(name, self._rank, self._name, before, self.number),
+                (time.monotonic() - operation.deadline + timeout) * 1e3,
+            )
+
+    def report(self, operation: CollectiveOperation, error: BaseException) -> SymmemError:
+        """Submit an error instead of a contribution; returns the error that the other ranks raise."""
+        reported = as_symmem_error(error)
+        reported.located(rank=self._rank, group=self._name, step=operation.name)
+        message = self._message(operation, operation.name, error=reported)
+        if self._size > 1:
+            try:
+                if self._rank == 0:
+                    self.transport.publish(message)
+                else:
+                    self.transport.submit(message)
+            except (SymmemError, RuntimeError, OSError) as unsent:
+                log.warning("could not send this error to the group: %s; because: %s", reported, unsent)
+        return reported
+
+    def exchange(self, operation: CollectiveOperation, step: str, contribution: Contribution = _NOTHING) -> Received:
+        """Exchange contributions.
+
+        Raises:
+            AgreedError: An error that all ranks know.
+        """
+        if self.closed:  # by another thread
+            raise GroupError(f"the group {self._name!r} is closed", rank=self._rank, step=operation.name)
+        message = self._message(operation, f"{operation.name}: {step}", [contribution])
+        if self._size == 1:
+            return Received([Contribution(contribution.payload, duplicate(contribution.descriptors))])
+        self.waiting = message.step, message.sequence, time.monotonic(), message.deadline
+        try:
+            verdict = (self._lead if self._rank == 0 else self._follow)(message, operation)
+        finally:
+            self.waiting = None
+        if verdict.error:
+            verdict.close()
+            raise AgreedError(from_wire(verdict.error))
+        return Received(verdict.contributions)
+
+    def _message(
+        self,
+        operation: CollectiveOperation,
+        step: str,
+        contributions: Sequence[Contribution] = (),
+        error: SymmemError | None = None,
+    ) -> Message:
+        self.number += 1
+        return Message(
+            self.number, step, operation.deadline, list(contributions), error=to_wire(error) if error else None
+        )
+
+    # Rank 0.
+
+    def _lead(self, message: Message, operation: CollectiveOperation) -> Message:
+        try:
+            messages = self.transport.collect(message.sequence, operation.deadline)
+        except BaseException as error:
+            reason = as_symmem_error(error)
+            self._complete(reason, message, operation)
+            verdict = self._publish(message, error=reason)
+            if isinstance(error, Exception):
+                return verdict
+            operation.propagated = True  # an interrupt keeps its type on this rank
+            raise
+        try:
+            wrong = _judge({0: message} | messages)
+            if wrong is not None:
+                wrong.located(rank=self._rank, group=self._name, step=message.step)
+                return self._publish(message, error=wrong)
+            others = [messages[rank].contributions[0] for rank in range(1, self._size)]
+            try:
+                verdict = self._publish(message, [*message.contributions, *others])
+            except BaseException as error:
+                # A rank that already has the verdict drops this message. It gets the error in the next round.
+                with contextlib.suppress(SymmemError, RuntimeError, OSError):
+                    self._publish(message, error=as_symmem_error(error))
+                raise
+            # The caller keeps its own descriptors; the receiver must close the returned ones.
+            own = duplicate(message.descriptors())
+            verdict.contributions[0] = Contribution(message.contributions[0].payload, own)
+            messages = {}
+            return verdict
+        finally:
+            for unused in messages.values():
+                unused.close()
+
+    def _publish(
+        self, message: Message, contributions: Sequence[Contribution] = (), error: SymmemError | None = None
+    ) -> Message:
+        verdict = message.replace(contributions, to_wire(error) if error else None)
+        self.transport.publish(verdict)
+        return verdict
+
+    # The other ranks.
+
+    def _follow(self, message: Message, operation: CollectiveOperation) -> Message:
+        try:
+            self.transport.submit(message)
+            return self.transport.verdict(message.sequence, operation.deadline + GRACE)
+        except PeerTimeoutError as error:
+            self._complete(error, message, operation)
+            self._withdraw(message, error)
+            raise AgreedError(error) from None
+        except PeerLostError as error:
+            reason = self.last_words(message.sequence) or error
+            self._complete(reason, message, operation)
+            raise AgreedError(reason) from reason.__cause__
+        except SymmemError as error:
+            # This rank could not read the verdict. The others get the error in the next round.
+            self._complete(error, message, operation)
+            raise
+        except BaseException as error:  # an interrupt: the outcome of the round is unknown here
+            reason = as_symmem_error(error)
+            self._complete(reason, message, operation)
+            self._withdraw(message, reason)
+            verdict = self._outcome(message.sequence)
+            if verdict is not None and verdict.error is None:
+                raise  # the others have passed this round; they get the error in the next one
+            if isinstance(error, Exception):
+                raise AgreedError(from_wire(verdict.error) if verdict and verdict.error else reason) from error
+            operation.propagated = True
+            raise
+
+    def _withdraw(self, message: Message, error: SymmemError) -> None:
+        """Replace a submitted message by an error. Too late if rank 0 has decided the round."""
+        with contextlib.suppress(SymmemError, RuntimeError, OSError):
+            self.transport.submit(message.replace((), to_wire(error)))
+
+    def _outcome(self, sequence: int) -> Message | None:
+        """Return the verdict on a round from which this rank has withdrawn; None if rank 0 is gone or late.
+
+        A late rank 0 finds the withdrawal. So all ranks continue with the same round number.
+        """
+        with contextlib.suppress(SymmemError, RuntimeError, OSError):
+            verdict = self.transport.verdict(sequence, time.monotonic() + GRACE)
+            verdict.close()
+            return verdict
+        return None
+
+    def last_words(self, sequence: int) -> SymmemError | None:
+        """Return the error that rank 0 published to the store before it left during the join, if any."""
+        if not self.joined:
+            with contextlib.suppress(SymmemError, RuntimeError):
+                verdict = self.store.verdict(sequence, time.monotonic() + GRACE)
+                return from_wire(verdict.error) if verdict.error else None
+        return None
+
+    def _complete(self, error: SymmemError, message: Message, operation: CollectiveOperation) -> None:
+        """Add the facts to a transport's error that only the group knows."""
+        error.located(rank=self._rank, group=self._name, step=message.step)
+        if isinstance(error, PeerTimeoutError) and not error.hint:
+            error.what += f" (timeout {operation.timeout:g} s)"
+            error.hint = (
+                f"see what ranks {list(error.peers)} do; {_SAME_CALLS}. If they are only slow, raise rendezvous_timeout"
+            )
+
+
+class AgreedError(Exception):
+    """Carries an error that the other ranks already know."""
+
+    def __init__(self, error: SymmemError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def as_symmem_error(error: BaseException) -> SymmemError:
+    """Convert an error of another library or of the system to the vocabulary of :mod:`symmem.errors`."""
+    if isinstance(error, SymmemError):
+        return error
+    if isinstance(error, RuntimeError) and (known := failure()):
+        return known  # CUDA itself says only that a kernel has stopped
+    if isinstance(error, OSError) and is_limit(error):
+        return limit_error(error, "a system call failed")
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError("this process may have no more memory", hint="raise `ulimit -v`, or allocate less")
+    return from_wire(to_wire(error))
+
+
+def _judge(messages: dict[int, Message]) -> SymmemError | None:
+    """Return the error of a round, if any. A rank's own failure takes precedence over a timeout."""
+    errors = [from_wire(message.error) for _rank, message in sorted(messages.items()) if message.error]
+    if errors:
+        return next((error for error in errors if not isinstance(error, PeerTimeoutError)), errors[0])
+    steps = [message.step for _rank, message in sorted(messages.items())]
+    if len(set(steps)) == 1:
+        return None
+    text, peers = differing([f"{step!r}" for step in steps])
+    return MismatchError(f"ranks are at different steps: {text}", hint=_SAME_CALLS, peers=peers)

@@ -1,0 +1,137 @@
+"""The join of a group's ranks, in their first collective operation: locations, sockets, watched processes.
+
+The first rounds go over the store. They tell every rank where the others run. If unix sockets can connect all ranks,
+the later rounds go over sockets, and every rank watches the processes of the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from symmem.backends import descriptors as scm
+from symmem.backends.descriptors import Contribution, Received
+from symmem.errors import PeerLostError
+from symmem.group.agreement import AgreedError, CollectiveOperation, Rounds
+from symmem.group.compare import exchange_json
+from symmem.group.locations import Location, are_connectable
+from symmem.group.transports import SocketTransport, watch_process
+
+__all__ = ["ProcessWatch", "join"]
+
+
+class ProcessWatch:
+    """Notices the end of the ranks' processes, by a pidfd per rank. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[int, int] = {}  # by pidfd
+        self._poll = select.poll()
+        # Threads must not use a poll object at the same time, and its descriptors must stay open meanwhile.
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._ranks).atexit = False
+
+    def add(self, received: Received, own_rank: int) -> None:
+        """Take ownership of the descriptors that the ranks have sent."""
+        with self._lock:
+            for rank, contribution in enumerate(received):
+                for descriptor in contribution.descriptors:
+                    self._ranks[descriptor] = rank
+                    if rank != own_rank:
+                        self._poll.register(descriptor, select.POLLIN)
+
+    def lost(self) -> tuple[int, ...]:
+        """Return the ranks with an ended process."""
+        with self._lock:
+            return tuple(sorted(self._ranks[descriptor] for descriptor, _event in self._poll.poll(0)))
+
+    def close(self) -> None:
+        """Close all descriptors."""
+        with self._lock:
+            self._poll = select.poll()
+            _close_all(self._ranks)
+
+    def renew_lock(self) -> None:
+        """Replace the lock in a forked child, where the thread that held it does not exist."""
+        self._lock = threading.Lock()
+
+
+def _close_all(ranks: dict[int, int]) -> None:
+    descriptors = tuple(ranks)
+    ranks.clear()
+    scm.close_all(descriptors)
+
+
+def join(rounds: Rounds, operation: CollectiveOperation, watch: ProcessWatch) -> None:
+    """Join the ranks, unless they have joined. Collective.
+
+    Args:
+        rounds: The group's rounds; they use sockets afterwards if all ranks can.
+        operation: The operation in progress.
+        watch: Receives the processes of all ranks if they have sockets.
+    """
+    if rounds.joined:
+        return
+    rank, size = operation.group.rank, operation.group.size
+    listener = scm.Listener(size) if rank == 0 else None
+    with contextlib.ExitStack() as undo:
+        if listener:
+            undo.callback(listener.close)
+        own = {"place": asdict(Location.here()), "welcome": asdict(listener.welcome) if listener else None}
+        ranks = exchange_json(operation, "join", own)
+        locations = tuple(Location(**each["place"]) for each in ranks)
+        welcome = scm.Welcome(**ranks[0]["welcome"])
+        if are_connectable(locations):
+            _connect(rounds, operation, listener, welcome)
+            watch.add(_exchange_processes(rounds, operation), rank)
+            # If this round succeeds, all ranks have sockets; else none keeps them.
+            rounds.exchange(operation, "joined")
+        rounds.locations, rounds.identity, rounds.joined = locations, welcome.address, True
+        if rank == 0 and rounds.sockets is not None:
+            rounds.store.forget(rounds.number)
+
+
+def _connect(
+    rounds: Rounds, operation: CollectiveOperation, listener: scm.Listener | None, welcome: scm.Welcome
+) -> None:
+    with contextlib.ExitStack() as undo:
+        peers = {}
+        if listener is None:
+            with _last_words(rounds):
+                peers = {0: scm.connect(welcome, operation.group.rank, operation.deadline)}
+            undo.callback(peers[0].close)
+        # After this round, the connections of all ranks are in the leader's queue.
+        rounds.exchange(operation, "connect")
+        if listener is not None:
+            peers = listener.accept()
+        rounds.sockets = SocketTransport(peers)
+        undo.pop_all()
+    if listener is None:
+        with _last_words(rounds):
+            scm.check_leader(peers[0], welcome, operation.deadline)
+
+
+@contextlib.contextmanager
+def _last_words(rounds: Rounds) -> Iterator[None]:
+    """If the block finds that rank 0 is gone, raise the error that rank 0 left behind."""
+    try:
+        yield
+    except PeerLostError as error:
+        if reason := rounds.last_words(rounds.number + 1):
+            rounds.number += 1  # rank 0 did the same when it published the error
+            raise AgreedError(reason) from error
+        raise
+
+
+def _exchange_processes(rounds: Rounds, operation: CollectiveOperation) -> Received:
+    """Send a pidfd of this process to all ranks."""
+    own = watch_process(os.getpid())
+    try:
+        return rounds.exchange(operation, "watch", Contribution(b"", () if own is None else (own,)))
+    finally:
+        if own is not None:
+            os.close(own)
