@@ -727,7 +727,7 @@ def test_ranks_that_do_not_call_alike_are_named_before_a_launch(
 ) -> None:
     for error in run_ranks(WORLD, lambda rank: call(checked[rank], rank == 1)):
         assert isinstance(error, MismatchError)
-        name, values = differs.split(": ", 1)
+        name, _, values = differs.partition(": ")
         assert f"ranks disagree on {name!r}: {values}" in str(error)
         assert error.peers == (1,)
     assert driver.launched == []
