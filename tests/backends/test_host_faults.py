@@ -619,7 +619,7 @@ def wait_for_the_dead() -> list[Told]:
 
 
 def test_a_forked_child_is_no_rank_and_hides_no_death(mortals: RankPool) -> None:
-    """In the child every method raises ForkedError; its tensor is shared. The parent's death is noticed nevertheless."""
+    """In the child every method raises ForkedError. Its tensor is shared. Others notice the death of the parent."""
     results = mortals.run(fork_after_rendezvous)
     child, told_by_child = results[1]
     try:
