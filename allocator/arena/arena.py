@@ -30,7 +30,7 @@ import torch
 from symmem.arena.allocation_log import AllocationLog, AllocationRecord, hash_of_name
 from symmem.arena.arena_block import ArenaBlock
 from symmem.arena.growth import Growth
-from symmem.arena.reclaim import compare
+from symmem.arena.reclaim import compare_logs
 from symmem.arena.segment import GRANULE, GRANULE_BITS, Segment
 from symmem.backends.base import Capability
 from symmem.errors import UnsupportedError
@@ -146,7 +146,7 @@ class Arena:
         self.log.check_usable()
         if self._checks_each:
             with self.group.collective("check an allocation") as collective:
-                compare(self.log, collective, proposed, proposed.nbytes, sites=True)
+                compare_logs(self.log, collective, proposed, proposed.nbytes, sites=True)
 
 
 class Arenas(dict[tuple[str, torch.device], Arena]):

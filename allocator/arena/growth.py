@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from symmem.arena.reclaim import ReclaimRound, compare
+from symmem.arena.reclaim import ReclaimRound, compare_logs
 from symmem.arena.segment import GRANULE, SPARE
 from symmem.backends.base import Capability
 from symmem.backends.libc import round_up
@@ -166,7 +166,7 @@ class Growth:
             cuda_graphs.refuse(log.device, "an arena cannot grow")
             allocation = backend.allocate(nbytes, log.device, log.group)
         with self._collective("grow an arena", proposed) as collective:
-            compare(log, collective, proposed, nbytes)
+            compare_logs(log, collective, proposed, nbytes)
             if allocation is None:
                 allocation = backend.allocate(nbytes, log.device, log.group)
             mapping = backend.rendezvous(allocation, collective)

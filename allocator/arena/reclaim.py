@@ -28,7 +28,7 @@ from symmem.memory import cuda_graphs
 if TYPE_CHECKING:
     from symmem.arena.allocation_log import AllocationLog, AllocationRecord
 
-__all__ = ["ReclaimRound", "compare"]
+__all__ = ["ReclaimRound", "compare_logs"]
 
 
 class ReclaimRound:
@@ -144,7 +144,7 @@ def _kind(log: AllocationLog) -> str:
     return f"{log.backend.name} on {log.device.type}"
 
 
-def compare(
+def compare_logs(
     log: AllocationLog, collective: CollectiveOperation, proposed: AllocationRecord, nbytes: int, sites: bool = False
 ) -> None:
     """Compare the allocations of all ranks; dropped blocks do not matter. Collective.

@@ -749,14 +749,14 @@ def collect_in_callbacks(kind: str) -> Told:
 
     original = ArenaBlock.__init__
 
-    def amid(*args: Any) -> None:
+    def interrupted(*args: Any) -> None:
         ArenaBlock.__init__ = original  # type: ignore[method-assign]
         Collects()
         original(*args)
 
     if kind == "in an allocation":
         if group.rank == 1:
-            ArenaBlock.__init__ = amid  # type: ignore[method-assign]
+            ArenaBlock.__init__ = interrupted  # type: ignore[method-assign]
         # The other ranks collect here, outside of any operation.
         kept.append(allocate(group))
         if group.rank != 1:
@@ -825,7 +825,7 @@ def test_two_threads_of_each_rank(pool: RankPool) -> None:
     assert pool.run(two_threads) == [[]] * WORLD
 
 
-def fork_amid() -> tuple[int, Told]:
+def fork_during_use() -> tuple[int, Told]:
     group = group_of("forks")
     st = allocate(group, 100)
     child = os.fork()
@@ -838,7 +838,7 @@ def fork_amid() -> tuple[int, Told]:
 
 
 def test_a_forked_child_leaves_the_arena_alone(pool: RankPool) -> None:
-    for status, result in pool.run(fork_amid):
+    for status, result in pool.run(fork_during_use):
         assert (status, result.kind) == (0, "")
 
 
