@@ -1,191 +1,58 @@
-"""What ranks run for test_compile.py and test_compile_gpu.py: a function a case. The operators refuse plain memory."""
+"""Cases of torch.compile with registered arguments, for test_compile.py and test_compile_gpu.py."""
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
-import importlib
 import itertools
 import json
-import os
 import re
 import tempfile
 import types
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from compile_operators import POINTERS, handle_of
+from compile_support import (
+    Deferred,
+    case,
+    check,
+    compiled,
+    ct,
+    current_graph,
+    device,
+    explanation,
+    group,
+    outcomes,
+    summed,
+    values,
+)
 
 import symmem
 from symmem.backends import kernel_status, kernel_words
-from symmem.compile.report import AT_RUN_TIME, COPIED, PLACED, Report
+from symmem.compile.records import ArgumentRecord, BufferRecord
+from symmem.compile.report import AT_RUN_TIME, COPIED, IN_PLACE, PLACED
 from symmem.errors import GroupError, InvalidArgumentError, NotSymmetricError, PeerTimeoutError, UnsupportedError
 from symmem.group.resolve import name_of
 from symmem.ops.engines.base import Engines
 
-
-class Part:
-    """A module of symmem.compile that is imported when it is used: Inductor takes seconds, and only ranks need it."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(f"symmem.compile.{self._name}"), name)
+hook, wrappers, control = (Deferred(f"symmem.compile.{name}") for name in ("hook", "wrappers", "control"))
+cache_keys, symmetric_layout = Deferred("symmem.compile.cache_keys"), Deferred("symmem.compile.plan.symmetric_layout")
+mutable_ops = Deferred("symmem.compile.plan.mutable_ops")
+runtime, runtime_inputs = Deferred("symmem.compile.run.graph"), Deferred("symmem.compile.run.inputs")
 
 
-hook, wrappers, layout = Part("hook"), Part("wrappers"), Part("plan.symmetric_layout")
-runtime, running, runtime_inputs = Part("run.graph"), Part("run.current_graph"), Part("run.inputs")
-records = Part("records")
-explaining, control = Part("explanation"), Part("control")
-
-LIB = symmem.ops.Library("ct", "DEF")
-POINTERS: list[int] = []  # of the arguments that operators were given
+# Producers.
 
 
-def handle_of(x: torch.Tensor) -> symmem.SymmetricTensor:
-    if symmem.find(x) is None:
-        raise AssertionError("plain memory")
-    POINTERS.append(x.data_ptr())
-    return symmem.SymmetricTensor.wrap(x)
-
-
-def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], args: list[str], **options: Any) -> None:
-    LIB.define(schema)
-    name = schema.partition("(")[0]
-    LIB.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ct::{name}", fake, lib=LIB)
-    if args:
-        LIB.register_symm_mem_args(name, args, **options)
-
-
-def total(x: torch.Tensor, group: str) -> torch.Tensor:
-    """The sum over all ranks. No rank waits for the others at its end: that is for the compiler to see to."""
-    handle = handle_of(x)
-    known = symmem.resolve_group(group)
-    handle.barrier(group=known)
-    return sum((handle.remote_tensor(rank, group=known) for rank in range(known.size)), torch.zeros_like(x))
-
-
-def total_out(group: str, x: torch.Tensor, *, out: torch.Tensor) -> None:
-    out.copy_(total(x, group))
-
-
-def add_peer(x: torch.Tensor, group: str) -> torch.Tensor:
-    handle = handle_of(x)
-    known = symmem.resolve_group(group)
-    handle.barrier(group=known)
-    other = handle.remote_tensor((known.rank + 1) % known.size, group=known).clone()
-    handle.barrier(group=known)
-    return x.add_(other)
-
-
-def add_peer_out(x: torch.Tensor, group: str) -> None:
-    add_peer(x, group)
-
-
-def totals(xs: list[torch.Tensor], y: torch.Tensor | None, group: str) -> list[torch.Tensor]:
-    return [total(x, group) for x in [*xs, *([] if y is None else [y])]]
-
-
-define("total(Tensor x, str group_name) -> Tensor", total, lambda x, g: torch.empty_like(x), ["x"])
-# Its arguments come in another order; it is found by its schema.
-LIB.define("total_out(str group_name, Tensor x, *, Tensor(a!) out) -> ()")
-LIB.impl("total_out", total_out, "CompositeExplicitAutograd")
-define("summed(Tensor x, str tp) -> Tensor", total, lambda x, g: torch.empty_like(x), ["x"], group_arg="tp")
-define("add_peer_(Tensor(a!) x, str tp) -> ()", add_peer_out, lambda x, g: None, ["x"], group_arg="tp")
-define("add_peer_back_(Tensor(a!) x, str tp) -> Tensor(a!)", add_peer, lambda x, g: x, ["x"], group_arg="tp")
-define(
-    "totals(Tensor[] xs, Tensor? y, str group_name) -> Tensor[]",
-    totals,
-    lambda xs, y, g: [torch.empty_like(x) for x in [*xs, *([] if y is None else [y])]],
-    ["xs", "y"],
-)
-define(
-    "mine(Tensor x, str group_name) -> Tensor",
-    lambda x, g: handle_of(x).tensor.clone(),
-    lambda x, g: torch.empty_like(x),
-    ["x"],
-    one_sided=True,
-)
-
-
-def bump(x: torch.Tensor) -> None:
-    x.add_(1)
-
-
-def both(x: torch.Tensor, y: torch.Tensor, group: str) -> None:
-    handle_of(x), handle_of(y)
-    x.add_(1)
-    y.add_(1)
-
-
-define("pair_plus_(Tensor(a!) x, Tensor(b!) y, str group_name) -> ()", both, lambda x, y, g: None, ["x", "y"])
-define("plus_one_(Tensor(a!) x) -> ()", bump, lambda x: None, [])
-define("opaque(Tensor x) -> Tensor", lambda x: x * 2, lambda x: torch.empty_like(x), [])
-define("scaled(Tensor x, float by) -> Tensor", lambda x, by: x * by, lambda x, by: torch.empty_like(x), [])
-LIB.define("scaled.out(Tensor x, float by, *, Tensor(a!) out) -> Tensor(a!)")
-LIB.impl("scaled.out", lambda x, by, *, out: torch.mul(x, by, out=out), "CompositeExplicitAutograd")
-
-ct = torch.ops.ct
-
-
-def group() -> str:
-    return symmem.resolve_group().name
-
-
-def device() -> torch.device:
-    return torch.device(os.environ.get("SYMMEM_TEST_DEVICE", "cpu"), *([dist.get_rank()] if on_cuda() else []))
-
-
-def on_cuda() -> bool:
-    return os.environ.get("SYMMEM_TEST_DEVICE") == "cuda"
-
-
-def summed(x: torch.Tensor) -> torch.Tensor:
-    """What the operators should give, by gloo."""
-    x = x.clone()
-    dist.all_reduce(x)
-    return x
-
-
-def values(*shape: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(17 * seed + dist.get_rank())
-    return torch.randn(shape, generator=generator).to(device())
-
-
-def compiled(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    return torch.compile(f, backend="symmem", **options)
-
-
-def check(
-    f: Callable[..., Any], make: Callable[[int], tuple[Any, ...]], expected: Callable[..., Any], **options: Any
-) -> Report:
-    """Run a compiled function three times on new values; each must give what is expected. Returns the report."""
-    torch._dynamo.reset()
-    POINTERS.clear()
-    with explaining.reporting() as report:
-        run = compiled(f, **options)
-        for step in range(3):
-            args = make(step)
-            wanted = expected(*(each.clone() if isinstance(each, torch.Tensor) else each for each in args))
-            torch.testing.assert_close(run(*args), wanted)
-    return report
-
-
-def outcomes(report: Report) -> list[str]:
-    return [each.outcome for graph in report.graphs for each in graph.decisions]
-
-
-# Producers (D1, D2, E1, E2).
-
-
+@case()
 def case_chain() -> None:
-    """Eight layers need one symmetric buffer and one other, and no copy (D1)."""
+    """Eight layers need one symmetric buffer, one plain buffer and no copy."""
     name, weights = group(), [values(8, 8, seed=9 + layer) / 3 for layer in range(8)]
     everyone = [summed(each) for each in weights]
 
@@ -206,6 +73,7 @@ def case_chain() -> None:
     assert len(set(POINTERS)) == 1
 
 
+@case()
 def case_pointwise_and_reduction() -> None:
     name = group()
     report = check(
@@ -216,8 +84,9 @@ def case_pointwise_and_reduction() -> None:
     assert outcomes(report) == [PLACED, PLACED]
 
 
+@case()
 def case_mm_relu() -> None:
-    """Torch 2.11 would write relu's result over mm's, which nobody has put into the symmetric buffer."""
+    """Torch 2.11 would let relu write over the result of mm, which is not in the symmetric buffer."""
     name, weight = group(), torch.ones(6, 6, device=device())
     report = check(
         lambda x: ct.total((x @ weight).relu(), name),
@@ -227,6 +96,7 @@ def case_mm_relu() -> None:
     assert outcomes(report) == [PLACED]
 
 
+@case()
 def case_views_and_concatenation() -> None:
     name = group()
 
@@ -243,6 +113,7 @@ def case_views_and_concatenation() -> None:
     assert outcomes(report) == [PLACED] * 4
 
 
+@case()
 def case_expanded_and_flipped() -> None:
     name = group()
     report = check(
@@ -253,6 +124,7 @@ def case_expanded_and_flipped() -> None:
     assert COPIED not in outcomes(report)
 
 
+@case()
 def case_op_to_op() -> None:
     name = group()
     report = check(
@@ -263,8 +135,9 @@ def case_op_to_op() -> None:
     assert outcomes(report) == [PLACED, PLACED]
 
 
+@case()
 def case_fallback_producers() -> None:
-    """A custom operator with an ``out`` variant writes straight to symmetric memory; one without is copied (E2, D4)."""
+    """A custom operator with an ``out`` variant writes to symmetric memory. Without it, the result is copied."""
     name = group()
     report = check(
         lambda x: (ct.total(ct.scaled(x, 3.0), name), ct.total(ct.opaque(x), name)),
@@ -275,26 +148,26 @@ def case_fallback_producers() -> None:
     assert "out=" in report.graphs[0].decisions[1].advice
 
 
+@case()
 def case_producer_within() -> None:
-    """A custom operator with no ``out`` variant runs within use_symmetric_memory, where that is worth its time (E2)."""
-    name, producers = group(), importlib.import_module("symmem.compile.plan.producers")
-    known, producers._pays = producers._pays, lambda made: True  # type: ignore[attr-defined]
-    try:
+    """A custom operator without ``out`` variant runs within use_symmetric_memory if that is faster than a copy."""
+    name = group()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("symmem.compile.plan.producers._pays", lambda made: True)
         with torch._inductor.config.patch(force_disable_caches=True):
             report = check(
                 lambda x: ct.total(ct.opaque(x), name),
                 lambda step: (values(4, 4, seed=step),),
                 lambda x: summed(x * 2),
             )
-    finally:
-        producers._pays = known  # type: ignore[attr-defined]
     assert outcomes(report) == [AT_RUN_TIME]
     assert "runs within use_symmetric_memory" in report.graphs[0].decisions[0].why
 
 
-# Inputs (D3, D4).
+# Inputs.
 
 
+@case()
 def case_inputs() -> None:
     name = group()
     report = check(lambda x: ct.total(x, name), lambda step: (values(4, 6, seed=step),), summed)
@@ -302,6 +175,7 @@ def case_inputs() -> None:
     assert len(set(POINTERS)) == 1  # one persistent buffer
 
 
+@case()
 def case_symmetric_input() -> None:
     name = group()
     mine = symmem.allocate((4, 6), dtype=torch.float32).tensor
@@ -314,8 +188,9 @@ def case_symmetric_input() -> None:
     assert set(POINTERS) == {mine.data_ptr()}
 
 
+@case()
 def case_symmetric_inputs_that_change() -> None:
-    """Used as they are while the ranks agree; an address that keeps changing is copied in the end."""
+    """Symmetric inputs are used in place while the ranks agree. If the address keeps changing, they are copied."""
     name = group()
     torch._dynamo.reset()
     tensors = [
@@ -323,7 +198,7 @@ def case_symmetric_inputs_that_change() -> None:
     ]
     run = compiled(lambda x: ct.total(x, name))
     POINTERS.clear()
-    tensors.append(tensors[runtime_inputs.MAX_ADDRESS_CHANGES - 1])  # which was used as it is, and is not any more
+    tensors.append(tensors[runtime_inputs.MAX_ADDRESS_CHANGES - 1])  # it was used in place before, and is copied now
     for step, tensor in enumerate(tensors):
         tensor.copy_(values(4, 6, seed=step))
         torch.testing.assert_close(run(tensor), summed(tensor))
@@ -331,11 +206,12 @@ def case_symmetric_inputs_that_change() -> None:
     assert used == [True] * runtime_inputs.MAX_ADDRESS_CHANGES + [False] * 4
 
 
+@case()
 def case_what_was_agreed_on_is_copied_from_then_on() -> None:
-    """For operators that need torch's memory, what lies in other symmetric memory is copied from the first call on."""
+    """For operators that need torch's memory, other symmetric memory is copied from the first call on."""
     backend = symmem.allocate((2, 2), dtype=torch.float32).backend
     for each in (None, backend):
-        record, shape = records.ArgumentRecord(0, group(), each, "agree", False, "op"), ((2, 2), (2, 1))
+        record, shape = ArgumentRecord(0, group(), each, "agree", False, "op"), ((2, 2), (2, 1))
         graph = runtime.Graph()
         tensors = [
             symmem.allocate((2, 2), dtype=torch.float32).tensor.fill_(1)
@@ -345,8 +221,9 @@ def case_what_was_agreed_on_is_copied_from_then_on() -> None:
         assert used == [each is None] * runtime_inputs.MAX_ADDRESS_CHANGES + [False] * 3
 
 
+@case()
 def case_one_rank_is_plain() -> None:
-    """Rank 0 passes symmetric memory, the others do not: all copy, and none reads the wrong place (G2)."""
+    """Only rank 0 passes symmetric memory. All ranks copy, so no rank reads a wrong address."""
     name = group()
     torch._dynamo.reset()
     mine = symmem.allocate((4, 6), dtype=torch.float32).tensor
@@ -358,8 +235,9 @@ def case_one_rank_is_plain() -> None:
         torch.testing.assert_close(run(given), wanted)
 
 
+@case()
 def case_other_tensor_on_one_rank() -> None:
-    """Each rank passes symmetric memory, but not the same piece (G2)."""
+    """The ranks pass different pieces of symmetric memory."""
     name = group()
     torch._dynamo.reset()
     first, second = (symmem.allocate((4, 6), dtype=torch.float32).tensor for _ in range(2))
@@ -371,6 +249,7 @@ def case_other_tensor_on_one_rank() -> None:
         torch.testing.assert_close(run(given), wanted)
 
 
+@case()
 def case_same_input_twice() -> None:
     name = group()
     report = check(
@@ -382,6 +261,7 @@ def case_same_input_twice() -> None:
     assert len({each.buffer for each in report.graphs[0].decisions}) == 1
 
 
+@case()
 def case_parameters_and_constants() -> None:
     name = group()
     module = torch.nn.Linear(4, 4, bias=False, device=device())
@@ -398,11 +278,12 @@ def case_parameters_and_constants() -> None:
         )
 
 
+@case()
 def case_dynamic_shapes() -> None:
-    """One graph for all sizes; the persistent buffer grows."""
+    """One graph serves all sizes, and the persistent buffer grows."""
     name = group()
     torch._dynamo.reset()
-    with explaining.reporting() as report:
+    with explanation.reporting() as report:
         run = compiled(lambda x: ct.total(x * 2, name) + ct.total(x, name), dynamic=True)
         for size in (3, 5, 4, 9, 9, 2):
             x = values(size, 4, seed=size)
@@ -411,23 +292,26 @@ def case_dynamic_shapes() -> None:
     assert {each.nbytes for each in report.graphs[0].decisions} == {None}
 
 
+@case()
 def case_empty() -> None:
     name = group()
     check(lambda x: x + ct.total(x[:0], name).sum() * 0, lambda step: (values(4, seed=step),), lambda x: x)
 
 
+@case()
 def case_buffer_that_was_empty() -> None:
-    """Elements that are not there count for nothing in what it has room for, whatever its strides."""
-    graph, record = runtime.Graph(), records.BufferRecord(0, torch.float32, str(device()), (group(),), None, False)
+    """An empty tensor has a capacity of zero elements, whatever its strides are."""
+    graph, record = runtime.Graph(), BufferRecord(0, torch.float32, str(device()), (group(),), None, False)
     for sizes in ((8, 0), (4, 1), (0, 9), (2, 2)):
         strides = (max(sizes[1], 1), 1)
         made = graph.buffer(record, sizes, strides).fill_(1)
         assert (made.shape, made.stride(), made.sum()) == (sizes, strides, sizes[0] * sizes[1])
 
 
-# Operators that write to their arguments (C1, C2).
+# Operators that write to their arguments.
 
 
+@case()
 def case_in_place_on_intermediates() -> None:
     name = group()
 
@@ -445,8 +329,9 @@ def case_in_place_on_intermediates() -> None:
     assert outcomes(report) == [PLACED, PLACED]
 
 
+@case()
 def case_in_place_on_inputs() -> None:
-    """What the operator writes reaches the caller's tensor, in symmetric memory or not."""
+    """The result reaches the caller's tensor, in symmetric or plain memory."""
     name = group()
     torch._dynamo.reset()
     mine = symmem.allocate((4, 4), dtype=torch.float32).tensor
@@ -464,9 +349,10 @@ def case_in_place_on_inputs() -> None:
         torch.testing.assert_close((x, given, result), (*wanted, wanted[1] + 1))
 
 
-# More than one tensor, more than one group (B5).
+# Several tensors, several groups.
 
 
+@case()
 def case_lists() -> None:
     name = group()
     report = check(
@@ -477,8 +363,9 @@ def case_lists() -> None:
     assert outcomes(report) == [PLACED, AT_RUN_TIME, PLACED, PLACED]
 
 
+@case()
 def case_two_groups() -> None:
-    """A buffer for a group and a part of it lies in memory that both reach."""
+    """A buffer for a group and its subgroup is in memory that both reach."""
     name = group()
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()].group_name
 
@@ -490,11 +377,12 @@ def case_two_groups() -> None:
     assert outcomes(report) == [PLACED, PLACED]
 
 
-# What the graph returns.
+# Results of the graph.
 
 
+@case()
 def case_escapes() -> None:
-    """What is returned stays as it is when the function is called again, views included; large ones are not copied."""
+    """The next call does not change results or views of them. Large results are not copied."""
     name = group()
     torch._dynamo.reset()
 
@@ -515,8 +403,9 @@ def case_escapes() -> None:
         assert symmem.find(results[4]) is not None  # 2 MiB
 
 
+@case()
 def case_training() -> None:
-    """The backward graph has a registered operator as well, and saved tensors stay what they were."""
+    """The backward graph has a registered operator too, and saved tensors do not change."""
     name = group()
 
     class Total(torch.autograd.Function):
@@ -535,7 +424,7 @@ def case_training() -> None:
         return (Total.apply(y) * y).sum()
 
     torch._dynamo.reset()
-    with explaining.reporting() as report:
+    with explanation.reporting() as report:
         run = compiled(f)
         for step in range(3):
             x = values(4, 4, seed=step).requires_grad_()
@@ -549,6 +438,7 @@ def case_training() -> None:
     assert len(report.graphs) == 2
 
 
+@case(gpu=False)
 def case_conditional() -> None:
     name = group()
 
@@ -562,9 +452,10 @@ def case_conditional() -> None:
         torch.testing.assert_close(run(x, flag), summed(x * (2 if step % 2 else 3)))
 
 
-# Ways to compile.
+# Compile options.
 
 
+@case(gpu=False)
 def case_cpp_wrapper() -> None:
     name = group()
     report = check(
@@ -576,6 +467,7 @@ def case_cpp_wrapper() -> None:
     assert report is not None
 
 
+@case(gpu=False)
 def case_memory_planning() -> None:
     name = group()
     report = check(
@@ -587,6 +479,7 @@ def case_memory_planning() -> None:
     assert outcomes(report) == [COPIED, COPIED]
 
 
+@case()
 def case_inference_mode() -> None:
     name = group()
     torch._dynamo.reset()
@@ -598,8 +491,9 @@ def case_inference_mode() -> None:
             torch.testing.assert_close(run(x), wanted)
 
 
+@case()
 def case_own_operators() -> None:
-    """symmem's own take any memory; what they return is planned like any buffer (D1, C3)."""
+    """symmem's operators take any memory, and Inductor plans their results like other buffers."""
     name = group()
 
     def f(x: torch.Tensor) -> torch.Tensor:
@@ -615,8 +509,9 @@ def case_own_operators() -> None:
     check(f, lambda step: (values(4, 4, seed=step),), expected)
 
 
+@case()
 def case_own_operators_of_all_kinds() -> None:
-    """Compiled code calls them past the dispatcher, unless a profiler is to see them; of memory of any strides."""
+    """Compiled code calls them past the dispatcher unless a profiler runs. Arguments may have any strides."""
     name = group()
 
     def f(x: torch.Tensor) -> Any:
@@ -645,15 +540,16 @@ def case_own_operators_of_all_kinds() -> None:
         known = engine.all_gather
         patch.setattr(engine, "all_gather", lambda self, x, out: (sources.append(x), known(self, x, out)))
         compiled(lambda x: symmem.ops.all_gather(x, name))(values(2, 3).t())
-        assert sources.pop().is_contiguous()  # as an engine needs it
+        assert sources.pop().is_contiguous()  # the engine requires that
     conjugate = torch.view_as_complex(values(2, 2, 2)).conj()
     torch.testing.assert_close(
         compiled(lambda x: symmem.ops.all_gather(x, name))(conjugate), symmem.ops.all_gather(conjugate, name)
     )
 
 
+@case()
 def case_own_operators_of_a_group_that_changes() -> None:
-    """Shapes depend on the number of ranks: code for another number is neither run, nor taken from a cache (G2)."""
+    """Shapes depend on the number of ranks, so code for another number is not run and not loaded from a cache."""
     rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
 
     def made(size: int) -> symmem.Group:
@@ -676,8 +572,9 @@ def case_own_operators_of_a_group_that_changes() -> None:
     alone.close()
 
 
+@case()
 def case_code_for_other_groups_is_not_taken_from_a_cache() -> None:
-    """A buffer that two groups reach is in the memory of the larger one: which that is is not in the code (G2)."""
+    """The larger of two groups owns a shared buffer, so the cache key must show which group is larger."""
     both, alone = [[0, 1]], [[0], [1]]
     for members in ((both, alone), (alone, both)):
         made = []
@@ -690,7 +587,7 @@ def case_code_for_other_groups_is_not_taken_from_a_cache() -> None:
         larger = "cached a" if members[0] is both else "cached b"
         torch._dynamo.reset()
         x = values(3, 3)
-        with explaining.reporting() as report:
+        with explanation.reporting() as report:
             run = compiled(lambda x: sum(ct.total(y, "cached a") + ct.total(y, "cached b") for y in (x @ x,)))
             torch.testing.assert_close(run(x), x @ x + summed(x @ x))
         assert [each.group for each in report.graphs[0].buffers] == [larger]
@@ -698,41 +595,43 @@ def case_code_for_other_groups_is_not_taken_from_a_cache() -> None:
             dist.destroy_process_group(group)
 
 
+@case()
 def case_key_of_compiled_code() -> None:
-    """In it are operators that torch wraps, and what a twin stands for, whatever its number; and torch's backend."""
-    keys, graph = importlib.import_module("symmem.compile.cache_keys"), torch.fx.Graph()
+    """The key contains operators that torch wraps, the originals of mutable-op wrappers, and torch's backend."""
+    graph = torch.fx.Graph()
     hook.install()
     hook._prepare()
     x = graph.placeholder("x")
     wrapped = torch.ops.higher_order.auto_functionalized_v2
     back, add = torch.ops.ct.add_peer_back_.default, torch.ops.ct.add_peer_.default
-    twins = importlib.import_module("symmem.compile.plan.mutable_ops")._originals
-    twin = next(each for each, op in twins.items() if op is back)
-    for op in (twin, add):
+    wrapper = next(wrapper for wrapper, op in mutable_ops._originals.items() if op is back)
+    for op in (wrapper, add):
         graph.call_function(wrapped, (op,), {"tp": group(), "_x_base_index": 0, "_all_bases": [x]})
     graph.call_function(torch.ops.aten.relu.default, (x,))
-    names = [op._name for op, _node in keys.operators(torch.fx.GraphModule({}, graph))]
+    names = [op._name for op, _node in cache_keys.operators(torch.fx.GraphModule({}, graph))]
     assert names == ["ct::add_peer_back_", "ct::add_peer_", "aten::relu"]
     ours = torch.fx.Graph()
     ours.call_function(torch.ops.symm_mem.one_shot_all_reduce.default, (ours.placeholder("x"), "sum", group()))
-    called, found = list(keys.operators(torch.fx.GraphModule({}, ours))), []
+    called, found = list(cache_keys.operators(torch.fx.GraphModule({}, ours))), []
     for backend in ("CUDA", "NCCL"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("torch.distributed._symmetric_memory.get_backend", lambda device: backend)  # noqa: B023
-            found.append(keys.key_of(called))
+            found.append(cache_keys.key_of(called))
     assert found[0] != found[1]
 
 
+@case()
 def case_nothing_registered() -> None:
     torch._dynamo.reset()
-    with explaining.reporting() as report:
+    with explanation.reporting() as report:
         assert torch.equal(compiled(lambda x: x + 1)(torch.ones(3)), torch.full((3,), 2.0))
     assert report.graphs == []
     assert "no compiled graph" in str(report)
 
 
+@case()
 def case_views_by_an_operator() -> None:
-    """An input that comes through an operator is compared as well: the ranks pass different pieces (G2)."""
+    """A view of an input by an operator is compared too, because the ranks may pass different pieces."""
     name = group()
     torch._dynamo.reset()
     both = symmem.allocate((8, 6), dtype=torch.int32).tensor
@@ -743,8 +642,9 @@ def case_views_by_an_operator() -> None:
         assert torch.equal(run(mine.copy_(x)).view(torch.int32), summed(x))
 
 
+@case()
 def case_one_tensor_written_to_twice() -> None:
-    """One tensor as two arguments that are written to is one copy; views that overlap are refused by name (C1)."""
+    """A tensor passed as two mutated arguments is copied once. Overlapping views are an error that names them."""
     name = group()
 
     def f(x: torch.Tensor) -> None:
@@ -761,8 +661,9 @@ def case_one_tensor_written_to_twice() -> None:
         compiled(lambda x: ct.pair_plus_(x[:5], x[3:], name))(x)
 
 
+@case()
 def case_explained_often() -> None:
-    """Dynamo compiles a piece of code but a few times: explaining does not use that up."""
+    """Dynamo compiles a code object only a few times. Calls of ``explain`` do not count."""
     name = group()
 
     def f(x: torch.Tensor) -> torch.Tensor:
@@ -775,8 +676,9 @@ def case_explained_often() -> None:
     torch.testing.assert_close(compiled(f)(x), summed(x @ x))
 
 
-def case_operators_defined_anew() -> None:
-    """As in a notebook; and names that are alike but for where the namespace ends."""
+@case()
+def case_operators_redefined() -> None:
+    """Operators are redefined, as in a notebook. Names that differ only in the end of the namespace do not collide."""
     name = group()
     for by in (1, 2):
         lib = symmem.ops.Library("again", "DEF")
@@ -797,11 +699,12 @@ def case_operators_defined_anew() -> None:
         lib._destroy()
 
 
-# Switching, and saying what is to be placed (E4).
+# Switching the hook, and registering.
 
 
+@case()
 def case_enable() -> None:
-    """What is compiled while the hook is off gets plain memory, which the operators refuse; and the other way round."""
+    """Code compiled with the hook off passes plain memory, which the operators refuse. Switching recompiles."""
     name = group()
     run = torch.compile(lambda x: ct.summed(x + 1, name))
     torch._dynamo.reset()
@@ -818,8 +721,9 @@ def case_enable() -> None:
         run(x)
 
 
+@case()
 def case_registry_changes() -> None:
-    """An operator that is registered after it was compiled is placed from then on; in a block, as long as it lasts."""
+    """A registration after compiling places the argument from then on; in a block, until the block ends."""
     name = group()
     lib = torch.library.Library("ct", "FRAGMENT")
     schema = "late(Tensor x, str group_name) -> Tensor"
@@ -855,6 +759,7 @@ def case_registry_changes() -> None:
     assert symmem.ops.registration("symm_mem::one_shot_all_reduce") is built_in
 
 
+@case()
 def case_explain() -> None:
     name = group()
 
@@ -875,8 +780,9 @@ def case_explain() -> None:
     assert [each.outcome for graph in again.graphs for each in graph.decisions] == [PLACED, COPIED]
 
 
+@case()
 def case_report_file() -> None:
-    """SYMMEM_ENABLE=compile_report(path): each rank writes what was compiled, a line a graph."""
+    """SYMMEM_ENABLE=compile_report(path): every rank writes one line per compiled graph."""
     name = group()
     torch._dynamo.reset()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -888,9 +794,10 @@ def case_report_file() -> None:
         assert json.loads(line)["decisions"][0]["outcome"] == PLACED
 
 
-# Bad input, and the end of things.
+# Bad input, and lifetimes.
 
 
+@case()
 def case_plain_for_one_sided() -> None:
     name = group()
     torch._dynamo.reset()
@@ -899,8 +806,12 @@ def case_plain_for_one_sided() -> None:
         run(values(2, 2))
     mine = symmem.allocate((2, 2), dtype=torch.float32).tensor.fill_(5)
     assert run(mine).eq(5).all()
+    report = symmem.compile.explain(lambda x: ct.mine(x, name), mine)
+    assert outcomes(report) == [IN_PLACE]
+    assert report.graphs[0].peak == 0
 
 
+@case()
 def case_no_such_group() -> None:
     torch._dynamo.reset()
     with pytest.raises(Exception, match="ct::total: no group by argument 'group_name'") as caught:
@@ -908,6 +819,7 @@ def case_no_such_group() -> None:
     assert "GroupError" in repr(caught.value) or isinstance(caught.value, GroupError)
 
 
+@case()
 def case_group_is_destroyed() -> None:
     made = dist.new_group(list(range(dist.get_world_size())))
     name = made.group_name
@@ -920,9 +832,10 @@ def case_group_is_destroyed() -> None:
         run(x)
 
 
-def case_group_is_made_anew() -> None:
-    """What the ranks of the group before had met for is not used with the new one of that name (G2)."""
-    name, run = "anew", None
+@case()
+def case_group_is_made_again() -> None:
+    """Memory of a destroyed group is not used for a new group with the same name."""
+    name, run = "again", None
     mine = symmem.allocate((3, 3), dtype=torch.float32)
     for turn in range(2):
         made = dist.new_group(list(range(dist.get_world_size())))
@@ -945,14 +858,15 @@ def case_group_is_made_anew() -> None:
         dist.destroy_process_group(made)
 
 
-def case_graph_knows_groups_made_anew() -> None:
-    """However they were made, and however they went; while they are there, its buffers stay (G2)."""
+@case()
+def case_graph_knows_groups_made_again() -> None:
+    """A graph drops its buffers if a group is replaced or closed, and keeps them otherwise."""
     rank, size = dist.get_rank(), dist.get_world_size()
     store, count = dist.distributed_c10d._get_default_store(), itertools.count()
 
     def of_store() -> symmem.Group:
-        prefix = f"known anew {next(count)}"
-        return symmem.Group.from_store(rank, size, dist.PrefixStore(prefix, store), "known anew")
+        prefix = f"known again {next(count)}"
+        return symmem.Group.from_store(rank, size, dist.PrefixStore(prefix, store), "known again")
 
     def replaced(group: symmem.Group) -> None:
         others.append(of_store())
@@ -969,7 +883,7 @@ def case_graph_knows_groups_made_anew() -> None:
         graph = runtime.Graph()
         if first.process_group is None:
             name_of(first)
-        record = records.BufferRecord(0, torch.float32, str(device()), (first.name,), None, False)
+        record = BufferRecord(0, torch.float32, str(device()), (first.name,), None, False)
         made = graph.buffer(record, (2, 2), (2, 1))
         graph.begin()
         assert graph.buffer(record, (2, 2), (2, 1)) is made
@@ -980,15 +894,16 @@ def case_graph_knows_groups_made_anew() -> None:
             each.close()
 
 
+@case()
 def case_kernel_that_stopped_is_named() -> None:
-    """What torch finds out of a GPU whose kernel has stopped is told by the error of that kernel (G1)."""
+    """If a kernel stopped, the error says why, instead of torch's CUDA error."""
     error = RuntimeError("CUDA error: unspecified launch failure")
 
     def fail(inputs: Any) -> None:
         raise error
 
     with pytest.raises(RuntimeError) as plain:
-        running.bound(fail)([])
+        current_graph.bound(fail)([])
     assert plain.value is error
     memory = (ctypes.c_uint32 * (kernel_words.NBYTES // 4))()
     words = kernel_words.KernelWords(0, ctypes.addressof(memory), 0)
@@ -996,13 +911,14 @@ def case_kernel_that_stopped_is_named() -> None:
         number = words.enter(symmem.resolve_group())
         memory[:4] = [1, 7, 1, number]
         with pytest.raises(PeerTimeoutError, match="barrier on channel 7") as caught:
-            running.bound(fail)([])
+            current_graph.bound(fail)([])
         assert caught.value.__cause__ is error
     finally:
         kernel_status.devices.remove(words)
 
 
-def case_memory_goes_with_the_function() -> None:
+@case()
+def case_memory_is_freed_with_the_function() -> None:
     name = group()
     torch._dynamo.reset()
     gc.collect()
@@ -1023,15 +939,16 @@ def case_memory_goes_with_the_function() -> None:
     assert [graph() for graph in graphs] == [None]
 
 
-def case_each_function_has_a_graph_of_its_own() -> None:
-    """Of functions that run one module; within one another as well, and the graph goes with the function."""
+@case()
+def case_functions_have_separate_graphs() -> None:
+    """Functions of one module have separate graphs, also in nested calls. A graph is freed with its function."""
 
     def now(inputs: Any) -> Any:
-        return running.running.here.graph
+        return current_graph.running.here.graph
 
     def seen() -> list[Any]:
-        outside, inner = now([]), running.bound(now)
-        first, second, third = running.bound(lambda inputs: (now(inputs), inner(inputs), now(inputs)))([])
+        outside, inner = now([]), current_graph.bound(now)
+        first, second, third = current_graph.bound(lambda inputs: (now(inputs), inner(inputs), now(inputs)))([])
         assert first is third is not second
         assert inner([]) is second
         assert now([]) is outside not in (first, second)
@@ -1042,16 +959,18 @@ def case_each_function_has_a_graph_of_its_own() -> None:
     assert [graph() for graph in graphs] == [None, None]
 
 
+@case(gpu=False)
 def case_options() -> None:
     with pytest.raises(InvalidArgumentError, match="a mode or options, not both"):
         control.backend(None, [], mode="default", options={})  # type: ignore
 
 
-# CUDA graphs (D5), as far as they can be seen without a GPU.
+# CUDA graphs, as far as they can be tested without a GPU.
 
 
+@case(gpu=False)
 def case_cuda_graphs_know_symmetric_inputs() -> None:
-    """What lies in symmetric memory is static for a CUDA graph; of graphs without it, nothing is touched."""
+    """Symmetric inputs are static for a CUDA graph. Graphs without symmetric memory are not changed."""
     hook.install()
     calls: list[Any] = []
 
@@ -1073,8 +992,9 @@ def case_cuda_graphs_know_symmetric_inputs() -> None:
     assert calls == [((2,), {"device_index": 0}), ((0, 2, 3), {"device_index": 0})]
 
 
-def case_cuda_graphs_do_not_get_inputs_that_are_looked_at_outside() -> None:
-    """Else each replay would copy them, beside what the look gave."""
+@case(gpu=False)
+def case_cuda_graphs_do_not_get_inputs_that_are_checked_outside() -> None:
+    """Otherwise every replay would copy the inputs as well as the results of the checks."""
     from torch._inductor.dependencies import StarDep
     from torch._inductor.virtualized import V
     from torch.utils._ordered_set import OrderedSet
@@ -1088,19 +1008,20 @@ def case_cuda_graphs_do_not_get_inputs_that_are_looked_at_outside() -> None:
     def last_usage() -> list[set[str]]:
         taken, user = node({"buf1"}, {"buf1", "arg0_1", "arg1_1"}), node({"arg1_1", "buf2"}, {"arg0_1", "arg2_1"})
         seen: list[Any] = []
-        scheduler = types.SimpleNamespace(mutation_real_name={"buf2": "arg2_1"})  # it was written to before
+        scheduler = types.SimpleNamespace(mutation_real_name={"buf2": "arg2_1"})  # it was written before
         wrappers._partition_signature(lambda *args: seen.append(args))(scheduler, [[taken, user]], [False])
         assert seen == [(scheduler, [[taken, user]], [False])]
         return [set(each.last_usage) for each in (taken, user)]
 
     with V.set_graph_handler(types.SimpleNamespace()):
         assert last_usage() == [{"buf1", "arg0_1", "arg1_1"}, {"arg0_1", "arg2_1"}]
-        layout.begin_plan("g").uncaptured_inputs.update(("arg0_1", "arg1_1", "arg2_1"))
+        symmetric_layout.begin_plan("g").uncaptured_inputs.update(("arg0_1", "arg1_1", "arg2_1"))
         assert last_usage() == [{"buf1", "arg1_1"}, {"arg2_1"}]
 
 
-def case_cuda_graphs_are_captured_without_the_look_at_inputs() -> None:
-    """The node that looks where an input lies is left out of the capture; others are torch's to judge."""
+@case(gpu=False)
+def case_cuda_graphs_are_captured_without_checks_of_inputs() -> None:
+    """The node that checks an input is not captured. Torch decides about the other nodes."""
     hook.install()
     judged = wrappers._should_partition(lambda self, node: "torch's")
 
@@ -1113,8 +1034,9 @@ def case_cuda_graphs_are_captured_without_the_look_at_inputs() -> None:
     assert "outside of CUDA graphs" in judged(None, look)
 
 
+@case(gpu=False)
 def case_unknown_torch() -> None:
-    """A torch that the hook does not know is refused, by name; nothing is changed then."""
+    """An unsupported torch is an error that names the function, and nothing is wrapped."""
     hook.uninstall()
 
     def changed(self: Any, target: Any, args: Any) -> None: ...
@@ -1130,12 +1052,14 @@ def case_unknown_torch() -> None:
 
 
 def one_changes() -> str:
-    """Both agree on a tensor; then rank 1 comes with another one."""
-    name = group()
+    """Both ranks agree on a tensor. Then rank 1 passes another tensor."""
+    name, known = group(), symmem.resolve_group()
     torch._dynamo.reset()
     first, second = (symmem.allocate((4, 6), dtype=torch.float32).tensor.fill_(1) for _ in range(2))
     run = compiled(lambda x: ct.total(x, name))
     run(first)
+    known.settings = dataclasses.replace(known.settings, rendezvous_timeout=2.0, signal_timeout=4.0)
+    dist.barrier()
     try:
         run(second if dist.get_rank() == 1 else first)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Two ranks with an empty compile cache, then two other ones with what these left in it."""
+"""Two ranks with an empty compile cache, then two other ranks with the cache that these filled."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from compile_support import case_pool
 
 from symmem.tools.ranks import RankPool
 
@@ -17,12 +18,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def env(request: pytest.FixtureRequest, cache: Path) -> dict[str, str]:
-    """The environment of ranks: what the module says in ENV, and the cache."""
+    """The environment of the ranks: the variable ENV of the test module, and the compile cache."""
     own = getattr(request.module, "ENV", {})
     return {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(cache), **own}
 
 
 @pytest.fixture(scope="module", params=["cold", "warm"])
 def pool(request: pytest.FixtureRequest, env: dict[str, str]) -> Iterator[RankPool]:
-    with RankPool(2, env=env, timeout=100) as made:
+    with case_pool(env) as made:
         yield made

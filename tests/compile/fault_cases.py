@@ -1,6 +1,6 @@
-"""What ranks run for test_compile_faults.py: a function a case.
+"""Cases of torch.compile with hostile use, for test_compile_faults.py.
 
-Little here needs a compiler of C++, which takes seconds for each kernel: operators and mm stand in for arithmetic.
+Most of them need no C++ compiler, which takes seconds per kernel: they use operators and mm instead of arithmetic.
 """
 
 from __future__ import annotations
@@ -19,81 +19,26 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from compile_cases import check, compiled, ct, define, explaining, group, handle_of, outcomes, running, summed, values
+from compile_support import (
+    case,
+    check,
+    compiled,
+    ct,
+    current_graph,
+    explanation,
+    group,
+    outcomes,
+    peer,
+    summed,
+    values,
+)
 from torch.utils.checkpoint import checkpoint
 
 import symmem
 from symmem.compile.report import COPIED, PLACED
 from symmem.errors import InvalidArgumentError, UnsupportedError
 
-
-def echo(x: torch.Tensor, group: str) -> torch.Tensor:
-    """What the next rank has, of any dtype."""
-    handle, known = handle_of(x), symmem.resolve_group(group)
-    handle.barrier(group=known)
-    return handle.remote_tensor((known.rank + 1) % known.size, group=known).clone()
-
-
-def echo_late(x: torch.Tensor, group: str) -> torch.Tensor:
-    """The same; rank 1 looks at its peer's memory when that one has had time to go on, and no barrier follows."""
-    handle, known = handle_of(x), symmem.resolve_group(group)
-    handle.barrier(group=known)
-    if known.rank == 1:
-        time.sleep(0.15)
-    return handle.remote_tensor((known.rank + 1) % known.size, group=known).clone()
-
-
-def echo_slowly(x: torch.Tensor, group: str) -> torch.Tensor:
-    time.sleep(0.05)
-    return echo(x, group)
-
-
-def both(x: torch.Tensor, y: torch.Tensor, group: str) -> torch.Tensor:
-    return echo(x, group) + echo(y, group)
-
-
-def add_of_peer(x: torch.Tensor, y: torch.Tensor, group: str) -> None:
-    other = echo(y, group)
-    handle_of(x).barrier(group=symmem.resolve_group(group))
-    x.add_(other)
-
-
-def pair(x: torch.Tensor, group: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return echo(x, group), x.sum(0)
-
-
-def dies(x: torch.Tensor, group: str) -> torch.Tensor:
-    if symmem.resolve_group(group).rank == 1:
-        os._exit(7)
-    return echo(x, group)
-
-
-def bump(x: torch.Tensor) -> None:
-    x.add_(1)
-
-
-same = lambda x, *rest: torch.empty_like(x)  # noqa: E731
-define("echo(Tensor x, str group_name) -> Tensor", echo, same, ["x"])
-define("echo_late(Tensor x, str group_name) -> Tensor", echo_late, same, ["x"])
-define("echo_slowly(Tensor x, str group_name) -> Tensor", echo_slowly, same, ["x"])
-define("both(Tensor x, Tensor y, str group_name) -> Tensor", both, same, ["x", "y"])
-define("add_of_peer_(Tensor(a!) x, Tensor y, str group_name) -> ()", add_of_peer, lambda x, y, g: None, ["x", "y"])
-define(
-    "pair(Tensor x, str group_name) -> (Tensor, Tensor)", pair, lambda x, g: (same(x), x.new_empty(x.shape[1:])), ["x"]
-)
-define("dies(Tensor x, str group_name) -> Tensor", dies, same, ["x"])
-define("bump_(Tensor(a!) x) -> ()", bump, lambda x: None, [])
-
-
-def peer(x: torch.Tensor) -> torch.Tensor:
-    """What ``echo`` should give, by gloo."""
-    data = x.resolve_conj().resolve_neg().contiguous().clone().view(-1).view(torch.uint8)
-    parts = [torch.empty_like(data) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, data)
-    return parts[(dist.get_rank() + 1) % len(parts)].view(x.dtype).view(x.shape)
-
-
-# What tensors may be.
+# Kinds of tensors.
 
 DTYPES = (
     torch.bool, torch.uint8, torch.int8, torch.int64, torch.float16, torch.bfloat16, torch.float64, torch.complex64,
@@ -101,6 +46,7 @@ DTYPES = (
 )  # fmt: skip
 
 
+@case()
 def case_dtypes() -> None:
     name = group()
     torch._dynamo.reset()
@@ -126,6 +72,7 @@ def layouts() -> dict[str, torch.Tensor]:
     }
 
 
+@case()
 def case_layouts_of_inputs() -> None:
     name, known = group(), layouts()
     torch._dynamo.reset()
@@ -135,8 +82,9 @@ def case_layouts_of_inputs() -> None:
             torch.testing.assert_close(result, peer(known[each]), msg=each)
 
 
+@case()
 def case_layouts_within() -> None:
-    """Views are taken in the graph."""
+    """The graph makes the views."""
     name = group()
     x = values(6, 6)
 
@@ -157,6 +105,7 @@ def case_layouts_within() -> None:
     torch.testing.assert_close(run(x), tuple(map(peer, wanted)))
 
 
+@case()
 def case_conjugates() -> None:
     name = group()
     x = torch.complex(values(3, 2), values(3, 2, seed=1))
@@ -167,6 +116,7 @@ def case_conjugates() -> None:
     torch.testing.assert_close(run(x), peer(x.conj().resolve_conj()))
 
 
+@case()
 def case_one_tensor_in_two_arguments() -> None:
     name = group()
 
@@ -186,6 +136,7 @@ def case_one_tensor_in_two_arguments() -> None:
     )
 
 
+@case()
 def case_written_and_read_by_one_operator() -> None:
     name = group()
 
@@ -204,11 +155,12 @@ def case_written_and_read_by_one_operator() -> None:
         torch.testing.assert_close(y, wanted)
 
 
-# Writing between operators.
+# Writes between operators.
 
 
+@case()
 def case_written_between_operators() -> None:
-    """An input, and an intermediate, that change between one operator and the next, more than once."""
+    """An input and an intermediate change several times between operators."""
     name = group()
 
     def f(x: torch.Tensor) -> Any:
@@ -217,7 +169,7 @@ def case_written_between_operators() -> None:
         z = x @ x
         for _ in range(3):
             results += [ct.echo(x, name), ct.echo(y, name), ct.echo(z, name), ct.echo(x.t(), name)]
-            ct.bump_(x), ct.bump_(y), ct.bump_(z)
+            ct.plus_one_(x), ct.plus_one_(y), ct.plus_one_(z)
         return (*results, x @ x)
 
     for _ in range(2):
@@ -235,6 +187,7 @@ def case_written_between_operators() -> None:
             torch.testing.assert_close(result, (*wanted, x @ x))
 
 
+@case()
 def case_registered_then_written_in_place() -> None:
     name = group()
 
@@ -260,8 +213,9 @@ def case_registered_then_written_in_place() -> None:
         torch.testing.assert_close(x, two)
 
 
+@case()
 def case_inputs_that_share_memory() -> None:
-    """Writing to one input changes the other, plain or symmetric."""
+    """Writing to one input changes the other, in plain or symmetric memory."""
     name = group()
 
     def f(x: torch.Tensor, y: torch.Tensor) -> Any:
@@ -280,8 +234,9 @@ def case_inputs_that_share_memory() -> None:
         torch.testing.assert_close(given, wanted)
 
 
+@case()
 def case_written_inputs_that_share_memory() -> None:
-    """Compiled for inputs that do not, and torch looks no more: one copy would overwrite the other (C1)."""
+    """Inputs overlap that were separate at compile time. Torch does not check again, so one copy could hide another."""
     name = group()
     f = lambda x, y: ct.pair_plus_(x, y, name)  # noqa: E731
     refused = pytest.raises(InvalidArgumentError, match="ct::pair_plus_ writes to several arguments that share memory")
@@ -295,7 +250,7 @@ def case_written_inputs_that_share_memory() -> None:
         with refused:
             run(whole[:5], whole[offset : offset + 5])
     assert whole.eq(1).all()
-    # Where they lie in symmetric memory nothing is copied, and they may.
+    # In symmetric memory nothing is copied, so inputs may overlap.
     torch._dynamo.reset()
     run = compiled(f)
     one, other, whole = (symmem.allocate(size, dtype=torch.float32).tensor.zero_() for size in (5, 5, 8))
@@ -304,8 +259,9 @@ def case_written_inputs_that_share_memory() -> None:
     assert whole.tolist() == [1, 1, 1, 2, 2, 1, 1, 1]
 
 
+@case()
 def case_results_that_alias() -> None:
-    """Inputs, views of them, and what an operator has written, as results."""
+    """The graph returns inputs, views of inputs, and tensors that an operator wrote."""
     name = group()
 
     def f(x: torch.Tensor) -> Any:
@@ -327,6 +283,7 @@ def case_results_that_alias() -> None:
         torch.testing.assert_close(result, wanted)
 
 
+@case()
 def case_several_results() -> None:
     name = group()
 
@@ -339,9 +296,10 @@ def case_several_results() -> None:
     assert outcomes(report) == [PLACED, COPIED]
 
 
-# How functions are cut, nested and repeated.
+# Graph breaks, nesting and repetition.
 
 
+@case()
 def case_graph_breaks_and_nesting() -> None:
     name = group()
 
@@ -365,8 +323,9 @@ def case_graph_breaks_and_nesting() -> None:
     check(f, lambda step: (values(3, 3, seed=step) / 3, 1), expected)
 
 
+@case()
 def case_equal_code() -> None:
-    """Two functions of equal code have memory of their own, also when one runs within the other's turn."""
+    """Two functions with equal code have separate memory, also if one runs during the turn of the other."""
     name = group()
 
     def make() -> Callable[..., Any]:
@@ -383,22 +342,23 @@ def case_equal_code() -> None:
         torch.testing.assert_close((a, b), ((peer(x @ x), peer(x)), (peer(y @ y), peer(y))))
 
 
+@case()
 def case_many_shapes() -> None:
-    """Compiled for one shape, then for any: automatic dynamic shapes, and a dimension that is marked."""
+    """Automatic dynamic shapes, and a dimension that is marked as dynamic."""
     name = group()
 
     def f(x: torch.Tensor) -> Any:
         return ct.echo(x @ x.t(), name), ct.echo(x, name), ct.echo(x[1:], name)
 
     torch._dynamo.reset()
-    with explaining.reporting() as report:
+    with explanation.reporting() as report:
         run = compiled(f)
         for size in (3, 5, 4, 9, 3, 12, 5):
             x = values(size, 4, seed=size)
             torch.testing.assert_close(run(x), (peer(x @ x.t()), peer(x), peer(x[1:])))
     assert len(report.graphs) == 2
     torch._dynamo.reset()
-    with explaining.reporting() as report:
+    with explanation.reporting() as report:
         run = compiled(f)
         for size in (3, 5, 9, 4):
             x = values(size, 4, seed=size)
@@ -407,6 +367,7 @@ def case_many_shapes() -> None:
     assert len(report.graphs) == 1
 
 
+@case()
 def case_shapes_from_data() -> None:
     name = group()
     torch._dynamo.reset()
@@ -420,6 +381,7 @@ def case_shapes_from_data() -> None:
 # Modes of torch.
 
 
+@case()
 def case_modes() -> None:
     name = group()
     torch._dynamo.reset()
@@ -433,6 +395,7 @@ def case_modes() -> None:
         torch.testing.assert_close(result, peer(x @ w))
 
 
+@case()
 def case_checkpointing() -> None:
     name = group()
 
@@ -466,8 +429,9 @@ def case_checkpointing() -> None:
         torch.testing.assert_close(x.grad, gradient @ weight.t())
 
 
+@case()
 def case_vmap() -> None:
-    """There is no rule for a batch of such an operator: torch says so, or falls back to a loop that is right."""
+    """The operators have no batching rule, so torch falls back to a loop."""
     name = group()
     torch._dynamo.reset()
     x = values(3, 4, 4)
@@ -475,8 +439,9 @@ def case_vmap() -> None:
     torch.testing.assert_close(run(x), peer(x))
 
 
+@case()
 def case_freezing() -> None:
-    """Parameters become constants, which are copied."""
+    """Parameters become constants, and constants are copied."""
     name = group()
     module = torch.nn.Linear(4, 4, bias=False)
 
@@ -492,6 +457,7 @@ def case_freezing() -> None:
         )
 
 
+@case()
 def case_options_of_inductor() -> None:
     name = group()
     for options in (
@@ -511,8 +477,9 @@ def case_options_of_inductor() -> None:
         )
 
 
+@case()
 def case_odd_group_names() -> None:
-    """The name of a group goes into generated code, and comes out of reports."""
+    """Names of groups are written into generated code and read back for reports."""
     for name in ("it's", 'a "b"', "\\n'\"{x} %s", "'); raise SystemExit  # \N{SNOWMAN}\n"):
         made = dist.new_group(list(range(dist.get_world_size())))
         made._set_group_name(name)
@@ -533,11 +500,12 @@ def odd_group_name(name: str) -> None:
     assert [each.group for each in graph.buffers] == [name]
 
 
-# The slow peer, and the next producer (G2).
+# A slow peer.
 
 
+@case()
 def case_slow_peer() -> None:
-    """Rank 1 reads late, and an operator without barrier at its end: the next producer waits for it."""
+    """Rank 1 reads late, and the operator has no exit barrier. The next producer waits for rank 1."""
     name = group()
 
     def f(x: torch.Tensor) -> torch.Tensor:
@@ -562,8 +530,9 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@case()
 def case_many_functions() -> None:
-    """Functions that are made and dropped leave nothing behind."""
+    """Functions that were deleted leave no memory, descriptors or threads."""
     name = group()
 
     def make() -> Callable[..., Any]:
@@ -587,8 +556,9 @@ def case_many_functions() -> None:
     assert use(int(os.environ.get("FUNCTIONS", 20))) == before
 
 
+@case()
 def case_threads() -> None:
-    """Threads that compile at once, each for a group of its own."""
+    """Threads compile at the same time, for different groups."""
     world = range(dist.get_world_size())
     groups = [[dist.new_group([rank]) for rank in world][dist.get_rank()].group_name for _ in range(4)]
     torch._dynamo.reset()
@@ -612,8 +582,9 @@ def case_threads() -> None:
         raise wrong[0]
 
 
+@case()
 def case_threads_of_one_function() -> None:
-    """Threads that call one compiled function take turns: its buffers are those of one call."""
+    """Threads that call one compiled function take turns, because its buffers serve one call at a time."""
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()].group_name
     torch._dynamo.reset()
     run = compiled(lambda x: ct.echo_slowly(x @ x, alone))
@@ -631,17 +602,18 @@ def case_threads_of_one_function() -> None:
         torch.testing.assert_close(results[at], torch.eye(3) * at * at)
 
 
+@case()
 def case_threads_wait_for_their_turn() -> None:
-    """Each gets it once another has done, also by an error; and nobody else's."""
+    """A thread gets the turn when another thread ends its turn, also by an error. Only one thread has it."""
     begun, inside = threading.Event(), 0
     failed: list[BaseException] = []
 
     def function(waiting: int) -> None:
         nonlocal inside
         inside += 1
-        graph = running.running.here.graph
+        graph = current_graph.running.here.graph
         begun.set()
-        while len(graph.waiting) < waiting:  # the others come only now
+        while len(graph.waiting) < waiting:  # the other threads arrive now
             os.sched_yield()
         assert inside == 1
         inside -= 1
@@ -653,7 +625,7 @@ def case_threads_wait_for_their_turn() -> None:
         except BaseException as error:
             failed.append(error)
 
-    call = running.bound(function)
+    call = current_graph.bound(function)
     first, *others = (threading.Thread(target=work, args=(waiting,)) for waiting in (2, 0, 0))
     first.start()
     begun.wait()
@@ -664,8 +636,9 @@ def case_threads_wait_for_their_turn() -> None:
     assert [repr(each) for each in failed] == ["KeyError(2)", "KeyError(0)", "KeyError(0)"]
 
 
-def case_child_takes_turns_of_threads_that_it_has_not() -> None:
-    """A forked child has none of its parent's other threads, which could give a function back."""
+@case()
+def case_child_takes_turns_of_missing_threads() -> None:
+    """The parent's other threads do not exist in a forked child, so the child takes back their turns."""
     begun, over = threading.Event(), threading.Event()
 
     def function(wait: bool) -> None:
@@ -673,13 +646,13 @@ def case_child_takes_turns_of_threads_that_it_has_not() -> None:
             begun.set()
             over.wait(60)
 
-    call = running.bound(function)
+    call = current_graph.bound(function)
     thread = threading.Thread(target=call, args=(True,))
     thread.start()
     begun.wait()
     child = os.fork()
     if not child:
-        signal.alarm(20)  # ends it, if it waits for ever
+        signal.alarm(20)  # ends the child if it waits forever
         call(False)
         os._exit(0)
     over.set()
@@ -687,25 +660,26 @@ def case_child_takes_turns_of_threads_that_it_has_not() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
+@case()
 def case_interrupted_as_the_turn_is_given_back() -> None:
-    """A signal handler may raise where any function begins: who waits gets its turn all the same."""
+    """A signal handler may raise at the start of any function. A waiting thread still gets its turn."""
     begun = threading.Event()
 
     def function(waiting: int) -> None:
-        graph = running.running.here.graph
+        graph = current_graph.running.here.graph
         begun.set()
         while len(graph.waiting) < waiting:
             os.sched_yield()
 
     def interrupt(frame: types.FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_globals["__name__"] == running.__name__ and frame.f_code.co_name != "call":
+        if event == "call" and frame.f_globals["__name__"] == current_graph.__name__ and frame.f_code.co_name != "call":
             sys.setprofile(None)
             raise KeyboardInterrupt
 
-    call = running.bound(function)
+    call = current_graph.bound(function)
     other = threading.Thread(target=lambda: (begun.wait(), call(0)), daemon=True)
     other.start()
-    assert running.running.here  # whose making calls a function, too
+    assert current_graph.running.here  # making it calls a function too
     sys.setprofile(interrupt)
     try:
         with contextlib.suppress(KeyboardInterrupt):
@@ -716,11 +690,12 @@ def case_interrupted_as_the_turn_is_given_back() -> None:
     assert not other.is_alive()
 
 
+@case()
 def case_within_itself() -> None:
-    """An operator that calls what calls it would lose its arguments, or wait for its own turn for ever."""
+    """An operator must not call the function that calls it, because it would overwrite its arguments or deadlock."""
     calls: list[Any] = []
-    outer = running.bound(lambda inputs: calls[inputs.pop(0)](inputs) if inputs else "done")
-    inner = running.bound(lambda inputs: calls[inputs.pop(0)](inputs) if inputs else "done")
+    outer = current_graph.bound(lambda inputs: calls[inputs.pop(0)](inputs) if inputs else "done")
+    inner = current_graph.bound(lambda inputs: calls[inputs.pop(0)](inputs) if inputs else "done")
     calls += [outer, inner]
     for order in ([0], [1, 0], [1, 1]):
         with pytest.raises(UnsupportedError, match="within its own call"):
@@ -728,7 +703,7 @@ def case_within_itself() -> None:
     assert outer([]) == outer([1]) == inner([0]) == "done"
 
 
-# What fails at run time.
+# Failures at run time.
 
 
 def failure(run: Callable[..., Any], *args: Any) -> tuple[str, str, Any]:
@@ -740,7 +715,7 @@ def failure(run: Callable[..., Any], *args: Any) -> tuple[str, str, Any]:
 
 
 def too_large() -> tuple[str, str, Any]:
-    """The arena has no room for the second buffer of a call; the next call, of a smaller size, has."""
+    """The arena has no room for the second buffer of a call. The next, smaller call succeeds."""
     name = group()
     run = compiled(lambda x: (ct.echo(x @ x, name), ct.echo(x, name)), dynamic=True)
     torch.testing.assert_close(run(values(3, 3)), (peer(values(3, 3) @ values(3, 3)), peer(values(3, 3))))
@@ -753,7 +728,7 @@ def too_large() -> tuple[str, str, Any]:
 
 
 def unavailable() -> tuple[str, str, Any]:
-    """The backend that the environment names needs a GPU; once it is right, the same compiled function works."""
+    """The configured backend needs a GPU, and there is none."""
     world = list(range(dist.get_world_size()))
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:

@@ -10,28 +10,22 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from compile_support import PATIENCE, Deferred
 
 import symmem
 from symmem.tools.bench import compile
 from symmem.tools.ranks import RankPool, RanksFailedError
 
+contenders, counts, costs, graphs = (
+    Deferred(f"symmem.tools.bench.compiled_{name}") for name in ("contenders", "counts", "costs", "graphs")
+)
 
-class Part:
-    """A module of the benchmark that is imported when it is used: Inductor takes seconds."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(f"symmem.tools.bench.{self._name}"), name)
-
-
-contenders, counts, costs, graphs = (Part(f"compiled_{name}") for name in ("contenders", "counts", "costs", "graphs"))
+pytestmark = pytest.mark.timeout(PATIENCE + 60)
 
 
 @pytest.fixture(scope="module")
 def pool(env: dict[str, str]) -> Iterator[RankPool]:
-    with RankPool(2, env=env, timeout=100) as made:
+    with RankPool(2, env=env, timeout=PATIENCE) as made:
         yield made
 
 
@@ -60,7 +54,7 @@ def counted() -> tuple[int, ...]:
 
     def eager() -> torch.Tensor:
         y = torch.empty_like(x).copy_(x @ x)
-        return symmem.ops.all_reduce(y, name).clone()  # what it copies within is its own
+        return symmem.ops.all_reduce(y, name).clone()  # copies within the operator do not count
 
     within = partial(graphs.BENCH.total, handle.tensor.fill_(1), name)
     return (
@@ -91,7 +85,7 @@ KERNELS = {
     "one_shot": (False, False),
     "ncclDevKernel_AllReduce_Sum_bf16_RING_LL": (False, False),
 }
-"""Whether it is a copy by the copy engine, and whether it is one by a kernel."""
+"""Whether the kernel is a copy by the copy engine, and whether it is a copy kernel."""
 
 
 def copying() -> dict[str, tuple[bool, bool]]:
@@ -119,7 +113,7 @@ def test_a_chain_is_compared_with_what_it_must_return(pool: RankPool) -> None:
 
 
 def attempt() -> Any:
-    """Rank 1's peer cannot do it."""
+    """The contender fails on one rank."""
 
     def make() -> Any:
         if dist.get_rank():
@@ -136,7 +130,7 @@ def test_a_peer_that_fails_on_one_rank_is_left_out_on_all(pool: RankPool) -> Non
 
 
 def failing_peer() -> tuple[list[str], list[str]]:
-    """Who is lined up, and what was called, where stock Inductor compiles but cannot run: it fails amid a call."""
+    """The contenders and the calls if stock Inductor compiles a function that fails when it runs."""
     module: Any = importlib.import_module("symmem.tools.bench.compiled_contenders")
     before, called, x = module.compiled, [], torch.ones(2)
 
@@ -162,7 +156,7 @@ def failing_peer() -> tuple[list[str], list[str]]:
 
 
 def test_who_is_lined_up_was_compiled_after_the_last_failure(pool: RankPool) -> None:
-    """A failure ends the CUDA graphs of all that was compiled before."""
+    """A failure ends the CUDA graphs of all functions that were compiled before it."""
     for found, called in pool.run(failing_peer):
         assert found == ["", "one"]
         assert called == ["inductor, 0"] * 4 + ["inductor, 1"] + ["symmem, 2"] * 4 + ["inductor, 2"] * 4
@@ -187,7 +181,7 @@ def test_an_input_is_copied_unless_it_is_symmetric(pool: RankPool) -> None:
 
 
 def partial_input() -> dict[str, int]:
-    """Without stock Inductor, which needs a C++ compiler here."""
+    """Leave out stock Inductor, because it needs a C++ compiler here."""
     known = contenders.attempted
     importlib.import_module("symmem.tools.bench.compiled_contenders").attempted = lambda name, make: False
     try:

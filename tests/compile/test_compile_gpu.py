@@ -1,79 +1,60 @@
-"""torch.compile on GPUs (mission D2 to D5, B3, E2): the cases of compile_cases.py, CUDA graphs, torch's own operators.
+"""torch.compile on GPUs: the cases of compile_cases.py, CUDA graphs, and torch's own operators.
 
-Run on a machine with two GPUs or more; elsewhere the reason is told.
+The tests need a machine with two GPUs or more. Elsewhere they are skipped with a reason.
 """
 
 from __future__ import annotations
 
-import importlib
-import re
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from operator import attrgetter
 from typing import Any
 
+import compile_cases
 import pytest
 import torch
 import torch.distributed as dist
+from compile_operators import POINTERS
+from compile_support import PATIENCE, case_pool, cases_of, check, compiled, ct, group, outcomes, summed, values
 
 import symmem
+from symmem.compile.report import PLACED
 from symmem.tools.ranks import RankPool
 
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two NVIDIA GPUs", allow_module_level=True)
 
-HERE = Path(__file__).parent
-
-
-class _Cases:
-    """compile_cases.py, which only ranks import."""
-
-    def __getattr__(self, name: str) -> Any:
-        sys.path.insert(0, str(HERE))
-        return getattr(importlib.import_module("compile_cases"), name)
-
-
-cases = _Cases()
-
-# Those that need the CPU, or compile for long.
-LEFT_OUT = ("cpp_wrapper", "memory_planning", "unknown_torch", "cuda_graphs", "options", "conditional")
-ALL = re.findall(r"^def (case_\w+)", (HERE / "compile_cases.py").read_text(), re.MULTILINE)
-CASES = [name for name in ALL if not any(each in name for each in LEFT_OUT)]
-ENV = {"SYMMEM_TEST_DEVICE": "cuda", "SYMMEM_ENABLE": "signal_timeout(20s),rendezvous_timeout(20s)"}
+ENV = {"SYMMEM_TEST_DEVICE": "cuda", "SYMMEM_ENABLE": "signal_timeout(60s),rendezvous_timeout(60s)"}
+pytestmark = pytest.mark.timeout(PATIENCE + 60)
 
 
 @pytest.fixture(scope="module")
 def pool(env: dict[str, str]) -> Iterator[RankPool]:
-    with RankPool(2, env=env) as made:
+    with case_pool(env) as made:
         yield made
 
 
-def run(name: str) -> None:
-    getattr(cases, name)()
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_case(pool: RankPool, name: str) -> None:
-    pool.run(run, name)
+@pytest.mark.parametrize("case", cases_of(compile_cases, gpu=True), ids=attrgetter("__name__"))
+def test_case(pool: RankPool, case: Callable[[], None]) -> None:
+    pool.run(case)
 
 
 def templates() -> None:
-    """What Triton templates and cuBLAS are chosen from is written straight to symmetric memory (D2)."""
-    name, weight = cases.group(), torch.ones(64, 64, device="cuda") / 64
-    report = cases.check(
-        lambda x: torch.ops.ct.total(x @ weight, name),
-        lambda step: (cases.values(64, 64, seed=step),),
-        lambda x: cases.summed(x @ weight),
+    """Triton templates and cuBLAS write straight to symmetric memory."""
+    name, weight = group(), torch.ones(64, 64, device="cuda") / 64
+    report = check(
+        lambda x: ct.total(x @ weight, name),
+        lambda step: (values(64, 64, seed=step),),
+        lambda x: summed(x @ weight),
         options={"max_autotune_gemm": True},
     )
-    assert cases.outcomes(report) == [cases.PLACED]
+    assert outcomes(report) == [PLACED]
 
 
 def test_templates(pool: RankPool) -> None:
-    pool.run(templates, timeout=75)
+    pool.run(templates)
 
 
-# CUDA graphs (D5).
+# CUDA graphs.
 
 
 def replayed(
@@ -81,13 +62,13 @@ def replayed(
 ) -> None:
     """Many calls under CUDA graphs, with other allocations in between."""
     torch._dynamo.reset()
-    compiled = torch.compile(f, backend="symmem", mode="reduce-overhead")
+    run = compiled(f, mode="reduce-overhead")
     others = []
     for step in range(calls):
         args = make(step)
         wanted = expected(*(each.clone() for each in args))
         torch.compiler.cudagraph_mark_step_begin()
-        result = compiled(*args)
+        result = run(*args)
         torch.testing.assert_close(torch.utils._pytree.tree_map(torch.clone, result), wanted)
         others.append(symmem.allocate((64, 64), dtype=torch.float32).tensor.fill_(step))
         others.append(torch.full((64, 64), float(step), device="cuda"))
@@ -97,57 +78,57 @@ def replayed(
 
 
 def graphs_chain() -> None:
-    name, weight = cases.group(), torch.ones(8, 8, device="cuda") / 8
+    name, weight = group(), torch.ones(8, 8, device="cuda") / 8
 
     def f(x: torch.Tensor) -> torch.Tensor:
         for _ in range(4):
-            x = torch.ops.ct.total(x @ weight, name)
+            x = ct.total(x @ weight, name)
         return x * 2
 
     def expected(x: torch.Tensor) -> torch.Tensor:
         for _ in range(4):
-            x = cases.summed(x @ weight)
+            x = summed(x @ weight)
         return x * 2
 
-    replayed(f, lambda step: (cases.values(8, 8, seed=step),), expected)
+    replayed(f, lambda step: (values(8, 8, seed=step),), expected)
 
 
 def graphs_inputs() -> None:
-    """A plain input is copied once a call, outside of the capture; a symmetric one stays where it is."""
-    name = cases.group()
+    """A plain input is copied once per call, outside of the capture. A symmetric input is used in place."""
+    name = group()
     mine = symmem.allocate((32, 32), dtype=torch.float32).tensor
 
     def make(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return cases.values(32, 32, seed=step), mine.copy_(cases.values(32, 32, seed=step + 100))
+        return values(32, 32, seed=step), mine.copy_(values(32, 32, seed=step + 100))
 
     replayed(
-        lambda x, y: torch.ops.ct.total(x, name) + torch.ops.ct.total(y, name),
+        lambda x, y: ct.total(x, name) + ct.total(y, name),
         make,
-        lambda x, y: cases.summed(x) + cases.summed(y),
+        lambda x, y: summed(x) + summed(y),
     )
 
 
 def graphs_in_place() -> None:
-    name = cases.group()
+    name = group()
 
     def f(x: torch.Tensor) -> torch.Tensor:
         y = x + 1
-        torch.ops.ct.add_peer_(y, name)
+        ct.add_peer_(y, name)
         return y * 2
 
-    replayed(f, lambda step: (cases.values(16, seed=step),), lambda x: cases.summed(x + 1) * 2)
+    replayed(f, lambda step: (values(16, seed=step),), lambda x: summed(x + 1) * 2)
 
 
 def graphs_own_operators() -> None:
-    name = cases.group()
+    name = group()
     replayed(
         lambda x: symmem.ops.all_reduce(x + 1, name) * 2,
-        lambda step: (cases.values(64, 64, seed=step),),
-        lambda x: cases.summed(x + 1) * 2,
+        lambda step: (values(64, 64, seed=step),),
+        lambda x: summed(x + 1) * 2,
     )
 
 
-# torch's own operators, in memory of torch's own transport.
+# torch's own operators, in memory of torch's transport.
 
 
 def torch_operators(mode: str | None) -> None:
@@ -160,29 +141,28 @@ def torch_operators(mode: str | None) -> None:
         return y, z, symm_mem.one_shot_all_reduce(x, "sum", name)
 
     torch._dynamo.reset()
-    compiled = torch.compile(f, backend="symmem", mode=mode)
+    run = compiled(f, mode=mode)
     for step in range(8):
-        x = cases.values(64, 64, seed=step)
-        wanted = cases.summed(x @ weight), cases.summed(x + 1), cases.summed(x)
+        x = values(64, 64, seed=step)
+        wanted = summed(x @ weight), summed(x + 1), summed(x)
         if mode:
             torch.compiler.cudagraph_mark_step_begin()
-        torch.testing.assert_close(tuple(each.clone() for each in compiled(x)), wanted)
+        torch.testing.assert_close(tuple(each.clone() for each in run(x)), wanted)
 
 
 def unaligned_input() -> None:
-    """An argument that begins at no multiple of 16 bytes is taken where it lies."""
-    name, whole = cases.group(), symmem.allocate(1001, torch.float32).rendezvous().tensor
-    total = cases.ct.total
-    run = cases.compiled(lambda x: total(x, name))
-    cases.POINTERS.clear()
+    """An argument whose address is no multiple of 16 bytes is used in place."""
+    name, whole = group(), symmem.allocate(1001, torch.float32).rendezvous().tensor
+    run = compiled(lambda x: ct.total(x, name))
+    POINTERS.clear()
     for step in range(3):
-        x = whole[1:].copy_(cases.values(1000, seed=step))
-        torch.testing.assert_close(run(x), cases.summed(x))
-    assert [whole[1:].data_ptr()] * 3 == cases.POINTERS
+        x = whole[1:].copy_(values(1000, seed=step))
+        torch.testing.assert_close(run(x), summed(x))
+    assert [whole[1:].data_ptr()] * 3 == POINTERS
 
 
 def torchs_memory(mode: str | None) -> None:
-    """What a caller has in torch's own symmetric memory is not copied; a plain input is, by the copy engine, once."""
+    """An input in torch's symmetric memory is not copied. The copy engine copies a plain input once."""
     import torch.distributed._symmetric_memory as torchs
 
     from symmem.tools.bench.compiled_counts import copies
@@ -190,26 +170,24 @@ def torchs_memory(mode: str | None) -> None:
     name = dist.group.WORLD.group_name
     mine = torchs.empty(64, 64, dtype=torch.float32, device="cuda")
     torchs.rendezvous(mine, name)
-    symmem.allocate(1000, torch.float32, backend="pytorch_cuda")  # so that the next does not begin the arena
-    carved = symmem.allocate((64, 64), torch.float32, backend="pytorch_cuda").rendezvous().tensor
+    symmem.allocate(1000, torch.float32, backend="pytorch_cuda")  # so that the next is not at the arena's start
+    suballocated = symmem.allocate((64, 64), torch.float32, backend="pytorch_cuda").rendezvous().tensor
     with symmem.use_symmetric_memory(backend="pytorch_cuda"):
         _first, pooled = torch.empty(1000, device="cuda"), torch.empty(64, 64, device="cuda")
-    # Of tensors within an allocation, torch's operators read what lies at its beginning.
+    # For a tensor inside an allocation, torch's operators would read the start of the allocation.
     for memory, wanted in (
         (mine, (0, 0)),
-        *((each, (1, 0)) for each in (torch.empty(64, 64, device="cuda"), carved, pooled)),
+        *((each, (1, 0)) for each in (torch.empty(64, 64, device="cuda"), suballocated, pooled)),
     ):
         torch._dynamo.reset()
-        compiled = torch.compile(
-            lambda x: torch.ops.symm_mem.one_shot_all_reduce(x, "sum", name), backend="symmem", mode=mode
-        )
+        run = compiled(lambda x: torch.ops.symm_mem.one_shot_all_reduce(x, "sum", name), mode=mode)
         for step in range(6):
-            memory.copy_(cases.values(64, 64, seed=step))
-            total = cases.summed(memory)
+            memory.copy_(values(64, 64, seed=step))
+            total = summed(memory)
             if mode:
                 torch.compiler.cudagraph_mark_step_begin()
-            torch.testing.assert_close(compiled(memory).clone(), total)
-        counted = copies(lambda: compiled(memory), "cuda")  # noqa: B023  # called here and now
+            torch.testing.assert_close(run(memory).clone(), total)
+        counted = copies(lambda: run(memory), "cuda")  # noqa: B023  # called in this iteration
         assert (counted.engine, counted.kernel) == wanted, memory is mine
 
 
@@ -236,7 +214,7 @@ def test_torchs_own_memory(pool: RankPool, mode: str | None) -> None:
 
 
 def device_type() -> str:
-    return str(cases.values(1).device.type)
+    return str(values(1).device.type)
 
 
 def test_the_ranks_had_gpus(pool: RankPool) -> None:
