@@ -7,6 +7,8 @@ import os
 import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -355,3 +357,40 @@ def test_a_store_that_does_not_answer_is_named_in_time() -> None:
         assert time.monotonic() - begin < 20
     finally:
         go_on.set()
+
+
+# The end of the process.
+
+ALIVE_AT_EXIT = """
+import sys, threading
+
+store = dist.HashStore()
+groups = [symmem.Group.from_store(rank, 2, store) for rank in range(2)]
+
+def join(rank):
+    with groups[rank].collective("join"):
+        pass
+
+threads = [threading.Thread(target=join, args=(rank,)) for rank in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert groups[0].status()["wire"] == "sockets"
+sys.kept, torch.kept, cycle = groups[0], groups[1], [groups]
+cycle.append(cycle)
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import symmem, torch, torch.distributed as dist",
+        "import torch, torch.distributed as dist, symmem",
+        "from symmem.group.group import Group; import symmem, torch, torch.distributed as dist",
+        "import symmem.tensor.tensor, symmem, torch, torch.distributed as dist",
+    ],
+)
+def test_a_group_that_lives_until_exit_prints_nothing(imports: str) -> None:
+    """At exit, modules lose their globals before the last groups are deleted."""
+    program = f"{imports}\n{ALIVE_AT_EXIT}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
