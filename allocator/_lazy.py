@@ -1,4 +1,4 @@
-"""Names that a package exports and that are loaded when they are first used."""
+"""Exports of a package that are loaded at their first use."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def lazy_exports(
 
     Args:
         package: The package's ``__name__``.
-        homes: The module that defines each exported name.
-        subpackages: Names of subpackages that may be used without an import of their own.
+        homes: The defining module, by exported name.
+        subpackages: Names of subpackages that are imported at their first use.
     """
 
     def get(name: str) -> Any:

@@ -1,12 +1,11 @@
-"""The one vocabulary of errors.
+"""The errors of symmem.
 
-Every error that symmem raises on purpose is a :class:`SymmemError`. It says what happened, and carries as
-attributes the rank and group it happened on, the step that failed and the peers concerned, so that a program
-can act on it without reading the text. Where a standard exception has the same meaning (``ValueError``,
-``IndexError``, ``TimeoutError``, ...), the class derives from that as well.
+Every error that symmem raises on purpose is a :class:`SymmemError`. Its text says what happened. Its attributes give
+the rank, the group, the failed step and the peers, so that a program can react without parsing the text. If a standard
+exception has the same meaning (``ValueError``, ``IndexError``, ``TimeoutError``, ...), the class derives from it too.
 
-An error can be sent to other ranks (:func:`to_wire`, :func:`from_wire`): when one rank fails inside a
-collective step, all ranks of the group raise that rank's error.
+Errors can be sent to other ranks (:func:`to_wire`, :func:`from_wire`). If one rank fails in a collective step, all
+ranks of the group raise that rank's error.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ class SymmemError(Exception):
     Args:
         what: What happened and what was expected.
         hint: What to do next.
-        rank: The rank, within ``group``, on which it happened; None outside of any group.
+        rank: The rank within ``group`` on which it happened; None outside any group.
         group: Name of the group.
         step: The collective step or operation that failed, for example ``"rendezvous"``.
-        peers: Other ranks of the group that the error is about: those that differ, died or did not come.
+        peers: Other ranks of the group that caused it: ranks that differ, died or did not come.
     """
 
     def __init__(
@@ -69,10 +68,10 @@ class SymmemError(Exception):
         self.group = group
         self.step = step
         self.peers = tuple(peers)
-        self.propagated_to: str | None = None  # the group of which all ranks have raised it
+        self.propagated_to: str | None = None  # the name of the group if all of its ranks raise this error
 
     def located(self, *, rank: int, group: str, step: str) -> SymmemError:
-        """Fill in where the error happened, unless that is known already; returns the error itself."""
+        """Fill in the attributes that are still None; returns the error itself."""
         if self.rank is None:
             self.rank = rank
         if self.group is None:
@@ -82,12 +81,12 @@ class SymmemError(Exception):
         return self
 
     def __str__(self) -> str:
-        place = [
+        location = [
             f"{label} {value}"
             for label, value in (("rank", self.rank), ("group", self.group), ("step", self.step))
             if value is not None
         ]
-        text = f"[{', '.join(place)}] {self.what}" if place else self.what
+        text = f"[{', '.join(location)}] {self.what}" if location else self.what
         return f"{text}\n  What to do: {self.hint}" if self.hint else text
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -95,15 +94,15 @@ class SymmemError(Exception):
 
 
 class ConfigError(SymmemError, ValueError):
-    """An option, key, backend name or value of the configuration is not valid; the text names the place."""
+    """An option, key, backend name or value in the configuration is invalid; the text names its source."""
 
 
 class InvalidArgumentError(SymmemError, ValueError):
-    """A size, stride, dtype, device, channel or other argument is not valid."""
+    """A size, stride, dtype, device, channel or other argument is invalid."""
 
 
 class RankError(SymmemError, IndexError):
-    """A rank is outside of ``range(world_size)``."""
+    """A rank is outside ``range(world_size)``."""
 
 
 class GroupError(SymmemError, ValueError):
@@ -115,7 +114,7 @@ class PlatformError(SymmemError, ImportError):
 
 
 class BackendUnavailableError(SymmemError, RuntimeError):
-    """A backend does not work on this machine; the text says why, and what would make it work."""
+    """A backend does not work on this machine; the text gives the reason and a remedy."""
 
 
 class UnsupportedError(SymmemError, NotImplementedError):
@@ -123,35 +122,35 @@ class UnsupportedError(SymmemError, NotImplementedError):
 
 
 class MulticastUnavailableError(UnsupportedError):
-    """There is no multicast pointer; the text says why."""
+    """There is no multicast pointer; the text gives the reason."""
 
 
 class OutOfMemoryError(SymmemError, MemoryError):
-    """There is not enough memory or address space left."""
+    """There is not enough memory or address space."""
 
 
 class ResourceLimitError(SymmemError, RuntimeError):
-    """A limit of the operating system other than memory was reached: descriptors, file size, mappings."""
+    """A limit other than memory was reached, for example the number of descriptors or mappings, or a file size."""
 
 
 class NotSymmetricError(SymmemError, ValueError):
-    """A tensor is not symmetric memory; the text names the check that failed."""
+    """A tensor is not in symmetric memory; the text names the failed check."""
 
 
 class NotRendezvousedError(SymmemError, RuntimeError):
-    """Peers' memory was asked for before :meth:`SymmetricTensor.rendezvous` with that group."""
+    """Peers' memory is needed, but :meth:`SymmetricTensor.rendezvous` was not called with that group."""
 
 
 class ClosedError(SymmemError, RuntimeError):
-    """Use after :meth:`close`."""
+    """The object was used after :meth:`close`."""
 
 
 class ForkedError(SymmemError, RuntimeError):
-    """Use in a process that was forked after the object was made; the parent's group has no such rank."""
+    """The object was used in a forked child of the process that made it; the child is no rank of the group."""
 
 
 class InspectionError(SymmemError, RuntimeError):
-    """A process cannot be inspected: its socket is not private, or nobody answers as expected."""
+    """A process cannot be inspected: its socket is not private, or its answer is not valid."""
 
 
 class RendezvousError(SymmemError, RuntimeError):
@@ -159,33 +158,33 @@ class RendezvousError(SymmemError, RuntimeError):
 
 
 class MismatchError(RendezvousError):
-    """Ranks disagree on something that must be the same everywhere; ``peers`` are the ranks that differ."""
+    """A value that must be the same on all ranks differs; ``peers`` are the ranks that differ."""
 
 
 class DivergenceError(MismatchError):
-    """Ranks have allocated from an arena differently, so that offsets do not mean the same; names the first place."""
+    """The ranks made different allocations from an arena, so offsets differ; the text names the first difference."""
 
 
 class PeerLostError(RendezvousError):
-    """A rank died or left its group; ``peers`` are the ranks that are gone."""
+    """Ranks died or left their group; ``peers`` are these ranks."""
 
 
 class PeerTimeoutError(RendezvousError, TimeoutError):
-    """Ranks did not come in time; ``peers`` are the ranks that were waited for."""
+    """Ranks did not come in time; ``peers`` are these ranks."""
 
 
 _FIELDS = ("what", "hint", "rank", "group", "step", "peers")
 
 
 def to_wire(error: BaseException) -> dict[str, Any]:
-    """Describe an error in plain data. An exception of another library becomes a :class:`RendezvousError`."""
+    """Convert an error to plain data. An exception of another library becomes a :class:`RendezvousError`."""
     if isinstance(error, SymmemError):
         return {"type": type(error).__name__} | {field: getattr(error, field) for field in _FIELDS}
     return {"type": "RendezvousError", "what": f"{type(error).__name__}: {error}"}
 
 
 def from_wire(data: dict[str, Any]) -> SymmemError:
-    """Make the error that :func:`to_wire` described. An unknown type becomes a :class:`RendezvousError`."""
+    """Make an error from the data of :func:`to_wire`. An unknown type becomes a :class:`RendezvousError`."""
     cls = globals().get(data["type"])
     if not (isinstance(cls, type) and issubclass(cls, SymmemError)):
         cls = RendezvousError

@@ -116,7 +116,7 @@ class Rounds:
     @functools.cached_property
     def store(self) -> StoreTransport:
         """The transport over the store."""
-        # A worker group that torchrun restarted must not see keys of the one before.
+        # A worker group that torchrun restarted must not see the keys of its predecessor.
         job = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         # The store counts the groups of this name at their first collective. Making a group does not count, because a
         # single rank may do that. This process cannot count, because it may have used other stores.

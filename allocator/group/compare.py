@@ -69,7 +69,7 @@ def compare(
 
 
 def exchange_json(collective: Collective, step: str, value: object) -> list[Any]:
-    """Exchange plain data; returns the values of all ranks. Other types than those of JSON become text."""
+    """Exchange plain data; returns the values of all ranks. Values that JSON does not know become text."""
     with collective.exchange(step, json.dumps(value, default=str).encode()) as received:
         return [json.loads(contribution.payload) for contribution in received]
 

@@ -1,10 +1,10 @@
-"""A process that is a rank answers who asks what it does: ``symmem top``, ``symmem inspect`` and ``symmem dump``.
+"""The inspection server of a process; its clients are ``symmem top``, ``symmem inspect`` and ``symmem dump``.
 
-One thread waits in accept(2), from the first group of the process on; it costs nothing else until somebody asks. It
-needs none of the locks that a rank may hold while it waits for others, and the interpreter lock only for the answer. A
-client is served for a limited time, one after the other. See :mod:`.socket_paths` for who may ask.
+The first group of the process starts one thread, which waits in accept(2) and costs nothing until a client connects. It
+takes no lock that a rank may hold while it waits for others, and it holds the interpreter lock only for the answer. It
+serves clients one after the other, for a limited time. See :mod:`.socket_paths` for access control.
 
-A forked child has neither the thread nor the socket; if it makes a group, it gets its own.
+A forked child has neither the thread nor the socket. The first group that the child makes starts a new server.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ __all__ = ["REQUEST_NBYTES", "Server", "begin", "end"]
 log = logging.getLogger("symmem.inspection")
 
 REQUEST_NBYTES = 4096
-"""The longest request."""
+"""The maximum length of a request."""
 
-_READING = 1.0  # seconds for the request to come
-_WRITING = 5.0  # seconds for the answer to be read
-_PAUSE = 1.0  # seconds, after a failure to accept, such as for want of descriptors
+_READING = 1.0  # seconds to receive the request
+_WRITING = 5.0  # seconds to send the answer
+_PAUSE = 1.0  # seconds to wait after accept(2) failed, for example because no descriptors are left
 _BACKLOG = 16
 
 
 class Server:
-    """A socket, and the thread that answers on it.
+    """A socket, and a thread that answers requests on it.
 
     Args:
-        directory: Where to make it.
-        answer: Given the parts that are asked for, the answer: by name, what :mod:`json` can write.
+        directory: The directory of the socket.
+        answer: Function from the requested parts to the answer, a mapping that :mod:`json` can write.
 
     Raises:
-        InspectionError: Others could come to it there.
+        InspectionError: Other users could reach the socket there.
         OSError: The directory or the socket cannot be made.
     """
 
@@ -60,7 +60,7 @@ class Server:
         try:
             with opened(directory, make=True) as folder:
                 _tidy(folder)
-                # Under another name until it listens: it would be taken for that of a dead process.
+                # Hidden until it listens, because the tools would take it for the socket of a dead process.
                 hidden = f".{self._name}"
                 self._socket.bind(at(folder, hidden))
                 os.chmod(hidden, 0o600, dir_fd=folder)
@@ -74,7 +74,7 @@ class Server:
 
     @property
     def path(self) -> Path:
-        """Of the socket."""
+        """The path of the socket."""
         return self._directory / self._name
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class Server:
         self._socket.close()
 
     def leave(self) -> None:
-        """In a forked child: close its copies, and nothing else."""
+        """In a forked child: close the copies of the sockets."""
         self._socket.close()
         if self._client is not None:
             self._client.close()
@@ -106,21 +106,21 @@ class Server:
             with client:
                 try:
                     self._talk(client)
-                except OSError as error:  # a timeout is one as well
-                    log.debug("a client went away, or was too slow: %s", error)
+                except OSError as error:  # includes timeouts
+                    log.debug("a client disconnected, or was too slow: %s", error)
             self._client = None
 
     def _talk(self, client: socket.socket) -> None:
         pid, user = peer_of(client)
         if user != os.geteuid():
-            log.warning("refused process %d: it is of user %d", pid, user)
+            log.warning("refused process %d of user %d", pid, user)
             return
         line = _read_line(client)
         if line is None:
             return
         try:
             text = _encode(self._answer(_parts(line)))
-        except Exception as error:  # whatever it is: who asks is told, and the thread stays
+        except Exception as error:  # the client gets any error, and the thread continues
             if not isinstance(error, SymmemError):
                 log.exception("cannot answer process %d", pid)
             text = _encode({"version": VERSION, "error": f"{type(error).__name__}: {error}"})
@@ -129,10 +129,10 @@ class Server:
 
 
 def _read_line(client: socket.socket) -> bytes | None:
-    """What comes up to the end of the line, or as much as is read of it; None if the client went away.
+    """Read up to the end of a line, or up to the maximum length; None if the client disconnected.
 
     Raises:
-        TimeoutError: It does not come.
+        TimeoutError: The data did not come in time.
     """
     deadline, data = time.monotonic() + _READING, b""
     while b"\n" not in data and len(data) <= REQUEST_NBYTES:
@@ -145,26 +145,28 @@ def _read_line(client: socket.socket) -> bytes | None:
 
 
 def _parts(line: bytes) -> list[str]:
-    """What a request asks for.
+    """Return the parts that a request asks for.
 
     Raises:
-        InvalidArgumentError: It is none, or of another version.
+        InvalidArgumentError: The line is not a request, or the request has another version.
     """
     try:
         request = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         request = None
     if not isinstance(request, dict) or not isinstance(request.get("parts"), list):
-        raise InvalidArgumentError(f"this is no request: one line of at most {REQUEST_NBYTES} bytes is expected")
+        raise InvalidArgumentError(
+            f"this is not a request: one line of JSON with at most {REQUEST_NBYTES} bytes is expected"
+        )
     if request.get("version") != VERSION:
         raise InvalidArgumentError(f"this process speaks version {VERSION}, not {request.get('version')!r}")
     if unknown := [part for part in request["parts"] if part not in PARTS]:
-        raise InvalidArgumentError(f"there are no parts {unknown}, but {list(PARTS)}")
+        raise InvalidArgumentError(f"unknown parts {unknown}; the parts are {list(PARTS)}")
     return list(request["parts"])
 
 
 def _encode(answer: dict[str, Any]) -> bytes:
-    """One line. The elements of lists one by one: within a call, no other thread of this process can run."""
+    """Encode an answer as one line. Elements of lists are encoded one by one, so that other threads can run between."""
     fields = []
     for name, value in answer.items():
         text = f"[{', '.join([json.dumps(each) for each in value])}]" if isinstance(value, list) else json.dumps(value)
@@ -173,7 +175,7 @@ def _encode(answer: dict[str, Any]) -> bytes:
 
 
 def _tidy(folder: int) -> None:
-    """Remove what processes left that did not come to their end: for where nobody uses the tools, which do as well."""
+    """Remove sockets of crashed processes. The tools do this too; this covers hosts where they are not used."""
     for text in os.listdir(folder):
         name = Name.parse(text.removeprefix("."))
         if name is None or os.path.exists(f"/proc/{name.pid}"):
@@ -181,21 +183,21 @@ def _tidy(folder: int) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
             probe.setblocking(False)
             try:
-                probe.connect(at(folder, text))  # it may be a process of a container
+                probe.connect(at(folder, text))  # the process may be in a container
             except ConnectionRefusedError:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(text, dir_fd=folder)
             except OSError as error:
-                log.debug("left %s alone: %s", text, error)
+                log.debug("did not remove %s: %s", text, error)
 
 
-_lock = threading.RLock()  # a finalizer may make a group
+_lock = threading.RLock()  # reentrant, because a finalizer may make a group
 _server: Server | None = None
-_settled = False  # whether this process has a server, or will not have one
+_settled = False  # whether this process has a server, or has given up
 
 
 def begin() -> None:
-    """Let this process answer, if it does not yet. Never fails: a process that cannot says so in the log."""
+    """Start the server of this process, once. Never raises; a failure goes to the log."""
     global _server, _settled
     if _settled:
         return
@@ -208,7 +210,7 @@ def begin() -> None:
             try:
                 _server = Server(directory, _load_and_answer)
                 return
-            except (OSError, RuntimeError) as error:  # such as: no thread can be started any more
+            except (OSError, RuntimeError) as error:  # a RuntimeError if no thread can be started
                 reasons.append(f"{directory}: {error}")
     log.warning("this process cannot be inspected: %s", "; ".join(reasons))
 
@@ -221,7 +223,7 @@ def _load_and_answer(parts: Sequence[str]) -> dict[str, Any]:
 
 
 def end() -> None:
-    """Let this process answer no more, nor begin to."""
+    """Stop the server of this process, and start no other."""
     global _server, _settled
     with _lock:
         server, _server, _settled = _server, None, True

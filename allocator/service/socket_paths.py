@@ -1,10 +1,8 @@
-"""Where the sockets are by which ranks can be inspected, and what is said on them.
+"""The paths of inspection sockets, and the protocol on them. Loads no torch.
 
-Each process has one, in a directory that only its user may enter, under a name made of its job, its process and chance.
-The protocol: a client connects, sends one line, ``{"version": 1, "parts": [...]}``, and gets one line, the answer, in
-JSON. Both sides check that the other is of the same user (SO_PEERCRED, see unix(7)).
-
-Nothing here imports torch.
+Every process has one socket, in a directory that only its user may enter. The file name consists of the job, the
+process id and a random part. A client connects, sends one line, ``{"version": 1, "parts": [...]}``, and receives one
+line of JSON. Both sides check that the peer has the same user (SO_PEERCRED, see unix(7)).
 """
 
 from __future__ import annotations
@@ -21,31 +19,31 @@ from symmem.errors import InspectionError
 __all__ = ["PARTS", "VERSION", "Name", "at", "directories", "job_id", "opened"]
 
 VERSION = 1
-"""Of the protocol; an answer of another one is not understood."""
+"""The version of the protocol. Client and server must have the same version."""
 
 PARTS = ("groups", "tensors", "stacks", "snapshot")
-"""What can be asked for."""
+"""The parts that a client can request."""
 
 _JOBS = ("SYMMEM_JOB_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 _SUFFIX = ".sock"
 
 
 def job_id(environ: Mapping[str, str] | None = None) -> str:
-    """What the processes of one job on a host have in common, and those of others have not.
+    """Return an id that all processes of a job on this host share, and that other jobs do not have.
 
-    SYMMEM_JOB_ID, else Slurm's, else torchrun's ``--rdzv-id``, else where the ranks meet, else the process that started
-    this one.
+    It is SYMMEM_JOB_ID, else the Slurm job, else torchrun's ``--rdzv-id``, else MASTER_ADDR and MASTER_PORT, else the
+    parent process.
     """
     environ = os.environ if environ is None else environ
     for name in _JOBS:
-        if (value := environ.get(name, "").strip()) not in ("", "none"):  # torchrun's, where none was given
+        if (value := environ.get(name, "").strip()) not in ("", "none"):  # torchrun's default
             return value[:200]
     address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     return f"{address}:{port}"[:200] if address and port else f"parent {os.getppid()}"
 
 
 class Name(NamedTuple):
-    """The name of a socket's file: the job, as far as a file's name can have it, the process, and chance."""
+    """The file name of a socket: the job in characters that are safe in file names, the process id, a random part."""
 
     job: str
     pid: int
@@ -53,7 +51,7 @@ class Name(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The job as it is written there."""
+        """The job as part of the file name."""
         return re.sub(r"[^A-Za-z0-9_-]", "_", self.job)[:60]
 
     def __str__(self) -> str:
@@ -61,15 +59,15 @@ class Name(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Name | None:
-        """The inverse of ``str``; None for the name of anything else."""
+        """Parse a file name; None if it is not the name of a socket."""
         match = re.fullmatch(r"([A-Za-z0-9_-]{0,60})\.([0-9]{1,10})\.([0-9a-f]{8})" + re.escape(_SUFFIX), text)
         return cls(match[1], int(match[2]), match[3]) if match else None
 
 
 def directories(environ: Mapping[str, str] | None = None) -> list[Path]:
-    """Where sockets of this user may be; a process uses the first that it can.
+    """Return the possible directories of this user's sockets. A process uses the first that works.
 
-    A job often has no XDG_RUNTIME_DIR where a login session has one, so who looks for processes looks everywhere.
+    The tools look in all of them, because a job often has no XDG_RUNTIME_DIR while a login session has one.
     """
     environ = os.environ if environ is None else environ
     user, given = os.geteuid(), environ.get("XDG_RUNTIME_DIR", "")
@@ -79,11 +77,11 @@ def directories(environ: Mapping[str, str] | None = None) -> list[Path]:
 
 @contextlib.contextmanager
 def opened(directory: Path, make: bool = False) -> Iterator[int]:
-    """A descriptor of a directory that only this user may enter.
+    """Open a directory that only this user may enter; yields a descriptor.
 
     Raises:
-        InspectionError: Others may, or it is another user's, or a symbolic link.
-        OSError: It cannot be opened, or made.
+        InspectionError: Other users may enter it or own it.
+        OSError: It cannot be opened or made, or it is a symbolic link.
     """
     if make:
         with contextlib.suppress(FileExistsError):
@@ -93,9 +91,9 @@ def opened(directory: Path, make: bool = False) -> Iterator[int]:
         found = os.fstat(descriptor)
         if found.st_uid != os.geteuid() or found.st_mode & 0o077:
             raise InspectionError(
-                f"{directory} is of user {found.st_uid} with mode {found.st_mode & 0o7777:o}; it must be of user "
-                f"{os.geteuid()} with mode 700",
-                hint="remove it, or set XDG_RUNTIME_DIR to a directory of your own",
+                f"{directory} belongs to user {found.st_uid} and has mode {found.st_mode & 0o7777:o}; it must belong "
+                f"to user {os.geteuid()} and have mode 700",
+                hint="remove it, or set XDG_RUNTIME_DIR to a private directory",
             )
         yield descriptor
     finally:
@@ -103,5 +101,5 @@ def opened(directory: Path, make: bool = False) -> Iterator[int]:
 
 
 def at(directory: int, name: str) -> str:
-    """The address of a socket in an open directory: short, as such an address must be, and of this very directory."""
+    """Return the address of a socket in an open directory. It is short, and does not depend on the directory's path."""
     return f"/proc/self/fd/{directory}/{name}"

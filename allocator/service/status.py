@@ -1,7 +1,8 @@
-"""What a process says of itself to who asks from outside; see :mod:`symmem.service.server`.
+"""The answers of the inspection server; see :mod:`symmem.service.server`.
 
-Other threads go on meanwhile, or hang with any lock of theirs held: what is read here is copied in one step, or read
-again if it changed; and a lock that is not to be had at once, such as an arena's whose ranks meet, is done without.
+Other threads keep running meanwhile, or hang while they hold locks. So this module copies data in one step, or reads it
+again if it changed. It waits for no lock: if an arena's lock is taken, for example during a reclaim round, it reads the
+arena without the lock.
 """
 
 from __future__ import annotations
@@ -33,28 +34,29 @@ __all__ = ["answer"]
 T = TypeVar("T")
 
 MOST_TENSORS = 100_000
-"""How many live tensors are told of at most."""
+"""The maximum number of live tensors in an answer."""
 
-_MOST_FRAMES = 100  # of a thread; the innermost
-_AGAIN = 20  # times that is read what changes meanwhile
+_MOST_FRAMES = 100  # per thread; the innermost frames
+_ATTEMPTS = 20  # to read data that other threads change
 
 
 def answer(parts: Sequence[str]) -> dict[str, Any]:
-    """What is asked for, as plain data. Local.
+    """Return the requested parts as plain data. Local.
 
     Args:
         parts: Some of :data:`symmem.service.socket_paths.PARTS`.
 
     Returns:
         Always ``version`` (of the protocol), ``symmem``, ``job``, ``host``, ``pid``, ``rank`` and ``world`` (of the
-        job, as the environment says, or None), ``program`` and ``time``. ``groups``: see :meth:`Group.status`; with
-        ``signals`` (waits for signals, in the form of a ``round``; with ``device``, of those on a GPU), and ``arenas``
-        (:func:`symmem.memory_stats` of each; those of a ``busy`` one may be of different moments). ``tensors``: of each
-        live one its ``name``, ``shape``, ``dtype``, ``nbytes``, ``site``, ``group``, ``groups`` (that have rendezvoused
-        it), ``backend``, ``device``; and ``tensors_left_out``, a number. ``stacks``: each Python thread's ``name``,
-        ``thread`` (its number) and ``frames``, the innermost last. ``snapshot``: :func:`symmem.memory_snapshot`.
+        job, from the environment, or None), ``program`` and ``time``. ``groups``: a list of :meth:`Group.status`, plus
+        ``signals`` (waits for signals, in the form of a ``round``; waits on a GPU have a ``device``) and ``arenas``
+        (:func:`symmem.memory_stats` per arena; if the arena is ``busy``, the figures may be of different moments).
+        ``tensors``: per live tensor ``name``, ``shape``, ``dtype``, ``nbytes``, ``site``, ``group``, ``groups`` (with a
+        rendezvous for it), ``backend``, ``device``; and ``tensors_left_out``, a number. ``stacks``: per Python thread
+        ``name``, ``thread`` (its number) and ``frames``, the innermost last. ``snapshot``:
+        :func:`symmem.memory_snapshot`.
     """
-    said: dict[str, Any] = {
+    result: dict[str, Any] = {
         "version": VERSION,
         "symmem": SYMMEM,
         "job": job_id(),
@@ -66,18 +68,21 @@ def answer(parts: Sequence[str]) -> dict[str, Any]:
         "time": time.time(),
     }
     if "stacks" in parts:
-        said["stacks"] = _stacks()
+        result["stacks"] = _stacks()
     if "groups" in parts:
-        waiting = [*gpu_waits(), *_steady(waits)]  # the first may take a moment: all else is of the same one
-        said["groups"] = _steady(lambda: [_group(group, waiting) for group in _groups()])
+        waiting = [
+            *gpu_waits(),
+            *_steady(waits),
+        ]  # GPU waits come first, because they may take a moment; all other data is of one moment
+        result["groups"] = _steady(lambda: [_group(group, waiting) for group in _groups()])
     if "tensors" in parts:
         rows = _steady(lambda: list(islice(_tensors(), MOST_TENSORS + 1)))
-        said["tensors"] = rows[:MOST_TENSORS]
+        result["tensors"] = rows[:MOST_TENSORS]
         more = len(rows) > MOST_TENSORS
-        said["tensors_left_out"] = _steady(lambda: sum(1 for _ in _tensors())) - MOST_TENSORS if more else 0
+        result["tensors_left_out"] = _steady(lambda: sum(1 for _ in _tensors())) - MOST_TENSORS if more else 0
     if "snapshot" in parts:
-        said["snapshot"] = _steady(memory_snapshot)
-    return said
+        result["snapshot"] = _steady(memory_snapshot)
+    return result
 
 
 def _number(variable: str) -> int | None:
@@ -86,8 +91,8 @@ def _number(variable: str) -> int | None:
 
 
 def _steady(read: Callable[[], T]) -> T:
-    """The result of a function that fails if what it goes through is changed meanwhile."""
-    for _ in range(_AGAIN):
+    """Call a function that iterates over shared data; call it again if the data changed meanwhile."""
+    for _ in range(_ATTEMPTS):
         try:
             return read()
         except RuntimeError:  # "changed size during iteration", or "mutated"
@@ -96,7 +101,7 @@ def _steady(read: Callable[[], T]) -> T:
 
 
 def _groups() -> list[Group]:
-    """Those that may be told of; a forked child has also those of its parent."""
+    """The groups of this process that may be inspected. A forked child skips the groups of its parent."""
     return [group for group in known_groups() if group.settings.inspection == "on" and group.process == os.getpid()]
 
 
@@ -132,19 +137,19 @@ def _tensors() -> Iterator[dict[str, Any]]:
 
 def _in_arena(log: AllocationLog) -> Iterator[dict[str, Any]]:
     with quiet(log):
-        entries, blocks = list(log.records), list(log.blocks)
-        gone = set(slots_of(masks_of(log.slot_marks)[0]))
-    named = functools.cache(str)  # call sites are few
+        records, blocks = list(log.records), list(log.blocks)
+        dropped = set(slots_of(masks_of(log.slot_marks)[0]))
+    text_of = functools.cache(str)  # there are few call sites
     backend, device, group = log.backend.name, str(log.device), log.group.name
-    for slot, (entry, known) in enumerate(zip(entries, blocks, strict=False)):
-        if entry is None or slot in gone:
+    for slot, (raw, reference) in enumerate(zip(records, blocks, strict=False)):
+        if raw is None or slot in dropped:
             continue
-        record, block = AllocationRecord.of(entry), known() if known else None
+        record, block = AllocationRecord.of(raw), reference() if reference else None
         yield {
             "name": record.name,
             **layout_of(record.layout),
             "nbytes": record.layout.nbytes,
-            "site": named(record.site),
+            "site": text_of(record.site),
             "group": group,
             "groups": [each.name for each in block.groups] if block else [],
             "backend": backend,

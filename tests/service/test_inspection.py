@@ -140,14 +140,14 @@ def test_the_tools_refuse_another_users_process(serve: Callable[..., Server], mo
 @pytest.mark.parametrize(
     ("request_", "why"),
     [
-        (b"\n", "no request"),
-        (b"{}\n", "no request"),
-        (b'{"version": 1, "parts": "groups"}\n', "no request"),
+        (b"\n", "not a request"),
+        (b"{}\n", "not a request"),
+        (b'{"version": 1, "parts": "groups"}\n', "not a request"),
         (b'{"version": 2, "parts": []}\n', "version 1, not 2"),
         (b'{"version": 1, "parts": ["passwords"]}\n', "passwords"),
-        (b'{"version": 1, "parts": [{}]}\n', "there are no parts"),
-        (b"x" * (REQUEST_NBYTES + 1), "no request"),
-        (b"[" * REQUEST_NBYTES + b"\n", "no request"),
+        (b'{"version": 1, "parts": [{}]}\n', "unknown parts"),
+        (b"x" * (REQUEST_NBYTES + 1), "not a request"),
+        (b"[" * REQUEST_NBYTES + b"\n", "not a request"),
     ],
 )
 def test_what_is_no_request_is_told_so(request_: bytes, why: str, serve: Callable[..., Server]) -> None:
