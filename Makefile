@@ -3,10 +3,13 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+# Most tests wait for other processes, so there are more workers than CPUs: two for every CPU, 8 at most.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? 2 * n : 8)))
+PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export PYTHON TORCH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-matrix lint bench docs clean
+.PHONY: help setup demo test-fast test test-gpu test-matrix lint bench docs clean
 
 help:  ## show this
 	@echo "make TARGET [ARGS='options'] [PYTHON=$(PYTHON)] [TORCH=$(TORCH)]"
@@ -20,9 +23,17 @@ demo:  ## four processes share memory, on any machine: ARGS='--ranks 2'
 	@bash scripts/setup.sh
 	.venv/bin/symmem demo --ranks 4 $(ARGS)
 
-test:  ## the whole suite: ARGS='-k rendezvous'
+test-fast:  ## the tests that start no ranks and compile nothing: less than a minute
 	@bash scripts/setup.sh test
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest $(PARALLEL) -m "not ranks and not slow and not gpu" $(ARGS)
+
+test:  ## all tests that need no GPU: ARGS='-k rendezvous'
+	@bash scripts/setup.sh test
+	.venv/bin/python -m pytest $(PARALLEL) -m "not gpu" $(ARGS)
+
+test-gpu:  ## the tests that need GPUs, one after the other; skipped where there are none
+	@bash scripts/setup.sh test
+	.venv/bin/python -m pytest --timeout 900 -m gpu $(ARGS)
 
 test-matrix:  ## what depends on torch, on several versions of it: VERSIONS='2.11.0 2.13.0', VENVS, PIP_ARGS
 	@bash scripts/setup.sh test

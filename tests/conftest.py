@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+from patience import OPTIONS
 
 from symmem.config import BACKENDS
 from symmem.service import server
@@ -17,7 +18,15 @@ from symmem.tools.ranks import RankPool
 
 # A failing assertion shows its values in these modules as well. Some are imported only by ranks.
 HERE = Path(__file__).parent
-pytest.register_assert_rewrite(*(path.stem for path in [*HERE.glob("support/*.py"), *HERE.glob("*/*_cases.py")]))
+MODULES = {path.stem for path in HERE.glob("*/*.py") if not path.stem.startswith("test_")}
+pytest.register_assert_rewrite(*(MODULES - {"patience"}))
+
+# The machine may be busy, so nothing that Hypothesis does has a time limit.
+settings.register_profile("symmem", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("symmem")
+
+POOLS = {"pools", "living_pool", "new_pool", "pool", "pools_of", "frail"}
+"""The fixtures that start processes of ranks. The tests that use them are marked with ``ranks``."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,8 +35,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--worlds", default="2,4", help="numbers of ranks for conformance")
 
 
-# A rank that fails a test must not let the others wait for long.
-ENV = {"SYMMEM_ENABLE": "rendezvous_timeout(30s),signal_timeout(20s)"}
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Add the markers of the tiers, and put the files that take long first, so that workers end at the same time."""
+    tiers: dict[Path, int] = {}
+    for item in items:
+        if item.path.stem.endswith("_gpu"):
+            item.add_marker("gpu")
+        if "wheel" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+        if item.get_closest_marker("gpu") or POOLS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("ranks")
+        compiles = item.path.parent.name in ("compile", "examples") or item.path.stem == "test_docs_code"
+        tier = 0 if compiles else 1 if item.get_closest_marker("ranks") else 2
+        tiers[item.path] = min(tier, tiers.get(item.path, tier))
+    items.sort(key=lambda item: tiers[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """Later collections of garbage, and tests do many, leave out what has been imported."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def ranks_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test without the marker ``ranks`` starts no ranks, so `make test-fast` stays fast."""
+    if request.node.get_closest_marker("ranks"):
+        yield
+        return
+
+    def refuse(*args: object, **options: object) -> None:
+        pytest.fail("this test starts ranks: mark it with pytest.mark.ranks")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RankPool, "__init__", refuse)
+        yield
 
 
 class Pools:
@@ -41,7 +83,7 @@ class Pools:
         if key in self._pools and not self._pools[key].alive:
             self._pools.pop(key).close()
         if key not in self._pools:
-            self._pools[key] = RankPool(size, env=ENV)
+            self._pools[key] = RankPool(size, **OPTIONS)
         return self._pools[key]
 
     def keep_only(self, purpose: str) -> None:
@@ -54,18 +96,19 @@ class Pools:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_sockets() -> Iterator[None]:
-    """What tests start is inspected by tests alone. The socket of this process stays as long as it does."""
-    with tempfile.TemporaryDirectory(prefix="symmem-tests-") as folder:
-        before = os.environ.get("XDG_RUNTIME_DIR")
-        os.environ["XDG_RUNTIME_DIR"] = folder
+def own_folders() -> Iterator[None]:
+    """Sockets and compiled code of the tests of this process are apart from all others.
+
+    The socket of this process stays as long as it does.
+    """
+    with tempfile.TemporaryDirectory(prefix="symmem-tests-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", folder)
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{folder}/inductor")
+        patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes beside the ranks
+        patch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")  # do not compile a program per instruction set to find out
         server.begin()
         yield
         server.end()
-        if before is None:
-            del os.environ["XDG_RUNTIME_DIR"]
-        else:
-            os.environ["XDG_RUNTIME_DIR"] = before
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +125,7 @@ def living_pool() -> Iterator[Callable[..., RankPool]]:
 
     def get(size: int, **options: Any) -> RankPool:
         if not made or not made[-1].alive:
-            made.append(RankPool(size, **options))
+            made.append(RankPool(size, **OPTIONS | options))
         return made[-1]
 
     yield get
@@ -95,23 +138,13 @@ def new_pool() -> Iterator[Callable[..., RankPool]]:
     """Makes pools for one test, which may kill ranks."""
     made: list[RankPool] = []
 
-    def make(size: int, **options: object) -> RankPool:
-        options.setdefault("env", ENV)
-        made.append(RankPool(size, **options))  # type: ignore[arg-type]
+    def make(size: int, **options: Any) -> RankPool:
+        made.append(RankPool(size, **OPTIONS | options))
         return made[-1]
 
     yield make
     for pool in made:
         pool.close()
-
-
-@pytest.fixture(scope="module")
-def what_stays() -> Iterator[None]:
-    """What is old is not looked at by each collection."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import importlib.abc
 import importlib.util
@@ -196,6 +197,7 @@ def _serve(
     rewriting: assertions.Rewriting | None,
 ) -> None:
     global _loader
+    gc.freeze()  # what the server imported is not garbage; a collection need not look at it
     faulthandler.register(signal.SIGUSR1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent handles it
     os.environ.clear()

@@ -174,6 +174,7 @@ allocate()
 """
 
 
+@pytest.mark.slow
 def test_tensors_that_live_until_the_interpreter_ends() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

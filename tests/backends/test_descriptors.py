@@ -20,7 +20,7 @@ from thread_ranks import run_ranks
 from symmem.backends import descriptors as scm
 from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError, ResourceLimitError
 
-pytestmark = pytest.mark.usefixtures("what_stays", "nothing_leaks")
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 
 @pytest.fixture

@@ -711,6 +711,7 @@ def _nothing_left(address: str) -> bool:
     return f"@{address}" not in Path("/proc/net/unix").read_text()
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(("mode", "code"), [("normal", 0), ("exception", 1), ("killed", -9)])
 def test_however_ranks_end_nothing_is_left(mode: str, code: int, tmp_path: Path) -> None:
     """After a normal exit, an exception or SIGKILL of all ranks: no file, no socket, no process."""

@@ -165,6 +165,7 @@ def test_who_is_lined_up_was_compiled_after_the_last_failure(pool: RankPool) -> 
 # Figures.
 
 
+@pytest.mark.ranks
 def test_a_chain_has_two_buffers_and_no_copies() -> None:
     figures = list(compile.measure("host", 2, 64, ("chain",), 1))
     assert {each.peer for each in figures} == {"inductor", "eager"}

@@ -24,6 +24,7 @@ def test_case(pool: RankPool, case: Callable[[], None]) -> None:
     pool.run(case)
 
 
+@pytest.mark.ranks
 def test_one_rank_alone_changes_its_tensor(env: dict[str, str]) -> None:
     """Both ranks get an error, and no rank gets a wrong result."""
     with case_pool(env) as pool:

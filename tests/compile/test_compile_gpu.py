@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from compile_operators import POINTERS
 from compile_support import PATIENCE, case_pool, cases_of, check, compiled, ct, group, outcomes, summed, values
+from patience import SETTINGS
 
 import symmem
 from symmem.compile.report import PLACED
@@ -23,7 +24,7 @@ from symmem.tools.ranks import RankPool
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two NVIDIA GPUs", allow_module_level=True)
 
-ENV = {"SYMMEM_TEST_DEVICE": "cuda", "SYMMEM_ENABLE": "signal_timeout(60s),rendezvous_timeout(60s)"}
+ENV = {"SYMMEM_TEST_DEVICE": "cuda", "SYMMEM_ENABLE": SETTINGS}
 pytestmark = pytest.mark.timeout(PATIENCE + 60)
 
 

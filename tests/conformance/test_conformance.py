@@ -6,6 +6,7 @@ import functools
 
 import pytest
 
+from symmem.backends import get_backend
 from symmem.tools.commands.doctor import examine
 from symmem.tools.conformance import CASES, run_case
 from symmem.tools.ranks import RanksFailedError
@@ -22,8 +23,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     backends = option("--backends").split(",")
     worlds = [int(world) for world in option("--worlds").split(",")]
     # Sorted by backend, because one pool is alive at a time and a process cannot change its transport.
-    chosen = [(backend, world, name) for backend in backends for world in worlds for name in CASES]
-    metafunc.parametrize(("backend", "world", "name"), chosen, ids=[f"{b}-{w}-{n}" for b, w, n in chosen])
+    metafunc.parametrize(
+        ("backend", "world", "name"),
+        [
+            pytest.param(backend, world, name, id=f"{backend}-{world}-{name}", marks=_marks(backend))
+            for backend in backends
+            for world in worlds
+            for name in CASES
+        ],
+    )
+
+
+def _marks(backend: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.gpu] if get_backend(backend).device_type == "cuda" else []
 
 
 def test_case(backend: str, world: int, name: str, pools, new_pool, request: pytest.FixtureRequest) -> None:
@@ -35,7 +47,7 @@ def test_case(backend: str, world: int, name: str, pools, new_pool, request: pyt
     breaks = case.breaks and backend != "host"
     pool = new_pool(world) if breaks else pools.get(world, "" if backend == "host" else backend)
     try:
-        reasons = set(pool.run(run_case, name, backend, timeout=90))
+        reasons = set(pool.run(run_case, name, backend))
     except RanksFailedError:
         pool.close()  # its ranks may be at different steps now
         raise

@@ -40,6 +40,7 @@ def test_it_can_be_read_alone(name: str) -> None:
         assert module.split(".")[0] in {*sys.stdlib_module_names, "torch", "triton", "cuda", "symmem"}
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - {"hello.py"}))
 def test_it_is_right(name: str) -> None:
     if why := why_not(name, cuda=False):
@@ -49,6 +50,7 @@ def test_it_is_right(name: str) -> None:
     assert "right" in printed
 
 
+@pytest.mark.ranks
 def test_it_would_say_that_it_is_wrong(tmp_path: Path) -> None:
     name = "expert_dispatch.py"
     text = (FOLDER / name).read_text()
@@ -59,12 +61,14 @@ def test_it_would_say_that_it_is_wrong(tmp_path: Path) -> None:
         run_example(tmp_path / name, 2, ENV)
 
 
+@pytest.mark.ranks
 def test_yaml_alone_moves_it() -> None:
     moved = run_example(FOLDER / "anywhere.py", 2, ENV | {"SYMMEM_CONFIG": str(FOLDER / "clusters/laptop.yaml")})
     assert re.search(r"arena of 16 MiB: .*laptop\.yaml:\d+:\d+ \(defaults\)", moved)
     assert re.search(r"backend 'host': .*laptop\.yaml", moved)
 
 
+@pytest.mark.ranks
 def test_validate_runs_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("hello.py", "gather_matmul.py"):
         (tmp_path / name).write_text("import sys\nsys.exit(int('gather' in __file__))\n")

@@ -63,6 +63,7 @@ def runs() -> Iterator[dict[str, subprocess.Popen[str]]]:
                 process.terminate()
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", [name for name in WAYS if name != "wrong"])
 def test_hello_works(name: str, runs: dict[str, subprocess.Popen[str]]) -> None:
     world = WAYS[name].ranks
@@ -75,6 +76,7 @@ def test_hello_works(name: str, runs: dict[str, subprocess.Popen[str]]) -> None:
     assert told == [(str(rank), str(world), *memory, str(total)) for rank in range(world)]
 
 
+@pytest.mark.ranks
 def test_a_wrong_choice_is_an_error_that_lists_the_valid_ones(runs: dict[str, subprocess.Popen[str]]) -> None:
     out, err = runs["wrong"].communicate(timeout=100)
     assert runs["wrong"].returncode == 1

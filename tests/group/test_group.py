@@ -57,7 +57,7 @@ def first_store() -> None:
     dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-pytestmark = pytest.mark.usefixtures("first_store", "what_stays", "nothing_leaks")
+pytestmark = pytest.mark.usefixtures("first_store", "nothing_leaks")
 
 
 def kinds(results: list[Any]) -> set[type]:

@@ -30,7 +30,7 @@ from symmem.errors import (
 )
 from symmem.group.transports import Message, SocketTransport, StoreTransport
 
-pytestmark = pytest.mark.usefixtures("what_stays", "nothing_leaks")
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 
 def message(sequence: int = 1, *payloads: bytes, error: Exception | None = None, seconds: float = 5.0) -> Message:

@@ -192,6 +192,7 @@ def compiled(source: str, tmp_path: Path, *command: str) -> str:
     return done.stderr + done.stdout if done.returncode else ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 @pytest.mark.parametrize("standard", ["c++14", "c++20"])
 def test_nvcc_takes_it(standard: str, tmp_path: Path) -> None:

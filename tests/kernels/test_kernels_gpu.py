@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from patience import OPTIONS
 
 import symmem
 from symmem.backends.driver import load_driver
@@ -151,7 +152,7 @@ def late(backend: str, how: str) -> str:
 
 @pytest.fixture(scope="module")
 def pool() -> Any:
-    with RankPool(WORLD, env={"SYMMEM_ENABLE": "signal_timeout(20s)"}) as pool:
+    with RankPool(WORLD, **OPTIONS) as pool:
         yield pool
 
 
@@ -161,10 +162,10 @@ def test_kernels(task: Any, backend: str, pool: RankPool) -> None:
     if not (found := examine(backend)).available:
         pytest.skip(found.why_not)
     if backend in ("pytorch_nvshmem", "pytorch_nccl"):  # a process has only one of torch's transports
-        with RankPool(WORLD, env={"SYMMEM_ENABLE": "signal_timeout(20s)"}) as own:
-            own.run(task, backend, timeout=60)
+        with RankPool(WORLD, **OPTIONS) as own:
+            own.run(task, backend)
     else:
-        pool.run(task, backend, timeout=60)
+        pool.run(task, backend)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_kernels(task: Any, backend: str, pool: RankPool) -> None:
 def test_who_is_late_is_named(how: str, said: str) -> None:
     if not (found := examine("native")).available:
         pytest.skip(found.why_not)
-    with RankPool(2) as pool:
-        first, second = pool.run(late, "native", how, timeout=60)
+    with RankPool(2, **OPTIONS) as pool:
+        first, second = pool.run(late, "native", how)
     assert re.search(said, first, re.DOTALL)
     assert second == "nothing"

@@ -128,6 +128,7 @@ def test_who_is_late_is_named(new_pool) -> None:  # type: ignore[no-untyped-def]
     assert re.match(r"\[rank 1, step wait_signal on channel 6\] rank 0 did not come in time", second)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("world", [2, 72])
 def test_what_it_is_compiled_to(world: int, tmp_path: Path) -> None:
@@ -157,6 +158,7 @@ def test_what_it_is_compiled_to(world: int, tmp_path: Path) -> None:
     assert "ld.global.v4.b32" in ptx  # loads from a peer are as wide as local loads
 
 
+@pytest.mark.slow
 def test_without_triton_the_error_is_named() -> None:
     script = (
         "import sys; sys.modules['triton'] = None\n"

@@ -180,6 +180,7 @@ def program(x: torch.Tensor, weight: torch.Tensor, name: str) -> torch.Tensor:
     return ops.all_reduce(z * room, name) + x.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_programs_are_right(backend: str, group: symmem.Group) -> None:
     torch._dynamo.reset()
@@ -196,6 +197,7 @@ def test_compiled_programs_are_right(backend: str, group: symmem.Group) -> None:
     compiled(torch.randn(5, 8), weight, group.name)  # another shape: dynamic from here on
 
 
+@pytest.mark.slow
 def test_the_compiler_takes_the_name_of_the_default_group_for_a_constant() -> None:
     """Importing the functions does not import the compiler either."""
     code = """
@@ -222,6 +224,7 @@ def test_compiled_code_changes_its_arguments_in_place(group: symmem.Group) -> No
     assert x.tolist() == [2] * 7
 
 
+@pytest.mark.slow
 def test_no_copy_is_made_for_forms_that_return_nothing(group: symmem.Group) -> None:
     """Inductor passes the tensors themselves to the operators."""
     from torch._inductor.utils import run_and_get_code
@@ -242,6 +245,7 @@ def test_no_copy_is_made_for_forms_that_return_nothing(group: symmem.Group) -> N
     assert "copy_" not in "".join(code).split("def call")[1].split("def benchmark")[0]
 
 
+@pytest.mark.slow
 def test_one_sided_operators_compile_with_inductor(symmetric: torch.Tensor, group: symmem.Group) -> None:
     name = group.name
 

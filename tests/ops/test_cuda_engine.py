@@ -131,6 +131,7 @@ def macros(world: int, dtype: torch.dtype | None = None, reduction: str = "sum")
     return [f"-D{name}={value}" for name, value in found.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc here")
 @pytest.mark.parametrize(
     "flags",
@@ -273,6 +274,7 @@ def floats(n: int, rank: int, rng: random.Random) -> torch.Tensor:
     return torch.cat([torch.zeros(start), torch.randn(n, generator=generator)])[start:]
 
 
+@pytest.mark.slow
 def test_all_reduce_to_the_bit(ranks: Ranks) -> None:
     rng = random.Random(3)
     for turn in range(60):

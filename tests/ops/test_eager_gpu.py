@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from patience import OPTIONS
 
 import symmem
 from symmem.ops import eager
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(not FOUND.available, reason=FOUND.why_not)
 
 @pytest.fixture(scope="module")
 def pool() -> Any:
-    with RankPool(WORLD, env={"SYMMEM_ENABLE": "signal_timeout(20s)"}) as pool:
+    with RankPool(WORLD, **OPTIONS) as pool:
         yield pool
 
 
@@ -171,27 +172,27 @@ def other_groups() -> list[str]:
 
 
 def test_all_results_are_right(pool: RankPool) -> None:
-    pool.run(all_right, timeout=100)
+    pool.run(all_right)
 
 
 def test_streams_and_graphs(pool: RankPool) -> None:
-    pool.run(on_streams_and_in_graphs, timeout=60)
+    pool.run(on_streams_and_in_graphs)
 
 
 def test_compiled_code(pool: RankPool) -> None:
-    for done in pool.run(compiled_code, timeout=100):
+    for done in pool.run(compiled_code):
         assert done >= 15
 
 
 def test_a_first_call_beside_another_device(pool: RankPool) -> None:
-    for seen in pool.run(beside_another_device, timeout=60):
+    for seen in pool.run(beside_another_device):
         assert seen == (3, 0)
 
 
 def test_conjugated_views(pool: RankPool) -> None:
-    pool.run(conjugated, timeout=60)
+    pool.run(conjugated)
 
 
 def test_groups_that_go(pool: RankPool) -> None:
-    for seen in pool.run(other_groups, timeout=60):
+    for seen in pool.run(other_groups):
         assert seen == ["GroupError"] * 4

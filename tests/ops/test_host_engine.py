@@ -314,6 +314,7 @@ def test_compiled_programs_of_several_ranks(pools: Any) -> None:
     pools.get(2).run(compiled)
 
 
+@pytest.mark.ranks
 def test_the_benchmark_measures_all_operators() -> None:
     figures = list(collectives.measure("host", 2, (1024,)))
     assert [each.figure for each in figures] == list(collectives.OPERATORS)

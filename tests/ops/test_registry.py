@@ -401,6 +401,7 @@ def test_upstream_is_told_where_it_can_place(define: Define) -> None:
     assert not held.is_registered()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_operators_on_the_cpu_compile_without_the_hook(
     lib: ops.Library, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -578,6 +579,7 @@ def test_gathering_needs_only_its_output(name: str, arg: str) -> None:
     assert (made.args, made.mutated, made.group_arg) == ((arg,), (arg,), "group_name")
 
 
+@pytest.mark.slow
 def test_ops_that_a_torch_lacks_are_left_out() -> None:
     code = (
         "from symmem.ops import registered; from symmem.ops.registry import built_in; "
@@ -587,6 +589,7 @@ def test_ops_that_a_torch_lacks_are_left_out() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_ops_that_a_torch_has_otherwise_are_left_out() -> None:
     code = (
         "from symmem.ops import registered, registration; from symmem.ops.registry import built_in; "
@@ -601,6 +604,7 @@ def test_ops_that_a_torch_has_otherwise_are_left_out() -> None:
     assert "symm_mem::tile_reduce has no argument 'x'" in run.stderr
 
 
+@pytest.mark.slow
 def test_importing_and_registering_elsewhere_do_not_touch_torchs_ops() -> None:
     code = """
 import sys, symmem
@@ -649,6 +653,7 @@ def test_the_fingerprint_is_of_what_is_registered(define: Define) -> None:
     assert ops.fingerprint() == both
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_the_same_in_another_process() -> None:
     code = "from symmem.ops import fingerprint; print(fingerprint())"
     found = set()
@@ -1077,6 +1082,7 @@ def test_the_command_lists_what_is_registered(define: Define, capsys: pytest.Cap
     assert rows["symm_mem::nvshmem_put"] == ["tensor", "default group", "symmem"]
 
 
+@pytest.mark.slow
 def test_the_command_imports_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my_ops.py").write_text(
         "import symmem, torch\n"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from looking import seen, stuck
+from patience import SETTINGS, TASK
 
 import symmem
 from symmem.ops import functions as ops
@@ -25,7 +26,7 @@ from symmem.tools.ranks import RankPool, rank_store
 JOB = "the-job-whose-gpus-hang"
 WORLD = min(max(torch.cuda.device_count(), 2), 4)
 LATE = WORLD - 1
-ENV = {"SYMMEM_ENABLE": "rendezvous_timeout(60s),signal_timeout(60s)", "SYMMEM_JOB_ID": JOB}
+ENV = {"SYMMEM_ENABLE": SETTINGS, "SYMMEM_JOB_ID": JOB}
 FOUND = examine("native")
 
 pytestmark = pytest.mark.skipif(not FOUND.available, reason=FOUND.why_not)
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.skipif(not FOUND.available, reason=FOUND.why_not)
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    with RankPool(WORLD, env=ENV) as made:
+    with RankPool(WORLD, env=ENV, timeout=TASK) as made:
         made.run(warm_up)
         yield made
 

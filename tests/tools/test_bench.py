@@ -243,6 +243,7 @@ def test_a_suite_takes_its_options(name: str) -> None:
     assert {*flags, "progress"} == {*taken}
 
 
+@pytest.mark.ranks
 def test_p2p_prints_figures_that_compare_reads(tmp_path: Path, capsys: Output) -> None:
     assert cli.main(["bench", "p2p", "--ranks", "2", "--bytes", "4096", "--json"]) == 0
     file = tmp_path / "p2p.json"
@@ -255,6 +256,7 @@ def test_p2p_prints_figures_that_compare_reads(tmp_path: Path, capsys: Output) -
     assert all(each.value > 0 and each.peer == "local" and each.bytes == 4096 for each in figures)
 
 
+@pytest.mark.ranks
 def test_collectives_print_a_table(capsys: Output) -> None:
     words = ["--ranks", "2", "--sizes", "1024", "4096", "--operators", "broadcast"]
     assert cli.main(["bench", "collectives", *words]) == 0

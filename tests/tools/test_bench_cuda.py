@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -136,6 +137,7 @@ def collective(operator: str) -> tuple[list[tuple[str, str]], bool, int]:
     )
 
 
+@pytest.mark.ranks
 def test_each_contender_is_timed_in_a_graph_eager_and_by_the_host() -> None:
     with RankPool(2) as pool:
         for operator, names in (("all_reduce", NAMES), ("all_gather", ["symmem", "nccl"])):

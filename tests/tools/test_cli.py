@@ -74,6 +74,7 @@ def test_doctor_shows_what_the_probe_raised(monkeypatch: pytest.MonkeyPatch) -> 
     assert finding.capabilities
 
 
+@pytest.mark.ranks
 def test_demo_is_right_on_every_rank(capsys: Output) -> None:
     assert cli.main(["demo", "--ranks", "2", "--backend", "host", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -88,6 +89,7 @@ def test_demo_is_right_on_every_rank(capsys: Output) -> None:
         assert steps["read peers"]["what"] == "first elements are [1, 2]"
 
 
+@pytest.mark.ranks
 def test_demo_prints_a_table(capsys: Output) -> None:
     assert cli.main(["demo", "--ranks", "1", "--backend", "host"]) == 0
     out = capsys.readouterr().out.splitlines()

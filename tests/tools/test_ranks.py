@@ -169,6 +169,7 @@ def test_a_hang_ends_all_ranks_and_says_so(new_pool: Make, watch: Callable[[Rank
     assert ended.ended()
 
 
+@pytest.mark.ranks
 def test_closing_leaves_no_process(watch: Callable[[RankPool], Watch]) -> None:
     with RankPool(2) as pool:
         assert pool.alive
@@ -191,6 +192,7 @@ def _wait_for_ever() -> None:
     threading.Event().wait()
 
 
+@pytest.mark.ranks
 def test_hung_ranks_show_where_they_are() -> None:
     code = f"import {__name__.rpartition('.')[2]} as test; test._hang_in_a_pool_of_its_own()"
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])

@@ -185,6 +185,7 @@ def test_a_message_that_is_not_in_the_code_is_found() -> None:
 # The API reference.
 
 
+@pytest.mark.slow
 def test_the_reference_has_every_public_name(tmp_path: Path) -> None:
     if importlib.util.find_spec("pdoc") is None:
         pytest.skip("pdoc is not installed: pip install pdoc")

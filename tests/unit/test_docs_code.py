@@ -28,6 +28,7 @@ def run(text: str, name: str, folder: Path) -> str:
     return run_example(path, 2, ENV, timeout=100)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", [name for name, text in PROGRAMS.items() if text])
 def test_a_page_runs(name: str, tmp_path: Path) -> None:
     needed = {module for block in blocks((ROOT / name).read_text()) for module in block.needs}
@@ -36,6 +37,7 @@ def test_a_page_runs(name: str, tmp_path: Path) -> None:
     run(PROGRAMS[name], name, tmp_path)
 
 
+@pytest.mark.ranks
 def test_a_page_that_is_wrong_fails(tmp_path: Path) -> None:
     text = PROGRAMS["docs/quickstart.md"]
     wrong = text.replace("world * (world - 1) / 2", "world * world")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ALLOCATE_RENDEZVOUS_BARRIER = """
 import symmem
 import torch.distributed as dist
