@@ -151,6 +151,7 @@ def new_pool() -> Iterator[Callable[..., RankPool]]:
 def nothing_leaks() -> Iterator[None]:
     from thread_ranks import descriptors  # pytest rewrites it, so it is imported after the registration above
 
+    gc.collect()  # of earlier tests
     before = descriptors()
     yield
     gc.collect()  # exceptions and their frames go in circles
