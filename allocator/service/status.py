@@ -70,10 +70,8 @@ def answer(parts: Sequence[str]) -> dict[str, Any]:
     if "stacks" in parts:
         result["stacks"] = _stacks()
     if "groups" in parts:
-        waiting = [
-            *gpu_waits(),
-            *_steady(waits),
-        ]  # GPU waits come first, because they may take a moment; all other data is of one moment
+        # GPU waits come first, because they may take a moment; all other data is of one moment.
+        waiting = [*gpu_waits(), *_steady(waits)]
         result["groups"] = _steady(lambda: [_group(group, waiting) for group in _groups()])
     if "tensors" in parts:
         rows = _steady(lambda: list(islice(_tensors(), MOST_TENSORS + 1)))

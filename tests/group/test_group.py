@@ -1,4 +1,4 @@
-"""Agree or fail (mission G1), with ranks as threads: each failure, on each rank, in each round."""
+"""Agree or fail, with ranks as threads: every failure, on every rank, in every round."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ OTHER_CONTAINER = Location("boot", 2, "node", 1)
 
 @pytest.fixture(params=["sockets", "store"])
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Three ranks, of one host or of several."""
+    """Three ranks on one host, or on several."""
     if request.param == "store":
         stand_at(monkeypatch, HOST, OTHER_HOST, HOST)
     return 3
 
 
 def stand_at(monkeypatch: pytest.MonkeyPatch, *places: Location) -> None:
-    """Let the rank of each thread believe that it runs at the given place."""
+    """Give the rank of every thread a location."""
     here = classmethod(lambda cls: places[int(threading.current_thread().name)])
     monkeypatch.setattr(Location, "here", here)
 
 
 @pytest.fixture(scope="module")
 def first_store() -> None:
-    """The first TCPStore of a process makes a pipe that stays."""
+    """Make the first TCPStore of the process, because it leaves a pipe open."""
     dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
@@ -65,7 +65,7 @@ def kinds(results: list[Any]) -> set[type]:
 
 
 def test_all_exchange_in_rank_order(size: int) -> None:
-    """A4: contributions come in rank order on every rank, whatever the order the ranks came in."""
+    """Every rank receives the contributions in rank order, in whatever order the ranks come."""
     groups = make_groups(size)
     for order in itertools.permutations(range(size)):
 
@@ -85,7 +85,7 @@ def test_all_exchange_in_rank_order(size: int) -> None:
 def test_an_error_of_any_rank_at_any_round_is_raised_on_all_at_once(
     size: int, culprit: int, after: int, fresh: bool
 ) -> None:
-    """G1: one rank's failure fails all ranks at once with that rank's error; then they can meet again."""
+    """A failure on one rank raises the same error on all ranks at once; the next collective works."""
     groups = make_groups(size)
     if not fresh:
         succeed(size, lambda rank: meet(groups[rank]))
@@ -111,7 +111,7 @@ def test_an_error_of_any_rank_at_any_round_is_raised_on_all_at_once(
 
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_an_error_of_another_library_is_told_by_name(size: int, culprit: int) -> None:
-    """G1: peers get a RendezvousError that names the foreign error; the culprit's has it as its cause."""
+    """Peers raise a RendezvousError that names the foreign error; on the culprit it is the cause."""
     groups = make_groups(size)
 
     def rank(rank: int) -> None:
@@ -130,21 +130,21 @@ def test_an_error_of_another_library_is_told_by_name(size: int, culprit: int) ->
 def test_an_interrupt_goes_on_as_itself_and_the_others_are_told(
     size: int, culprit: int, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G1: Ctrl-C on one rank fails the others at once."""
+    """Ctrl-C on one rank fails the others at once."""
     groups = make_groups(size)
     succeed(size, lambda rank: meet(groups[rank]))
     if when == "waiting":
-        wire = groups[culprit]._rounds.transport
+        transport = groups[culprit]._rounds.transport
         wait = "collect" if culprit == 0 else "verdict"
-        original = getattr(wire, wait)
+        original = getattr(transport, wait)
 
         def interrupted(*args: Any) -> Any:
-            monkeypatch.setattr(wire, wait, original)
-            if culprit:  # its message is under way, so this round succeeds
+            monkeypatch.setattr(transport, wait, original)
+            if culprit:  # its message is sent, so this round succeeds
                 original(*args).close()
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(wire, wait, interrupted)
+        monkeypatch.setattr(transport, wait, interrupted)
 
     def rank(rank: int) -> None:
         with groups[rank].collective("work", 15) as collective:
@@ -165,7 +165,7 @@ def test_an_interrupt_goes_on_as_itself_and_the_others_are_told(
 @pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("absent", [0, 1, 2])
 def test_who_does_not_come_is_named_by_all_and_told_when_it_comes(size: int, absent: int, fresh: bool) -> None:
-    """G1: PeerTimeoutError within the timeout; the late rank learns it at once; then they can meet again."""
+    """PeerTimeoutError within the timeout; the late rank raises at once; the next collective works."""
     groups = make_groups(size)
     if not fresh:
         succeed(size, lambda rank: meet(groups[rank]))
@@ -195,7 +195,7 @@ def test_who_does_not_come_is_named_by_all_and_told_when_it_comes(size: int, abs
 
 
 def test_a_ranks_own_failure_counts_before_one_that_only_waited(size: int) -> None:
-    """G1: the cause is raised, not the timeouts that follow from it."""
+    """All ranks raise the cause, not the timeouts that follow from it."""
     groups = make_groups(size)
     succeed(size, lambda rank: meet(groups[rank]))
     withdrawn = threading.Event()
@@ -220,7 +220,7 @@ def test_a_ranks_own_failure_counts_before_one_that_only_waited(size: int) -> No
 
 
 def test_different_steps_are_told_with_ranks(size: int) -> None:
-    """G2: ranks at different steps raise at once, naming who is where."""
+    """Ranks at different steps raise at once; the error names the step of every rank."""
     groups = make_groups(size)
     begin = time.monotonic()
     results = run_ranks(size, lambda rank: meet(groups[rank], "odd" if rank == 1 else "even", 15))
@@ -232,7 +232,7 @@ def test_different_steps_are_told_with_ranks(size: int) -> None:
 
 
 def test_a_failed_preparation_fails_the_next_collective_once(size: int) -> None:
-    """G1: ``fail`` does not block; an error that all have raised already is not told again."""
+    """``fail`` does not block, and skips an error that all ranks have raised."""
     groups = make_groups(size)
     error = OutOfMemoryError("full")
     groups[1].fail("allocate", error)
@@ -242,12 +242,12 @@ def test_a_failed_preparation_fails_the_next_collective_once(size: int) -> None:
     succeed(size, lambda rank: meet(groups[rank]))
 
 
-# The bootstrap.
+# The join.
 
 ROUNDS = ("join", "connect", "watch", "joined", "agree")
 
 
-# After `joined` there is nothing left that could fail.
+# Nothing can fail after `joined`.
 @pytest.mark.parametrize("culprit", [0, 1, 2])
 @pytest.mark.parametrize(
     ("at", "moment"), [(at, moment) for at in ROUNDS for moment in ("before", "after") if at + moment != "joinedafter"]
@@ -255,7 +255,7 @@ ROUNDS = ("join", "connect", "watch", "joined", "agree")
 def test_a_failure_at_any_round_of_the_bootstrap_leaves_all_able_to_meet(
     culprit: int, at: str, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A9: an initialisation that failed half-way can be tried again; G1: all raise the culprit's error at once."""
+    """All ranks raise the culprit's error at once, and a failed join can be tried again."""
     groups = make_groups(3)
     original = Rounds.exchange
 
@@ -273,13 +273,13 @@ def test_a_failure_at_any_round_of_the_bootstrap_leaves_all_able_to_meet(
     begin = time.monotonic()
     results = run_ranks(3, lambda rank: meet(groups[rank], timeout=15))
     monkeypatch.setattr(Rounds, "exchange", original)
-    if (at, moment) == ("agree", "after"):  # all had agreed: it is alone with it, and the others hear of it next
+    if (at, moment) == ("agree", "after"):  # the others had agreed; they raise in the next round
         assert isinstance(results.pop(culprit), ResourceLimitError)
         assert results == [None, None]
         results = run_ranks(3, lambda rank: meet(groups[rank], timeout=15) if rank != culprit else None)
         assert results.pop(culprit) is None
     assert time.monotonic() - begin < 5
-    if (at, moment) == ("connect", "after") and culprit:  # the others talk by sockets, it had none yet
+    if (at, moment) == ("connect", "after") and culprit:  # the others use sockets already
         assert isinstance(results.pop(culprit), ResourceLimitError)
         assert kinds(results) == {PeerLostError}
         assert {error.peers for error in results} == {(culprit,)}
@@ -295,7 +295,7 @@ def test_a_failure_at_any_round_of_the_bootstrap_leaves_all_able_to_meet(
 def test_no_descriptors_left_for_the_bootstrap_is_the_named_error_on_all(
     fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G1: what the leader could not accept is told to the followers by the store, at once."""
+    """An error while the leader accepts reaches the followers over the store, at once."""
     groups = make_groups(3)
 
     def full(*args: Any) -> None:
@@ -322,7 +322,7 @@ def test_no_descriptors_left_for_the_bootstrap_is_the_named_error_on_all(
 def test_without_pidfds_groups_work_and_say_what_they_lack(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G1: a kernel without pidfd_open is a warning, not an error."""
+    """A kernel without pidfd_open causes a warning, not an error."""
 
     def missing(pid: int) -> int:
         raise OSError(38, "Function not implemented")
@@ -336,7 +336,7 @@ def test_without_pidfds_groups_work_and_say_what_they_lack(
 
 
 def test_a_follower_refused_by_uid_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """G5: the leader refuses a connection of another user; nobody waits for the timeout."""
+    """The leader refuses a connection of another user; no rank waits for the timeout."""
     groups = make_groups(3)
     original = scm.peer_of
 
@@ -356,7 +356,7 @@ def test_a_follower_refused_by_uid_is_named_at_once(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_leader_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """G5: a follower tells nothing to a socket of another user."""
+    """A follower sends nothing to a socket of another user."""
     groups = make_groups(2)
     original = scm.peer_of
 
@@ -372,7 +372,7 @@ def test_a_leader_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     succeed(2, lambda rank: meet(groups[rank]))
 
 
-# Places.
+# Locations.
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_a_leader_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_descriptors_between_places_are_refused_on_all_ranks(
     other: Location, texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G5: the error names the ranks and places; without descriptors the ranks meet over the store."""
+    """The error names ranks and locations. Exchanges without descriptors use the store."""
     stand_at(monkeypatch, HOST, other, HOST)
     groups = make_groups(3)
 
@@ -403,12 +403,12 @@ def test_descriptors_between_places_are_refused_on_all_ranks(
 
 
 def test_differing_names_the_minority() -> None:
-    """G2: on a draw rank 0 is right; ranks are written as spans."""
+    """On a draw, rank 0 counts as the majority; ranks are written as spans."""
     assert differing([1, 1, 2, 1, 1]) == ("1 on ranks 0-1, 3-4, 2 on rank 2", (2,))
     assert differing(["a", "b"]) == ("a on rank 0, b on rank 1", (1,))
 
 
-# The store: how much is asked of it, and what stays.
+# The store: the number of requests, and the keys that stay.
 
 
 class CountingStore(dist.Store):
@@ -462,14 +462,14 @@ class CountingStore(dist.Store):
 
 
 def test_requests_to_the_store_grow_linearly_and_stop_once_sockets_are_up() -> None:
-    """G1: the leader reads n keys; nobody polls; a second collective asks nothing of the store."""
+    """The leader reads n keys, no rank polls, and a second collective does not use the store."""
     asked = {}
     for size in (2, 8, 32, 64):
         store = CountingStore()
         groups = make_groups(size, store, f"of {size}")
         succeed(size, lambda rank, groups=groups: meet(groups[rank], timeout=60))
         asked[size] = store.requests / size
-        # All keys of the bootstrap are deleted, but each rank's count of groups of this name.
+        # All keys of the join are deleted, except every rank's count of groups with this name.
         assert [key for key in store.keys if "/met/" not in key] == []
         assert len(store.keys) == size
         before = store.requests
@@ -480,7 +480,7 @@ def test_requests_to_the_store_grow_linearly_and_stop_once_sockets_are_up() -> N
 
 
 def test_keys_of_rounds_are_deleted_also_after_failures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """G1: over hosts each round leaves only its own keys; those of failed rounds go as well."""
+    """Over several hosts, only the keys of the last round stay; keys of failed rounds are deleted too."""
     stand_at(monkeypatch, HOST, OTHER_HOST, HOST)
     store = CountingStore()
     groups = make_groups(3, store)
@@ -497,12 +497,12 @@ def test_keys_of_rounds_are_deleted_also_after_failures(monkeypatch: pytest.Monk
     rounds = {re.search(r"/(\d+)/[^/]+$", key)[1] for key in keys}  # type: ignore[index]
     assert len(rounds) == 1
     assert len(keys) == 3 + 3
-    assert len(store.keys - keys) == 3  # each rank's count of groups of this name
+    assert len(store.keys - keys) == 3  # every rank's count of groups with this name
 
 
 @pytest.mark.parametrize("kind", ["file", "tcp", "prefix"])
 def test_any_store_will_do(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A4: a group from rank, size and store, with the stores that torch has; timeouts by name on each."""
+    """A group works with every kind of store that torch has; its timeouts are named errors."""
     stand_at(monkeypatch, HOST, OTHER_HOST)
     stores: list[dist.Store]
     if kind == "file":
@@ -530,7 +530,7 @@ def test_any_store_will_do(kind: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_broken_store_is_told_by_name(caplog: pytest.LogCaptureFixture) -> None:
-    """G1: the store's server is gone: not a hang, not a bare error of torch."""
+    """If the store's server is gone, the error is neither a hang nor a bare error of torch."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
     group = Group.from_store(1, 2, client, "broken store")
@@ -544,7 +544,7 @@ def test_a_broken_store_is_told_by_name(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_a_restarted_job_does_not_see_old_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """G1: a worker group that torchrun restarted on the same store; without its count it would read old keys."""
+    """torchrun restarted the worker group on the same store; without the count it would read old keys."""
     store = dist.HashStore()
 
     def start(count: int, size: int = 2) -> list[Any]:
@@ -557,11 +557,11 @@ def test_a_restarted_job_does_not_see_old_keys(monkeypatch: pytest.MonkeyPatch) 
     old[1].fail("work", OutOfMemoryError("of the old workers"))
     assert start(1) == [None, None]
     assert start(2) == [None, None]
-    assert kinds(start(0, size=1)) == {OutOfMemoryError}  # the old keys are there, and would have been read
+    assert kinds(start(0, size=1)) == {OutOfMemoryError}  # without the count, it reads the old keys
 
 
 def test_groups_of_one_name_made_anew_do_not_mix() -> None:
-    """A4: the second group of a name, over the same store, has keys of its own."""
+    """The second group with the same name and store uses other keys."""
     store = dist.HashStore()
     for _ in range(3):
         groups = make_groups(2, store, "again")
@@ -574,7 +574,7 @@ def test_groups_of_one_name_made_anew_do_not_mix() -> None:
 
 
 def test_closing_tells_the_peers() -> None:
-    """G1: a rank that left is named at once, by all; the closed group says so."""
+    """All ranks name a rank that left, at once. On that rank the error says that the group is closed."""
     groups = make_groups(3)
     succeed(3, lambda rank: meet(groups[rank]))
     groups[1].close()
@@ -588,7 +588,7 @@ def test_closing_tells_the_peers() -> None:
 
 
 def test_closing_rank_0_tells_the_peers() -> None:
-    """G1: the leader's end shows at once too."""
+    """The others notice the leader's end at once too."""
     groups = make_groups(3)
     succeed(3, lambda rank: meet(groups[rank]))
     groups[0].close()
@@ -599,13 +599,13 @@ def test_closing_rank_0_tells_the_peers() -> None:
 
 @pytest.mark.parametrize(("rank", "size"), [(-1, 2), (2, 2), (0, 0), (0, -1)])
 def test_a_rank_outside_of_the_group_is_refused(rank: int, size: int) -> None:
-    """A4: GroupError, before anything is asked of the store."""
+    """GroupError, before any request to the store."""
     with pytest.raises(GroupError, match=f"rank {rank} of {size}"):
         Group.from_store(rank, size, dist.HashStore())
 
 
 def test_a_group_of_one_needs_nobody() -> None:
-    """A4: one rank; descriptors come back as duplicates of its own."""
+    """With one rank, descriptors come back as duplicates."""
     (group,) = make_groups(1)
     with group.collective("alone") as collective, collective.exchange("x", b"y", [0]) as received:
         assert received[0].payload == b"y"
@@ -617,7 +617,7 @@ def test_a_group_of_one_needs_nobody() -> None:
 
 
 def test_a_group_that_spans_threads_collects_with_no_reference() -> None:
-    """G3: a group that nobody holds gives up its sockets, with no communication."""
+    """A group without references closes its sockets, without communication."""
     before = descriptors()
     groups = make_groups(2)
     succeed(2, lambda rank: meet(groups[rank]))
@@ -628,7 +628,7 @@ def test_a_group_that_spans_threads_collects_with_no_reference() -> None:
 
 
 def test_descriptors_pass_in_any_number() -> None:
-    """G5: more than the 253 that the kernel takes in one message."""
+    """More descriptors than the 253 that the kernel takes in one message."""
     groups = make_groups(2)
     file = os.memfd_create("many")
     try:
@@ -649,7 +649,7 @@ def test_descriptors_pass_in_any_number() -> None:
 
 
 def test_what_one_rank_cannot_receive_fails_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """G1: a follower that may not have the descriptors of a verdict tells the others, who have them."""
+    """A follower at its descriptor limit cannot read a verdict; the others raise its error in the next round."""
     groups = make_groups(3)
     succeed(3, lambda rank: meet(groups[rank]))
     original = scm.receive
@@ -677,19 +677,19 @@ def test_what_one_rank_cannot_receive_fails_all_at_once(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_rank_that_slept_past_its_deadline_takes_what_has_come(late: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """G1: a rank that was stopped between asking and waiting does not fail a round that the others have passed."""
+    """A rank that was stopped before its wait does not fail a round that the others have passed."""
     groups = make_groups(2)
     succeed(2, lambda rank: meet(groups[rank]))
-    wire = groups[late]._rounds.transport
+    transport = groups[late]._rounds.transport
     name = "verdict" if late else "collect"
-    original = getattr(wire, name)
-    monkeypatch.setattr(wire, name, lambda sequence, deadline: (time.sleep(0.6), original(sequence, 0.0))[1])
+    original = getattr(transport, name)
+    monkeypatch.setattr(transport, name, lambda sequence, deadline: (time.sleep(0.6), original(sequence, 0.0))[1])
     results = run_ranks(2, lambda rank: meet(groups[rank], timeout=10))
     assert results == [None, None]
 
 
 def test_two_groups_of_a_rank_do_not_disturb_each_other() -> None:
-    """A4: collectives of two groups, interleaved by two threads a rank."""
+    """Collectives of two groups, interleaved by two threads per rank."""
     first, second = make_groups(2, name="first"), make_groups(2, name="second")
 
     def rank(rank: int) -> None:
@@ -701,7 +701,7 @@ def test_two_groups_of_a_rank_do_not_disturb_each_other() -> None:
 
 
 def test_ranks_in_a_step_are_told_in_the_debug_log(caplog: pytest.LogCaptureFixture) -> None:
-    """G1: one line a collective step with rank, group, step and duration."""
+    """One line per collective step, with rank, group, step and duration."""
     groups = make_groups(2)
     with caplog.at_level("DEBUG", "symmem.group"):
         succeed(2, lambda rank: meet(groups[rank], "measure"))

@@ -1,4 +1,4 @@
-"""Interrupts, threads, forks and odd stores: what must not divide the ranks of a group, with ranks as threads."""
+"""Interrupts, threads, forks and unusual stores must not make the ranks of a group disagree; ranks are threads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from symmem.tensor.tensor import SymmetricTensor, allocate
 
 @pytest.fixture(autouse=True)
 def sockets_are_closed() -> Iterator[None]:
-    """Not left to the collector: errors refer to groups, and it would warn of their sockets."""
+    """Close the sockets here, because errors refer to groups, and the collector warns of open sockets."""
     yield
     for group in list(symmem.group.group._groups):
         group._disconnect()
@@ -56,18 +56,18 @@ def met(size: int, **kwargs: Any) -> list[Group]:
 def test_an_interrupt_while_the_verdict_is_awaited_fails_that_round_everywhere(
     interrupt: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G1: the follower withdraws in the round it has submitted to, so no rank passes it."""
+    """The follower withdraws its message from the round, so no rank passes it."""
     groups = met(3)
     interrupted = threading.Event()
-    wire = groups[1]._rounds.transport
-    original = wire.verdict
+    transport = groups[1]._rounds.transport
+    original = transport.verdict
 
     def verdict(*args: Any) -> Message:
-        monkeypatch.setattr(wire, "verdict", original)
+        monkeypatch.setattr(transport, "verdict", original)
         interrupted.set()
         raise interrupt("now")
 
-    monkeypatch.setattr(wire, "verdict", verdict)
+    monkeypatch.setattr(transport, "verdict", verdict)
     passed = []
 
     def rank(rank: int) -> None:
@@ -88,17 +88,17 @@ def test_an_interrupt_while_the_verdict_is_awaited_fails_that_round_everywhere(
 
 
 def test_an_interrupt_after_the_verdict_is_told_in_the_next_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    """G1: too late to withdraw: the others hear of it in the round they have come to."""
+    """It is too late to withdraw, so the others raise the error in their next round."""
     groups = met(2)
-    wire = groups[1]._rounds.transport
-    original = wire.verdict
+    transport = groups[1]._rounds.transport
+    original = transport.verdict
 
     def verdict(*args: Any) -> Message:
-        monkeypatch.setattr(wire, "verdict", original)
+        monkeypatch.setattr(transport, "verdict", original)
         original(*args).close()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(wire, "verdict", verdict)
+    monkeypatch.setattr(transport, "verdict", verdict)
     results = run_ranks(2, lambda rank: meet(groups[rank], timeout=15))
     assert results[0] is None
     assert isinstance(results[1], KeyboardInterrupt)
@@ -109,9 +109,9 @@ def test_an_interrupt_after_the_verdict_is_told_in_the_next_round(monkeypatch: p
 
 @pytest.mark.parametrize("way", ["send", "receive"])
 def test_an_interrupt_amid_a_message_ends_the_connection(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """G1: what follows on the stream would be taken for the rest of that message."""
+    """Otherwise the next data on the stream would be read as the rest of that message."""
     ours, theirs = socket.socketpair()
-    wire = SocketTransport({1: ours})
+    transport = SocketTransport({1: ours})
     if way == "receive":
         theirs.sendall(b"\0\0\0")
 
@@ -120,25 +120,27 @@ def test_an_interrupt_amid_a_message_ends_the_connection(way: str, monkeypatch: 
 
     monkeypatch.setattr(transports.scm, way, interrupted)
     soon = time.monotonic() + 1
-    call = (lambda: wire.publish(Message(1, "step", soon))) if way == "send" else (lambda: wire.collect(1, soon))
+    call = (
+        (lambda: transport.publish(Message(1, "step", soon))) if way == "send" else (lambda: transport.collect(1, soon))
+    )
     with pytest.raises(KeyboardInterrupt):
         call()
     theirs.settimeout(1)
     assert theirs.recv(1) == b""
-    wire.close()
+    transport.close()
     theirs.close()
 
 
 def test_a_peer_that_does_not_read_does_not_hold_up_the_verdict_of_others() -> None:
-    """G1: who can be told is told first; the one that stopped is given up after a bounded time."""
+    """Ranks that read come first. The rank that stopped is given up after a bounded time."""
     pairs = {peer: socket.socketpair() for peer in (1, 2, 3)}
     pairs[1][0].setblocking(False)
     with contextlib.suppress(BlockingIOError):
         while True:
             pairs[1][0].send(b"x" * 4096)
-    wire = SocketTransport({peer: pair[0] for peer, pair in pairs.items()})
+    transport = SocketTransport({peer: pair[0] for peer, pair in pairs.items()})
     begin = time.monotonic()
-    publishing = threading.Thread(target=wire.publish, args=(Message(1, "step", begin + 60),))
+    publishing = threading.Thread(target=transport.publish, args=(Message(1, "step", begin + 60),))
     publishing.start()
     for peer in (2, 3):
         pairs[peer][1].settimeout(1)
@@ -146,17 +148,17 @@ def test_a_peer_that_does_not_read_does_not_hold_up_the_verdict_of_others() -> N
     assert time.monotonic() - begin < 1
     publishing.join(10)
     assert not publishing.is_alive()
-    assert wire._gone == {1}
-    wire.close()
+    assert transport._gone == {1}
+    transport.close()
     for _ours, theirs in pairs.values():
         theirs.close()
 
 
-# A tensor that is mapped on some ranks only.
+# A tensor with a mapping on some ranks only.
 
 
 def test_a_tensor_that_is_mapped_on_some_ranks_only_can_be_tried_again() -> None:
-    """A9: an interrupt after the agreement leaves one rank without the mapping; then all map anew."""
+    """An interrupt after the agreement leaves one rank without a mapping; then all ranks map again."""
     groups = make_groups(2)
     tensors = [allocate(8, backend="host") for _ in range(2)]
     succeed(2, lambda rank: tensors[rank].rendezvous(groups[rank]))
@@ -175,7 +177,7 @@ def test_a_tensor_that_is_mapped_on_some_ranks_only_can_be_tried_again() -> None
 
 
 def test_a_tensor_closed_during_its_rendezvous_keeps_no_mapping() -> None:
-    """G3: closed by another thread, it lets go of peers' memory all the same."""
+    """If another thread closes the tensor, peers' memory is released too."""
     groups = met(2)
     tensors: list[SymmetricTensor] = [allocate(8, backend="host") for _ in range(2)]
 
@@ -195,7 +197,7 @@ def test_a_tensor_closed_during_its_rendezvous_keeps_no_mapping() -> None:
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e9, True, "1"])
 def test_times_beyond_what_the_system_can_wait_are_refused(timeout: Any) -> None:
-    """A2: the same bounds as in the configuration."""
+    """The bounds are the same as in the configuration."""
     (group,) = make_groups(1)
     tensor = allocate(8, backend="host").rendezvous(group)
     calls: list[Callable[[], Any]] = [
@@ -213,13 +215,13 @@ def test_times_beyond_what_the_system_can_wait_are_refused(timeout: Any) -> None
 
 
 def test_many_threads_may_ask_who_is_lost_while_one_disconnects() -> None:
-    """G1: one poll object, asked by one thread at a time; nothing that is polled is closed meanwhile."""
+    """One thread at a time uses the poll object, and no polled descriptor is closed meanwhile."""
     groups = met(2)
     errors = []
     stop = threading.Event()
 
     class SlowPoll:
-        """Polls with a pause, during which another thread would come."""
+        """Polls with a pause, so that another thread could come in between."""
 
         inner, busy = groups[0]._watch._poll, False
 
@@ -256,7 +258,7 @@ def test_many_threads_may_ask_who_is_lost_while_one_disconnects() -> None:
 
 
 def test_fail_does_not_wait_for_a_collective_of_another_thread() -> None:
-    """G1: the thread that holds the group tells the error when it is done."""
+    """The thread with the collective reports the error when it is done."""
     groups = met(2)
     inside, go = threading.Event(), threading.Event()
 
@@ -285,7 +287,7 @@ def test_fail_does_not_wait_for_a_collective_of_another_thread() -> None:
 
 
 def test_closing_ends_a_collective_of_another_thread_and_still_watches() -> None:
-    """G1: at once, with no descriptor closed under its poll; deaths are noticed after it."""
+    """It ends at once, no polled descriptor is closed, and deaths are still noticed."""
     groups = met(2)
     threading.Timer(0.2, groups[1].close).start()
     begin = time.monotonic()
@@ -298,7 +300,7 @@ def test_closing_ends_a_collective_of_another_thread_and_still_watches() -> None
 
 
 def test_a_forked_child_does_not_wait_for_threads_of_its_parent() -> None:
-    """G4: locks that another thread held at the fork are renewed in the child."""
+    """The child gets new locks for those that other threads held at the fork."""
     (group,) = make_groups(1)
     held, release = threading.Event(), threading.Event()
 
@@ -327,7 +329,7 @@ def test_a_forked_child_does_not_wait_for_threads_of_its_parent() -> None:
 
 
 def test_a_group_meets_whatever_its_processes_did_on_other_stores() -> None:
-    """A4: the count of groups of a name belongs to the store, not to the process."""
+    """The store counts the groups with a name, not the process."""
     first, second = dist.HashStore(), dist.HashStore()
     with pytest.raises(RendezvousError):
         meet(Group.from_store(1, 2, first, "default"), timeout=0.1)
@@ -336,7 +338,7 @@ def test_a_group_meets_whatever_its_processes_did_on_other_stores() -> None:
 
 
 class _StoppedStore:
-    """A store whose server does not answer, as when its process is stopped, until ``go_on`` is set."""
+    """A store that does not answer until ``go_on`` is set, as if its process were stopped."""
 
     def __init__(self, go_on: threading.Event) -> None:
         self._go_on = go_on
@@ -346,7 +348,7 @@ class _StoppedStore:
 
 
 def test_a_store_that_does_not_answer_is_named_in_time() -> None:
-    """G1: no step of a collective is without limit, whoever serves the store."""
+    """Every step of a collective has a time limit, whatever serves the store."""
     go_on = threading.Event()
     group = Group.from_store(1, 2, dist.HashStore(), "stopped")
     vars(group._rounds)["store"] = StoreTransport(_StoppedStore(go_on), "stopped", 1, 2)  # type: ignore[arg-type]

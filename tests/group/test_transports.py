@@ -1,4 +1,4 @@
-"""Messages and the wires that carry them (mission G1): whatever comes in, the documented errors, and nothing leaks."""
+"""Messages and transports: any input leads to the documented errors, and leaks nothing."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ HEADER = Message(3, "x", 1.0, [Contribution(b"abc")]).header()
 def test_a_header_with_a_wrong_value_is_the_named_error_and_closes_descriptors(
     key: str, value: Any, drop: bool
 ) -> None:
-    assume(drop or (key, value) != ("counts", [1]))  # the one value that counts the descriptor
+    assume(drop or (key, value) != ("counts", [1]))  # this value counts the descriptor correctly
     header = {**HEADER, key: value}
     if drop:
         del header[key]
@@ -119,13 +119,13 @@ def test_any_header_is_taken_whole_or_refused(changed: dict[str, Any], body: byt
 
 @contextlib.contextmanager
 def listening() -> Iterator[tuple[SocketTransport, socket.socket]]:
-    """A leader, and the end of the socket where it takes rank 1 to be."""
+    """A leader, and the other end of its socket to rank 1."""
     mine, theirs = socket.socketpair()
-    wire = SocketTransport({1: mine})
+    transport = SocketTransport({1: mine})
     try:
-        yield wire, theirs
+        yield transport, theirs
     finally:
-        wire.close()
+        transport.close()
         theirs.close()
 
 
@@ -137,8 +137,8 @@ def leader_and(*ranks: int) -> tuple[SocketTransport, dict[int, SocketTransport]
 
 
 def close(leader: SocketTransport, followers: dict[int, SocketTransport]) -> None:
-    for wire in (leader, *followers.values()):
-        wire.close()
+    for transport in (leader, *followers.values()):
+        transport.close()
 
 
 def soon(seconds: float = 5.0) -> float:
@@ -146,7 +146,7 @@ def soon(seconds: float = 5.0) -> float:
 
 
 def test_a_withdrawal_replaces_what_was_submitted() -> None:
-    """G1: a rank whose time is up takes its message back, also when the others are all here."""
+    """A rank that runs out of time withdraws its message, even if all others have come."""
     leader, followers = leader_and(1, 2)
     followers[1].submit(message(1, b"here"))
     followers[1].submit(message(1, error=PeerTimeoutError("gave up")))
@@ -158,7 +158,7 @@ def test_a_withdrawal_replaces_what_was_submitted() -> None:
 
 
 def test_what_is_left_of_earlier_rounds_is_dropped_and_later_ones_wait() -> None:
-    """G1: rounds are numbered; descriptors of what is dropped are closed."""
+    """Rounds are numbered, and the descriptors of dropped messages are closed."""
     leader, followers = leader_and(1)
     file = os.open("/dev/null", os.O_RDONLY)
     before = descriptors()
@@ -177,12 +177,12 @@ def test_what_is_left_of_earlier_rounds_is_dropped_and_later_ones_wait() -> None
     followers[1].submit(Message(5, "s", soon(), [Contribution(b"", (file,))]))
     leader._receive(soon())
     assert descriptors() == before + 1
-    close(leader, followers)  # with it goes what nobody took
+    close(leader, followers)  # closes the descriptors of unread messages
     os.close(file)
 
 
 def test_a_lost_leader_is_told_after_what_it_said_last() -> None:
-    """G1: a verdict that came before the end is not lost with the connection, though sending fails by then."""
+    """A verdict that arrived before the connection ended can still be read, although sending fails."""
     leader, followers = leader_and(1)
     leader.publish(message(7, error=OutOfMemoryError("full")))
     leader.close()
@@ -195,7 +195,7 @@ def test_a_lost_leader_is_told_after_what_it_said_last() -> None:
 
 
 def test_lost_followers_are_named_and_nobody_else() -> None:
-    """G1: at once; a lost rank that has submitted already does not count."""
+    """The leader notices it at once. A lost rank that has submitted a message is no error."""
     leader, followers = leader_and(1, 2, 3)
     followers[1].submit(message(1))
     followers[1].close()
@@ -208,7 +208,7 @@ def test_lost_followers_are_named_and_nobody_else() -> None:
 
 
 def test_a_rank_that_does_not_read_is_cut_off() -> None:
-    """G1: half a message would be taken for the beginning of the next; so it gets no other."""
+    """It gets no further message, because it would read the rest of the first one as its beginning."""
     leader, followers = leader_and(1, 2)
     begin = time.monotonic()
     leader.publish(message(1, bytes(4 << 20), seconds=0.0))
@@ -223,41 +223,41 @@ def test_a_rank_that_does_not_read_is_cut_off() -> None:
 
 @given(st.binary(min_size=1, max_size=200))
 def test_garbage_on_a_socket_is_an_error_by_name(garbage: bytes) -> None:
-    """G1: truncated or false bytes; never a crash, a hang or a leak."""
-    with listening() as (wire, theirs):
+    """Truncated or wrong bytes never cause a crash, a hang or a leak."""
+    with listening() as (transport, theirs):
         before = descriptors()
         theirs.sendall(garbage)
         theirs.shutdown(socket.SHUT_WR)
         with pytest.raises((PeerLostError, RendezvousError)):
-            wire.collect(1, soon())
+            transport.collect(1, soon())
         assert descriptors() == before
 
 
 @given(st.binary(max_size=60), st.integers(0, 3), st.integers(0, 3), st.integers(-2, 2))
 def test_garbage_with_descriptors_closes_them(head: bytes, promised: int, sent: int, off: int) -> None:
-    """G5: a message that is none leaves no descriptor here."""
-    with listening() as (wire, theirs):
+    """An invalid message leaves no descriptor open."""
+    with listening() as (transport, theirs):
         before = descriptors()
         theirs.sendall(scm._PREFIX.pack(max(len(head) + off, 0), 0, promised))
         socket.send_fds(theirs, [b"\0"], [0] * sent)
         theirs.sendall(head)
         theirs.shutdown(socket.SHUT_WR)
         with pytest.raises((RendezvousError, PeerLostError, ResourceLimitError)):
-            wire.collect(1, soon())
+            transport.collect(1, soon())
         assert descriptors() == before
 
 
 def test_a_message_that_stops_amid_is_a_timeout_that_names_the_rank() -> None:
-    """G1: and the connection is of no more use."""
-    with listening() as (wire, theirs):
+    """The connection is unusable afterwards."""
+    with listening() as (transport, theirs):
         theirs.sendall(scm._PREFIX.pack(1000, 0, 0) + b"{")
         with pytest.raises(PeerTimeoutError, match="in the middle of a message") as caught:
-            wire.collect(1, soon(0.05))
+            transport.collect(1, soon(0.05))
         assert caught.value.peers == (1,)
         with pytest.raises(BrokenPipeError):
             theirs.sendall(bytes(20))
         with pytest.raises(PeerLostError):
-            wire.collect(2, soon())
+            transport.collect(2, soon())
 
 
 # The store.
@@ -265,16 +265,16 @@ def test_a_message_that_stops_amid_is_a_timeout_that_names_the_rank() -> None:
 
 @given(st.binary(max_size=80))
 def test_garbage_in_the_store_is_an_error_by_name(garbage: bytes) -> None:
-    """G1: a key that something else wrote."""
+    """A foreign program wrote the key."""
     store = dist.HashStore()
-    wire = StoreTransport(store, "p", 1, 2)
+    transport = StoreTransport(store, "p", 1, 2)
     store.set("p/1/verdict", garbage)
     with pytest.raises(RendezvousError, match="not a message"):
-        wire.verdict(1, soon())
+        transport.verdict(1, soon())
 
 
 def test_over_the_store_an_error_is_seen_before_all_have_come() -> None:
-    """G1: one message with an error ends the wait of the leader, at once."""
+    """A message with an error ends the wait of the leader at once."""
     store = dist.HashStore()
     leader, first = StoreTransport(store, "p", 0, 3), StoreTransport(store, "p", 1, 3)
 
@@ -291,25 +291,25 @@ def test_over_the_store_an_error_is_seen_before_all_have_come() -> None:
 
 
 def test_who_is_waited_for_at_the_store_is_named() -> None:
-    """G1: the ranks whose message is not there, or rank 0 if all are and it does not answer."""
+    """The error names the ranks without a message, or rank 0 if all messages are there."""
     store = dist.HashStore()
-    wires = [StoreTransport(store, "p", rank, 4) for rank in range(4)]
-    wires[2].submit(message(1))
+    ranks = [StoreTransport(store, "p", rank, 4) for rank in range(4)]
+    ranks[2].submit(message(1))
     with pytest.raises(PeerTimeoutError) as caught:
-        wires[0].collect(1, soon(0.05))
+        ranks[0].collect(1, soon(0.05))
     assert caught.value.peers == (1, 3)
     with pytest.raises(PeerTimeoutError) as caught:
-        wires[2].verdict(1, soon(0.05))
+        ranks[2].verdict(1, soon(0.05))
     assert caught.value.peers == (1, 3)
     for rank in (1, 3):
-        wires[rank].submit(message(1))
+        ranks[rank].submit(message(1))
     with pytest.raises(PeerTimeoutError, match="rank 0 did not answer") as caught:
-        wires[2].verdict(1, soon(0.05))
+        ranks[2].verdict(1, soon(0.05))
     assert caught.value.peers == (0,)
 
 
 def test_a_store_that_fails_is_no_timeout() -> None:
-    """G1: it is told apart from ranks that do not come."""
+    """The error differs from the error for ranks that do not come."""
 
     class Broken(dist.HashStore):
         def wait(self, keys: list[str], timeout: timedelta) -> None:

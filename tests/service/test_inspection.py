@@ -1,4 +1,4 @@
-"""The socket by which a process is inspected: who may ask, what goes wrong, and what stays (mission F3, G1, G5)."""
+"""The inspection socket of a process: access control, failures, and its end."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def connect(server: Server) -> socket.socket:
     return client
 
 
-def said(client: socket.socket) -> bytes:
+def read_all(client: socket.socket) -> bytes:
     with client, client.makefile("rb") as file:
         return file.read()
 
@@ -80,10 +80,10 @@ def said(client: socket.socket) -> bytes:
 def ask(server: Server, request: bytes = ASK) -> Any:
     client = connect(server)
     client.sendall(request)
-    return json.loads(said(client))
+    return json.loads(read_all(client))
 
 
-# Who may ask.
+# Access control.
 
 
 def test_only_its_user_can_reach_it(serve: Callable[..., Server], folder: Path) -> None:
@@ -121,7 +121,7 @@ def test_another_user_gets_nothing(
     server = serve()
     with monkeypatch.context() as patch:
         patch.setattr(server_module, "peer_of", lambda _: (123, os.geteuid() + 1))
-        assert said(connect(server)) == b""
+        assert read_all(connect(server)) == b""
     assert "refused process 123" in caplog.text
     assert ask(server)["version"] == 1
 
@@ -134,7 +134,7 @@ def test_the_tools_refuse_another_users_process(serve: Callable[..., Server], mo
     assert "user" in found.problem
 
 
-# What goes wrong.
+# Failures.
 
 
 @pytest.mark.parametrize(
@@ -152,9 +152,9 @@ def test_the_tools_refuse_another_users_process(serve: Callable[..., Server], mo
 )
 def test_what_is_no_request_is_told_so(request_: bytes, why: str, serve: Callable[..., Server]) -> None:
     server = serve()
-    told = ask(server, request_)
-    assert told["version"] == 1
-    assert why in told["error"]
+    status = ask(server, request_)
+    assert status["version"] == 1
+    assert why in status["error"]
     assert "error" not in ask(server)
 
 
@@ -179,7 +179,7 @@ def test_a_client_that_asks_nothing_does_not_hold_up_the_next(
     silent, halting = connect(server), connect(server)
     halting.sendall(ASK[:5])
     assert ask(server)["version"] == 1
-    assert said(silent) == said(halting) == b""
+    assert read_all(silent) == read_all(halting) == b""
 
 
 def test_a_client_that_does_not_read_does_not_hold_up_the_next(
@@ -190,7 +190,7 @@ def test_a_client_that_does_not_read_does_not_hold_up_the_next(
     deaf = connect(server)
     deaf.sendall(ASK)
     assert ask(server, b'{"version": 1, "parts": ["groups"]}\n')["much"] == ""
-    assert not said(deaf).endswith(b"\n")
+    assert not read_all(deaf).endswith(b"\n")
 
 
 def test_a_client_that_goes_away(serve: Callable[..., Server]) -> None:
@@ -233,7 +233,7 @@ def test_close_leaves_nothing(folder: Path) -> None:
 
 
 def run_program(program: str, runtime: Path, **environ: str) -> str:
-    # No bytes of the parent's standard error: torch warns of NumPy there.
+    # Standard error stays apart, because torch warns of NumPy there.
     env = {**os.environ, "XDG_RUNTIME_DIR": str(runtime), **environ}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -267,7 +267,7 @@ def test_switched_off(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_removed(folder: Path, serve: Callable[..., Server]) -> None:
-    """By the tools, and by the next process that begins; one that lives stays."""
+    """The tools remove it, and so does the next process that starts. The socket of a live process stays."""
     for remove in (lambda: ask_all([]), serve):
         run_program(PROGRAM + "os._exit(0)", folder.parent)
         left = [path for path in folder.iterdir() if Name.parse(path.name).pid != os.getpid()]  # type: ignore[union-attr]
@@ -285,7 +285,7 @@ def test_a_forked_child_leaves_it_to_its_parent(folder: Path, monkeypatch: pytes
     server = server_module._server
     assert server is not None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of a fork with threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns if a process with threads forks
         child = os.fork()
     if child == 0:
         code = 1
@@ -307,7 +307,7 @@ def test_a_forked_child_leaves_it_to_its_parent(folder: Path, monkeypatch: pytes
     server.close()
 
 
-# What is said.
+# Answers.
 
 
 @pytest.fixture
@@ -317,7 +317,7 @@ def group(request: pytest.FixtureRequest) -> Iterator[symmem.Group]:
     made.close()
 
 
-def told_of(group: symmem.Group, *parts: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def status_of(group: symmem.Group, *parts: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     found = json.loads(json.dumps(answer(["groups", "tensors", *parts])))
     tensors = [each for each in found["tensors"] if group.name in (each["group"], *each["groups"])]
     return next(each for each in found["groups"] if each["name"] == group.name), tensors
@@ -327,7 +327,7 @@ def test_live_tensors(group: symmem.Group) -> None:
     first = symmem.allocate((2, 3), torch.int16, group=group, backend="host", name="weight")
     own = symmem.allocate(5, torch.bool, group=group, backend="host", arena=False, name="own").rendezvous(group)
     symmem.allocate(7, group=group, backend="host")  # dropped at once
-    _, tensors = told_of(group)
+    _, tensors = status_of(group)
     assert [(each["name"], each["shape"], each["dtype"], each["nbytes"]) for each in tensors] == [
         ("weight", [2, 3], "int16", 12),
         ("own", [5], "bool", 5),
@@ -337,9 +337,9 @@ def test_live_tensors(group: symmem.Group) -> None:
 
 
 def test_an_arena_that_another_thread_holds_is_busy(group: symmem.Group) -> None:
-    """As one is whose ranks meet, and hang."""
+    """The lock of an arena is taken, for example in a collective that hangs."""
     kept = symmem.allocate(8, torch.uint8, group=group, backend="host")
-    assert [arena["busy"] for arena in told_of(group)[0]["arenas"]] == [False]
+    assert [arena["busy"] for arena in status_of(group)[0]["arenas"]] == [False]
     held, over = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -351,8 +351,8 @@ def test_an_arena_that_another_thread_holds_is_busy(group: symmem.Group) -> None
     thread.start()
     held.wait(20)
     try:
-        told, tensors = told_of(group)
-        assert [(arena["busy"], arena["live_blocks"]) for arena in told["arenas"]] == [(True, 1)]
+        status, tensors = status_of(group)
+        assert [(arena["busy"], arena["live_blocks"]) for arena in status["arenas"]] == [(True, 1)]
         assert len(tensors) == 1
         (stack,) = [each for each in answer(["stacks"])["stacks"] if each["name"] == "holds the arena"]
         assert any("over.wait(20)" in frame for frame in stack["frames"])
@@ -363,9 +363,9 @@ def test_an_arena_that_another_thread_holds_is_busy(group: symmem.Group) -> None
 
 
 def test_a_closed_group_says_so(group: symmem.Group) -> None:
-    assert not told_of(group)[0]["closed"]
+    assert not status_of(group)[0]["closed"]
     group.close()
-    assert told_of(group)[0]["closed"]
+    assert status_of(group)[0]["closed"]
 
 
 def test_a_group_that_is_off_is_not_told_of(group: symmem.Group, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,19 +378,19 @@ def test_a_group_that_is_off_is_not_told_of(group: symmem.Group, monkeypatch: py
 
 
 def test_waits_within_waits(group: symmem.Group) -> None:
-    """A signal handler may wait amid a wait."""
+    """A signal handler may wait during a wait."""
     outer = note(group, "outer", lambda: (0,), 1e9)
     inner = note(group, "inner", lambda: (0,), 1e9)
-    assert [each["step"] for each in told_of(group)[0]["signals"]] == ["outer", "inner"]
+    assert [each["step"] for each in status_of(group)[0]["signals"]] == ["outer", "inner"]
     forget(inner)
-    assert [each["step"] for each in told_of(group)[0]["signals"]] == ["outer"]
+    assert [each["step"] for each in status_of(group)[0]["signals"]] == ["outer"]
     forget(outer)
     forget(outer)
-    assert told_of(group)[0]["signals"] == []
+    assert status_of(group)[0]["signals"] == []
 
 
 def test_waits_of_kernels(group: symmem.Group, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As long as they say so again."""
+    """They are listed as long as they report the wait again."""
     memory = (ctypes.c_uint32 * (NBYTES // 4))()
     words, other = KernelWords(5, ctypes.addressof(memory), 0), symmem.Group.from_store(0, 1, dist.HashStore(), "other")
     number, beats = [words.enter(each) for each in (other, group)][1], iter(range(1000, 2000, 100))
@@ -402,19 +402,19 @@ def test_waits_of_kernels(group: symmem.Group, monkeypatch: pytest.MonkeyPatch) 
     tell(0)
     try:
         for seconds in (1.1, 1.2):
-            (told,) = told_of(group)[0]["signals"]
-            assert (told["step"], told["waits_for"], told["device"]) == ("barrier on channel 3", [0], "cuda:5")
-            assert told["seconds"] == pytest.approx(seconds * 2**20 / 1e6, abs=0.05)
-            assert 0 < told["seconds_left"] < 0.53
+            (status,) = status_of(group)[0]["signals"]
+            assert (status["step"], status["waits_for"], status["device"]) == ("barrier on channel 3", [0], "cuda:5")
+            assert status["seconds"] == pytest.approx(seconds * 2**20 / 1e6, abs=0.05)
+            assert 0 < status["seconds_left"] < 0.53
         monkeypatch.undo()
-        assert told_of(group)[0]["signals"] == []
+        assert status_of(group)[0]["signals"] == []
     finally:
         kernel_status.devices.remove(words)
         other.close()
 
 
 def test_what_changes_meanwhile_is_read_again() -> None:
-    """Groups come and go while they are told of."""
+    """Groups are made and deleted during an answer."""
     over = threading.Event()
 
     def churn() -> None:
@@ -439,7 +439,7 @@ def test_what_changes_meanwhile_is_read_again() -> None:
 def test_names_can_be_read_again(job: str, pid: int, chance: int) -> None:
     name = Name(job, pid, f"{chance:08x}")
     assert "/" not in str(name)
-    assert len(os.fsencode(socket_paths.at(1000, f".{name}"))) < 108  # bytes of an address; see unix(7)
+    assert len(os.fsencode(socket_paths.at(1000, f".{name}"))) < 108  # the limit of an address, see unix(7)
     assert Name.parse(str(name)) == Name(name.label, pid, name.chance)
 
 

@@ -1,6 +1,6 @@
-"""Ranks whose GPUs hang, seen from outside by the commands (mission F3, F4, G1).
+"""The inspection commands on ranks with hanging GPUs.
 
-One rank a GPU, or two ranks on the only one.
+One rank per GPU, or two ranks on the only GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def shared() -> symmem.SymmetricTensor:
 
 
 def warm_up() -> None:
-    """What is compiled, or made once, is."""
+    """Compile and make everything that is made once."""
     kept = shared()
     kept.barrier()
     for operation in (small, large, gathered):
@@ -61,7 +61,7 @@ def small() -> None:
 
 
 def large() -> None:
-    """Of symmetric memory, in place."""
+    """Reduce symmetric memory in place."""
     x = symmem.allocate(8 << 20, torch.float32, backend="native", name="large").rendezvous()
     ops.all_reduce(x.tensor, out=x.tensor)
 
@@ -71,7 +71,7 @@ def gathered() -> None:
 
 
 def run(operation: Callable[[symmem.SymmetricTensor], object], late: list[int], go: str) -> None:
-    """Do it on the GPU, and wait for that; who is late does so only once it may."""
+    """Run the operation on the GPU and wait for it. Late ranks wait for the key ``go`` first."""
     st = shared()
     st.synchronize()
     if rank() in late:
@@ -85,7 +85,7 @@ def barrier(late: list[int], go: str) -> None:
 
 
 def wait_signal(late: list[int], go: str) -> None:
-    """Of the late rank, by all others."""
+    """All other ranks wait for a signal of the late rank."""
 
     def signal(st: symmem.SymmetricTensor) -> None:
         for other in range(WORLD):
@@ -126,7 +126,7 @@ def in_triton(late: list[int], go: str) -> None:
 
 
 def exactly(late: list[int]) -> Callable[[Analysis], bool]:
-    """Whether all others wait, each for all that are late. Each of several may be told at another moment."""
+    """Whether every other rank waits for all late ranks. Several ranks may report at different moments."""
 
     def found(seen: Analysis) -> bool:
         return stuck(WORLD - len(late))(seen) and all(list(wait.ranks) == late for wait in seen.waits)
@@ -148,12 +148,12 @@ CASES: list[tuple[Callable[..., None], str]] = [
 def test_whom_the_gpus_wait_for(
     task: Callable[..., None], step: str, pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told(pool, task, step, [LATE], tmp_path, capsys)
+    check_commands(pool, task, step, [LATE], tmp_path, capsys)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_whom_a_triton_kernel_waits_for(pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told(pool, in_triton, "barrier on channel 6", [LATE], tmp_path, capsys)
+    check_commands(pool, in_triton, "barrier on channel 6", [LATE], tmp_path, capsys)
 
 
 @pytest.mark.skipif(WORLD < 3, reason="needs three GPUs")
@@ -161,10 +161,10 @@ def test_whom_a_triton_kernel_waits_for(pool: RankPool, tmp_path: Path, capsys: 
 def test_several_that_are_late(
     task: Callable[..., None], step: str, pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told(pool, task, step, [LATE - 1, LATE], tmp_path, capsys)
+    check_commands(pool, task, step, [LATE - 1, LATE], tmp_path, capsys)
 
 
-def told(
+def check_commands(
     pool: RankPool,
     task: Callable[..., None],
     step: str,
@@ -172,7 +172,7 @@ def told(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Run a task to which some ranks are late, and see what the commands say of it, then and afterwards."""
+    """Run a task with late ranks; check the output of the commands meanwhile and afterwards."""
     go = f"{task.__name__} {late}"
     pool.submit(task, late, go)
     try:
@@ -183,7 +183,7 @@ def told(
         text = capsys.readouterr().out
         print(text)
         assert f"job {JOB}: {WORLD} processes, {WORLD - len(late)} of them wait for others" in text
-        assert "rank_store().wait([go])" in text  # where it is held
+        assert "rank_store().wait([go])" in text  # the line where it waits
         dumped = json.loads((tmp_path / "dump.json").read_text())
         assert {wait["pid"] for wait in dumped["waits"]} == {*pool.pids} - {pool.pids[each] for each in late}
         for wait in dumped["waits"]:
@@ -202,7 +202,7 @@ def told(
 
 
 def crossed(go: str) -> None:
-    """Rank 0's GPU waits for rank 1, whose host waits for rank 0, whose host waits for its GPU."""
+    """Rank 0's GPU waits for rank 1, rank 1's host waits for rank 0, and rank 0's host waits for its GPU."""
     st = shared()
     st.synchronize()
 

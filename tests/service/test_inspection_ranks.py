@@ -1,4 +1,4 @@
-"""Ranks that hang, seen from outside by the commands (mission F3, F4, G1), over 3 processes."""
+"""The inspection commands on hanging ranks, with 3 processes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pool() -> Iterator[RankPool]:
 
 
 def warm_up() -> None:
-    """What is made once is made: so that what a look leaves behind could be told from it."""
+    """Make everything that is made once, so that the tests see what an inspection leaves behind."""
     kept = symmem.allocate(16, torch.uint8, backend="host", name="warm")
     kept.barrier()
     ops.all_reduce(torch.ones(4))
@@ -65,7 +65,7 @@ def all_reduce(held: int, go: str) -> float:
 
 
 def ring(go: str) -> None:
-    """Each waits for a signal of the next, whose helper gives it once it may."""
+    """Every rank waits for a signal of the next one. A helper thread sends it after the key ``go``."""
     memory = symmem.allocate(8, torch.uint8, backend="host")
     rest = symmem.resolve_group()
 
@@ -108,7 +108,7 @@ def test_who_is_waited_for_and_at_which_step(
         text = capsys.readouterr().out
         assert f"job {JOB}: 3 processes, 2 of them wait for others" in text
         assert f"All waiting processes wait for rank {held} (process {pool.pids[held]})" in text
-        assert f"in {task.__name__}: rank_store().wait([go])" in text  # where it is held
+        assert f"in {task.__name__}: rank_store().wait([go])" in text  # the line where it waits
         assert "CYCLE" not in text
 
         dumped = json.loads((tmp_path / "dump.json").read_text())
@@ -117,8 +117,8 @@ def test_who_is_waited_for_and_at_which_step(
             assert (wait["step"], wait["waits_for"], wait["waits_for_pids"]) == (step, [held], [pool.pids[held]])
             assert wait["seconds"] >= 0
             assert 0 < wait["seconds_left"] <= 60
-            told = next(each for each in dumped["processes"] if each["pid"] == wait["pid"])
-            frames = next(each["frames"] for each in told["stacks"] if each["thread"] == wait["thread"])
+            answers = next(each for each in dumped["processes"] if each["pid"] == wait["pid"])
+            frames = next(each["frames"] for each in answers["stacks"] if each["thread"] == wait["thread"])
             assert any(f"in {task.__name__}:" in frame for frame in frames)
 
         assert cli.main(["top", "--once", "--job", JOB]) == 0
@@ -160,10 +160,10 @@ def test_inspect(pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert len(lines) == WORLD
         assert all("int32 [4, 5]" in line and "host" in line and "in barrier" in line for line in lines)
         assert cli.main(["inspect", "--json", "--parts", "groups,tensors,stacks", "--job", JOB]) == 0
-        told = json.loads(capsys.readouterr().out)
-        assert [each["rank"] for each in told] == [0, 1, 2]
-        assert all("gradients" in {tensor["name"] for tensor in each["tensors"]} for each in told)
-        assert all(each["groups"][0]["arenas"][0]["live_bytes"] >= 80 for each in told)
+        answers = json.loads(capsys.readouterr().out)
+        assert [each["rank"] for each in answers] == [0, 1, 2]
+        assert all("gradients" in {tensor["name"] for tensor in each["tensors"]} for each in answers)
+        assert all(each["groups"][0]["arenas"][0]["live_bytes"] >= 80 for each in answers)
 
         assert cli.main(["inspect", "--snapshots", str(tmp_path), "--job", JOB]) == 0
         files = [str(tmp_path / f"snapshot-{pid}.json") for pid in pool.pids]
@@ -175,11 +175,11 @@ def test_inspect(pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_stopped_rank_holds_nobody_up(pool: RankPool, capsys: pytest.CaptureFixture[str]) -> None:
-    """It does not answer, and the others do."""
+    """The stopped rank does not answer; the others do."""
     os.kill(pool.pids[1], signal.SIGSTOP)
     try:
         found: list[Process] = []
-        while not any("stopped" in each.problem for each in found):  # the signal may take a moment
+        while not any("stopped" in each.problem for each in found):  # the stop may take a moment
             found = ask_all(["groups"], JOB, timeout=0.5)
         assert [each.pid for each in found if each.problem] == [pool.pids[1]]
         assert [each.rank for each in found if each.answer] == [0, 2]
