@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
-from symmem.backends.base import Collective, Group
+from symmem.backends.base import Collective, RankGroup
 from symmem.errors import GroupError, MismatchError, OutOfMemoryError
 
 __all__ = ["CollectiveHeap", "job_group"]
@@ -24,7 +24,7 @@ __all__ = ["CollectiveHeap", "job_group"]
 T = TypeVar("T")
 
 
-def job_group(backend: str, group: Group | None, known: Group | None) -> Group:
+def job_group(backend: str, group: RankGroup | None, known: RankGroup | None) -> RankGroup:
     """The group of all ranks of the job, for a collective allocation.
 
     Args:
@@ -64,7 +64,7 @@ def job_group(backend: str, group: Group | None, known: Group | None) -> Group:
     )
 
 
-def _is_job(group: Group) -> bool:
+def _is_job(group: RankGroup) -> bool:
     """Whether the group is all ranks of the job, in their order."""
     if _is_first(group):
         return True
@@ -73,7 +73,7 @@ def _is_job(group: Group) -> bool:
     return dist.get_process_group_ranks(group.process_group) == list(range(dist.get_world_size()))
 
 
-def _is_first(group: Group) -> bool:
+def _is_first(group: RankGroup) -> bool:
     """Whether it is the default group, or a group made from a store, which counts as the default group."""
     if group.process_group is None:
         return True
@@ -103,7 +103,7 @@ class CollectiveHeap(Generic[T]):
 
     def allocate(
         self,
-        job: Group,
+        job: RankGroup,
         nbytes: int,
         make: Callable[[Collective], T],
         room: Callable[[], int],

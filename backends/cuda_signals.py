@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from symmem.backends.base import SIGNAL_CHANNELS, Group
+from symmem.backends.base import SIGNAL_CHANNELS, RankGroup
 from symmem.backends.cuda_compile import CompiledKernels
 from symmem.backends.driver import Driver, load_driver
 from symmem.backends.driver_errors import driver_error
@@ -89,7 +89,7 @@ class CudaSignals:
             is zeroed before any rank signals.
     """
 
-    def __init__(self, group: Group, device: torch.device, pads: Sequence[int]) -> None:
+    def __init__(self, group: RankGroup, device: torch.device, pads: Sequence[int]) -> None:
         self._group, self._pads = group, tuple(pads)
         self._ordinal = torch.cuda.current_device() if device.index is None else device.index
         self._device = device_of(self._ordinal)

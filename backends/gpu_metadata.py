@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from symmem.backends.base import Group
+from symmem.backends.base import RankGroup
 from symmem.backends.driver import Driver
 from symmem.backends.vmm import DeviceRange
 from symmem.errors import MismatchError, RendezvousError, SymmemError, UnsupportedError
@@ -30,7 +30,7 @@ def gpu_metadata(driver: Driver, ordinal: int, extent: int, why_no_multicast: st
     }
 
 
-def check_gpus(driver: Driver, metadata: list[dict[str, Any]], ordinal: int, group: Group) -> None:
+def check_gpus(driver: Driver, metadata: list[dict[str, Any]], ordinal: int, group: RankGroup) -> None:
     """Check before anything is mapped that this rank can map the memory of all others.
 
     Raises:
@@ -73,7 +73,7 @@ def no_multicast(metadata: list[dict[str, Any]]) -> str:
 
 
 def cannot_map(
-    error: SymmemError, region: DeviceRange, owners: Sequence[int], metadata: Sequence[dict[str, Any]], group: Group
+    error: SymmemError, region: DeviceRange, owners: Sequence[int], metadata: Sequence[dict[str, Any]], group: RankGroup
 ) -> SymmemError:
     """The error of a failed mapping, with the rank of the first piece that is missing or not accessible.
 

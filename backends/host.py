@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from symmem.backends.base import Allocation, Backend, Capability, Collective, Group
+from symmem.backends.base import Allocation, Backend, Capability, Collective, RankGroup
 from symmem.backends.libc import PAGE, Region, available_memory, limit_error, require_signals, round_up
 from symmem.backends.shared import SharedMapping, pass_and_map
 from symmem.backends.signals import SharedSignals
@@ -65,7 +65,7 @@ class HostMapping(SharedMapping):
     """The memory of all ranks, with signals between processes."""
 
     def __init__(
-        self, backend: HostBackend, allocation: HostAllocation, group: Group, files: list[tuple[int, ...]]
+        self, backend: HostBackend, allocation: HostAllocation, group: RankGroup, files: list[tuple[int, ...]]
     ) -> None:
         extent, pad = allocation.extent, _pad_extent(group.size)
         first_pad = group.size * extent
@@ -120,7 +120,7 @@ class HostBackend(Backend):
             hint="a sandbox may forbid memfd_create, unix sockets or mmap: check its policy",
         )
 
-    def allocate(self, nbytes: int, device: torch.device, group: Group | None) -> HostAllocation:
+    def allocate(self, nbytes: int, device: torch.device, group: RankGroup | None) -> HostAllocation:
         # The kernel makes the pages of a memory file at their first access, and kills a process (or sends SIGBUS) if no
         # memory is left then. So an allocation larger than the available memory fails here, with an error.
         available = available_memory()

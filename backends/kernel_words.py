@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from symmem.backends.base import Group
+from symmem.backends.base import RankGroup
 from symmem.backends.kernel_status import devices
 from symmem.backends.pending_waits import Wait
 from symmem.backends.signal_kernels import BAD_CHANNEL, BEAT, OPERATIONS, PLACES, TICK
@@ -66,11 +66,11 @@ class KernelWords:
         self.status = (ctypes.c_uint32 * 4).from_address(host)
         self._places = host + _NBYTES
         self._last = _Reading(0.0, {})
-        self._groups: list[tuple[str, int, weakref.ref[Group]]] = []
+        self._groups: list[tuple[str, int, weakref.ref[RankGroup]]] = []
         self._groups_lock = threading.Lock()
         devices.append(self)
 
-    def enter(self, group: Group) -> int:
+    def enter(self, group: RankGroup) -> int:
         """The number of a group in the reports of kernels."""
         with self._groups_lock:
             for number, (_name, _rank, known) in enumerate(self._groups):

@@ -14,7 +14,7 @@ import contextlib
 import functools
 from typing import TYPE_CHECKING
 
-from symmem.backends.base import Group
+from symmem.backends.base import RankGroup
 from symmem.backends.driver import Driver
 from symmem.backends.vmm import DeviceRange, MemoryHandle, exchange_handles
 from symmem.config.machine import multicast_blocker
@@ -66,7 +66,7 @@ class Multicast:
     """
 
     def __init__(
-        self, driver: Driver, group: Group, ordinal: int, memory: MemoryHandle, nbytes: int, fabric: bool
+        self, driver: Driver, group: RankGroup, ordinal: int, memory: MemoryHandle, nbytes: int, fabric: bool
     ) -> None:
         with group.collective("multicast_ptr") as collective, contextlib.ExitStack() as undo:
             undo.enter_context(driver.on(ordinal))

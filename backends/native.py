@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from symmem.backends.base import Allocation, Backend, Capability, Collective, Group
+from symmem.backends.base import Allocation, Backend, Capability, Collective, RankGroup
 from symmem.backends.cuda_signals import CudaSignals
 from symmem.backends.driver import Driver, load_driver
 from symmem.backends.gpu_metadata import cannot_map, check_gpus, gpu_metadata, no_multicast
@@ -80,7 +80,7 @@ class NativeMapping(SharedMapping):
         self,
         backend: NativeBackend,
         allocation: NativeAllocation,
-        group: Group,
+        group: RankGroup,
         region: DeviceRange,
         pads: GroupPads,
         slot: Slot,
@@ -144,7 +144,7 @@ class NativeBackend(Backend):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.pads: weakref.WeakKeyDictionary[Group, dict[int, GroupPads]] = weakref.WeakKeyDictionary()
+        self.pads: weakref.WeakKeyDictionary[RankGroup, dict[int, GroupPads]] = weakref.WeakKeyDictionary()
 
     def pad_nbytes(self, size: int) -> int:
         return CudaSignals.nbytes(size)
@@ -227,7 +227,7 @@ class NativeBackend(Backend):
             undo.pop_all()
         return handle, region
 
-    def allocate(self, nbytes: int, device: torch.device, group: Group | None) -> NativeAllocation:
+    def allocate(self, nbytes: int, device: torch.device, group: RankGroup | None) -> NativeAllocation:
         # The memory is zeroed on a separate stream before this returns. So it can be used on any stream, no peer stores
         # into it earlier, and an allocation during a stream capture does not become part of the graph.
         ordinal = self.driver.ordinal(device)
@@ -282,7 +282,7 @@ class NativeBackend(Backend):
         extent: int,
         tokens: Sequence[tuple[Token, ...]],
         metadata: Sequence[dict[str, Any]],
-        group: Group,
+        group: RankGroup,
     ) -> DeviceRange:
         """The memory of all other ranks side by side, with a gap for this rank's memory."""
         region, peers = self._reserve(ordinal, group.size * extent), mapping_order(group)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from symmem.backends import gpu
-from symmem.backends.base import Allocation, Backend, Capability, Collective, Group, tensor_at
+from symmem.backends.base import Allocation, Backend, Capability, Collective, RankGroup, tensor_at
 from symmem.backends.collective_heap import CollectiveHeap, job_group
 from symmem.backends.nvshmem_job import start
 from symmem.backends.nvshmem_library import NvshmemLibrary, Staging
@@ -54,7 +54,7 @@ class NvshmemMapping(PaddedMapping):
         self,
         backend: NvshmemBackend,
         own: int,
-        group: Group,
+        group: RankGroup,
         device: torch.device,
         pointers: Sequence[int],
         pads: Sequence[int],
@@ -104,7 +104,7 @@ class NvshmemBackend(Backend):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._job: Group | None = None
+        self._job: RankGroup | None = None
         self._device: torch.device | None = None
         self._heap: CollectiveHeap[int] = CollectiveHeap(
             name, lambda pointer: self.library.free(pointer), lambda: gpu.synchronize(self._bound())
@@ -122,7 +122,7 @@ class NvshmemBackend(Backend):
         gpu.require_gpu(self.name)
         self._load()
 
-    def allocate(self, nbytes: int, device: torch.device, group: Group | None) -> NvshmemAllocation:
+    def allocate(self, nbytes: int, device: torch.device, group: RankGroup | None) -> NvshmemAllocation:
         """See :meth:`Backend.allocate`. Collective over the job, with the job's ``rendezvous_timeout``.
 
         Raises:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from symmem.backends import gpu
-from symmem.backends.base import Group
+from symmem.backends.base import RankGroup
 from symmem.backends.nvshmem_library import STAGING_NBYTES, NvshmemLibrary, Staging
 from symmem.config import Settings
 from symmem.errors import BackendUnavailableError, MismatchError, SymmemError
@@ -35,7 +35,7 @@ EXIT_TIMEOUT = 5.0
 """Seconds that an exiting process waits for the other ranks to finalize together."""
 
 
-def start(library: NvshmemLibrary, job: Group, device: torch.device, malloc: Callable[[int], int]) -> Staging:
+def start(library: NvshmemLibrary, job: RankGroup, device: torch.device, malloc: Callable[[int], int]) -> Staging:
     """Initialise the library unless it is initialised. Collective over the job; may be repeated after a failure.
 
     Args:
@@ -63,7 +63,7 @@ def start(library: NvshmemLibrary, job: Group, device: torch.device, malloc: Cal
         return Staging(library, device, malloc(STAGING_NBYTES))
 
 
-def leave(library: NvshmemLibrary, job: Group, device: torch.device) -> None:
+def leave(library: NvshmemLibrary, job: RankGroup, device: torch.device) -> None:
     """At the end of the process, finalize together with all ranks, or leave it to the operating system."""
     if getattr(sys, "last_value", None) is not None:
         return  # this process ends with an exception, so its peers may never come

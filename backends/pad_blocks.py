@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from symmem.backends.base import Group
+from symmem.backends.base import RankGroup
 from symmem.backends.gpu_metadata import cannot_map
 from symmem.backends.vmm import DeviceRange, MemoryHandle, Token
 from symmem.errors import SymmemError
@@ -93,7 +93,7 @@ class GroupPads:
         self,
         metadata: Sequence[dict[str, Any]],
         tokens: Sequence[tuple[Token, ...]],
-        group: Group,
+        group: RankGroup,
         reserve: Callable[[int], DeviceRange],
     ) -> None:
         """Map the received blocks that this rank does not have yet, all in one range.
@@ -123,7 +123,7 @@ class GroupPads:
             self._peers |= mapped
             undo.pop_all()
 
-    def addresses(self, metadata: Sequence[dict[str, Any]], group: Group, own: Slot) -> tuple[int, ...]:
+    def addresses(self, metadata: Sequence[dict[str, Any]], group: RankGroup, own: Slot) -> tuple[int, ...]:
         """Address of every rank's pad in this process."""
         pads = [entry["pad"] for entry in metadata]
         return tuple(
@@ -132,7 +132,7 @@ class GroupPads:
         )
 
 
-def mapping_order(group: Group) -> list[int]:
+def mapping_order(group: RankGroup) -> list[int]:
     """The peers in the order in which this rank maps their memory, beginning with the next rank.
 
     The order differs between ranks, so they do not all map the memory of the same GPU at the same time.

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from symmem.backends.base import Group
+from symmem.backends.base import RankGroup
 
 __all__ = ["Wait", "forget", "note", "waits"]
 
@@ -26,7 +26,7 @@ class Wait(NamedTuple):
         device: The GPU of a kernel.
     """
 
-    group: Group
+    group: RankGroup
     step: str
     missing: Callable[[], tuple[int, ...]]
     began: float
@@ -38,7 +38,7 @@ class Wait(NamedTuple):
 _waits: dict[int, Wait] = {}  # by id of the wait: a signal handler may wait during a wait
 
 
-def note(group: Group, step: str, missing: Callable[[], tuple[int, ...]], deadline: float) -> Wait:
+def note(group: RankGroup, step: str, missing: Callable[[], tuple[int, ...]], deadline: float) -> Wait:
     """Record a wait of this thread. :func:`forget` must follow."""
     wait = Wait(group, step, missing, time.monotonic(), deadline, threading.get_ident())
     _waits[id(wait)] = wait

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from symmem.backends import gpu
-from symmem.backends.base import Allocation, Backend, Capability, Collective, Group
+from symmem.backends.base import Allocation, Backend, Capability, Collective, RankGroup
 from symmem.backends.collective_heap import CollectiveHeap, job_group
 from symmem.backends.pads import PaddedMapping, PadSlots, padded
 from symmem.backends.signal_kernels import pad_words
@@ -80,7 +80,7 @@ class TorchMapping(PaddedMapping):
     def __init__(
         self,
         backend: Backend,
-        group: Group,
+        group: RankGroup,
         device: torch.device,
         pointers: Sequence[int],
         pads: Sequence[int],
@@ -129,7 +129,7 @@ class _TorchBackend(Backend):
 class TorchBackend(_TorchBackend):
     """Backend ``pytorch_cuda``: allocation is local, a rendezvous maps the group's memory."""
 
-    def allocate(self, nbytes: int, device: torch.device, group: Group | None) -> Allocation:
+    def allocate(self, nbytes: int, device: torch.device, group: RankGroup | None) -> Allocation:
         """See :meth:`Backend.allocate`. The first allocation freezes torch's transport for this process.
 
         Raises:
@@ -210,11 +210,11 @@ class _CollectiveAllocation(_TorchBackend):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._job: Group | None = None
+        self._job: RankGroup | None = None
         self._device: torch.device | None = None
         self._heap: CollectiveHeap[_Piece] = CollectiveHeap(name, self._release, self._quiesce)
 
-    def allocate(self, nbytes: int, device: torch.device, group: Group | None) -> Allocation:
+    def allocate(self, nbytes: int, device: torch.device, group: RankGroup | None) -> Allocation:
         """See :meth:`Backend.allocate`. Collective over the default process group.
 
         Raises:
@@ -338,7 +338,7 @@ class TorchNcclBackend(_CollectiveAllocation, TorchBackend):
         self._spare.setdefault(piece.memory.numel(), []).append(piece)
 
 
-def _process_group(backend: str, group: Group) -> ProcessGroup:
+def _process_group(backend: str, group: RankGroup) -> ProcessGroup:
     process_group: ProcessGroup | None = group.process_group
     if process_group is None:
         raise GroupError(

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from symmem.backends.base import Backend, Group, tensor_at
+from symmem.backends.base import Backend, RankGroup, tensor_at
 from symmem.backends.descriptors import close_all
 from symmem.backends.signalled import SignalledMapping
 
@@ -48,7 +48,7 @@ class SharedMapping(SignalledMapping):
     def __init__(
         self,
         backend: Backend,
-        group: Group,
+        group: RankGroup,
         device: torch.device,
         region: Range,
         stride: int,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from symmem.backends.base import Backend, Group, Mapping, Signals
+from symmem.backends.base import Backend, Mapping, RankGroup, Signals
 
 __all__ = ["SignalledMapping"]
 
@@ -26,7 +26,7 @@ class SignalledMapping(Mapping):
     def __init__(
         self,
         backend: Backend,
-        group: Group,
+        group: RankGroup,
         device: torch.device,
         pointers: Sequence[int],
         pads: Sequence[int],

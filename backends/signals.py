@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from symmem.backends.base import SIGNAL_CHANNELS, Group
+from symmem.backends.base import SIGNAL_CHANNELS, RankGroup
 from symmem.backends.libc import fence, futex_wait, futex_wake
 from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError
 
@@ -49,7 +49,7 @@ class SharedSignals:
     """
 
     def __init__(
-        self, group: Group, pads: Sequence[int], owner: object, purpose: Callable[[], str] | None = None
+        self, group: RankGroup, pads: Sequence[int], owner: object, purpose: Callable[[], str] | None = None
     ) -> None:
         self._group = group
         self._owner, self._purpose = owner, purpose

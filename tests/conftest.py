@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from hypothesis import HealthCheck, settings
 from patience import OPTIONS
@@ -27,6 +28,10 @@ settings.load_profile("symmem")
 
 POOLS = {"pools", "living_pool", "new_pool", "pool", "pools_of", "frail"}
 """The fixtures that start processes of ranks. The tests that use them are marked with ``ranks``."""
+
+# No test depends on the speed of the machine.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
