@@ -2,7 +2,7 @@
 
 A file holds a digest of its content. A damaged file does not match its digest and is replaced. A new file is written
 under a temporary name and then renamed, so another process sees the complete file or none. If the directory cannot be
-used, programs are compiled in every process.
+used, or another user can change it, programs are compiled in every process.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from symmem.config.owned_files import ADVICE, UntrustedFileError, make_folder, open_file
 
 __all__ = ["cache_directory", "cached", "key_of"]
 
@@ -42,9 +44,9 @@ def key_of(parts: Sequence[str]) -> str:
 
 def cached(key: str, compile_it: Callable[[], bytes], directory: Path | None) -> bytes:
     """The program with this key, from its file or newly compiled and stored. Local; safe with other processes."""
-    file = None if directory is None else directory / f"{key}.bin"
-    if file is None:
+    if directory is None or not _is_usable(directory):
         return compile_it()
+    file = directory / f"{key}.bin"
     code = _read(file)
     if code is None:
         code = compile_it()
@@ -52,10 +54,36 @@ def cached(key: str, compile_it: Callable[[], bytes], directory: Path | None) ->
     return code
 
 
+_untrusted: set[str] = set()  # logged once
+
+
+def _is_usable(directory: Path) -> bool:
+    """Whether the directory exists, or can be made, and only this user and root can change it."""
+    try:
+        make_folder(directory)
+    except UntrustedFileError as error:
+        _warn(error)
+        return False
+    except OSError as error:
+        log.debug("%s cannot be used: %s", directory, error)
+        return False
+    return True
+
+
+def _warn(error: UntrustedFileError) -> None:
+    if str(error) not in _untrusted:
+        _untrusted.add(str(error))
+        log.warning("compiled programs are not kept on disk: %s. %s", error, ADVICE)
+
+
 def _read(file: Path) -> bytes | None:
     try:
-        content = file.read_bytes()
+        with open(open_file(file), "rb") as stream:
+            content = stream.read()
     except FileNotFoundError:
+        return None
+    except UntrustedFileError as error:
+        _warn(error)
         return None
     except OSError as error:
         log.debug("%s cannot be read: %s", file, error)
@@ -70,7 +98,6 @@ def _read(file: Path) -> bytes | None:
 
 def _write(file: Path, code: bytes) -> None:
     try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=file.parent)
         try:
             with os.fdopen(descriptor, "wb") as out:

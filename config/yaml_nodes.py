@@ -5,13 +5,12 @@ Errors are :class:`ConfigError` and name file, line, column and key. A scalar is
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Collection, Iterator, Mapping
 from typing import NoReturn
 
 import yaml
 
+from symmem.config.owned_files import ADVICE, UntrustedFileError, open_file
 from symmem.config.values import advise, shown
 from symmem.errors import ConfigError
 
@@ -36,14 +35,14 @@ def read_text(file: str, kind: str, hint: str, plan: str) -> str:
         plan: The hint if it is another kind of file.
 
     Raises:
-        ConfigError: It is missing, unreadable, not a regular file, larger than 1 MiB, or not UTF-8.
+        ConfigError: It is missing, unreadable, not a regular file, larger than 1 MiB, or not UTF-8; or another user
+            can change it.
     """
     try:
-        # O_NONBLOCK: if it is a FIFO, do not wait for a writer.
-        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                raise OSError("it is not a regular file")
+        with open(open_file(file), "rb") as stream:
             data = stream.read(_MAX_FILE + 1)
+    except UntrustedFileError as error:
+        raise ConfigError(f"cannot trust the {kind} {file!r}: {error}", hint=ADVICE) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot read the {kind} {file!r}: {reason}", hint=hint) from None

@@ -18,7 +18,6 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
-import tempfile
 import threading
 import weakref
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from symmem.backends.kernel_cache import cache_directory, cached, key_of
+from symmem.config.owned_files import private_folder
 from symmem.group.group import Group
 from symmem.ops.dispatch import USUAL_THREADS
 from symmem.ops.engines.base import Engines
@@ -106,17 +106,17 @@ def compiled() -> Any:
     """Compile and load the module in C. Local. Takes a second the first time on a machine.
 
     Raises:
-        OSError: There is no C compiler, or it fails. The text says why.
+        OSError: There is no C compiler, or it fails, or other users can change its output. The text says why.
         ImportError: The module cannot be loaded, or this Python has no global interpreter lock.
     """
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         raise ImportError("this Python has no global interpreter lock, and the module would enable it again")
     parts = [_SOURCE.read_text(), sysconfig.get_config_var("EXT_SUFFIX"), sysconfig.get_path("include")]
     code = cached(key_of(parts), _compile, cache_directory())
-    with tempfile.NamedTemporaryFile(suffix=".so") as file:
-        file.write(code)
-        file.flush()
-        loader = importlib.machinery.ExtensionFileLoader("_eager", file.name)
+    with private_folder() as folder:
+        file = folder / "eager.so"
+        file.write_bytes(code)
+        loader = importlib.machinery.ExtensionFileLoader("_eager", str(file))
         spec = importlib.util.spec_from_loader(loader.name, loader)
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
@@ -133,8 +133,8 @@ def _compile() -> bytes:
         command = [found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))][:1]
     if not command:
         raise OSError("there is no C compiler")
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "eager.so")
+    with private_folder() as folder:
+        out = folder / "eager.so"
         options = ["-shared", "-fPIC", "-O2", "-I", sysconfig.get_path("include"), "-o", str(out)]
         done = subprocess.run([*command, *options, str(_SOURCE)], capture_output=True)
         if done.returncode:

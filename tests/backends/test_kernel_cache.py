@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,34 @@ def test_keys_tell_programs_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert kernel_cache.key_of(["a"]) == kernel_cache.key_of(["a"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert kernel_cache.cache_directory() == tmp_path / "symmem" / "kernels"
+
+
+@pytest.mark.parametrize("changed", ["folder", "file", "above"])
+def test_what_another_user_can_change_is_not_used(
+    changed: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The program is compiled in every process instead, and one line of the log says why."""
+    folder = tmp_path / "cache" / "kernels"
+    assert kernel_cache.cached("key", lambda: b"kept", folder) == b"kept"
+    path = {"folder": folder, "file": folder / "key.bin", "above": folder.parent}[changed]
+    for _ in range(2):
+        path.chmod(0o777)  # again, because an untrusted file is replaced
+        assert kernel_cache.cached("key", lambda: b"compiled", folder) == b"compiled"
+    (record,) = caplog.records
+    assert f"{path} belongs to user {os.geteuid()} and has mode 777" in record.getMessage()
+    assert "chmod go-w" in record.getMessage()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to plant a file as another user")
+def test_a_file_that_another_user_planted_is_not_loaded(tmp_path: Path) -> None:
+    """In a cache below a folder in which all users can make files, such as XDG_CACHE_HOME=/tmp."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    folder = shared / "symmem" / "kernels"
+    assert kernel_cache.cached("key", lambda: b"planted", folder) == b"planted"
+    for path in (folder / "key.bin", folder, folder.parent):
+        os.chown(path, 65534, 65534)
+        assert kernel_cache.cached("key", lambda: b"own", folder) == b"own"
+        if path.is_file():  # the untrusted file was replaced
+            assert path.stat().st_uid == 0
