@@ -23,6 +23,7 @@ MODULES = (
     "symmem.config",
     "symmem.backends",
     "symmem.backends.base",
+    "symmem.testing",
     "symmem.tools.ranks",
     "symmem.tools.conformance",
 )

@@ -160,4 +160,4 @@ def nothing_leaks() -> Iterator[None]:
     before = descriptors()
     yield
     gc.collect()  # exceptions and their frames go in circles
-    assert descriptors() == before
+    assert descriptors() <= before  # an earlier test's thread may still close some

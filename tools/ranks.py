@@ -33,7 +33,7 @@ from torch.distributed.distributed_c10d import Store
 from symmem.tools import assertions
 from symmem.tools.outcomes import Outcome, RanksFailedError
 
-__all__ = ["Outcome", "RankPool", "RanksFailedError"]
+__all__ = ["Outcome", "RankPool", "RanksFailedError", "resolve_function"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])
@@ -163,6 +163,8 @@ class RankPool:
             time.sleep(0.2)
         for rank in range(self.size):
             self.kill(rank)
+        for process in self._processes:  # so that `alive` is false from here on
+            process.join(5)
 
     def close(self) -> None:
         """End all ranks. May be called more than once."""
@@ -229,7 +231,7 @@ def _serve(
 def _outcome(reference: tuple[str, str, str], args: bytes) -> bytes:
     try:
         # Load the module first, because arguments may be instances of its classes.
-        function = _resolve(*reference)
+        function = resolve_function(*reference)
         return pickle.dumps(Outcome(value=function(*pickle.loads(args))))
     except BaseException as error:
         assertions.add_values(error)
@@ -241,7 +243,7 @@ def _outcome(reference: tuple[str, str, str], args: bytes) -> bytes:
             return pickle.dumps(Outcome(error=RuntimeError(f"{type(error).__name__}: {error}"), trace=trace))
 
 
-def _resolve(module_name: str, file: str, qualified: str) -> Any:
+def resolve_function(module_name: str, file: str, qualified: str) -> Any:
     """Find the function. A test module that cannot be imported by name is loaded from its file."""
     if module_name not in sys.modules:
         try:

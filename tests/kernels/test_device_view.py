@@ -33,7 +33,7 @@ def what_it_holds() -> None:
     assert pointers[rank] == st.tensor.data_ptr() + 40
     pads = [st.signal_pad(peer).data_ptr() for peer in range(world)]
     assert words_at(struct.signals, world + 4) == [*pads, 2_500_000_000, 0, 0, 64]
-    assert part.device_view().struct.limit == 20_000_000_000  # the setting
+    assert part.device_view().struct.limit == st.groups[0].settings.signal_timeout * 10**9
 
     own = symmem.allocate((100, world), torch.int32, backend="host").rendezvous()
     view = st.device_view(own)
