@@ -7,6 +7,7 @@ maps all of them side by side. The kernel frees the memory when no process maps 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 import weakref
@@ -18,23 +19,46 @@ from symmem.backends.base import Allocation, Backend, Capability, Collective, Ra
 from symmem.backends.libc import PAGE, Region, available_memory, limit_error, require_signals, round_up
 from symmem.backends.shared import SharedMapping, pass_and_map
 from symmem.backends.signals import SharedSignals
-from symmem.errors import BackendUnavailableError, OutOfMemoryError, SymmemError
+from symmem.errors import BackendUnavailableError, OutOfMemoryError, RendezvousError, SymmemError
 
 __all__ = ["HostAllocation", "HostBackend", "HostMapping"]
+
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+"""The size of a memory file is final: whoever holds a descriptor could end the other ranks by SIGBUS otherwise."""
 
 
 def _memory_file(nbytes: int) -> int:
     """A new anonymous file of ``nbytes`` zeros. The kernel makes a page at its first access."""
     try:
-        descriptor = os.memfd_create("symmem", os.MFD_CLOEXEC)
+        descriptor = os.memfd_create("symmem", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as error:
         raise limit_error(error, "cannot make a memory file") from error
     try:
         os.ftruncate(descriptor, nbytes)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
     except OSError as error:
         os.close(descriptor)
         raise limit_error(error, f"cannot make a memory file of {nbytes} bytes") from error
     return descriptor
+
+
+def _check_file(descriptor: int, nbytes: int, rank: int) -> None:
+    """Check that a received file has ``nbytes`` bytes, and keeps them: an access behind the end is a SIGBUS.
+
+    Raises:
+        RendezvousError: It is shorter, can be shortened, or is not a memory file.
+    """
+    try:
+        sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+    except OSError:
+        sealed = 0
+    if not sealed or os.fstat(descriptor).st_size < nbytes:
+        raise RendezvousError(
+            f"rank {rank} sent a memory file that is shorter than {nbytes} bytes, or not sealed against shrinking",
+            hint="use the same version of symmem on all ranks",
+            peers=(rank,),
+        )
 
 
 class HostAllocation(Allocation):
@@ -70,7 +94,9 @@ class HostMapping(SharedMapping):
         extent, pad = allocation.extent, _pad_extent(group.size)
         first_pad = group.size * extent
         region = _Files(first_pad + group.size * pad)
-        for rank, (memory, _) in enumerate(files):
+        for rank, (memory, signals) in enumerate(files):
+            _check_file(memory, extent, rank)
+            _check_file(signals, pad, rank)
             region.place(rank * extent, memory, extent)
         pads = [region.place(first_pad + rank * pad, file, pad) for rank, (_, file) in enumerate(files)]
         super().__init__(backend, group, allocation.device, region, extent, allocation.pointer, pads)

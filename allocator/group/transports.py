@@ -60,7 +60,8 @@ class Message:
     """A rank submits one contribution or an error; the leader publishes all contributions or an error.
 
     ``sequence`` is the number of the round, so that messages of earlier rounds can be dropped. ``deadline`` is by
-    CLOCK_MONOTONIC, so it has a meaning within one host only.
+    the clock of this process. The header carries the seconds until then, because other processes may have other clocks:
+    on other hosts, or in another time namespace.
     """
 
     sequence: int
@@ -78,7 +79,7 @@ class Message:
         return {
             "sequence": self.sequence,
             "step": self.step,
-            "deadline": self.deadline,
+            "seconds": self.deadline - time.monotonic(),
             "sizes": [len(c.payload) for c in self.contributions],
             "counts": [len(c.descriptors) for c in self.contributions],
             "error": self.error,
@@ -98,7 +99,8 @@ class Message:
         for size, count in zip(header["sizes"], header["counts"], strict=True):
             contributions.append(Contribution(body[at : at + size], descriptors[first : first + count]))
             at, first = at + size, first + count
-        return cls(header["sequence"], header["step"], header["deadline"], contributions, header["error"])
+        deadline = time.monotonic() + header["seconds"]
+        return cls(header["sequence"], header["step"], deadline, contributions, header["error"])
 
     def body(self) -> bytes:
         """Return all payloads in order."""
@@ -122,7 +124,7 @@ def _is_sound(header: dict[str, Any], nbytes: int, descriptors: int) -> bool:
         return (
             isinstance(header["sequence"], int)
             and isinstance(header["step"], str)
-            and math.isfinite(header["deadline"])
+            and math.isfinite(header["seconds"])
             and len(sizes) == len(counts)
             and all(isinstance(number, int) and number >= 0 for number in (*sizes, *counts))
             and (sum(sizes), sum(counts)) == (nbytes, descriptors)
