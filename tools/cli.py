@@ -94,11 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("--examples", type=Path, default="examples", metavar="DIR", help=folder)
     validate.set_defaults(run=_validate)
 
-    memory_map = commands.add_parser("memory-map", help="draw the arenas of memory snapshots as an HTML page")
+    memory_map = commands.add_parser("memory-map", help="show the arenas of memory snapshots on an HTML page")
     snapshots = "JSON file with the result of symmem.memory_snapshot(); one per rank"
     memory_map.add_argument("snapshots", type=Path, nargs="+", metavar="SNAPSHOT", help=snapshots)
-    output = "the page to write (default memory-map.html)"
-    memory_map.add_argument("-o", "--output", type=Path, default="memory-map.html", metavar="PATH", help=output)
+    output = "default: memory-map.html, or memory-map.pickle with --torch"
+    memory_map.add_argument("-o", "--output", type=Path, metavar="PATH", help=output)
+    memory_map.add_argument("--torch", action="store_true", help="convert one snapshot for pytorch.org/memory_viz")
     memory_map.set_defaults(run=_memory_map)
 
     include_path = commands.add_parser("include-path", help="print the folder of symmem.cuh, for nvcc -I")
@@ -151,7 +152,7 @@ def _validate(args: argparse.Namespace) -> int:
 def _memory_map(args: argparse.Namespace) -> int:
     from symmem.tools.commands import memory_map
 
-    return memory_map.run(args.snapshots, args.output)
+    return memory_map.run(args.snapshots, args.output, as_torch=args.torch)
 
 
 def _include_path(args: argparse.Namespace) -> int:

@@ -18,11 +18,10 @@ def nbytes(value: float) -> str:
     return f"{value:,.4g} TiB"
 
 
-def seconds(value: float, span: float = 0.0) -> str:
-    """Seconds in a unit that fits ``span`` (by default the value itself): 1.5 ms."""
-    span = span or value
+def seconds(value: float) -> str:
+    """Seconds in a unit that fits: 1.5 ms."""
     for least, factor, unit in ((7200, 3600, "h"), (300, 60, "min"), (1, 1, "s"), (1e-3, 1e-3, "ms")):
-        if span >= least:
+        if value >= least:
             return f"{value / factor:.4g} {unit}"
     return f"{value * 1e6:.4g} \u00b5s" if value else "0"
 

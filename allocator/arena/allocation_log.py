@@ -114,7 +114,7 @@ class AllocationLog:
         agreed_bytes: Bytes of the ``agreed`` slots.
         drops: The most recent drops: time, record, bytes. See :meth:`flush_events`.
         reclaims: The most recently reclaimed blocks: time, record. See :meth:`flush_events`.
-        changes: The most recent changes of segments: time, "grow" or "trim", index, bytes.
+        changes: The most recent changes of segments: time, "grow" or "trim", index, bytes, address.
         live_bytes: Bytes of blocks that are neither free nor in quarantine.
         peak_bytes: The maximum of ``live_bytes`` so far.
         quarantined_bytes: Bytes of ``quarantined_blocks``, the blocks in quarantine.
@@ -178,7 +178,7 @@ class AllocationLog:
         self.agreed = self.agreed_bytes = 0
         self.drops: deque[tuple[float, RawRecord, int]] = deque(maxlen=_HISTORY)
         self.reclaims: deque[tuple[float, RawRecord]] = deque(maxlen=_HISTORY)
-        self.changes: deque[tuple[float, str, int, int]] = deque(maxlen=_HISTORY)
+        self.changes: deque[tuple[float, str, int, int, int]] = deque(maxlen=_HISTORY)
         # Events that are not in `drops` and `reclaims` yet: a batch of drops, or time and mask of a reclaim round.
         self._pending: list[tuple[float, int] | list[tuple[float, RawRecord, int]]] = []
         self.live_bytes = self.peak_bytes = self.quarantined_bytes = self.quarantined_blocks = 0
@@ -215,7 +215,7 @@ class AllocationLog:
         self.growths += 1
         self.segments.append(segment)
         register(segment)
-        self.changes.append((perf_counter(), "grow", segment.index, segment.nbytes))
+        self.changes.append((perf_counter(), "grow", segment.index, segment.nbytes, segment.pointer))
         return segment
 
     # Dropped blocks.
@@ -289,7 +289,7 @@ class AllocationLog:
         self.absorb()
         for segment in [segment for segment in self.segments if not segment.space.used]:
             self.segments.remove(segment)
-            self.changes.append((perf_counter(), "trim", segment.index, segment.nbytes))
+            self.changes.append((perf_counter(), "trim", segment.index, segment.nbytes, segment.pointer))
 
     def flush_events(self) -> None:
         """Move pending events to ``drops`` and ``reclaims``. It must happen before the slots are used again."""

@@ -8,12 +8,14 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from symmem.arena.allocation_log import AllocationLog, AllocationRecord
 from symmem.arena.arena import arenas_of
 from symmem.arena.segment import Segment
 from symmem.arena.slot_mask import masks_of, slots_of
+from symmem.arena.torch_snapshot import to_torch
+from symmem.errors import InvalidArgumentError
 from symmem.group.group import known_groups
 from symmem.group.resolve import GroupLike, resolve_group
 from symmem.memory import cuda_graphs
@@ -45,24 +47,39 @@ def memory_stats(group: GroupLike = None) -> dict[str, int | float]:
     return figures([arena.log for arena in arenas_of(resolve_group(group))])
 
 
-def memory_snapshot() -> dict[str, Any]:
-    """All symmetric memory of this process, as plain data that :mod:`json` can write. Local.
+def memory_snapshot(format: Literal["symmem", "torch"] | None = None) -> dict[str, Any]:
+    """All symmetric memory of this process, as plain data. Local.
+
+    Args:
+        format: "symmem" (the default), or "torch" for the format of ``torch.cuda.memory._snapshot()``. Write that with
+            ``pickle.dump(..., protocol=4)`` for https://pytorch.org/memory_viz. A quarantined block is
+            ``active_pending_free``, the stream is the number of the arena, and CPU memory is the device after the last
+            GPU. It lacks tensors outside of arenas. During a reclaim round, a segment is shown as one live block.
 
     Returns:
+        In the format "symmem", data that :mod:`json` can write.
         ``arenas``: per arena its group, rank, statistics, segments with their blocks by address, live bytes by call
         site, and the most recent events, with times in seconds of ``time.perf_counter``. During a reclaim round
-        ``meeting`` is true and the blocks are left out. ``graphs``: how many blocks are kept for every live CUDA graph.
-        ``tensors``: the tensors outside of arenas. ``symmem memory-map`` makes a picture of a snapshot.
+        ``meeting`` is true and the blocks are left out. ``time`` and ``clock``: the time of the snapshot by
+        ``time.time`` and by ``time.perf_counter``. ``graphs``: how many blocks are kept for every live CUDA graph.
+        ``tensors``: the tensors outside of arenas. ``symmem memory-map`` shows and converts such data.
+
+    Raises:
+        InvalidArgumentError: ``format`` is something else.
     """
-    return {
+    if format not in (None, "symmem", "torch"):
+        raise InvalidArgumentError(f"format must be 'symmem' or 'torch', not {format!r}")
+    snapshot = {
         "symmem": VERSION,
         "time": time.time(),
+        "clock": time.perf_counter(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "arenas": [_snapshot(arena.log) for group in known_groups() for arena in arenas_of(group)],
         "graphs": {str(number): blocks for number, blocks in cuda_graphs.kept().items()},
         "tensors": outside_of_arenas(),
     }
+    return to_torch(snapshot) if format == "torch" else snapshot
 
 
 @contextlib.contextmanager
@@ -110,13 +127,11 @@ def _snapshot(log: AllocationLog) -> dict[str, Any]:
         stats = figures([log])
         agreed = set(slots_of(log.agreed))
         dropped = set(slots_of(masks_of(log.slot_marks)[0]))
-        live: Counter[str] = Counter()
-        blocks: Counter[str] = Counter()
-        for slot, raw in enumerate(log.records):
-            if raw is not None and slot not in dropped:
-                site = str(AllocationRecord.of(raw).site)
-                live[site] += raw[5]
-                blocks[site] += 1
+        records = [AllocationRecord.of(raw) for slot, raw in enumerate(log.records) if raw and slot not in dropped]
+        sizes = [(str(record.site), record.nbytes) for record in records]
+        blocks, live = Counter(site for site, _ in sizes), Counter[str]()
+        for site, nbytes in sizes:
+            live[site] += nbytes
         return {
             "backend": log.backend.name,
             "device": str(log.device),
@@ -127,6 +142,7 @@ def _snapshot(log: AllocationLog) -> dict[str, Any]:
             "segments": [
                 {
                     "index": segment.index,
+                    "address": segment.pointer,
                     "nbytes": segment.nbytes,
                     "blocks": list(_blocks(log, segment, agreed, dropped)) if held else [],
                 }
@@ -184,8 +200,8 @@ def _events(log: AllocationLog) -> list[dict[str, Any]]:
         for when, raw, *_ in events
     ]
     changes = [
-        {"time": when, "event": kind, "segment": segment, "nbytes": nbytes}
-        for when, kind, segment, nbytes in log.changes
+        {"time": when, "event": kind, "segment": segment, "nbytes": nbytes, "address": address}
+        for when, kind, segment, nbytes, address in log.changes
     ]
     return sorted(allocations + others + changes, key=lambda event: event["time"])
 

@@ -1,183 +1,145 @@
-"""``symmem memory-map``: an HTML page that shows arenas over time, from snapshots as JSON."""
+"""``symmem memory-map``: an HTML page of the arenas in snapshots, or a snapshot for PyTorch's memory viewer.
+
+The page has no script and is also well-formed XML.
+"""
 
 from __future__ import annotations
 
+import html
 import json
-import math
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
+import pickle
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from symmem.arena.torch_snapshot import to_torch
 from symmem.errors import InvalidArgumentError
 from symmem.tools import display
-from symmem.tools import memory_page as html
-from symmem.tools.memory_history import SnapshotArena, outside, read
-from symmem.tools.memory_picture import now, over_time
+from symmem.version import VERSION
 
 __all__ = ["render", "run"]
 
-_OTHER = len(display.PALETTE) - 1  # the colour of all remaining call sites
-_BOXES = 8000  # per page, so that it stays below 2 MB
-_SITES = 20  # per legend
-_OPEN = 8  # arenas that are unfolded when the page opens
+_SITES = 50  # per arena
+_STATES = ("live", "quarantined", "free", "unknown")
+_STYLE = """
+:root{color-scheme:light dark} body{font:14px/1.45 system-ui,sans-serif;max-width:1200px;margin:24px auto}
+h1{font-size:22px} h2{font-size:16px;margin-top:32px} table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+table+table{margin-top:18px} th{font-weight:400;text-align:left;opacity:.7} td,th{padding:3px 14px 3px 0}
+td{vertical-align:top;white-space:nowrap} .n{text-align:right} td.site{white-space:normal;overflow-wrap:anywhere}
+.bar{display:flex;width:260px;height:12px;margin:4px 0;outline:1px solid #888} .key{display:inline-block;width:12px;
+height:12px;margin:0 5px 0 14px;outline:1px solid #888} .live{background:#0072b2} .quarantined{background:#e69f00}
+.unknown{background:repeating-linear-gradient(45deg,#888 0 3px,#8883 3px 6px)} i{display:block}
+"""
+
+
+_Row: TypeAlias = tuple[str, Mapping[str, Any]]
+"""The process, and one of its arenas."""
 
 
 def render(*snapshots: Mapping[str, Any]) -> str:
-    """Make a self-contained HTML page, which is also well-formed XML.
-
-    Args:
-        snapshots: Results of ``symmem.memory_snapshot()``, of one or several ranks.
-
-    Raises:
-        InvalidArgumentError: One is no snapshot; the text names the wrong place.
-    """
-    arenas = [arena for snapshot in snapshots for arena in read(snapshot)]
-    colours = _colours(arenas)
-    budget = max(100, _BOXES // max(1, len(arenas)))
-    body = [_overview(arenas)] if len(arenas) > 1 else []
-    for number, arena in enumerate(arenas):
-        parts = [_figures(arena), now(arena, colours, budget // 4), over_time(arena, colours, budget * 3 // 4)]
-        unfolded = ' open="open"' if number < _OPEN else ""
-        summary = f"<summary>{_name(arena)}</summary>"
-        body.append(f'<details id="a{number}"{unfolded}>{summary}{"".join(parts)}{_legend(arena, colours)}</details>')
-    if not arenas:
-        body.append("<p>No arenas: the snapshot was made before the first allocation from one.</p>")
-    subtitle = f"{display.counted(len(arenas), 'arena')} of {display.counted(len(snapshots), 'snapshot')}"
-    made = [time for snapshot in snapshots if isinstance(time := snapshot.get("time"), int | float) and 0 < time < 1e11]
-    if made:
-        subtitle += f", {datetime.fromtimestamp(max(made), timezone.utc):%Y-%m-%d %H:%M UTC}"
-    return html.page(subtitle, "\n".join([*body, *_outside(snapshots)]))
+    """Make a self-contained page from results of ``symmem.memory_snapshot()``, of one or several ranks."""
+    arenas: dict[str, list[_Row]] = defaultdict(list)
+    for snapshot in snapshots:
+        for arena in snapshot["arenas"]:
+            name = f"{arena['backend']} on {arena['device'].partition(':')[0]}, group {arena['group']}"
+            arenas[name].append((f"{snapshot['host']}, {snapshot['pid']}", arena))
+    parts = "".join(f"<h2>{_text(name)}</h2>{_ranks(rows)}{_sites(rows)}" for name, rows in arenas.items())
+    sizes = [tensor["nbytes"] for snapshot in snapshots for tensor in snapshot["tensors"]]
+    summary = f"{display.counted(len(snapshots), 'snapshot')}, {display.counted(len(arenas), 'arena')}; "
+    summary += f"{display.counted(len(sizes), 'tensor')} outside of arenas, {display.nbytes(sum(sizes))}."
+    legend = "".join(f'<i class="key {state}"></i>{state}' for state in _STATES)
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"/><meta name="generator" content="symmem {VERSION}"/>
+<title>Memory map - symmem</title><style>{_STYLE}</style></head><body>
+<h1>Memory map</h1><p>{summary}</p><p>Bars are segments; a reclaim round hides the blocks.{legend}</p>
+{parts}</body></html>
+"""
 
 
-def run(files: Sequence[Path], output: Path) -> int:
-    """Write the page of the snapshots in ``files`` to ``output``; returns the exit code.
+def run(files: Sequence[Path], output: Path | None, *, as_torch: bool) -> int:
+    """Write the page, or torch's format with ``as_torch``; returns the exit code.
 
     Raises:
-        InvalidArgumentError: A file cannot be read or written, is not JSON, or is no snapshot; the text names it.
+        InvalidArgumentError: A file cannot be read or written, is not JSON, or is no snapshot; the text names it. Or
+            there are several files with ``as_torch``.
     """
-    page = render(*[_load(file) for file in files])
+    if as_torch and len(files) != 1:
+        raise InvalidArgumentError(f"--torch converts one snapshot, not {len(files)}", hint="convert them one by one")
+    output = output or Path("memory-map.pickle" if as_torch else "memory-map.html")
+    read = [_read(file, to_torch if as_torch else render) for file in files]
+    page = render(*[snapshot for snapshot, _ in read]).encode() if not as_torch else b""
     try:
-        output.write_text(page, encoding="utf-8")
+        output.write_bytes(page or pickle.dumps(read[0][1], protocol=4))  # the viewer knows no protocol after 4
     except OSError as error:
         raise InvalidArgumentError(f"{output}: cannot be written: {error.strerror}") from error
     print(f"{output}: the map of {display.counted(len(files), 'snapshot')}")
     return 0
 
 
-def _load(file: Path) -> dict[str, Any]:
-    hint = "pass files with the result of symmem.memory_snapshot() as JSON"
+def _read(file: Path, convert: Callable[[Mapping[str, Any]], Any]) -> tuple[Mapping[str, Any], Any]:
+    """The snapshot in a file, and the result of ``convert``."""
     try:
-        snapshot: dict[str, Any] = json.loads(file.read_bytes())
-        render(snapshot)
+        snapshot = json.loads(file.read_bytes())
+        return snapshot, convert(snapshot)
     except OSError as error:
         raise InvalidArgumentError(f"{file}: cannot be read: {error.strerror}") from error
-    except InvalidArgumentError as error:
-        raise InvalidArgumentError(f"{file}: {error.what}", hint=hint) from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidArgumentError(f"{file}: not JSON: {error}", hint=hint) from error
-    return snapshot
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidArgumentError(
+            f"{file}: no snapshot of symmem: {error!r}",
+            hint="pass files with the result of symmem.memory_snapshot() as JSON",
+        ) from error
 
 
-def _colours(arenas: Iterable[SnapshotArena]) -> dict[str, int]:
-    """Colours by call site. The sites that cover most of the pictures get a separate colour.
-
-    A colour follows from the name, so that it is the same in other snapshots, except where two sites collide.
-    """
-    weights: Counter[str] = Counter()
-    for arena in arenas:
-        for block in arena.blocks:
-            until = arena.seconds if block.end is None else block.end
-            lasted = (until - (block.start or 0.0)) / arena.seconds if arena.seconds else 1.0
-            weights[block.site] += math.ceil(block.nbytes * lasted)
-    colours = dict.fromkeys(["", *weights], _OTHER)
-    taken: set[int] = set()
-    own = sorted(set(weights) - {""}, key=lambda site: (-weights[site], site))[:_OTHER]
-    for site in own:
-        wanted = zlib.crc32(site.encode(errors="replace"))
-        colours[site] = next(each % _OTHER for each in range(wanted, wanted + _OTHER) if each % _OTHER not in taken)
-        taken.add(colours[site])
-    return colours
+def _ranks(rows: Sequence[_Row]) -> str:
+    """A table with a row per rank."""
+    largest = max((segment["nbytes"] for _, arena in rows for segment in arena["segments"]), default=0) or 1
+    lines = [_line("th", ["rank", "process"], ["live", "quarantined", "free", "peak", "blocks"], "segments")]
+    for process, arena in sorted(rows, key=lambda row: int(row[1]["rank"])):
+        place, stats = [f"{arena['rank']} of {arena['world']}", f"{process}, {arena['device']}"], arena["stats"]
+        figures = [display.nbytes(stats[f"{key}_bytes"]) for key in ("live", "quarantined", "free", "peak_live")]
+        figures += [f"{stats['live_blocks']:,} live, {stats['quarantined_blocks']:,} quarantined"]
+        lines.append(_line("td", place, figures, "".join(_bar(segment, largest) for segment in arena["segments"])))
+    return f"<table>{''.join(lines)}</table>"
 
 
-def _overview(arenas: Sequence[SnapshotArena]) -> str:
-    head = '<tr><th>arena</th><th>process</th><th class="n">live</th><th class="n">peak</th>'
-    head += '<th class="n">reserved</th><th class="w">of the largest</th></tr>'
-    largest = max(arena.stats["reserved_bytes"] for arena in arenas)
-    rows = []
-    for number, arena in enumerate(arenas):
-        live, peak, reserved = (arena.stats[key] for key in ("live_bytes", "peak_live_bytes", "reserved_bytes"))
-        bar = _bar([("empty", reserved), ("h8", live + arena.stats["quarantined_bytes"]), ("solid", live)], largest)
-        figures = "".join(f'<td class="n">{display.nbytes(value)}</td>' for value in (live, peak, reserved))
-        process = html.text(f"{arena.place['host']}, {arena.place['pid']}")
-        link = f'<a href="#a{number}">{_name(arena)}</a>'
-        rows.append(f'<tr><td>{link}</td><td>{process}</td>{figures}<td class="w">{bar}</td></tr>')
-    return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
+def _bar(segment: Mapping[str, Any], largest: int) -> str:
+    nbytes, blocks = segment["nbytes"], segment["blocks"]
+    sizes = {state: sum(block["nbytes"] for block in blocks if block["state"] == state) for state in _STATES}
+    sizes["unknown"] = nbytes - sum(block["nbytes"] for block in blocks)
+    parts = [f'<i class="{state}" style="width:{size / max(1, nbytes):.2%}"></i>' for state, size in sizes.items()]
+    shown = ", ".join(f"{display.nbytes(size)} {state}" for state, size in sizes.items() if size)
+    title = _text(f"segment {segment['index']}, {display.nbytes(nbytes)}: {shown}")
+    return f'<div class="bar" style="width:{260 * nbytes / largest:.1f}px" title="{title}">{"".join(parts)}</div>'
 
 
-def _name(arena: SnapshotArena) -> str:
-    place = arena.place
-    rank = f"rank {place['rank']} of {place['world']}"
-    return html.text(f"{place['backend']} on {place['device']}, group {place['group']}, {rank}")
+def _sites(rows: Iterable[_Row]) -> str:
+    """A table of call sites by live and quarantined bytes, summed over the ranks."""
+    sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for _, arena in rows:
+        found = [(site["site"], site["live_bytes"], site["live_blocks"], 0) for site in arena["sites"]]
+        blocks = (block for segment in arena["segments"] for block in segment["blocks"])
+        found += [(block["site"], 0, 0, block["nbytes"]) for block in blocks if block["state"] == "quarantined"]
+        for site, *figures in found:
+            sums[site] = [before + more for before, more in zip(sums[site], figures, strict=True)]
+    ordered = sorted(sums.items(), key=lambda item: -item[1][0] - item[1][2])
+    if rest := [figures for _, figures in ordered[_SITES:]]:
+        ordered[_SITES:] = [(display.counted(len(rest), "more call site"), list(map(sum, zip(*rest, strict=True))))]
+    lines = [_line("th", [], ["live", "blocks", "quarantined"], "allocated at")]
+    for site, (live, count, quarantined) in ordered:
+        lines.append(
+            _line("td", [], [display.nbytes(live), f"{count:,}", display.nbytes(quarantined)], _text(site), "site")
+        )
+    return f"<table>{''.join(lines)}</table>" if ordered else ""
 
 
-def _figures(arena: SnapshotArena) -> str:
-    stats = arena.stats
-    shown = {
-        "live": (display.nbytes(stats["live_bytes"]), display.counted(stats["live_blocks"], "block")),
-        "peak": (display.nbytes(stats["peak_live_bytes"]), display.counted(stats["allocations"], "allocation")),
-        "quarantined": (
-            display.nbytes(stats["quarantined_bytes"]),
-            display.counted(stats["quarantined_blocks"], "block"),
-        ),
-        "free": (display.nbytes(stats["free_bytes"]), f"largest {display.nbytes(stats['largest_free_bytes'])}"),
-        "fragmentation": (f"{stats['fragmentation']:.0%}", "of free bytes"),
-        "reserved": (display.nbytes(stats["reserved_bytes"]), display.counted(stats["segments"], "segment")),
-        "process": (html.text(arena.place["pid"]), html.text(arena.place["host"])),
-    }
-    items = (f"<div><span>{name}</span><b>{big}</b><span>{small}</span></div>" for name, (big, small) in shown.items())
-    return f'<div class="figures">{"".join(items)}</div>'
+def _line(cell: str, texts: Iterable[object], figures: Iterable[object], last: str, style: str = "") -> str:
+    """A line of a table; ``last`` is HTML."""
+    cells = [f"<{cell}>{_text(text)}</{cell}>" for text in texts]
+    cells += [f'<{cell} class="n">{_text(figure)}</{cell}>' for figure in figures]
+    return f'<tr>{"".join(cells)}<{cell} class="{style}">{last}</{cell}></tr>'
 
 
-def _legend(arena: SnapshotArena, colours: Mapping[str, int]) -> str:
-    """List the call sites by live bytes; sites without live blocks come last."""
-    live: Counter[str] = Counter()
-    blocks: Counter[str] = Counter()
-    for block in arena.blocks:
-        here = block.end is None and block.dropped is None
-        live[block.site] += block.nbytes * here
-        blocks[block.site] += here
-    if not live:
-        return ""
-    sites = sorted(live, key=lambda site: (-live[site], site))
-    rows = [_site(site, colours[site], live[site], blocks[site], live[sites[0]]) for site in sites[:_SITES]]
-    if rest := sites[_SITES:]:
-        more = f"{len(rest)} more, {display.nbytes(sum(live[site] for site in rest))} live"
-        rows.append(f'<tr><td></td><td></td><td></td><td></td><td class="w faint">{more}</td></tr>')
-    head = '<tr><th></th><th></th><th class="n">live</th><th class="n">blocks</th><th class="w">allocated at</th></tr>'
-    return f"<h2>Call sites</h2><table>{head}{''.join(rows)}</table>"
-
-
-def _site(site: str, colour: int, live: int, blocks: int, largest: int) -> str:
-    key = f'<svg class="key" viewBox="0 0 14 14"><rect class="c{colour}" width="14" height="14"/></svg>'
-    bar = _bar([(f"c{colour}", live)], largest)
-    figures = f'<td class="n">{display.nbytes(live)}</td><td class="n">{blocks:,}</td>'
-    name = html.text(site) if site else "<i>not recorded</i>"
-    return f'<tr data-c="{colour}"><td>{key}</td><td>{bar}</td>{figures}<td class="w">{name}</td></tr>'
-
-
-def _bar(parts: Iterable[tuple[str, float]], largest: float) -> str:
-    """Draw bars on top of each other, by style and length; the full width stands for ``largest``."""
-    widths = ((style, 150 * min(1.0, length / largest) if largest else 0.0) for style, length in parts)
-    rects = "".join(f'<rect class="{style}" width="{width:.1f}" height="12"/>' for style, width in widths)
-    return f'<svg class="bar" viewBox="0 0 150 12">{rects}</svg>'
-
-
-def _outside(snapshots: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A line about tensors outside of arenas, if there are any."""
-    sizes = [nbytes for snapshot in snapshots for nbytes in outside(snapshot)]
-    if not sizes:
-        return []
-    return [f"<p>Outside of arenas: {display.counted(len(sizes), 'tensor')}, {display.nbytes(sum(sizes))}.</p>"]
+def _text(value: object) -> str:
+    """Escape ``value``, and replace characters that XML does not allow."""
+    return html.escape("".join(each if each.isprintable() else "\ufffd" for each in str(value)))
