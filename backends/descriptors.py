@@ -5,8 +5,8 @@ pass by SCM_RIGHTS (unix(7)). This needs no privilege; containers forbid the alt
 
 Both sides authenticate. They check the user of the peer with SO_PEERCRED, and prove that they know a secret that is
 only in the group's store: the follower shows its first half, the leader its second half. The connection of a stranger
-is refused and logged, and delays no rank: the leader accepts only after all followers have connected and sent their
-proof, so it never waits for a connection or for its data.
+is refused, and its user is logged once. It delays no rank: a thread of the leader empties the queue and never waits for
+the data of a connection, and a follower that finds the queue full tries again.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ import json
 import logging
 import os
 import secrets
+import select
 import socket
 import struct
+import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +40,9 @@ _HELLO = struct.Struct("!32sI")  # first half of the secret, rank
 _BATCH = 200  # Linux passes at most SCM_MAX_FD = 253 descriptors per message
 _CHUNK = 1 << 20  # bytes; the most to allocate before data has arrived
 _BACKLOG = 4096  # queued connections; the kernel's default limit (net.core.somaxconn)
+_SILENT = 256  # connections of this user that have not sent a proof, besides one per rank
+_PAUSE = 0.01  # seconds, after a failure to accept, for example for want of descriptors
+_RETRY = 0.001  # seconds until the next try to connect to a full queue
 
 
 @dataclass(frozen=True)
@@ -203,73 +209,136 @@ class Welcome:
 
 
 class Listener:
-    """The leader's side of the star."""
+    """The leader's side of the star.
+
+    A thread empties the queue from the start, so strangers cannot fill it for long. It closes connections of other
+    users at once, and logs every such user once.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.welcome = Welcome(f"symmem-{secrets.token_hex(16)}", secrets.token_hex(64))
+        self._members: dict[int, socket.socket] = {}
+        self._silent: deque[socket.socket] = deque()  # of this user, without a proof so far; the oldest first
+        self._refused: set[int] = set()  # users that the log has named
+        self._lock = threading.Lock()
+        self._over = threading.Event()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._socket.bind("\0" + self.welcome.address)
-        self._socket.listen(max(size, _BACKLOG))
-        self._socket.setblocking(False)
+        try:
+            self._socket.bind("\0" + self.welcome.address)
+            self._socket.listen(max(size, _BACKLOG))
+            self._socket.setblocking(False)
+            self._thread = threading.Thread(target=self._serve, name="symmem-join", daemon=True)
+            self._thread.start()
+        except BaseException:
+            self._socket.close()
+            raise
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening, and close the connections that :meth:`accept` has not returned."""
+        self._over.set()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._thread.join()
         self._socket.close()
+        _close_sockets((*self._members.values(), *self._silent))
+        self._members, self._silent = {}, deque()
 
     def accept(self) -> dict[int, socket.socket]:
-        """Accept every follower exactly once, and refuse all other processes. It does not block.
+        """Accept every follower exactly once, and refuse all other processes. It does not wait for a connection.
 
-        All followers must have returned from :func:`connect`, so that they are in the queue.
+        All followers must have returned from :func:`connect`, so that they are in the queue, or have left it.
 
         Returns:
             The connections to all ranks from 1 on.
 
         Raises:
-            PeerLostError: Some ranks are not in the queue or were refused; the text names them.
-            ResourceLimitError: This process may not have so many descriptors.
+            PeerLostError: Some ranks did not connect or were refused; the text names them.
+            OSError: This process may not have so many descriptors.
         """
-        members: dict[int, socket.socket] = {}
-        try:
-            while len(members) < self.size - 1:
-                sock = self._socket.accept()[0]
-                rank = self._identify(sock)
-                if rank is None or rank in members:
-                    log.warning("refused a connection of process %d: it is not a rank of this group", peer_of(sock)[0])
-                    sock.close()
-                else:
-                    members[rank] = sock
-        except BaseException as error:
-            for sock in members.values():
-                sock.close()
-            if not isinstance(error, BlockingIOError):
-                raise
-            missing = tuple(sorted(set(range(1, self.size)) - members.keys()))
+        with self._lock:
+            self._empty_queue()
+            while self._silent:
+                self._refuse(self._silent.popleft())
+            members, self._members = self._members, {}
+        for sock in members.values():
+            with contextlib.suppress(ConnectionError):  # it died: the next message to or from it fails
+                sock.sendall(self.welcome.halves[1])
+        if missing := tuple(rank for rank in range(1, self.size) if rank not in members):
+            _close_sockets(members.values())
             raise PeerLostError(
                 f"ranks {list(missing)} did not connect to this rank's socket, or were refused",
                 hint="start all ranks as the same user; the log of rank 0 names the refused processes",
                 peers=missing,
-            ) from None
+            )
         return members
 
-    def _identify(self, sock: socket.socket) -> int | None:
-        """The rank of the peer, or None for a stranger. Sends a rank the leader's proof."""
-        if peer_of(sock)[1] != os.getuid():
-            return None
-        sock.setblocking(False)
-        try:
-            hello = sock.recv(_HELLO.size)
-        except (BlockingIOError, ConnectionError):
-            return None
+    def _serve(self) -> None:
+        queue = select.poll()
+        queue.register(self._socket, select.POLLIN)
+        while not self._over.is_set():
+            queue.poll()
+            try:
+                with self._lock:
+                    self._empty_queue()
+            except OSError as error:  # accept() tries again, and raises it if it lasts
+                log.debug("cannot accept a connection: %s", error)
+                self._over.wait(_PAUSE)
+
+    def _empty_queue(self) -> None:
+        """Take the connections in the queue. Strangers may add more at any time, so it ends after a full queue."""
+        for _ in range(max(self.size, _BACKLOG)):
+            try:
+                sock = self._socket.accept()[0]
+            except BlockingIOError:
+                break
+            if peer_of(sock)[1] == os.getuid():
+                sock.setblocking(False)
+                self._silent.append(sock)
+                if len(self._silent) > max(self.size, _SILENT):
+                    self._identify_silent()
+            else:
+                self._refuse(sock)
+        self._identify_silent()
+
+    def _identify_silent(self) -> None:
+        """Read the proofs that have come. Of connections without a proof, only the newest are kept."""
+        for _ in range(len(self._silent)):
+            sock = self._silent.popleft()
+            try:
+                hello = sock.recv(_HELLO.size)
+            except BlockingIOError:
+                self._silent.append(sock)
+                continue
+            except ConnectionError:
+                hello = b""
+            rank = self._rank_of(hello)
+            if rank is None:
+                self._refuse(sock)
+                continue
+            self._members[rank] = sock
+        while len(self._silent) > max(self.size, _SILENT):
+            self._refuse(self._silent.popleft())
+
+    def _rank_of(self, hello: bytes) -> int | None:
+        """The rank that shows this proof, or None for a stranger, or a second connection of a rank."""
         if len(hello) != _HELLO.size:
             return None
-        shown, proof = self.welcome.halves
         secret, rank = _HELLO.unpack(hello)
-        if not hmac.compare_digest(secret, shown) or not 0 < rank < self.size:
+        if not hmac.compare_digest(secret, self.welcome.halves[0]) or not 0 < rank < self.size:
             return None
-        with contextlib.suppress(ConnectionError):  # it died: the next message to or from it fails
-            sock.sendall(proof)
-        return int(rank)
+        return None if rank in self._members else int(rank)
+
+    def _refuse(self, sock: socket.socket) -> None:
+        pid, user = peer_of(sock)
+        sock.close()
+        if user not in self._refused:
+            self._refused.add(user)
+            log.warning(
+                "refused a connection of process %d of user %d: it is not a rank of this group. More connections of "
+                "this user are refused without a line in the log",
+                *(pid, user),
+            )
 
 
 def connect(welcome: Welcome, rank: int, deadline: float) -> socket.socket:
@@ -281,26 +350,38 @@ def connect(welcome: Welcome, rank: int, deadline: float) -> socket.socket:
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        sock.settimeout(_remaining(deadline))
-        sock.connect("\0" + welcome.address)
+        _connect(sock, "\0" + welcome.address, deadline)
         uid = peer_of(sock)[1]
         if uid != os.getuid():
             raise RendezvousError(
                 f"the socket of rank 0 belongs to user {uid}, this process runs as user {os.getuid()}",
                 hint="start all ranks as the same user, in the same user namespace",
             )
-        sock.sendall(_HELLO.pack(welcome.halves[0], rank))
+        with contextlib.suppress(ConnectionError):  # rank 0 has refused it already, and will say so
+            sock.sendall(_HELLO.pack(welcome.halves[0], rank))
     except BaseException as error:
         sock.close()
         if isinstance(error, BlockingIOError):
             raise RendezvousError(
-                "the queue of rank 0's socket is full of strangers",
-                hint="a process of this machine connects to it all the time; stop that process",
+                "the queue of rank 0's socket was full of strangers until the deadline",
+                hint="a process of this machine connects to it all the time; the log of rank 0 names it: stop it",
             ) from error
         if isinstance(error, ConnectionError):
             raise PeerLostError("rank 0 no longer listens at its socket", peers=(0,)) from error
         raise
     return sock
+
+
+def _connect(sock: socket.socket, address: str, deadline: float) -> None:
+    """Connect; while the queue is full, try again until the deadline."""
+    sock.settimeout(_remaining(deadline))
+    while True:
+        try:
+            return sock.connect(address)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_RETRY)
 
 
 def check_leader(sock: socket.socket, welcome: Welcome, deadline: float) -> None:

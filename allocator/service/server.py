@@ -36,7 +36,7 @@ REQUEST_NBYTES = 4096
 _READING = 1.0  # seconds to receive the request
 _WRITING = 5.0  # seconds to send the answer
 _PAUSE = 1.0  # seconds to wait after accept(2) failed, for example because no descriptors are left
-_BACKLOG = 16
+_BACKLOG = 128
 
 
 class Server:
@@ -55,6 +55,7 @@ class Server:
         self._directory, self._answer = directory, answer
         self._name = str(Name(job_id(), os.getpid(), secrets.token_hex(4)))
         self._client: socket.socket | None = None
+        self._refused: set[int] = set()  # users that the log has named
         self._over = threading.Event()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
@@ -113,7 +114,9 @@ class Server:
     def _talk(self, client: socket.socket) -> None:
         pid, user = peer_of(client)
         if user != os.geteuid():
-            log.warning("refused process %d of user %d", pid, user)
+            if user not in self._refused:
+                self._refused.add(user)
+                log.warning("refused process %d of user %d; the log does not name this user again", pid, user)
             return
         line = _read_line(client)
         if line is None:

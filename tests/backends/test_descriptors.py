@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import socket
 import threading
 import time
@@ -231,8 +232,8 @@ def test_strangers_are_turned_away_and_cost_no_time(listener: scm.Listener, capl
     assert sorted(members) == [1, 2]
     first.sendall(b"me")
     assert members[1].recv(2) == b"me"
-    assert caplog.text.count("refused a connection") == len(strangers) + 1
-    assert str(os.getpid()) in caplog.text
+    (record,) = [record for record in caplog.records if "refused a connection" in record.getMessage()]
+    assert f"process {os.getpid()} of user {os.getuid()}" in record.getMessage()
     for sock in strangers[:-1]:
         sock.settimeout(2)
         with contextlib.suppress(ConnectionResetError):
@@ -265,22 +266,90 @@ def test_a_follower_that_died_in_the_queue_is_found_at_the_next_message(listener
         sock.close()
 
 
-def test_a_queue_full_of_strangers_is_an_error_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strangers fill the queue before the followers come; no follower hangs."""
-    monkeypatch.setattr(scm, "_BACKLOG", 4)
-    listener = scm.Listener(3)
-    strangers = []
+def fill(listener: scm.Listener, most: int = 1000) -> list[socket.socket]:
+    """Connect until the queue is full."""
+    made: list[socket.socket] = []
     with contextlib.suppress(BlockingIOError):
-        while len(strangers) < 100:
-            strangers.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            strangers[-1].setblocking(False)
-            strangers[-1].connect("\0" + listener.welcome.address)
+        while len(made) < most:
+            made.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            made[-1].setblocking(False)
+            made[-1].connect("\0" + listener.welcome.address)
+    return made
+
+
+def test_a_queue_full_of_strangers_until_the_deadline_is_an_error_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The leader does not take them, for example because it is stopped. A follower whose queue empties gets in."""
+    monkeypatch.setattr(scm, "_BACKLOG", 4)
+    monkeypatch.setattr(scm.Listener, "_serve", lambda self: None)
+    listener = scm.Listener(3)
+    strangers = fill(listener)
     assert 4 <= len(strangers) < 100
-    with pytest.raises(RendezvousError, match="full of strangers"):
-        scm.connect(listener.welcome, 1, soon())
-    for sock in strangers:
+    begin = time.monotonic()
+    with pytest.raises(RendezvousError, match="full of strangers until the deadline"):
+        scm.connect(listener.welcome, 1, soon(0.2))
+    assert 0.2 <= time.monotonic() - begin < 5
+    later = threading.Timer(0.1, listener._empty_queue)
+    later.start()
+    socks = [scm.connect(listener.welcome, rank, soon()) for rank in (1, 2)]
+    later.join()
+    members = listener.accept()
+    assert sorted(members) == [1, 2]
+    for sock in (*strangers, *socks, *members.values()):
         sock.close()
     listener.close()
+
+
+def test_few_connections_without_a_proof_are_kept(listener: scm.Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of this user that connects again and again does not use up the descriptors of the leader."""
+    monkeypatch.setattr(scm, "_SILENT", 5)
+    before = len(os.listdir("/proc/self/fd"))
+    silent = [stranger(listener, b"") for _ in range(50)]
+    deadline = soon()
+    while len(os.listdir("/proc/self/fd")) - before - len(silent) > 5:
+        assert time.monotonic() < deadline
+    first = scm.connect(listener.welcome, 1, soon())
+    second = scm.connect(listener.welcome, 2, soon())
+    members = listener.accept()
+    assert sorted(members) == [1, 2]
+    for sock in (*silent, first, second, *members.values()):
+        sock.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to connect as another user")
+def test_a_flood_by_another_user_holds_nobody_up(listener: scm.Listener, caplog: pytest.LogCaptureFixture) -> None:
+    """It fills the queue as long as the ranks join. The log has one line about it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (500, 500))
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            end = time.monotonic() + 20
+            while time.monotonic() < end:
+                with contextlib.suppress(OSError):  # the kernel drops them all at the end of the block
+                    scm._close_sockets(fill(listener, most=400))
+        finally:
+            os._exit(0)
+    try:
+        deadline = soon()
+        while "of user 65534" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        begin = time.monotonic()
+        socks = []
+        for rank in (2, 1):
+            socks.append(scm.connect(listener.welcome, rank, soon(10)))
+            time.sleep(0.2)
+        members = listener.accept()
+        assert sorted(members) == [1, 2]
+        assert time.monotonic() - begin < 5
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert caplog.text.count("refused a connection") == 1
+    for sock in (*socks, *members.values()):
+        sock.close()
 
 
 def test_there_is_room_for_hundreds_of_strangers(listener: scm.Listener) -> None:

@@ -342,7 +342,7 @@ def test_a_follower_refused_by_uid_is_named_at_once(monkeypatch: pytest.MonkeyPa
 
     def other_user(sock: socket.socket) -> tuple[int, int]:
         pid, uid = original(sock)
-        return pid, uid + (threading.current_thread().name == "0")
+        return pid, uid + (threading.current_thread().name in ("0", "symmem-join"))
 
     with monkeypatch.context() as patch:
         patch.setattr(scm, "peer_of", other_user)

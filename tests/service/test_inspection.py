@@ -121,8 +121,9 @@ def test_another_user_gets_nothing(
     server = serve()
     with monkeypatch.context() as patch:
         patch.setattr(server_module, "peer_of", lambda _: (123, os.geteuid() + 1))
-        assert read_all(connect(server)) == b""
-    assert "refused process 123" in caplog.text
+        for _ in range(200):
+            assert read_all(connect(server)) == b""
+    assert caplog.text.count("refused process 123") == 1
     assert ask(server)["version"] == 1
 
 
