@@ -14,7 +14,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from symmem.backends.descriptors import Contribution, Received
@@ -32,7 +32,8 @@ from symmem.errors import (
 )
 from symmem.group.compare import differing
 from symmem.group.locations import Location, not_connectable
-from symmem.group.transports import Message, SocketTransport, StoreTransport, Transport, within
+from symmem.group.presence import Presence
+from symmem.group.transports import Message, NotComingError, SocketTransport, StoreTransport, Transport, within
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -92,8 +93,10 @@ class Rounds:
         rank: This process's rank.
         size: Number of ranks.
         name: The group's name.
+        lost_elsewhere: See :class:`symmem.group.presence.Presence`.
 
     Attributes:
+        presence: The processes of the ranks, until they have joined.
         number: How many rounds this rank has begun; the same on all ranks.
         waiting: The round that this rank waits in: step, number, start, deadline. Else None.
         joined: Whether the ranks know each other's locations; see :mod:`symmem.group.join`.
@@ -103,8 +106,19 @@ class Rounds:
         closed: Whether this rank has left the group.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, name: str) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        name: str,
+        lost_elsewhere: Callable[[], Iterable[int]] = tuple,
+    ) -> None:
         self._store, self._rank, self._size, self._name = store, rank, size, name
+        # A worker group that torchrun restarted must not see the keys of its predecessor.
+        job = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self._prefix = f"symmem/{job}/{name}"
+        self.presence = Presence(store, self._prefix, rank, size, lost_elsewhere)
         self.number = 0
         self.waiting: tuple[str, int, float, float] | None = None
         self.joined = size == 1
@@ -116,13 +130,15 @@ class Rounds:
     @functools.cached_property
     def store(self) -> StoreTransport:
         """The transport over the store."""
-        # A worker group that torchrun restarted must not see the keys of its predecessor.
-        job = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         # The store counts the groups of this name at their first collective. Making a group does not count, because a
         # single rank may do that. This process cannot count, because it may have used other stores.
-        key = f"symmem/{job}/{self._name}/met/{self._rank}"
-        generation = within(time.monotonic() + 10.0, self._store.add, key, 1)
-        return StoreTransport(self._store, f"symmem/{job}/{self._name}/{generation}", self._rank, self._size)
+        generation = within(time.monotonic() + 10.0, self._come)
+        return StoreTransport(self._store, f"{self._prefix}/{generation}", self._rank, self._size, self.presence.check)
+
+    def _come(self) -> int:
+        generation: int = self._store.add(f"{self._prefix}/met/{self._rank}", 1)
+        self.presence.come(generation)
+        return generation
 
     @property
     def transport(self) -> Transport:
@@ -135,7 +151,8 @@ class Rounds:
         return self.sockets is not None or self._size == 1
 
     def disconnect(self) -> None:
-        """Close the sockets."""
+        """Close the sockets, and stop watching processes."""
+        self.presence.close()
         if self.sockets is not None:
             self.sockets.close()
             self.sockets = None
@@ -264,6 +281,10 @@ class Rounds:
             self._complete(error, message, operation)
             self._withdraw(message, error)
             raise AgreedError(error) from None
+        except NotComingError as error:
+            self._complete(error.error, message, operation)
+            self._withdraw(message, error.error)
+            raise AgreedError(error.error) from None
         except PeerLostError as error:
             reason = self.last_words(message.sequence) or error
             self._complete(reason, message, operation)
@@ -330,6 +351,8 @@ def as_symmem_error(error: BaseException) -> SymmemError:
     """Convert an error of another library or of the system to the vocabulary of :mod:`symmem.errors`."""
     if isinstance(error, SymmemError):
         return error
+    if isinstance(error, NotComingError):
+        return error.error
     if isinstance(error, RuntimeError) and (known := failure()):
         return known  # CUDA itself says only that a kernel has stopped
     if isinstance(error, OSError) and is_limit(error):

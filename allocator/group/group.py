@@ -11,9 +11,11 @@ See :mod:`.agreement` for the rounds behind it, and :mod:`.join` for the first o
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import operator
 import os
+import sys
 import threading
 import time
 import weakref
@@ -25,10 +27,11 @@ import torch.distributed as dist
 
 from symmem.config import Settings, load_settings
 from symmem.config.kinds import MAX_SECONDS
-from symmem.errors import ForkedError, GroupError, InvalidArgumentError
+from symmem.errors import ForkedError, GroupError, InvalidArgumentError, SymmemError
 from symmem.group.agreement import CollectiveOperation, Rounds
-from symmem.group.join import ProcessWatch, join
+from symmem.group.join import join
 from symmem.group.observers import group_made
+from symmem.group.presence import ProcessWatch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -90,15 +93,21 @@ class Group:
         self.made_from_store = process_group is None
         # Weak, so that a destroyed process group and everything that refers to it can be collected.
         self._process_group = weakref.ref(process_group) if process_group is not None else lambda: None
-        self.settings: Settings = load_settings(group=name)
         self.extensions: dict[type, Any] = {}
-        self._rounds = Rounds(store, rank, size, name)
+        myself = weakref.ref(self)
+        self._rounds = Rounds(store, rank, size, name, lambda: _lost_elsewhere(myself()))
+        try:
+            self.settings: Settings = load_settings(group=name)
+        except SymmemError as error:
+            self._rounds.presence.announce(error)  # the others would wait for this rank
+            raise
         self._watch = ProcessWatch()
         self._lock = threading.RLock()  # held during a collective
         self._under_way: tuple[str, float, int] | None = None  # the holder's operation, its start, its thread
         self._unreported: deque[tuple[str, BaseException]] = deque()  # errors that the holder of the lock must report
         self.process = os.getpid()
         self.closed = False
+        self._rounds.presence.announce()
         _groups.add(self)
         for callback in group_made:
             callback(self)
@@ -278,12 +287,54 @@ def known_groups() -> list[Group]:
     return sorted(_groups, key=lambda group: group.name)
 
 
+def _world_ranks(group: Group) -> tuple[tuple[int, int], tuple[int, ...]] | None:
+    """Return the size of the job's world and this process's rank in it, and the ranks of a group in the world.
+
+    None if the group's ranks are not known to be ranks of a world.
+    """
+    if not group.made_from_store:
+        process_group = group.process_group
+        if process_group not in dist.distributed_c10d._world.pg_map:
+            return None
+        ranks = dist.get_process_group_ranks(process_group)
+        return (dist.get_world_size(), dist.get_rank()), tuple(ranks)
+    own = os.environ.get("WORLD_SIZE"), os.environ.get("RANK")  # as launchers set them
+    if own != (str(group.size), str(group.rank)):
+        return None
+    return (group.size, group.rank), tuple(range(group.size))
+
+
+def _lost_elsewhere(group: Group | None) -> tuple[int, ...]:
+    """Return the ranks of a group with a process that has ended, as other open groups of this process know."""
+    with contextlib.suppress(RuntimeError):  # another thread makes a group, or destroys a process group
+        if group is not None and (own := _world_ranks(group)):
+            gone: set[int] = set()
+            for other in known_groups():
+                if other is not group and not other.closed and other.process == os.getpid() and (lost := other.lost()):
+                    world = _world_ranks(other)
+                    if world is not None and world[0] == own[0]:
+                        gone.update(world[1][rank] for rank in lost)
+            return tuple(rank for rank, world_rank in enumerate(own[1]) if world_rank in gone)
+    return ()
+
+
+@atexit.register
+def _say_that_the_process_ends() -> None:
+    """Tell ranks that may wait at the store. Those with sockets see the end of the connection."""
+    error = getattr(sys, "last_value", None)
+    reason = f" with {type(error).__name__}: {error}" if isinstance(error, BaseException) else ""
+    for group in list(_groups):
+        if group.process == os.getpid() and not group.closed and group._rounds.sockets is None:
+            group._rounds.presence.end(reason)
+
+
 def _leave_in_child() -> None:
     """Close a forked child's copies of the sockets; otherwise peers would not notice the parent's death."""
     for group in list(_groups):
         # In the child, no thread releases the locks that other threads held at the fork.
         group._lock = threading.RLock()
         group._watch.renew_lock()
+        group._rounds.presence.renew_lock()
         group._disconnect()
 
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
-import threading
-import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -20,50 +17,10 @@ from symmem.errors import PeerLostError
 from symmem.group.agreement import AgreedError, CollectiveOperation, Rounds
 from symmem.group.compare import exchange_json
 from symmem.group.locations import Location, are_connectable
+from symmem.group.presence import ProcessWatch
 from symmem.group.transports import SocketTransport, watch_process
 
-__all__ = ["ProcessWatch", "join"]
-
-
-class ProcessWatch:
-    """Notices the end of the ranks' processes, by a pidfd per rank. Any thread may ask."""
-
-    def __init__(self) -> None:
-        self._ranks: dict[int, int] = {}  # by pidfd
-        self._poll = select.poll()
-        # Threads must not use a poll object at the same time, and its descriptors must stay open meanwhile.
-        self._lock = threading.Lock()
-        weakref.finalize(self, _close_all, self._ranks).atexit = False
-
-    def add(self, received: Received, own_rank: int) -> None:
-        """Take ownership of the descriptors that the ranks have sent."""
-        with self._lock:
-            for rank, contribution in enumerate(received):
-                for descriptor in contribution.descriptors:
-                    self._ranks[descriptor] = rank
-                    if rank != own_rank:
-                        self._poll.register(descriptor, select.POLLIN)
-
-    def lost(self) -> tuple[int, ...]:
-        """Return the ranks with an ended process."""
-        with self._lock:
-            return tuple(sorted(self._ranks[descriptor] for descriptor, _event in self._poll.poll(0)))
-
-    def close(self) -> None:
-        """Close all descriptors."""
-        with self._lock:
-            self._poll = select.poll()
-            _close_all(self._ranks)
-
-    def renew_lock(self) -> None:
-        """Replace the lock in a forked child, where the thread that held it does not exist."""
-        self._lock = threading.Lock()
-
-
-def _close_all(ranks: dict[int, int]) -> None:
-    descriptors = tuple(ranks)
-    ranks.clear()
-    scm.close_all(descriptors)
+__all__ = ["join"]
 
 
 def join(rounds: Rounds, operation: CollectiveOperation, watch: ProcessWatch) -> None:
@@ -91,6 +48,7 @@ def join(rounds: Rounds, operation: CollectiveOperation, watch: ProcessWatch) ->
             # If this round succeeds, all ranks have sockets; else none keeps them.
             rounds.exchange(operation, "joined")
         rounds.locations, rounds.identity, rounds.joined = locations, welcome.address, True
+        rounds.presence.leave()
         if rank == 0 and rounds.sockets is not None:
             rounds.store.forget(rounds.number)
 

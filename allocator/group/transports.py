@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
+import torch.distributed as dist
+
 from symmem.backends import descriptors as scm
 from symmem.backends.descriptors import Contribution
 from symmem.backends.libc import is_limit, limit_error
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["Message", "SocketTransport", "StoreTransport", "Transport", "watch_process", "within"]
+__all__ = ["Message", "NotComingError", "SocketTransport", "StoreTransport", "Transport", "watch_process", "within"]
 
 T = TypeVar("T")
 
@@ -50,9 +52,27 @@ log = logging.getLogger("symmem.group")
 PATIENCE = 2.0
 """Seconds of tolerance. After this time, rank 0 gives up a rank with a full buffer, and a rank gives up the store."""
 
-TURN = 1.0
-"""Seconds of the first wait in the store; the following waits are longer. A store client handles one request at a
-time, so with one long wait two threads with different groups would block each other."""
+TURN = 0.5
+"""Seconds of the first wait in the store. It gets its answer at once, but a client of a TCPStore handles one request at
+a time, so other threads of this process wait too. After it, the rank asks from time to time."""
+
+_MOST_REQUESTS = 4000
+"""Per second, from all ranks of a group that wait at the store."""
+
+_client_turn = threading.Lock()
+"""Held by the thread that waits in the client of a TCPStore."""
+
+
+class NotComingError(RuntimeError):
+    """A rank cannot come to a round over the store. All ranks learn that for themselves.
+
+    Attributes:
+        error: The error for all ranks.
+    """
+
+    def __init__(self, error: SymmemError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 @dataclass
@@ -156,14 +176,18 @@ class StoreTransport:
     """Messages as keys of a ``torch.distributed.Store``.
 
     In a round of n ranks, every rank makes 2 requests (its message, a counter) and one wait, and the leader reads n
-    keys. The last rank to come, or the first that failed, sets ``ready``, so no rank polls.
+    keys. The last rank to come, or the first that failed, sets ``ready``. A rank that waits for longer asks from time
+    to time, so that it does not block other threads, and looks whether the others can still come.
 
     Of a store's calls, only ``wait`` has a timeout, and not even ``wait`` if the process that serves the store is
     stopped. So a thread makes the calls, and the caller abandons the thread at the deadline.
     """
 
-    def __init__(self, store: Store, prefix: str, rank: int, size: int) -> None:
+    def __init__(
+        self, store: Store, prefix: str, rank: int, size: int, check: Callable[[], None] = lambda: None
+    ) -> None:
         self._store: Any = store  # torch's stubs lack bytes as values, and has_extended_api
+        self._check_others = check
         self._prefix, self._rank, self._size = prefix, rank, size
         self._kept = 1  # the first round with keys in the store
         self._collected = 0  # the last round collected here; rounds over sockets leave no keys
@@ -232,11 +256,14 @@ class StoreTransport:
         return Message.unpack(scm.parse_header(value[4 : 4 + size]), value[4 + size :])
 
     def _wait(self, key: str, deadline: float, sequence: int, ranks: Iterable[int]) -> None:
-        turn = TURN
-        while not self._comes(key, min(time.monotonic() + turn, deadline)):
-            if time.monotonic() < deadline:
-                turn = min(2 * turn, 4 * TURN)  # torch logs every wait that times out
-                time.sleep(0.02)  # lets another thread use the client
+        if self._comes(key, min(time.monotonic() + TURN, deadline)):
+            return
+        nap = 0.01
+        while not self._store.check([key]):
+            self._check_others()
+            if (remaining := deadline - time.monotonic()) > 0:
+                nap = min(1.5 * nap, max(0.25, self._size / _MOST_REQUESTS))
+                time.sleep(min(nap, remaining))
                 continue
             absent = tuple(
                 rank for rank in ranks if rank != self._rank and not self._store.check([self._key(sequence, rank)])
@@ -247,24 +274,32 @@ class StoreTransport:
             )
 
     def _comes(self, key: str, end: float) -> bool:
-        """Wait for a key until ``end``. Meanwhile no other thread of this process can use the store."""
-        try:
-            self._store.wait([key], timedelta(seconds=max(end - time.monotonic(), 0.001)))
-        except RuntimeError as error:
-            # The exception at a timeout differs from store to store; the clock tells it from a broken store.
-            if time.monotonic() < end - 0.05:
-                raise RendezvousError(
-                    f"the job's store failed: {error}", hint="the process that serves it may have ended"
-                ) from error
-            return False
-        return True
+        """Wait for a key until ``end``; not at all if another thread waits in the client."""
+        with contextlib.ExitStack() as turn:
+            if _is_tcp(self._store):
+                if not _client_turn.acquire(blocking=False):
+                    return False
+                turn.callback(_client_turn.release)
+            try:
+                self._store.wait([key], timedelta(seconds=max(end - time.monotonic(), 0.001)))
+            except RuntimeError as error:
+                # The exception at a timeout differs from store to store; the clock tells it from a broken store.
+                if time.monotonic() < end - 0.05:
+                    raise RendezvousError(
+                        f"the job's store failed: {error}", hint="the process that serves it may have ended"
+                    ) from error
+                return False
+            return True
 
 
-def within(deadline: float, call: Callable[..., T], *arguments: Any) -> T:
-    """Return the result of a call of the store; raise PeerTimeoutError if it is late.
+def _is_tcp(store: object) -> bool:
+    while isinstance(store, dist.distributed_c10d.PrefixStore):
+        store = store.underlying_store
+    return isinstance(store, dist.TCPStore)  # type: ignore[attr-defined]
 
-    The limit is ``deadline`` plus :data:`PATIENCE`.
-    """
+
+def within(deadline: float, call: Callable[..., T], *arguments: Any, patience: float = PATIENCE) -> T:
+    """Return the result of a call of the store; raise PeerTimeoutError if it is later than ``deadline + patience``."""
     answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
     def work() -> None:
@@ -275,7 +310,7 @@ def within(deadline: float, call: Callable[..., T], *arguments: Any) -> T:
 
     threading.Thread(target=work, name="symmem-store", daemon=True).start()
     try:
-        value, error = answers.get(timeout=max(deadline - time.monotonic(), 0.0) + PATIENCE)
+        value, error = answers.get(timeout=max(deadline - time.monotonic(), 0.0) + patience)
     except queue.Empty:
         raise PeerTimeoutError(
             "the job's store does not answer", hint="see whether the process that serves it is stopped, or overloaded"

@@ -1,0 +1,195 @@
+"""A rank that cannot come to the first meeting of a group is noticed at once; that rank is a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from thread_ranks import make_groups, meet, run_ranks
+
+import symmem.group.group
+from symmem.errors import ConfigError, PeerLostError, PeerTimeoutError
+from symmem.group.group import Group
+from symmem.group.presence import Presence, Process
+from symmem.group.transports import NotComingError
+
+SOON = 20.0
+"""Seconds, far less than the timeout of the ranks that wait."""
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture(autouse=True)
+def sockets_are_closed() -> Iterator[None]:
+    yield
+    for group in list(symmem.group.group._groups):
+        group._disconnect()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> dist.FileStore:
+    return dist.FileStore(str(tmp_path / "store"), -1)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a process, which waits after ``code`` until it is killed."""
+    begin = (
+        "import sys, time, torch.distributed as dist, symmem\n"
+        f"store = dist.FileStore({str(tmp_path / 'store')!r}, -1)\n"
+    )
+    processes: list[subprocess.Popen[str]] = []
+
+    def run(code: str) -> subprocess.Popen[str]:
+        program = f"{begin}{code}\nprint('here', flush=True)\ntime.sleep(600)"
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def waits(group: Group) -> tuple[Any, float]:
+    """The result of a join with a long timeout, and the seconds that it took."""
+    begin = time.monotonic()
+    (result,) = run_ranks(1, lambda _: meet(group, timeout=120), timeout=150)
+    return result, time.monotonic() - begin
+
+
+def test_a_process_that_dies_before_it_joins_is_named(store: dist.FileStore, start: Start) -> None:
+    """It has made the group, so the others know its process."""
+    process = start("group = symmem.Group.from_store(1, 2, store, 'a')")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    group = Group.from_store(0, 2, store, "a")
+    threading.Timer(0.7, process.kill).start()
+    error, seconds = waits(group)
+    assert isinstance(error, PeerLostError)
+    assert (error.peers, error.rank, error.step) == ((1,), 0, "meet: join")
+    assert seconds < SOON
+
+
+def test_a_process_that_dies_while_it_waits_in_the_join_is_named(store: dist.FileStore, start: Start) -> None:
+    """Its message has come, so that only its process can tell."""
+    process = start(
+        "import threading, os\n"
+        "threading.Timer(1.0, os._exit, (0,)).start()\n"
+        "symmem.collect(symmem.Group.from_store(1, 3, store, 'a'))"
+    )
+    process.wait()
+    groups = [Group.from_store(rank, 3, store, "a") for rank in (0, 2)]
+    results = run_ranks(2, lambda i: meet(groups[i], "collect", timeout=120), timeout=150)
+    assert [(type(error), error.peers) for error in results] == [(PeerLostError, (1,))] * 2
+
+
+def test_a_process_that_ends_by_an_exception_says_so(store: dist.FileStore, start: Start) -> None:
+    """The note at the store reaches other hosts too."""
+    start("group = symmem.Group.from_store(1, 2, store, 'a')\nraise ValueError('a mistake')").wait()
+    error, seconds = waits(Group.from_store(0, 2, store, "a"))
+    assert isinstance(error, PeerLostError)
+    assert error.peers == (1,)
+    assert seconds < SOON
+
+
+def test_a_death_that_another_group_knows_counts(
+    store: dist.FileStore, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process never made the second group. A new process that has come in its place is not taken for it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    process = start("group = symmem.Group.from_store(1, 2, store, 'a')\nwith group.collective('meet'): pass")
+    first = Group.from_store(0, 2, store, "a")
+    run_ranks(1, lambda _: meet(first, timeout=120), timeout=150)
+    process.kill()
+    process.wait()
+    error, seconds = waits(Group.from_store(0, 2, store, "b"))
+    assert isinstance(error, PeerLostError)
+    assert error.peers == (1,)
+    assert seconds < SOON
+    new = start("group = symmem.Group.from_store(1, 2, store, 'd')")
+    assert new.stdout is not None
+    new.stdout.readline()
+    result = run_ranks(1, lambda _: meet(Group.from_store(0, 2, store, "d"), timeout=2.0), timeout=60)[0]
+    assert isinstance(result, PeerTimeoutError)
+    # A group of which this process has another rank may have other members.
+    monkeypatch.setenv("RANK", "1")
+    result = run_ranks(1, lambda _: meet(Group.from_store(0, 2, store, "e"), timeout=1.0), timeout=60)[0]
+    assert isinstance(result, PeerTimeoutError)
+
+
+def test_an_id_that_another_process_reuses_is_no_sign_of_life(start: Start) -> None:
+    """The start of a process is compared as well as its id."""
+    process = start("")
+    here = Process.here()
+    started = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19])
+    descriptor = Process(here.boot, here.namespace, process.pid, started).watch()
+    assert descriptor is not None
+    os.close(descriptor)
+    with pytest.raises(ProcessLookupError):
+        Process(here.boot, here.namespace, process.pid, started - 1).watch()
+    assert Process("elsewhere", here.namespace, process.pid, started).watch() is None
+
+
+def test_an_error_of_the_configuration_is_raised_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank with the error makes no group, so the others would wait for it."""
+    store = dist.HashStore()
+    monkeypatch.setenv("SYMMEM_ENABLE", "arena_sizes(1MiB)")
+    with pytest.raises(ConfigError):
+        Group.from_store(1, 3, store, "a")
+    monkeypatch.delenv("SYMMEM_ENABLE")
+    groups = [Group.from_store(rank, 3, store, "a") for rank in (0, 2)]
+    results = run_ranks(2, lambda i: meet(groups[i], timeout=120), timeout=150)
+    assert {type(error) for error in results} == {ConfigError}
+    assert all("arena_sizes" in str(error) for error in results)
+
+
+def test_a_rank_takes_its_note_back() -> None:
+    """Its configuration is right at the next try."""
+    store = dist.HashStore()
+    others = Presence(store, "p", 0, 2, tuple)
+    others.announce()
+    with_error = Presence(store, "p", 1, 2, tuple)
+    with_error.announce(ConfigError("wrong"))
+    with pytest.raises(NotComingError, match="wrong"):
+        others.check()
+    Presence(store, "p", 1, 2, tuple).announce()
+    others.check()
+
+
+def test_a_process_that_ends_names_its_reason() -> None:
+    store = dist.HashStore()
+    ends, waits = (Presence(store, "p", rank, 2, tuple) for rank in (1, 0))
+    waits.announce()
+    ends.announce()
+    ends.end(" with ValueError: a mistake")
+    with pytest.raises(NotComingError, match="rank 1's process ended with ValueError: a mistake"):
+        waits.check()
+
+
+def test_threads_that_wait_at_one_client_do_not_blame_the_store() -> None:
+    """A client of a TCPStore handles one request at a time."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    groups = [Group.from_store(1, 2, server, f"of thread {number}") for number in range(4)]
+    results = run_ranks(4, lambda number: meet(groups[number], timeout=2.5), timeout=60)
+    assert {type(error) for error in results} == {PeerTimeoutError}
+    assert all(error.peers == (0,) and "did not come" in str(error) for error in results)
+
+
+def test_ranks_that_are_threads_are_not_watched() -> None:
+    """They share a process."""
+    groups = make_groups(2)
+    results = run_ranks(2, lambda rank: meet(groups[rank], timeout=20))
+    assert results == [None, None]
