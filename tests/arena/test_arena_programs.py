@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
+from patience import LONG, SOON
 
 import symmem
 from symmem.arena.arena import arenas_of
@@ -91,7 +92,7 @@ def test_statistics_do_not_wait_for_a_meeting(one_rank: Any) -> None:
     def hold() -> None:
         with arena.log.lock:
             held.set()
-            done.wait(30)
+            done.wait(LONG)
 
     thread = threading.Thread(target=hold)
     thread.start()
@@ -99,7 +100,7 @@ def test_statistics_do_not_wait_for_a_meeting(one_rank: Any) -> None:
     begin = time.monotonic()
     snapshot = symmem.memory_snapshot()
     assert symmem.memory_stats()["segments"] == 1
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < SOON
     # Only one arena: a process group that torch still holds may have another arena.
     assert [each["meeting"] for each in snapshot["arenas"]].count(True) == 1
     done.set()

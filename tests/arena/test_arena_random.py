@@ -16,6 +16,7 @@ import random
 import sys
 from typing import Any, NamedTuple
 
+import patience
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ import symmem
 from symmem.arena.arena import arenas_of
 from symmem.tools.ranks import RankPool, rank_store
 
-SETTINGS = "arena_size(2MiB),arena_growth(1.5),arena_limit(256MiB),rendezvous_timeout(20s),signal_timeout(10s)"
+SETTINGS = f"arena_size(2MiB),arena_growth(1.5),arena_limit(256MiB),{patience.SETTINGS}"
 SEEDS = [int(os.environ["SYMMEM_ARENA_SEED"])] if "SYMMEM_ARENA_SEED" in os.environ else [1, 2, 3, 4, 5, 6]
 STEPS = 120
 DTYPES = [torch.int16, torch.int32, torch.int64, torch.float32, torch.float64]
@@ -33,7 +34,7 @@ DTYPES = [torch.int16, torch.int32, torch.int64, torch.float32, torch.float64]
 def test_random_use(seed: int, pools_of: dict[int, RankPool]) -> None:
     world = 3 + seed % 2
     if world not in pools_of:
-        pools_of[world] = RankPool(world, process_group=None, env={"SYMMEM_ENABLE": SETTINGS})
+        pools_of[world] = RankPool(world, process_group=None, timeout=patience.TASK, env={"SYMMEM_ENABLE": SETTINGS})
     try:
         told = pools_of[world].run(run, seed, STEPS)
     except Exception:

@@ -17,8 +17,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import patience
 import pytest
 import torch
+from patience import LONG, SOON
 
 import symmem
 from symmem.arena.allocation_log import AllocationLog
@@ -34,8 +36,7 @@ from symmem.tools.ranks import RankPool, rank_store
 
 WORLD = 3
 MIB = 1 << 20
-SOON = 6.0  # seconds; far below the timeout of 30, and enough for a busy machine
-SETTINGS = "arena_size(2MiB),arena_growth(1),arena_limit(64MiB),rendezvous_timeout(30s),signal_timeout(20s)"
+SETTINGS = f"arena_size(2MiB),arena_growth(1),arena_limit(64MiB),{patience.SETTINGS}"
 NewPool = Callable[..., RankPool]
 
 
@@ -638,9 +639,10 @@ def interrupt_a_collection(victim: int) -> tuple[str, Told, int]:
                 symmem.collect(group)  # the others come later
         except Interrupt:
             raised = "Interrupt"
+        rank_store().set(f"interrupted {victim}", "")
         result = told(lambda: None)
     else:
-        time.sleep(0.5)
+        rank_store().wait([f"interrupted {victim}"])
         result = told(lambda: symmem.collect(group))
     freed = symmem.collect(group)
     works(group)
@@ -815,7 +817,7 @@ def two_threads() -> list[str]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(LONG)
         assert not thread.is_alive()
     gc.set_threshold(700)
     return errors

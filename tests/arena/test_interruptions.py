@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from arena_rank import MIB, Make, Rank, span
+from patience import LONG
 
 import symmem
 from symmem.arena import suballocator
@@ -182,11 +183,11 @@ def test_a_forked_child_has_no_arena(rank: Rank) -> None:
     def hold() -> None:
         with rank.log.lock:
             held.set()
-            over.wait(10)
+            over.wait(LONG)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    held.wait(10)
+    held.wait(LONG)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of a fork with threads
         child = os.fork()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from arena_rank import Make, Rank, mapped
+from patience import TASK
 
 import symmem
 from symmem.arena.segment import GRANULE
@@ -176,7 +177,7 @@ allocate()
 
 @pytest.mark.slow
 def test_tensors_that_live_until_the_interpreter_ends() -> None:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, timeout=TASK)
     assert (done.returncode, done.stderr) == (0, "")
     # Two tensors were dropped by then: the source of the float copy, and the tensor of the last line.
     assert done.stdout.split() == ["512", "gone"]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from arena_rank import Make, Rank, span
+from patience import LONG
 from thread_ranks import make_groups, succeed
 
 import symmem
@@ -202,7 +203,7 @@ def test_two_threads_in_one_arena(rank: Rank) -> None:
     sys.setswitchinterval(1e-6)
 
     def work(me: int) -> list[symmem.SymmetricTensor]:
-        ready.wait(10)
+        ready.wait(LONG)
         return [rank.allocate(300) for _ in range(400)]
 
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import LONG
 
 from symmem import backends
 from symmem.backends import AUTO_ORDER, available_names, get_backend, select_backend
@@ -113,7 +114,7 @@ def test_probing_happens_once_a_process_and_name() -> None:
     started = threading.Barrier(4)
 
     def select(_: int) -> str:
-        started.wait(10)
+        started.wait(LONG)
         return select_backend(("native",), "cuda").name
 
     with ThreadPoolExecutor(4) as threads:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import LONG, SOON
 from thread_ranks import run_ranks
 
 from symmem.backends import descriptors as scm
@@ -35,7 +36,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 Pair = tuple[socket.socket, socket.socket]
 
 
-def soon(seconds: float = 5.0) -> float:
+def soon(seconds: float = LONG) -> float:
     return time.monotonic() + seconds
 
 
@@ -120,7 +121,7 @@ def test_a_message_that_does_not_come_is_a_timeout(pair: Pair) -> None:
     begin = time.monotonic()
     with pytest.raises(TimeoutError):
         scm.receive(pair[1], soon(0.05))
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < SOON
 
 
 def test_a_peer_that_does_not_read_is_a_timeout(pair: Pair) -> None:
@@ -228,7 +229,7 @@ def test_strangers_are_turned_away_and_cost_no_time(listener: scm.Listener, capl
     second = scm.connect(listener.welcome, 2, soon())
     begin = time.monotonic()
     members = listener.accept()
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < SOON
     assert sorted(members) == [1, 2]
     first.sendall(b"me")
     assert members[1].recv(2) == b"me"
@@ -248,7 +249,7 @@ def test_who_did_not_connect_is_named_at_once(listener: scm.Listener) -> None:
     begin = time.monotonic()
     with pytest.raises(PeerLostError, match=r"ranks \[1\]") as caught:
         listener.accept()
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < SOON
     assert caught.value.peers == (1,)
     assert sock.recv(32) == listener.welcome.halves[1]
     assert sock.recv(1) == b""
@@ -358,7 +359,7 @@ def test_there_is_room_for_hundreds_of_strangers(listener: scm.Listener) -> None
     socks = [scm.connect(listener.welcome, rank, soon()) for rank in (1, 2)]
     begin = time.monotonic()
     members = listener.accept()
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < SOON
     for sock in (*strangers, *socks, *members.values()):
         sock.close()
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import LONG, SOON, TASK
 
 import symmem
 from symmem.backends import descriptors as scm
@@ -35,8 +36,6 @@ from symmem.tools.conformance.case import Resources
 from symmem.tools.ranks import RankPool, rank_store
 
 WORLD = 3
-LONG = 12.0  # a timeout that must not expire
-SOON = 6.0  # seconds; far below LONG, and enough for a busy machine
 NewPool = Callable[..., RankPool]
 
 
@@ -178,7 +177,11 @@ def see_leader_die(step: str) -> tuple[Told, Resources, Resources]:
                 return received
 
             Rounds.exchange = dying  # type: ignore[method-assign]
-    error = told(lambda: meet(mine, 1.5))
+    store = rank_store()
+    if store.add("here", 1) == WORLD:
+        store.set("all are here", "")
+    store.wait(["all are here"])
+    error = told(lambda: meet(mine, 3.0))
     return error, before, Resources.now()
 
 
@@ -212,7 +215,7 @@ def see_stop(victim: int, pids: list[int], what: str) -> tuple[list[Told], Resou
     else:
         while store.add(key, 0) < 1 or not _is_stopped(pids[victim]):
             time.sleep(0.01)
-    timeout = 0.4 if mine.rank != victim else LONG
+    timeout = 1.0 if mine.rank != victim else LONG
     if what == "barrier":
         errors.append(told(lambda: st.barrier(7, timeout=timeout)))
     else:
@@ -247,7 +250,7 @@ def see_absence(absent: int, name: str) -> tuple[Told | None, Resources, Resourc
     mine = group(name)
     before = Resources.now()
     st = symmem.allocate(10, backend="host", arena=False)
-    error = told(lambda: st.rendezvous(mine, timeout=0.4)) if mine.rank != absent else None
+    error = told(lambda: st.rendezvous(mine, timeout=1.0)) if mine.rank != absent else None
     st = None  # type: ignore[assignment]
     return error, before, Resources.now()
 
@@ -263,7 +266,7 @@ def test_a_rank_that_never_comes_is_named(absent: int, met: bool, pool: RankPool
     for rank, (error, before, after) in enumerate(results):
         if rank != absent:
             assert (error.kind, error.peers) == ("PeerTimeoutError", (absent,))
-            assert "0.4 s" in error.text
+            assert "timeout 1 s" in error.text
             assert "same calls in the same order" in error.text
             assert error.took < SOON
         assert after == before
@@ -717,12 +720,12 @@ def test_however_ranks_end_nothing_is_left(mode: str, code: int, tmp_path: Path)
     """After a normal exit, an exception or SIGKILL of all ranks: no file, no socket, no process."""
     marker = str(tmp_path / "store")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM, marker, mode], capture_output=True, text=True, timeout=60
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, marker, mode], capture_output=True, text=True, timeout=TASK
     )
     assert done.returncode == code, done.stderr
     assert done.stderr.count("on purpose") >= (mode == "exception")
     assert mode == "exception" or done.stderr == ""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + LONG
     while _processes_of(marker) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert _processes_of(marker) == []

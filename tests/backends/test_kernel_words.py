@@ -16,6 +16,7 @@ import torch
 from emulated_gpu import COMPILER, WAITING, emulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import LONG
 
 from symmem.backends import gpu, kernel_status, kernel_words
 from symmem.backends.cuda_signals import _call_type
@@ -238,13 +239,13 @@ class Ranks:
     def become(self, *expected: tuple[int, str, tuple[int, ...]]) -> None:
         """Poll until the waits are as expected: rank, step and awaited ranks."""
         wanted = [(f"of rank {rank}", step, missing) for rank, step, missing in expected]
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + LONG
         while sorted(each[:3] for each in seen(self.words)) != wanted:
             assert time.monotonic() < deadline, seen(self.words)
 
     def join(self) -> None:
         for thread in self.threads:
-            thread.join(20)
+            thread.join(LONG)
             assert not thread.is_alive()
 
 

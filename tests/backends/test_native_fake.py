@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fake_driver import GRANULARITY, FakeDriver, descriptors, install
+from patience import LONG
 
 import symmem
 from symmem.arena.arena import Arenas
@@ -662,7 +663,7 @@ def collected_on_a_thread() -> None:
     if dist.get_rank() == 0:
         thread = threading.Thread(target=gc.collect)
         thread.start()
-        thread.join(10)
+        thread.join(LONG)
         assert not thread.is_alive()
         assert driver.live == (1, 2, 2, 0)  # the blocks of pads
     meet()

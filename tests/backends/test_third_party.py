@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import TASK
 
 import symmem
 from symmem.backends import available_names, get_backend
@@ -46,7 +47,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pool(package: Path) -> Iterator[RankPool]:
-    with RankPool(WORLD) as pool:
+    with RankPool(WORLD, timeout=TASK) as pool:
         for names in pool.run(join, str(package)):
             assert {"toy", "broken", "host"} <= set(names)
         yield pool

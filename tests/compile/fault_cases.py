@@ -32,6 +32,7 @@ from compile_support import (
     summed,
     values,
 )
+from patience import LONG
 from torch.utils.checkpoint import checkpoint
 
 import symmem
@@ -686,7 +687,7 @@ def case_interrupted_as_the_turn_is_given_back() -> None:
             call(1)
     finally:
         sys.setprofile(None)
-    other.join(20)
+    other.join(LONG)
     assert not other.is_alive()
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import SETTINGS, TASK
 
 from symmem.tools.commands import validate
 from symmem.tools.examples import EXAMPLES, run_example, why_not
@@ -17,7 +18,7 @@ FOLDER = Path(__file__).parents[2] / "examples"
 # Without GPUs, because the programs would use them; Inductor starts no worker processes.
 ENV = {
     "CUDA_VISIBLE_DEVICES": "",
-    "SYMMEM_ENABLE": "rendezvous_timeout(30s),signal_timeout(20s)",
+    "SYMMEM_ENABLE": SETTINGS,
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }
 
@@ -46,7 +47,7 @@ def test_it_is_right(name: str) -> None:
     if why := why_not(name, cuda=False):
         pytest.skip(why)
     world = 2 if EXAMPLES[name].compiles else 3
-    printed = run_example(FOLDER / name, world, ENV, timeout=100)
+    printed = run_example(FOLDER / name, world, ENV, timeout=TASK)
     assert "right" in printed
 
 

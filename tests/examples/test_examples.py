@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from patience import TASK
 
 from symmem.config import BACKENDS
 
@@ -67,7 +68,7 @@ def runs() -> Iterator[dict[str, subprocess.Popen[str]]]:
 @pytest.mark.parametrize("name", [name for name in WAYS if name != "wrong"])
 def test_hello_works(name: str, runs: dict[str, subprocess.Popen[str]]) -> None:
     world = WAYS[name].ranks
-    out, err = runs[name].communicate(timeout=100)
+    out, err = runs[name].communicate(timeout=TASK)
     assert runs[name].returncode == 0, err
     told = sorted(re.findall(r"^rank (\d+) of (\d+): (\w+) memory, sum over all ranks (\d+)$", out, re.MULTILINE))
     memory = {backend for _, _, backend, _ in told}
@@ -78,7 +79,7 @@ def test_hello_works(name: str, runs: dict[str, subprocess.Popen[str]]) -> None:
 
 @pytest.mark.ranks
 def test_a_wrong_choice_is_an_error_that_lists_the_valid_ones(runs: dict[str, subprocess.Popen[str]]) -> None:
-    out, err = runs["wrong"].communicate(timeout=100)
+    out, err = runs["wrong"].communicate(timeout=TASK)
     assert runs["wrong"].returncode == 1
     assert "memory" not in out
     assert "ConfigError: argument backend: unknown backend 'hots'" in err

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from doc_pages import ROOT, blocks
 from emulated_gpu import COMPILER, WAITING, emulate
+from patience import TASK
 from thread_ranks import succeed
 
 import symmem
@@ -188,7 +189,7 @@ CHECKED = INCLUDE + LAYOUT + GUIDE
 def compiled(source: str, tmp_path: Path, *command: str) -> str:
     (tmp_path / "kernels.cu").write_text(source)
     include = f"-I{symmem.include_path()}"
-    done = subprocess.run([*command, include, "kernels.cu"], capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    done = subprocess.run([*command, include, "kernels.cu"], capture_output=True, text=True, cwd=tmp_path, timeout=TASK)
     return done.stderr + done.stdout if done.returncode else ""
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from patience import TASK
 
 import symmem
 
@@ -138,7 +139,7 @@ def test_what_it_is_compiled_to(world: int, tmp_path: Path) -> None:
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=100)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=TASK)
     assert done.returncode == 0, done.stderr
     ptx = done.stdout
     chunks = -(-world // 32)
@@ -166,6 +167,6 @@ def test_without_triton_the_error_is_named() -> None:
         "try: symmem.triton\n"
         "except symmem.errors.UnsupportedError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=TASK)
     assert "symmem.triton needs Triton" in done.stdout, done.stderr
     assert "pip install triton" in done.stdout

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from patience import TASK
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -210,7 +211,7 @@ compiled = torch.compile(lambda x: all_reduce(x), fullgraph=True, backend="eager
 assert compiled(torch.ones(3)).tolist() == [1] * 3
 dist.destroy_process_group()
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=100)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=TASK)
 
 
 def test_compiled_code_changes_its_arguments_in_place(group: symmem.Group) -> None:

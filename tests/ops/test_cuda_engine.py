@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from emulated_gpu import COMPILER, compile_kernels
+from patience import LONG, TASK
 from thread_ranks import make_groups, run_ranks, succeed
 
 from symmem.backends import cuda_signals, kernel_status
@@ -142,7 +143,7 @@ def test_nvcc_takes_the_kernels(flags: list[str], tmp_path: Path) -> None:
     source = tmp_path / "kernels.cu"
     source.write_text(SOURCE)
     command = ["nvcc", "-arch=sm_90", "-std=c++17", "-cubin", "-o", str(tmp_path / "out"), *flags, str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TASK)
     assert done.returncode == 0, done.stderr
 
 
@@ -578,7 +579,7 @@ def test_who_waits_for_a_rank_says_so(
 
     def work(engine: CudaEngine, rank: int) -> None:
         if rank in late:
-            assert go.wait(20)
+            assert go.wait(LONG)
         if step == "all_reduce":
             engine.use(engine.table._replace(all_reduce=rows))
             engine.all_reduce(torch.ones(100), torch.empty(100), "sum")
@@ -589,7 +590,7 @@ def test_who_waits_for_a_rank_says_so(
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(ranks.run, work)
         waiting = {(rank, step, tuple(sorted(late))) for rank in range(WORLD) if rank not in late}
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + LONG
         try:
             while {(groups.index(each.group), each.step, each.missing()) for each in gpu_waits()} != waiting:  # type: ignore[arg-type]
                 assert time.monotonic() < deadline

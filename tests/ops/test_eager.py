@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import LONG
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -649,7 +650,7 @@ def test_what_is_forgotten_while_it_runs(group: Any, gpu: Gpu) -> None:
     def forget() -> None:
         thread = threading.Thread(target=lambda: engine.use(engine.table))
         thread.start()
-        thread.join(20)
+        thread.join(LONG)
         assert not thread.is_alive()
 
     gpu.meanwhile = forget

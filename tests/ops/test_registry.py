@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import LONG, TASK
 from torch._C._distributed_c10d import _SymmetricMemory
 from torch._inductor.virtualized import V
 from torch._library.simple_registry import singleton
@@ -586,7 +587,7 @@ def test_ops_that_a_torch_lacks_are_left_out() -> None:
         "built_in.NEED['nosuch'] = built_in.Need(('x',)); "
         "assert len(registered()) > 20"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=TASK)
 
 
 @pytest.mark.slow
@@ -599,7 +600,7 @@ def test_ops_that_a_torch_has_otherwise_are_left_out() -> None:
         "assert known_op('symm_mem::tile_reduce')"
     )
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], stderr=subprocess.PIPE, text=True, check=True, timeout=60
+        [sys.executable, "-W", "ignore", "-c", code], stderr=subprocess.PIPE, text=True, check=True, timeout=TASK
     )
     assert "symm_mem::tile_reduce has no argument 'x'" in run.stderr
 
@@ -616,7 +617,7 @@ assert set(registry._entries) == {'aten::mm'}
 assert symmem.ops.registration('symm_mem::one_shot_all_reduce').source == 'symmem'
 assert symmem.ops.registration('symm_mem::get_remote_tensors').args == ('x',)
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=TASK)
 
 
 # The fingerprint and the version.
@@ -660,7 +661,7 @@ def test_the_fingerprint_is_the_same_in_another_process() -> None:
     for seed in ("1", "2"):  # in this process other tests may have registered something
         command = [sys.executable, "-W", "ignore", "-c", code]
         env = {**os.environ, "PYTHONHASHSEED": seed}
-        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, env=env, check=True)
+        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=TASK, env=env, check=True)
         found.add(run.stdout.strip())
     (fingerprint,) = found
     assert len(fingerprint) == 64
@@ -688,7 +689,7 @@ def test_threads_register_and_look_at_once(define: Define) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(LONG)
     assert not errors
     assert sorted(outcomes) == sorted(names)  # one thread per name
 
@@ -1091,7 +1092,7 @@ def test_the_command_imports_first(tmp_path: Path, capsys: pytest.CaptureFixture
         "lib.register_symm_mem_args('op', ['x'])\n"
     )
     command = [sys.executable, "-W", "ignore", "-m", "symmem", "ops", "list", "--import", "my_ops"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=TASK, cwd=tmp_path)
     assert done.returncode == 0
     row = next(line for line in done.stdout.splitlines() if line.startswith("my_ops::op "))
     assert row.split()[1:] == ["x", "default", "group", "my_ops:4"]

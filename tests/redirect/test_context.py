@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from patience import LONG
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -484,7 +485,7 @@ def test_as_decorator() -> None:
 
 def test_threads() -> None:
     """Threads have separate state; one object serves them all."""
-    context, results, step = inside(), {}, threading.Barrier(3, timeout=20)
+    context, results, step = inside(), {}, threading.Barrier(3, timeout=LONG)
     groups = [Group.from_store(0, 1, dist.HashStore(), f"thread{index}") for index in range(2)]
 
     def work(index: int) -> None:
@@ -500,7 +501,7 @@ def test_threads() -> None:
     results[2] = [x + 2 for _ in range(50)]
     step.wait()
     for thread in threads:
-        thread.join(20)
+        thread.join(LONG)
     for index, group in enumerate(groups):
         assert {log_of(each).group for each in results[index]} == {group}
     assert not any(is_symmetric(each) for each in results[2])
@@ -511,22 +512,22 @@ def test_overlapping_threads_leave_torch_as_it_was() -> None:
     first, second = threading.Event(), threading.Event()
 
     def outlasts() -> None:
-        first.wait(20)
+        first.wait(LONG)
         with inside():
             second.set()
             first.clear()
-            first.wait(20)
+            first.wait(LONG)
             assert _python_dispatch._is_in_torch_dispatch_mode
 
     thread = threading.Thread(target=outlasts)
     thread.start()
     with inside():
         first.set()
-        assert second.wait(20)
+        assert second.wait(LONG)
     while first.is_set():
         pass
     first.set()
-    thread.join(20)
+    thread.join(LONG)
     assert not _python_dispatch._is_in_torch_dispatch_mode
     assert not _python_dispatch._is_in_any_mode_without_ignore_compile_internals
 
@@ -536,7 +537,7 @@ def test_threads_started_inside_are_not_inside() -> None:
     with inside():
         thread = threading.Thread(target=lambda: made.append(x + 1))
         thread.start()
-        thread.join(20)
+        thread.join(LONG)
     assert not is_symmetric(made[0])
 
 
@@ -722,7 +723,7 @@ def test_nested_pools(fake: FakeTorch) -> None:
 
 def test_pools_of_threads(fake: FakeTorch) -> None:
     arenas = [FakeArena(1 << 40), FakeArena(1 << 41)]
-    step, made = threading.Barrier(3, timeout=20), {}
+    step, made = threading.Barrier(3, timeout=LONG), {}
 
     def work(index: int) -> None:
         with within(arenas[index]):
@@ -737,7 +738,7 @@ def test_pools_of_threads(fake: FakeTorch) -> None:
     assert fake.empty().pointer == 0
     step.wait()
     for thread in threads:
-        thread.join(20)
+        thread.join(LONG)
     assert made == {0: 1 << 40, 1: 1 << 41}
 
 

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from patience import LONG, TASK
 
 import symmem
 from symmem.arena.arena import arenas_of
@@ -236,7 +237,7 @@ def test_close_leaves_nothing(folder: Path) -> None:
 def run_program(program: str, runtime: Path, **environ: str) -> str:
     # Standard error stays apart, because torch warns of NumPy there.
     env = {**os.environ, "XDG_RUNTIME_DIR": str(runtime), **environ}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=TASK)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -346,17 +347,17 @@ def test_an_arena_that_another_thread_holds_is_busy(group: symmem.Group) -> None
     def hold() -> None:
         with arenas_of(group)[0].log.lock:
             held.set()
-            over.wait(20)
+            over.wait(LONG)
 
     thread = threading.Thread(target=hold, name="holds the arena")
     thread.start()
-    held.wait(20)
+    held.wait(LONG)
     try:
         status, tensors = status_of(group)
         assert [(arena["busy"], arena["live_blocks"]) for arena in status["arenas"]] == [(True, 1)]
         assert len(tensors) == 1
         (stack,) = [each for each in answer(["stacks"])["stacks"] if each["name"] == "holds the arena"]
-        assert any("over.wait(20)" in frame for frame in stack["frames"])
+        assert any("over.wait(LONG)" in frame for frame in stack["frames"])
     finally:
         over.set()
         thread.join()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from patience import LONG
+
 from symmem.tools.live.processes import ask_all
 from symmem.tools.live.waiting import Analysis, analyse
 
 
 def seen(job: str, until: Callable[[Analysis], bool]) -> Analysis:
     """The job, once it is as expected."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + LONG
     while True:
         found = analyse(ask_all(["groups"], job))
         if until(found):

@@ -17,7 +17,7 @@ SOON = 60.0 * _FACTOR
 TASK = 240.0 * _FACTOR
 """The time that ranks have for a task."""
 
-SETTINGS = f"rendezvous_timeout({SOON:g}s),signal_timeout({SOON:g}s)"
+SETTINGS = f"rendezvous_timeout({LONG:g}s),signal_timeout({LONG:g}s)"
 """For SYMMEM_ENABLE."""
 
 OPTIONS: dict[str, Any] = {"env": {"SYMMEM_ENABLE": SETTINGS}, "timeout": TASK}

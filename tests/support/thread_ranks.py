@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from patience import LONG, TASK
 
 from symmem.group.group import Group
 
 
-def run_ranks(size: int, function: Callable[[int], Any], timeout: float = 20.0) -> list[Any]:
+def run_ranks(size: int, function: Callable[[int], Any], timeout: float = TASK) -> list[Any]:
     """Call ``function(rank)`` in a thread for each rank, named by the rank; returns what each returned or raised."""
     results: list[Any] = [None] * size
 
@@ -46,7 +47,7 @@ def make_groups(size: int, store: dist.Store | None = None, name: str = "threads
     return [Group.from_store(rank, size, store, name) for rank in range(size)]
 
 
-def meet(group: Group, operation: str = "meet", timeout: float = 10.0) -> None:
+def meet(group: Group, operation: str = "meet", timeout: float = LONG) -> None:
     with group.collective(operation, timeout):
         pass
 

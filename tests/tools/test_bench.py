@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from patience import TASK
 
 from symmem.errors import ConfigError
 from symmem.tools import cli
@@ -34,7 +35,7 @@ Output = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    with RankPool(2) as made:
+    with RankPool(2, timeout=TASK) as made:
         yield made
 
 

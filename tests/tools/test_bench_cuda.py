@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from patience import TASK
 
 import symmem
 from symmem.tools.bench import collectives, contenders, p2p
@@ -139,7 +140,7 @@ def collective(operator: str) -> tuple[list[tuple[str, str]], bool, int]:
 
 @pytest.mark.ranks
 def test_each_contender_is_timed_in_a_graph_eager_and_by_the_host() -> None:
-    with RankPool(2) as pool:
+    with RankPool(2, timeout=TASK) as pool:
         for operator, names in (("all_reduce", NAMES), ("all_gather", ["symmem", "nccl"])):
             for keys, positive, asleep in pool.run(collective, operator):
                 assert keys == [(ending, name) for ending in ("_graph", "_eager", "_host") for name in names]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from patience import TASK
 
 from symmem.backends import available_names, get_backend
 from symmem.backends.base import Capability
@@ -174,14 +175,14 @@ def test_output_that_nobody_reads_ends_the_command_quietly() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "symmem", "config", "show"]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=TASK)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_the_package_runs_as_the_command() -> None:
     command = [sys.executable, "-m", "symmem", "--version"]
-    assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout == f"symmem {VERSION}\n"
+    assert subprocess.run(command, capture_output=True, text=True, timeout=TASK).stdout == f"symmem {VERSION}\n"
 
 
 def test_version(capsys: Output) -> None:
@@ -200,7 +201,7 @@ def test_no_command_prints_the_help(capsys: Output) -> None:
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=TASK)
 
 
 def test_doctor_without_torch_says_so_in_one_line() -> None:
@@ -238,7 +239,7 @@ def test_config_check_does_not_import_torch() -> None:
         "import sys; from symmem.tools import cli; assert cli.main(['config', 'check']) == 0; "
         "sys.exit('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=TASK)
     assert done.returncode == 0, done.stderr
     assert "SYMMEM_ENABLE: nothing set" in done.stdout
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch.distributed as dist
+from patience import LONG, TASK
 
 from symmem.tools.ranks import RankPool, RanksFailedError, rank_store
 
@@ -70,7 +71,7 @@ class Watch:
     def __init__(self, pids: list[int]) -> None:
         self._descriptors = [os.pidfd_open(pid) for pid in pids]
 
-    def ended(self, seconds: float = 10.0) -> bool:
+    def ended(self, seconds: float = LONG) -> bool:
         """Whether all processes end within the timeout."""
         return all(select.select([descriptor], [], [], seconds)[0] for descriptor in self._descriptors)
 
@@ -197,7 +198,11 @@ def test_hung_ranks_show_where_they_are() -> None:
     code = f"import {__name__.rpartition('.')[2]} as test; test._hang_in_a_pool_of_its_own()"
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=TASK,
     )
     assert done.returncode == 0, done.stderr
     for rank in range(2):

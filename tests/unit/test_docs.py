@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from doc_pages import ROOT, anchors, blocks, links, pages, program, prose
+from patience import TASK
 
 import symmem.errors
 from symmem.errors import SymmemError
@@ -190,7 +191,7 @@ def test_the_reference_has_every_public_name(tmp_path: Path) -> None:
     if importlib.util.find_spec("pdoc") is None:
         pytest.skip("pdoc is not installed: pip install pdoc")
     command = [sys.executable, "scripts/api_reference.py", str(tmp_path)]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TASK)
     assert made.returncode == 0, made.stderr
     for module, names in {"symmem": symmem.__all__, "symmem.errors": symmem.errors.__all__}.items():
         page = (tmp_path / f"{module.replace('.', '/')}.html").read_text()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from doc_pages import ROOT, blocks, pages, program
+from patience import SETTINGS, TASK
 
 from symmem.tools.examples import run_example
 from symmem.tools.outcomes import RanksFailedError
@@ -14,7 +15,7 @@ from symmem.tools.outcomes import RanksFailedError
 # No GPU, or the same programs would take it; inductor makes no processes of its own.
 ENV = {
     "CUDA_VISIBLE_DEVICES": "",
-    "SYMMEM_ENABLE": "rendezvous_timeout(30s),signal_timeout(20s)",
+    "SYMMEM_ENABLE": SETTINGS,
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }
 PROGRAMS = {str(page.relative_to(ROOT)): program(page.read_text()) for page in pages()}
@@ -25,7 +26,7 @@ PROGRAMS["README.md"] = program((ROOT / "README.md").read_text().partition("\n##
 def run(text: str, name: str, folder: Path) -> str:
     path = folder / f"{name.replace('/', '_')}.py"  # a file, since Triton and torch read functions' sources
     path.write_text(text)
-    return run_example(path, 2, ENV, timeout=100)
+    return run_example(path, 2, ENV, timeout=TASK)
 
 
 @pytest.mark.ranks
