@@ -31,7 +31,7 @@ from symmem.backends.base import Allocation, Backend, Capability, Collective, Ra
 from symmem.backends.collective_heap import CollectiveHeap, job_group
 from symmem.backends.pads import PaddedMapping, PadSlots, padded
 from symmem.backends.signal_kernels import pad_words
-from symmem.backends.torch_transport import BACKENDS, Transport, backend_of, connect
+from symmem.backends.torch_transport import BACKENDS, TorchTransport, backend_of, connect
 from symmem.errors import GroupError, OutOfMemoryError, RendezvousError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class _TorchBackend(Backend):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.transport = Transport(_TRANSPORTS[name])
+        self.transport = TorchTransport(_TRANSPORTS[name])
         if self.transport.name != "NCCL":
             self.capabilities = self.capabilities | Capability.MULTICAST
 

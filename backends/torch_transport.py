@@ -25,7 +25,7 @@ from symmem.errors import BackendUnavailableError, OutOfMemoryError, ResourceLim
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["BACKENDS", "Transport", "backend_of", "connect"]
+__all__ = ["BACKENDS", "TorchTransport", "backend_of", "connect"]
 
 BACKENDS = {"CUDA": "pytorch_cuda", "NCCL": "pytorch_nccl", "NVSHMEM": "pytorch_nvshmem"}
 """The name of symmem's backend, by transport of torch."""
@@ -43,7 +43,7 @@ def _symmetric_memory() -> Any:
     return _SymmetricMemory
 
 
-class Transport:
+class TorchTransport:
     """One of torch's transports.
 
     Args:

@@ -19,7 +19,7 @@ from symmem.backends import get_backend, gpu, torch_transport
 from symmem.backends.collective_heap import job_group
 from symmem.backends.nvshmem_library import NvshmemLibrary
 from symmem.backends.pads import SLOT_NBYTES, SLOTS, PadSlots
-from symmem.backends.torch_transport import BACKENDS, Transport
+from symmem.backends.torch_transport import BACKENDS, TorchTransport
 from symmem.errors import (
     BackendUnavailableError,
     GroupError,
@@ -106,20 +106,20 @@ def test_probe_names_what_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_active_transport_is_not_set_again(monkeypatch: pytest.MonkeyPatch) -> None:
     symm = use(monkeypatch, "CUDA", "SymmetricMemory does not find allocation backend CUDA")  # as in 2.11
-    Transport("CUDA").activate(GPU)
+    TorchTransport("CUDA").activate(GPU)
     assert symm.chosen == []
 
 
 def test_another_transport_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     symm = use(monkeypatch, "CUDA")
-    Transport("NVSHMEM").activate(GPU)
+    TorchTransport("NVSHMEM").activate(GPU)
     assert symm.chosen == ["NVSHMEM"]
 
 
 def test_a_frozen_transport_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, "NVSHMEM", "Backend can not be changed after use.")
     with pytest.raises(BackendUnavailableError, match=r"uses its NVSHMEM transport .* CUDA: Backend can not") as info:
-        Transport("CUDA").activate(GPU)
+        TorchTransport("CUDA").activate(GPU)
     assert "Exception raised" not in str(info.value)
     for text in ("'pytorch_nvshmem'", "TORCH_SYMMMEM=CUDA", "'native'"):
         assert text in str(info.value.hint)
@@ -136,7 +136,7 @@ def test_a_frozen_transport_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torchs_reason_is_told(refusal: str, kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, "CUDA", refusal)
     with pytest.raises(kind, match=f"100 bytes on cuda:0: {refusal}"):
-        Transport("CUDA").empty(100, GPU)
+        TorchTransport("CUDA").empty(100, GPU)
 
 
 # Multicast.
@@ -150,15 +150,15 @@ def test_libraries_are_told_that_multicast_is_off(monkeypatch: pytest.MonkeyPatc
     for name in ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "NVSHMEM_DISABLE_NVLS", "NCCL_NVLS_ENABLE"):
         monkeypatch.setenv(name, "")
     for name in BACKENDS:
-        Transport(name).obey(settings("auto"))
+        TorchTransport(name).obey(settings("auto"))
     assert os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == ""
     with pytest.raises(BackendUnavailableError, match="NCCL") as info:
-        Transport("NCCL").obey(settings("off"))
+        TorchTransport("NCCL").obey(settings("off"))
     assert "NCCL_NVLS_ENABLE=0" in str(info.value.hint)
-    Transport("CUDA").obey(settings("off"))
+    TorchTransport("CUDA").obey(settings("off"))
     assert os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == os.environ["NVSHMEM_DISABLE_NVLS"] == "1"
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
-    Transport("NCCL").obey(settings("off"))
+    TorchTransport("NCCL").obey(settings("off"))
 
 
 # Groups and devices.
