@@ -96,6 +96,7 @@ def _split(
 _SIZE_VALUES = "a size in bytes, such as 67108864, 64MiB or 2GiB"
 _DURATION_VALUES = "a time in seconds, such as 90, 90s, 500ms, 5m or 1h"
 _REPORT_VALUES = "off, or the path of a file"
+_WORDS = ("on", "yes", "true", "no", "false", "null", "none", "~")  # probably not meant as the name of a file
 _FACTOR_VALUES = f"a factor from 1 to {_MAX_FACTOR}"
 
 
@@ -227,6 +228,8 @@ def _parse_report(value: object) -> str:
         raise InvalidValue(f"expected {_REPORT_VALUES}, got {shown(value)}", "write the path of a file, or off")
     if value == "off":
         return value
+    if value.lower() in _WORDS:
+        raise InvalidValue(f"expected {_REPORT_VALUES}, got {shown(value)}", f"write ./{value} for a file of that name")
     path = os.path.abspath(os.path.expanduser(value))
     if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path)):
         reason = "is a folder" if os.path.isdir(path) else "is in a folder that does not exist"

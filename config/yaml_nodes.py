@@ -21,6 +21,7 @@ Pairs = Mapping[str, tuple[yaml.Node, yaml.Node]]
 
 _MAX_FILE = 2**20
 _TAG = "tag:yaml.org,2002:"
+_NULL = _TAG + "null"
 # Tags that PyYAML gives to plain text. Any other tag is written in the file, and is not supported.
 _TAGS = {_TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge", "map", "seq")}
 
@@ -121,6 +122,8 @@ class NodeReader:
         if not isinstance(node, yaml.ScalarNode):
             self.fail(node, path, f"expected a single value, got {_name(node)}", self._plan)
         text: str = node.value
+        if node.tag == _NULL and text:
+            self.fail(node, path, f"{shown(text)} is no value", "remove the key to get the default, or quote a text")
         return text
 
     def _check_tag(self, node: yaml.Node, path: str) -> None:

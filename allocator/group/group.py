@@ -41,6 +41,8 @@ __all__ = ["Group", "check_timeout", "known_groups"]
 
 T = TypeVar("T")
 
+_MAX_SIZE = 2**20  # ranks; more are a mistake, and the signal pads of a larger group would fill the memory
+
 _groups: weakref.WeakSet[Group] = weakref.WeakSet()
 
 
@@ -79,6 +81,8 @@ class Group:
         self, store: Store, rank: int, size: int, name: str, process_group: ProcessGroup | None = None
     ) -> None:
         try:
+            if isinstance(rank, bool) or isinstance(size, bool):
+                raise TypeError("a bool is not an integer")
             rank, size = operator.index(rank), operator.index(size)
         except TypeError:
             raise GroupError(f"rank and size of a group are integers, not {rank!r} and {size!r}") from None
@@ -87,8 +91,12 @@ class Group:
                 f"a group needs a torch.distributed.Store that all its ranks share, not a {type(store).__name__}",
                 hint="pass a TCPStore, FileStore or HashStore",
             )
-        if size < 1 or not 0 <= rank < size:
-            raise GroupError(f"rank {rank} of {size} is not a rank of a group: 0 <= rank < size is needed")
+        if not 0 <= rank < size <= _MAX_SIZE:
+            raise GroupError(
+                f"rank {rank} of {size} is not a rank of a group: 0 <= rank < size <= {_MAX_SIZE} is needed"
+            )
+        if not isinstance(name, str):
+            raise GroupError(f"the name of a group is a str, not {name!r}")
         self.name, self.rank, self.size = name, rank, size
         self.made_from_store = process_group is None
         # Weak, so that a destroyed process group and everything that refers to it can be collected.
@@ -123,7 +131,7 @@ class Group:
             name: The same on all ranks, and different for groups of different ranks on one store.
 
         Raises:
-            GroupError: The rank is not in range(size).
+            GroupError: The rank is not in range(size), the size is more than 2**20, or an argument has a wrong type.
         """
         return cls(store, rank, size, name)
 

@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import SupportsIndex
 
@@ -14,9 +14,11 @@ import torch
 
 from symmem.errors import InvalidArgumentError
 
-__all__ = ["Layout", "integer"]
+__all__ = ["Layout", "integer", "may_share_elements"]
 
 _QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
+_UNORDERED = (str, bytes, bytearray, memoryview, Set, Mapping)  # values to iterate over, but not sizes or strides
+_MAX_STEPS = 10_000  # of may_share_elements
 _MAX_NBYTES = 2**63 - 1 - 2**30  # the range of an int64, less some room to round up
 
 
@@ -144,6 +146,8 @@ def integer(value: SupportsIndex) -> int:
 
 def _integers(name: str, values: Iterable[SupportsIndex]) -> tuple[int, ...]:
     try:
+        if isinstance(values, _UNORDERED):
+            raise TypeError(f"a {type(values).__name__} is no sequence of integers")
         checked = tuple(map(integer, values))
     except TypeError as error:
         raise InvalidArgumentError(f"{name} must be integers, not {values!r}") from error
@@ -152,3 +156,42 @@ def _integers(name: str, values: Iterable[SupportsIndex]) -> tuple[int, ...]:
     if any(value > 2**63 - 1 for value in checked):
         raise InvalidArgumentError(f"{name} must be below 2**63: {checked}")
     return checked
+
+
+def may_share_elements(one: Layout, other: Layout, distance: int) -> bool:
+    """Whether two tensors of one dtype share bytes, if ``other`` begins ``distance`` bytes after ``one``.
+
+    Exact, except that it returns True if an answer would take more than 10,000 steps; views of one tensor take few.
+    """
+    if 0 in one.sizes or 0 in other.sizes:
+        return False
+    width = one.dtype.itemsize
+    # Look for indices with sum(i * stride) - sum(j * stride) closer to `distance` than an element is wide.
+    ranges: dict[int, tuple[int, int]] = {}
+    for sign, layout in ((1, one), (-1, other)):
+        for size, stride in zip(layout.sizes, layout.strides, strict=True):
+            low, high = ranges.get(stride * width, (0, 0))
+            last = sign * (size - 1)
+            ranges[stride * width] = min(low, low + last), max(high, high + last)
+    ranges.pop(0, None)
+    strides = sorted(ranges, reverse=True)
+    # The least and the greatest sum that the strides after each one can reach.
+    reach = [(0, 0)]
+    for stride in reversed(strides):
+        low, high = ranges[stride]
+        reach.append((reach[-1][0] + low * stride, reach[-1][1] + high * stride))
+    reach.reverse()
+    left = [(0, distance)]
+    for _step in range(_MAX_STEPS):
+        if not left:
+            return False
+        index, rest = left.pop()
+        if index == len(strides):
+            if abs(rest) < width:
+                return True
+            continue
+        stride, (low, high), (least, most) = strides[index], ranges[strides[index]], reach[index + 1]
+        first = -((most + width - 1 - rest) // stride)
+        last = (rest - least + width - 1) // stride
+        left += [(index + 1, rest - count * stride) for count in range(max(low, first), min(high, last) + 1)]
+    return True

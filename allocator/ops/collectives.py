@@ -44,7 +44,6 @@ Errors:
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -57,6 +56,7 @@ from symmem.group.resolve import group_named
 from symmem.ops.engines.base import REDUCTIONS, Engine, Engines
 from symmem.ops.engines.select import engine_for
 from symmem.ops.gradients import with_gradient, without_gradient
+from symmem.tensor.arguments import check_dense, check_integer, check_written
 
 __all__ = ["KINDS", "LIBRARY", "OperatorKind", "functional", "in_place", "into"]
 
@@ -69,15 +69,18 @@ _FLOATS = (
 )
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 _REDUCED = {
-    *itertools.product(_FLOATS, REDUCTIONS),
-    *itertools.product(_INTEGERS, ("sum", "min", "max")),
-    *itertools.product((torch.complex64, torch.complex128), ("sum", "avg")),
+    **dict.fromkeys(_FLOATS, REDUCTIONS),
+    **dict.fromkeys(_INTEGERS, ("sum", "min", "max")),
+    **dict.fromkeys((torch.complex64, torch.complex128), ("sum", "avg")),
 }
-"""Valid pairs of dtype and reduction."""
+"""Valid reductions by dtype."""
 
 Shape = Sequence[int]  # or symbolic integers
 
 _REDUCTION = "str reduction"
+
+_NOT_DENSE = [f"{kind}{device}" for kind in ("Quantized", "NestedTensor") for device in ("CPU", "CUDA")]
+"""Dispatch keys of tensors that are strided, but hold more than their elements."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,9 @@ class OperatorKind:
     def check(self, x: torch.Tensor, options: Sequence[Any], world: int, in_place: bool = False) -> None:
         """Raise if a call is invalid. Does not read memory."""
         if x.layout is not torch.strided:
-            raise InvalidArgumentError(f"x must be a dense tensor, not {x.layout}")
+            check_dense(x, self.name)
         if self.option == _REDUCTION:
-            if (x.dtype, options[0]) not in _REDUCED:
+            if options[0] not in _REDUCED.get(x.dtype, ()):
                 _refuse_reduction(x.dtype, options[0])
         elif self.option:
             _check_root(options[0], world)
@@ -113,6 +116,14 @@ class OperatorKind:
                 f"x must have a first dimension of {world}, the number of ranks, not the shape {list(x.shape)}",
                 hint=f"x.unflatten(0, ({world}, -1)) makes rows of a first dimension that is a multiple of {world}",
             )
+
+    def check_option(self, option: object) -> None:
+        """Raise InvalidArgumentError if the option has the wrong type."""
+        if self.option == _REDUCTION:
+            if not isinstance(option, str):
+                _refuse_reduction(None, option)
+        elif self.option:
+            check_integer(option, "root", self.name)
 
     def check_out(self, x: torch.Tensor, out: torch.Tensor, world: int) -> None:
         """Raise if ``out`` has the wrong shape, dtype or device for ``x``."""
@@ -132,13 +143,14 @@ class OperatorKind:
         return torch.empty_like(x) if self.like_x else x.new_empty(self.shape(x.shape, world))  # empty_like is quicker
 
 
-def _refuse_reduction(dtype: torch.dtype, reduction: str) -> NoReturn:
-    if reduction not in REDUCTIONS:
+def _refuse_reduction(dtype: torch.dtype | None, reduction: object) -> NoReturn:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise InvalidArgumentError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
     raise InvalidArgumentError(f"there is no {reduction!r} of {dtype}", hint="convert the tensor first")
 
 
 def _check_root(root: int, world: int) -> None:
+    check_integer(root, "root", "broadcast")
     if not 0 <= root < world:
         raise RankError(f"root {root} is not in range({world})", hint="pass a rank of the group, not a global rank")
 
@@ -199,14 +211,6 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if _is_plain(tensor) else tensor.resolve_conj().resolve_neg().contiguous()
 
 
-def _check_written(tensor: torch.Tensor, name: str) -> None:
-    if not tensor.is_contiguous() and torch._debug_has_internal_overlap(tensor) == 1:
-        raise InvalidArgumentError(
-            f"elements of {name} share memory, so results would overwrite one another",
-            hint="pass a tensor that was not expanded",
-        )
-
-
 def _check_apart(kind: OperatorKind, x: torch.Tensor, out: torch.Tensor) -> None:
     """Raise if results would overwrite memory that is still read. Tensors that are copied first cannot overlap."""
     begin, other = x.data_ptr(), out.data_ptr()
@@ -241,7 +245,7 @@ def into(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[An
         kind.check_out(x, out, group.size)
         plain = _is_plain(out)
         if not plain:
-            _check_written(out, "out")
+            check_written(out, "out")
         _check_apart(kind, x, out)
     except SymmemError as error:
         _refused(group, x.device, kind.name, error)
@@ -260,7 +264,7 @@ def in_place(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequenc
         kind.check(x, options, group.size, in_place=True)
         plain = _is_plain(x)
         if not plain:
-            _check_written(x, "x")
+            check_written(x, "x")
     except SymmemError as error:
         _refused(group, x.device, kind.name, error)
         raise
@@ -279,6 +283,16 @@ def _written(tensor: torch.Tensor) -> None:
     """Tell autograd, so that a backward pass that needs the old values raises."""
     if not tensor.is_inference():
         torch._C._increment_version((tensor,))
+
+
+def _not_dense(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[Any], **out: torch.Tensor) -> None:
+    """The kernel for quantized and nested tensors, which have dispatch keys of their own."""
+    try:
+        for tensor in (x, *out.values()):
+            check_dense(tensor, kind.name)
+    except SymmemError as error:
+        _refused(group, x.device, kind.name, error)
+        raise
 
 
 # Fake kernels: the same checks, without memory.
@@ -320,6 +334,8 @@ def _define(kind: OperatorKind) -> None:
         LIBRARY.impl(form, kernel, "CompositeExplicitAutograd")
         for lazy in ("Conjugate", "Negative"):  # torch's fallback for these fails if an operator returns nothing
             LIBRARY.impl(form, torch.library.fallthrough_kernel, lazy)
+        for key in _NOT_DENSE:
+            LIBRARY.impl(form, _by_name(_not_dense, kind), key)
         torch.library.register_fake(f"symmem::{form}", _by_name(fake, kind), lib=LIBRARY)
         connect = with_gradient if form == name else without_gradient
         connect(LIBRARY, getattr(torch.ops.symmem, form).default, kernel)

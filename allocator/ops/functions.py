@@ -15,6 +15,7 @@ from symmem.group.resolve import GroupLike, name_of, open_group
 from symmem.ops import eager
 from symmem.ops.collectives import KINDS, OperatorKind, functional, in_place, into
 from symmem.ops.dispatch import is_usual
+from symmem.tensor.arguments import check_dense, check_integer
 
 __all__ = [
     "all_gather",
@@ -59,7 +60,7 @@ def _call(
     try:
         made: torch.Tensor | None = eager.run(kind, x, group, option, out)
         if made is None and is_usual(x, out):
-            resolved, options = open_group(group), _options(option)
+            resolved, options = open_group(group), (option,) if kind.option else ()
             if out is None:
                 made = functional(kind, resolved, x, options)
             elif out is x and kind.like_x:
@@ -75,15 +76,15 @@ def _call(
     return _dispatched(kind, x, group, out, option) if made is None else made
 
 
-def _options(option: str | int | None) -> tuple[str | int, ...]:
-    return () if option is None else (option,)
-
-
 def _dispatched(
     kind: OperatorKind, x: torch.Tensor, group: GroupLike, out: torch.Tensor | None, option: str | int | None
 ) -> torch.Tensor:
-    """Call the operator through the dispatcher."""
-    rest = (*_options(option), _name(group))
+    """Call the operator through the dispatcher. The dispatcher's own errors would name neither argument nor remedy."""
+    check_dense(x, kind.name)
+    if out is not None:
+        check_dense(out, f"out of {kind.name}")
+    kind.check_option(option)
+    rest = (option, _name(group)) if kind.option else (_name(group),)
     form, form_in_place, form_into = _OPERATORS[kind.name]
     if out is None:
         made: torch.Tensor = form(x, *rest)
@@ -188,6 +189,14 @@ def broadcast(x: torch.Tensor, group: GroupLike = None, root: int = 0, out: torc
     return _call(_BROADCAST, x, group, out, root)
 
 
+def _check_one_sided(operation: str, *tensors: object, **integers: object) -> None:
+    """Raise InvalidArgumentError for arguments of wrong types. The dispatcher's own errors name no remedy."""
+    for tensor in tensors:
+        check_dense(tensor, operation)
+    for name, value in integers.items():
+        check_integer(value, name, operation)
+
+
 def barrier(x: torch.Tensor | None = None, group: GroupLike = None, channel: int = 0) -> None:
     """Wait for all ranks. Collective over the group. On CUDA, work on the current stream.
 
@@ -201,19 +210,22 @@ def barrier(x: torch.Tensor | None = None, group: GroupLike = None, channel: int
         PeerTimeoutError, PeerLostError: A rank did not come, or died. Names the rank.
     """
     if x is None:
-        nothing = torch.zeros(1)
+        nothing = torch.zeros(1, device="cpu")
         all_reduce(nothing, group, out=nothing)
     else:
+        _check_one_sided("barrier", x, channel=channel)
         torch.ops.symmem.barrier(x, channel, _name(group))
 
 
 def put(x: torch.Tensor, source: torch.Tensor, peer: int, group: GroupLike = None) -> None:
     """Copy ``source`` to a peer's x. The peer makes no call. See :meth:`symmem.SymmetricTensor.put`."""
+    _check_one_sided("put", x, source, peer=peer)
     torch.ops.symmem.put(x, source, peer, _name(group))
 
 
 def get(x: torch.Tensor, peer: int, group: GroupLike = None, out: torch.Tensor | None = None) -> torch.Tensor:
     """Copy a peer's x, to ``out`` if given. The peer makes no call. See :meth:`symmem.SymmetricTensor.get`."""
+    _check_one_sided("get", x, *(() if out is None else (out,)), peer=peer)
     name = _name(group)
     if out is None:
         made: torch.Tensor = torch.ops.symmem.get(x, peer, name)
@@ -224,9 +236,11 @@ def get(x: torch.Tensor, peer: int, group: GroupLike = None, out: torch.Tensor |
 
 def put_signal(x: torch.Tensor, peer: int, channel: int = 0, group: GroupLike = None) -> None:
     """Set this rank's flag at a peer. See :meth:`symmem.SymmetricTensor.put_signal`."""
+    _check_one_sided("put_signal", x, peer=peer, channel=channel)
     torch.ops.symmem.put_signal(x, peer, channel, _name(group))
 
 
 def wait_signal(x: torch.Tensor, peer: int, channel: int = 0, group: GroupLike = None) -> None:
     """Wait for a peer's flag and take it. See :meth:`symmem.SymmetricTensor.wait_signal`."""
+    _check_one_sided("wait_signal", x, peer=peer, channel=channel)
     torch.ops.symmem.wait_signal(x, peer, channel, _name(group))

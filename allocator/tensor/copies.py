@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from symmem.backends.kernel_status import raise_failure
+from symmem.errors import InvalidArgumentError
+from symmem.memory.layout import Layout, may_share_elements
+from symmem.tensor.arguments import check_dense, check_written
 
 if TYPE_CHECKING:
     from symmem.backends.base import Mapping
@@ -20,15 +23,18 @@ def copy_elements(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy all elements between tensors of the same shape and dtype, on the current stream.
 
     Raises:
+        InvalidArgumentError: A copy would overwrite elements that it has not read yet, or has just written.
         SymmemError: A barrier or signal in earlier work on the GPU failed.
     """
     try:
+        _check_apart(target, source)
         if _is_lazy(target):
             target.copy_(source)
         else:
             _raw(target).copy_(_raw(source.resolve_conj().resolve_neg()))
     except RuntimeError as error:
         raise_failure(error)
+        check_dense(source, "a copy")
         raise
 
 
@@ -48,6 +54,22 @@ def get_bytes(mapping: Mapping, rank: int, offset: int, tensor: torch.Tensor, ou
     mapping.get(rank, offset, _flat(dense, mapping, tensor, "get"))
     if dense is not out:
         copy_elements(out, dense)
+
+
+def _check_apart(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Raise InvalidArgumentError if elements of the target share memory with each other, or with others of source."""
+    distance = source.data_ptr() - target.data_ptr()
+    if target.is_contiguous() and source.is_contiguous():
+        overlap = distance and abs(distance) < target.nbytes
+    else:
+        check_written(target, "the target")
+        of, to = Layout.of(source, 0), Layout.of(target, 0)
+        overlap = (distance or of.strides != to.strides) and may_share_elements(to, of, distance)
+    if overlap:
+        raise InvalidArgumentError(
+            "source and target share memory, so the copy would overwrite elements before it reads them",
+            hint="copy a clone() of the source, or get into a new tensor",
+        )
 
 
 def _raw(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from symmem.memory import cuda_graphs
 from symmem.memory.block import Block
 from symmem.memory.call_site import caller
 from symmem.memory.registry import block_at, register
-from symmem.tensor.arguments import check_channel, check_like, check_rank, check_tensor
+from symmem.tensor.arguments import check_channel, check_flag, check_like, check_name, check_rank, check_tensor
 from symmem.tensor.block_handle import BlockHandle
 from symmem.tensor.copies import copy_elements, get_bytes, put_bytes
 from symmem.tensor.lookup import address_of, check_open, check_process, locate, mapping_of
@@ -85,7 +85,7 @@ class SymmetricTensor(BlockHandle):
             name: For :func:`symmem.memory_snapshot`; must be the same on all ranks.
 
         Raises:
-            InvalidArgumentError: Sizes, strides, dtype or device.
+            InvalidArgumentError: Sizes, strides, dtype, device, arena or name.
             DivergenceError: Ranks made different allocations in the arena; names the first, and each rank's call site.
                 Found when the ranks communicate, or at once with the setting ``allocation_check(each)``.
             UnsupportedError: The arena would have to grow during the capture of a CUDA graph.
@@ -96,7 +96,9 @@ class SymmetricTensor(BlockHandle):
         resolved = default_group() if group is None else resolve_group(group)
         try:
             source, layout, make_tensor = resolve_request(resolved, (sizes, dtype, device, strides, backend))
-            if arena or (arena is None and source.arena is not None):
+            if name is not None:
+                check_name(name, "name", "allocate")
+            if source.arena is not None if arena is None else check_flag(arena, "arena", "allocate"):
                 block: Block = (source.arena or arena_of(source, resolved)).sub_allocate(layout, name, sys._getframe(1))
                 if source.is_cuda and cuda_graphs.is_capturing_cuda():
                     cuda_graphs.keep(block)
@@ -386,7 +388,8 @@ class SymmetricTensor(BlockHandle):
             group: See the class.
 
         Raises:
-            InvalidArgumentError: Another shape, dtype or device. To copy a part, put through a handle of that part:
+            InvalidArgumentError: Another shape, dtype or device; or source and target are overlapping parts of this
+                rank's memory. To copy a part, put through a handle of that part:
                 ``SymmetricTensor.wrap(st.tensor[3:5])``.
         """
         mapping = self._mapping("put", group)
@@ -404,7 +407,8 @@ class SymmetricTensor(BlockHandle):
             ``out``, or the new tensor.
 
         Raises:
-            InvalidArgumentError: ``out`` has another shape, dtype or device.
+            InvalidArgumentError: ``out`` has another shape, dtype or device, overlaps with the memory that is read, or
+                has elements that share memory.
         """
         mapping = self._mapping("get", group)
         rank = check_rank(rank, mapping, "get")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from symmem.errors import InvalidArgumentError
-from symmem.memory.layout import Layout
+from symmem.memory.layout import Layout, may_share_elements
 
 DTYPES = (torch.uint8, torch.bool, torch.bfloat16, torch.float32, torch.int64, torch.complex128, torch.float8_e5m2)
 dtypes = st.sampled_from(DTYPES)
@@ -166,3 +166,31 @@ def test_bad_requests_say_what_is_wrong(sizes: object, dtype: object, strides: o
     with pytest.raises(InvalidArgumentError) as caught:
         Layout.make(sizes, dtype, strides)  # type: ignore[arg-type]
     assert text in str(caught.value)
+
+
+@given(layouts(offsets=False), layouts(offsets=False), st.integers(-60, 60))
+def test_shared_elements_are_found_exactly(one: Layout, other: Layout, distance: int) -> None:
+    other = Layout(other.sizes, other.strides, one.dtype)
+    width = one.dtype.itemsize
+    begins = [width * position for position in positions(one)]
+    shared = any(abs(begin - distance - width * position) < width for position in positions(other) for begin in begins)
+    assert may_share_elements(one, other, distance) is shared
+
+
+def test_parts_of_one_tensor_that_share_no_element() -> None:
+    whole = torch.zeros(6, 8, 10)
+    parts = [whole[:, :4], whole[:, 4:], whole[:, 3:], whole[..., ::2], whole[..., 1::2], whole[:3], whole[3:]]
+    share = {
+        (i, j)
+        for (i, a), (j, b) in itertools.combinations(enumerate(parts), 2)
+        if may_share_elements(Layout.of(a, 0), Layout.of(b, 0), b.data_ptr() - a.data_ptr())
+    }
+    assert share == set(itertools.combinations(range(7), 2)) - {(0, 1), (3, 4), (5, 6)}
+
+
+@pytest.mark.parametrize("sizes", [b"3", bytearray(b"3"), memoryview(b"3"), "", {3, 4}, frozenset({3}), {1: 2}])
+def test_other_collections_are_no_sizes_and_no_strides(sizes: object) -> None:
+    with pytest.raises(InvalidArgumentError, match="sizes must be integers"):
+        Layout.make(sizes, torch.float32, None)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match="strides must be integers"):
+        Layout.make((3,), torch.float32, sizes)  # type: ignore[arg-type]

@@ -8,9 +8,11 @@ import gc
 import itertools
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -284,6 +286,16 @@ def test_one_sided_operators_compile_with_inductor(symmetric: torch.Tensor, grou
         (lambda x, g: ops.all_to_all(x[0, 0], g), InvalidArgumentError, "a first dimension of 1"),
         (lambda x, g: ops.broadcast(x, g, root=-1), RankError, "root -1"),
         (lambda x, g: torch.ops.symmem.all_reduce_(x[:1].expand(3, 4), "sum", g.name), InvalidArgumentError, "share"),
+        *(
+            (lambda x, g, value=value: ops.all_reduce(x, g, value), InvalidArgumentError, "reduction must be one of")
+            for value in (None, 3, [])
+        ),
+        (lambda x, g: ops.all_reduce(x.requires_grad_(), g, None), InvalidArgumentError, "reduction must be one of"),
+        *(
+            (lambda x, g, value=value: ops.broadcast(x, g, value), InvalidArgumentError, "root must be an integer")
+            for value in (None, "0", 0.0, False)
+        ),
+        (lambda x, g: ops.broadcast(x.requires_grad_(), root=None), InvalidArgumentError, "root must be an integer"),
         (lambda x, g: ops.all_reduce(x, "nowhere"), GroupError, "not initialised"),
         (lambda x, g: ops.get(x, 0, g), NotSymmetricError, "symmetric"),
         (lambda x, g: ops.put(x, x, 0, g), NotSymmetricError, "symmetric"),
@@ -298,6 +310,85 @@ def test_bad_input_is_refused_by_name(
         call(x, group)
     assert torch.equal(x, before)
     assert torch.equal(ops.all_reduce(x, group), x)  # the failure has no effect on later calls
+
+
+def not_dense() -> dict[str, tuple[Any, str]]:
+    """Values that are no dense tensors, and the hints for them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {
+            "handle": (
+                symmem.allocate(3, backend="host", group=symmem.Group.from_store(0, 1, dist.HashStore())),
+                r"\.tensor",
+            ),
+            "array": (numpy.zeros(3), "from_numpy"),
+            "None": (None, "NoneType"),
+            "int": (5, r"torch\.tensor"),
+            "list": ([], r"torch\.tensor"),
+            "group": (symmem.Group.from_store(0, 1, dist.HashStore()), "group="),
+            "quantized": (torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.quint8), "int_repr"),
+            "nested": (torch.nested.nested_tensor([torch.zeros(3)]), "values"),
+            "jagged": (torch.nested.nested_tensor([torch.zeros(3)], layout=torch.jagged), "values"),
+            "sparse": (torch.zeros(3).to_sparse(), "to_dense"),
+        }
+
+
+@pytest.mark.parametrize("kind", list(not_dense()))
+def test_values_that_are_no_dense_tensors_are_refused_with_a_hint(kind: str, group: symmem.Group) -> None:
+    value, hint = not_dense()[kind]
+    x = torch.ones(3)
+    calls: list[Callable[[], object]] = [
+        *(lambda name=name: getattr(ops, name)(value, group) for name in COLLECTIVES),  # type: ignore[misc]
+        *(lambda name=name: getattr(ops, name)(x, group, out=value) for name in COLLECTIVES if value is not None),  # type: ignore[misc]
+        lambda: ops.get(value, 0, group),
+        lambda: ops.put(value, x, 0, group),
+        lambda: ops.put(x, value, 0, group),
+        lambda: ops.put_signal(value, 0, 0, group),
+        lambda: ops.wait_signal(value, 0, 0, group),
+        *([] if value is None else [lambda: ops.barrier(value), lambda: ops.get(x, 0, group, out=value)]),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidArgumentError, match=hint):
+            call()
+
+
+@pytest.mark.parametrize("kind", ["quantized", "nested", "sparse"])
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_operators_themselves_refuse_tensors_that_are_not_dense(kind: str, name: str, group: symmem.Group) -> None:
+    x, _hint = not_dense()[kind]
+    rest = (*OPTIONS.get(name, ()), group.name)
+    group_named = ops._name(group)
+    assert group_named == group.name
+    for call in (
+        lambda: op(name)(x, *rest),
+        lambda: op(f"{name}_")(x, *rest),
+        lambda: op(f"{name}_out")(x, *rest, out=x),
+        lambda: op(f"{name}_out")(torch.ones(3), *rest, out=x),
+    ):
+        with pytest.raises(InvalidArgumentError):
+            call()
+
+
+def test_a_dtensor_is_refused_with_a_hint(group: symmem.Group) -> None:
+    class Sharded(torch.Tensor):
+        def to_local(self) -> None: ...
+
+    with pytest.raises(InvalidArgumentError, match=r"not a Sharded\n.*to_local\(\)"):
+        ops.all_reduce(torch.ones(3).as_subclass(Sharded), group)
+
+
+@pytest.mark.parametrize("value", [None, "0", 0.5, True])
+def test_peers_and_channels_are_integers(value: Any, symmetric: torch.Tensor, group: symmem.Group) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: ops.get(symmetric, value, group),
+        lambda: ops.put(symmetric, symmetric, value, group),
+        lambda: ops.put_signal(symmetric, 0, value, group),
+        lambda: ops.wait_signal(symmetric, value, 0, group),
+        lambda: ops.barrier(symmetric, group, value),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidArgumentError, match=r"(peer|channel) must be an integer"):
+            call()
 
 
 def test_other_groups_and_ranks_are_refused(symmetric: torch.Tensor, group: symmem.Group, many: symmem.Group) -> None:

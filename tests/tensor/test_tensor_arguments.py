@@ -131,7 +131,67 @@ def test_a_device_without_memory_lists_those_with() -> None:
         symmem.allocate(4, device="meta")
 
 
-@pytest.mark.parametrize(("rank", "size"), [("0", 2), (0, "2"), (None, 1), (0.0, 1)])
+def test_put_and_get_refuse_tensors_that_are_not_dense() -> None:
+    st = alone((2, 2))
+    for use in (lambda: st.put(st, 0), lambda: st.get(0, st)):  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgumentError, match=r"not a SymmetricTensor\n.*pass its \.tensor"):
+            use()
+    with pytest.raises(InvalidArgumentError, match="nested"):
+        st.put(torch.nested.nested_tensor([torch.zeros(2)], layout=torch.jagged), 0)
+    with pytest.raises(InvalidArgumentError, match="sparse"):
+        st.put(torch.zeros(2, 2).to_sparse(), 0)
+
+
+def test_copies_within_a_tensor_are_right_or_refused(reach: Any) -> None:
+    st = reach(alone((4, 6)))
+    st.tensor.copy_(torch.arange(24.0).view(4, 6))
+    before = st.tensor.clone()
+    st.put(st.tensor, 0)
+    assert st.get(0, st.tensor) is st.tensor
+    assert torch.equal(st.tensor, before)
+    expanded = torch.zeros(6).expand(4, 6)
+    with pytest.raises(InvalidArgumentError, match="elements of the target share memory"):
+        st.get(0, expanded)
+
+
+def test_copies_between_parts_of_a_tensor_are_right_or_refused() -> None:
+    st = alone((4, 4))
+    st.tensor.copy_(torch.arange(16.0).view(4, 4))
+    before = st.tensor.clone()
+    for use in (
+        lambda: st.put(st.tensor.t(), 0),
+        lambda: st.get(0, st.tensor.t()),
+        lambda: symmem.SymmetricTensor.wrap(st.tensor[1:]).put(st.tensor[:3], 0),
+        lambda: symmem.SymmetricTensor.wrap(st.tensor[:3]).get(0, st.tensor[1:]),
+        lambda: symmem.SymmetricTensor.wrap(st.tensor[:, :3]).get(0, st.tensor[:, 1:]),
+    ):
+        with pytest.raises(InvalidArgumentError, match="source and target share memory"):
+            use()
+    assert torch.equal(st.tensor, before)
+    symmem.SymmetricTensor.wrap(st.tensor[:, :2]).get(0, st.tensor[:, 2:])  # in the same rows, but shares nothing
+    assert torch.equal(st.tensor, before[:, [0, 1, 0, 1]])
+
+
+@pytest.mark.parametrize("arena", ["no", 5, 0, [], torch.tensor(True)])
+def test_arena_is_a_truth_value(arena: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="arena must be True, False or None"):
+        symmem.allocate(3, arena=arena, group=new_group())
+
+
+def test_a_name_is_a_text() -> None:
+    with pytest.raises(InvalidArgumentError, match="name must be a str, not 5"):
+        symmem.allocate(3, name=5, group=new_group())  # type: ignore[arg-type]
+    with pytest.raises(GroupError, match="the name of a group is a str, not 5"):
+        symmem.Group.from_store(0, 1, dist.HashStore(), 5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [2**70, 10**9, 2**20 + 1])
+def test_a_group_of_a_huge_size_is_refused(size: int) -> None:
+    with pytest.raises(GroupError, match=f"rank 0 of {size}"):
+        symmem.Group.from_store(0, size, dist.HashStore())
+
+
+@pytest.mark.parametrize(("rank", "size"), [("0", 2), (0, "2"), (None, 1), (0.0, 1), (False, 1), (0, True)])
 def test_a_group_of_no_integers_is_refused(rank: Any, size: Any) -> None:
     with pytest.raises(GroupError, match="are integers, not"):
         symmem.Group.from_store(rank, size, dist.HashStore())
