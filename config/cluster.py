@@ -15,7 +15,7 @@ not on the values that PyYAML makes from them, because nodes have a line and a c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -43,7 +43,7 @@ class Entry:
         values: Settings by name.
         host: Pattern of the host name; None if the entry applies to all hosts.
         gpu: Pattern of the GPU model; None if the entry applies to all models and to hosts without a GPU.
-        group: Pattern of the group name; None if the entry applies to all groups.
+        group: Pattern of the names of a group, one of which must match; None if the entry applies to all groups.
     """
 
     path: str
@@ -52,10 +52,10 @@ class Entry:
     gpu: str | None = None
     group: str | None = None
 
-    def matches(self, hostname: str, gpu: str | None, group: str | None) -> bool:
-        """Whether the entry applies to this group on a host with this name and GPU model."""
-        patterns = ((self.host, hostname), (self.gpu, gpu), (self.group, group))
-        return all(pattern is None or (text is not None and fnmatchcase(text, pattern)) for pattern, text in patterns)
+    def matches(self, hostname: str, gpu: str | None, group: Collection[str]) -> bool:
+        """Whether the entry applies to a group with these names on a host with this name and GPU model."""
+        patterns = ((self.host, (hostname,)), (self.gpu, () if gpu is None else (gpu,)), (self.group, group))
+        return all(pattern is None or any(fnmatchcase(text, pattern) for text in texts) for pattern, texts in patterns)
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,20 @@ class Cluster:
     file: str
     entries: tuple[Entry, ...]
 
-    def values(self, hostname: str, gpu: str | None, group: str | None) -> dict[str, Found]:
-        """The settings for one host, GPU model and group. The last matching entry wins."""
+    def values(self, hostname: str, gpu: str | None, group: Collection[str]) -> dict[str, Found]:
+        """The settings for one host, GPU model and group, by the group's names. The last matching entry wins."""
         merged: dict[str, Found] = {}
         for entry in self.entries:
             if entry.matches(hostname, gpu, group):
                 merged.update(entry.values)
         return merged
+
+    def unmatched(self, groups: Collection[str]) -> list[str]:
+        """The entries for groups that match none of these names."""
+        entries = [entry for entry in self.entries if entry.group is not None]
+        return [
+            f"{e.path} (match: {e.group!r})" for e in entries if not any(fnmatchcase(n, e.group or "") for n in groups)
+        ]
 
     def needs_gpu(self, hostname: str) -> Entry | None:
         """The first entry for this host that also depends on the GPU model, or None."""

@@ -9,6 +9,8 @@ Positions count characters of the variable's value from 1.
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
@@ -17,6 +19,9 @@ from symmem.config.values import advise, shown
 from symmem.errors import ConfigError
 
 __all__ = ["Argument", "Option", "find_option", "parse_options", "place_of"]
+
+_SIMILAR = 0.8
+"""The ratio of difflib from which a word is a misspelling. No option of nvFuser comes near."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +70,28 @@ def parse_options(text: str, variable: str, known: Collection[str]) -> tuple[Opt
 def find_option(text: str, variable: str, name: str) -> Option | None:
     """Find one option in an environment variable that belongs to another program.
 
-    Other options are not checked. Only unbalanced parentheses are an error, because they hide where an option ends.
+    Other options are not checked, unless their names are so similar that a typing error is likely. Unbalanced
+    parentheses are an error if the text mentions the option, because they hide where an option ends.
 
     Raises:
-        ConfigError: The option is malformed or given twice.
+        ConfigError: The option is malformed, misspelled or given twice.
     """
-    if name not in text:
+    if not any(_is_like(word, name) for word in re.split(r"[\s,()]+", text)):
         return None
     options: dict[str, Option] = {}
     for start, end in _items(text, variable):
-        if text[start:end].partition("(")[0].strip() == name:
+        given = text[start:end].partition("(")[0].strip()
+        if given == name:
             _add(options, _option(text, start, end, variable), variable)
+        elif _is_like(given, name):
+            position = start + _indent(text[start:end]) + 1
+            _fail(variable, position, f"unknown option {shown(given)}", f"did you mean {name!r}?")
     return options.get(name)
+
+
+def _is_like(word: str, name: str) -> bool:
+    """Whether a word is the name, or a likely misspelling of it."""
+    return bool(difflib.get_close_matches(word.lower().replace("-", "_"), [name], cutoff=_SIMILAR))
 
 
 def _fail(variable: str, position: int, what: str, hint: str) -> NoReturn:

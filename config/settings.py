@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from types import MappingProxyType
@@ -36,6 +36,7 @@ from symmem.errors import ConfigError
 
 __all__ = [
     "BACKEND_OPTION",
+    "GROUP_NAMES",
     "SETTINGS",
     "Setting",
     "Settings",
@@ -43,6 +44,7 @@ __all__ = [
     "load_node_settings",
     "load_settings",
     "reference_table",
+    "unmatched_entries",
 ]
 
 if TYPE_CHECKING:
@@ -53,6 +55,11 @@ T = TypeVar("T")
 BACKEND_OPTION = "symmetric_memory_backend"
 """The option that chooses backends. nvFuser uses the same name."""
 
+GROUP_NAMES = (
+    "A group matches by any of its names: the name given to symmem.Group, the group_desc given to new_group, the "
+    "dimension NAME of a DeviceMesh (NAME and mesh_NAME), default_pg for the default group, or the name made by torch"
+)
+"""The names of a group, for users."""
 
 _TABLE_VALUES = f"{BUILT_IN}, or the path of a table of algorithms"
 
@@ -193,7 +200,7 @@ _BY_OPTION = {setting.option: setting for setting in SETTINGS.values()}
 def load_settings(
     overrides: Mapping[str, object] | None = None,
     *,
-    group: str | None = None,
+    group: str | Collection[str] | None = None,
     environ: Mapping[str, str] | None = None,
     hostname: str | None = None,
     gpu: str | None = None,
@@ -202,7 +209,7 @@ def load_settings(
 
     Args:
         overrides: The caller's arguments by name. A value of None means that the argument was not given.
-        group: Name of the group, for the ``groups`` of the cluster file. None matches no entry.
+        group: Name or names of the group, for the ``groups`` of the cluster file. None matches no entry.
         environ: The environment; by default, the environment of the process.
         hostname: Host name for the ``hosts`` of the cluster file; by default, the name of this host.
         gpu: GPU model for ``gpu`` in the ``hosts`` entries; by default, the model of this host. An empty text means
@@ -216,7 +223,7 @@ def load_settings(
     if file := environ.get("SYMMEM_CONFIG"):
         hostname = socket.gethostname() if hostname is None else hostname
         gpu = gpu_model() if gpu is None else gpu
-        found |= _cluster(file).values(hostname, gpu or None, group)
+        found |= _cluster(file).values(hostname, gpu or None, _names(group))
     found |= _from_nvfuser(environ) | _from_environment(environ) | _from_arguments(overrides or {})
     if blocker := multicast_blocker(environ):
         found["multicast"] = Found("off", blocker)
@@ -225,7 +232,11 @@ def load_settings(
 
 
 def load_node_settings(
-    hostname: str, gpu: str | None = None, *, group: str | None = None, environ: Mapping[str, str] | None = None
+    hostname: str,
+    gpu: str | None = None,
+    *,
+    group: str | Collection[str] | None = None,
+    environ: Mapping[str, str] | None = None,
 ) -> Settings:
     """The settings of another host that reads the same cluster file and has the same environment.
 
@@ -268,9 +279,21 @@ def check_sources(environ: Mapping[str, str], file: str | None = None) -> Iterat
         yield "SYMMEM_CONFIG", "nothing set"
         return
     try:
-        yield file, f"entries: {', '.join(entry.path for entry in _cluster(file).entries) or 'none'}"
+        entries = _cluster(file).entries
+        about = f". {GROUP_NAMES}" if any(entry.group for entry in entries) else ""
+        yield file, f"entries: {', '.join(entry.path for entry in entries) or 'none'}{about}"
     except ConfigError as error:
         yield file, error
+
+
+def unmatched_entries(groups: Collection[str], environ: Mapping[str, str] | None = None) -> list[str]:
+    """The entries for groups in the cluster file that match none of these names.
+
+    Raises:
+        ConfigError: The file is not valid.
+    """
+    file = (os.environ if environ is None else environ).get("SYMMEM_CONFIG")
+    return _cluster(file).unmatched(groups) if file else []
 
 
 def reference_table() -> str:
@@ -292,6 +315,10 @@ def reference_table() -> str:
 def _spelled(found: Mapping[str, Found]) -> Iterator[str]:
     for name, item in found.items():
         yield f"{name} = {SETTINGS[name].kind.format(item.value)}"
+
+
+def _names(group: str | Collection[str] | None) -> Collection[str]:
+    return () if group is None else (group,) if isinstance(group, str) else group
 
 
 def _cluster(file: str) -> Cluster:

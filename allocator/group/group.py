@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import operator
 import os
 import sys
@@ -20,13 +21,14 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
 from symmem.config import Settings, load_settings
 from symmem.config.kinds import MAX_SECONDS
+from symmem.config.settings import unmatched_entries
 from symmem.errors import ForkedError, GroupError, InvalidArgumentError, SymmemError
 from symmem.group.agreement import CollectiveOperation, Rounds
 from symmem.group.join import join
@@ -41,9 +43,12 @@ __all__ = ["Group", "check_timeout", "known_groups"]
 
 T = TypeVar("T")
 
+log = logging.getLogger("symmem.group")
+
 _MAX_SIZE = 2**20  # ranks; more are a mistake, and the signal pads of a larger group would fill the memory
 
 _groups: weakref.WeakSet[Group] = weakref.WeakSet()
+_names: set[str] = set()  # of all groups that this process has made
 
 
 def check_timeout(timeout: float) -> float:
@@ -78,7 +83,13 @@ class Group:
     """
 
     def __init__(
-        self, store: Store, rank: int, size: int, name: str, process_group: ProcessGroup | None = None
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        name: str,
+        process_group: ProcessGroup | None = None,
+        aliases: Collection[str] = (),
     ) -> None:
         try:
             if isinstance(rank, bool) or isinstance(size, bool):
@@ -105,10 +116,11 @@ class Group:
         myself = weakref.ref(self)
         self._rounds = Rounds(store, rank, size, name, lambda: _lost_elsewhere(myself()))
         try:
-            self.settings: Settings = load_settings(group=name)
+            self.settings: Settings = load_settings(group=(name, *aliases))
         except SymmemError as error:
             self._rounds.presence.announce(error)  # the others would wait for this rank
             raise
+        _names.update((name, *aliases))
         self._watch = ProcessWatch()
         self._lock = threading.RLock()  # held during a collective
         self._under_way: tuple[str, float, int] | None = None  # the holder's operation, its start, its thread
@@ -334,6 +346,18 @@ def _say_that_the_process_ends() -> None:
     for group in list(_groups):
         if group.process == os.getpid() and not group.closed and group._rounds.sockets is None:
             group._rounds.presence.end(reason)
+
+
+@atexit.register
+def _report_unmatched() -> None:
+    """At exit, name the entries of the cluster file that matched no group. One rank of the job speaks for all."""
+    if _names and os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(SymmemError):
+            if unmatched := unmatched_entries(_names):
+                log.warning(
+                    "%s: %s matched no group of this process; its groups had the names %s",
+                    *(os.environ["SYMMEM_CONFIG"], ", ".join(unmatched), sorted(_names)),
+                )
 
 
 def _leave_in_child() -> None:

@@ -14,6 +14,8 @@ from symmem.errors import GroupError
 from symmem.group.group import Group, known_groups
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -50,7 +52,7 @@ def resolve_group(group: GroupLike = None) -> Group:
         known = _of_process_groups.get(group)
         if known is not None and not known.closed:
             return known
-    return _of_process_group(_process_group(group))
+    return _of_process_group(_process_group(group), getattr(group, "mesh_dim_names", None) or ())
 
 
 def open_group(group: GroupLike = None) -> Group:
@@ -144,14 +146,27 @@ def _is_process_group(name: str) -> bool:
     return _c10d is not None and name in _c10d._world.pg_names.values()
 
 
-def _of_process_group(process_group: ProcessGroup) -> Group:
+def _of_process_group(process_group: ProcessGroup, dimensions: Sequence[str] = ()) -> Group:
     known = _of_process_groups.get(process_group)
     if known is None or known.closed:
         rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
         store = _c10d._get_process_group_store(process_group)
-        known = Group(store, rank, size, process_group.group_name, process_group)
+        known = Group(store, rank, size, process_group.group_name, process_group, _aliases(process_group, dimensions))
         _of_process_groups[process_group] = known
     return known
+
+
+def _aliases(process_group: ProcessGroup, dimensions: Sequence[str]) -> list[str]:
+    """The names of a process group that a user has given: its description, and the dimension of its DeviceMesh.
+
+    Torch describes the group of a dimension NAME as mesh_NAME. But a dimension that has all ranks uses the default
+    group, so its name is known only if the mesh itself was passed.
+    """
+    description = getattr(process_group, "group_desc", "undefined")
+    names = [] if description == "undefined" else [description]
+    names += [name for dimension in dimensions for name in (dimension, f"mesh_{dimension}")]
+    names += [name.removeprefix("mesh_") for name in names]
+    return list(dict.fromkeys(names))
 
 
 def _process_group(group: ProcessGroup | DeviceMesh | str | None) -> ProcessGroup:

@@ -52,7 +52,7 @@ def parse_or_message(text: str) -> Cluster | str:
 def chosen(
     name: str, hostname: str = "x", gpu: str | None = None, group: str | None = None, text: str = FULL
 ) -> object:
-    return parse(text).values(hostname, gpu, group)[name].value
+    return parse(text).values(hostname, gpu, () if group is None else (group,))[name].value
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_groups_win_over_hosts_wherever_they_stand_in_the_file() -> None:
 
 
 def test_entries_merge_key_by_key_and_keep_their_places() -> None:
-    values = parse(FULL).values("dgx-1", "NVIDIA H200", None)
+    values = parse(FULL).values("dgx-1", "NVIDIA H200", ())
     assert {name: item.origin for name, item in values.items()} == {
         "backend": "c.yaml:3:3 (defaults)",
         "arena_size": "c.yaml:9:37 (hosts[1])",
@@ -291,7 +291,16 @@ def test_any_text_is_a_cluster_file_or_a_config_error(text: str) -> None:
     if isinstance(outcome, str):
         assert outcome.startswith("c.yaml:")
     else:
-        assert set(outcome.values("h", "g", "g")) <= set(SETTINGS)
+        assert set(outcome.values("h", "g", ("g",))) <= set(SETTINGS)
+
+
+def test_a_group_matches_by_any_of_its_names() -> None:
+    text = "version: 1\ngroups:\n  - {match: 'tp*', arena_size: 4MiB}\n  - {match: pp, arena_size: 8MiB}\n"
+    cluster = parse(text)
+    assert cluster.values("h", None, ("1", "mesh_tp", "tp"))["arena_size"].value == 4 << 20
+    assert cluster.values("h", None, ("1", "mesh_tp")) == {}
+    assert cluster.unmatched(("1", "tp")) == ["groups[1] (match: 'pp')"]
+    assert cluster.unmatched(()) == ["groups[0] (match: 'tp*')", "groups[1] (match: 'pp')"]
 
 
 @given(st.binary(max_size=200))

@@ -136,9 +136,32 @@ def test_our_option_is_found_among_those_of_nvfuser(text: str, args: list[str]) 
     assert text[option.position - 1 :].startswith(NAME)
 
 
-@pytest.mark.parametrize("text", ["", ",", "x,x", "x((", "x))(", "other(backend)", "backend_2(x)", "my backend(x)"])
+@pytest.mark.parametrize("text", ["", ",", "x,x", "x((", "x))(", "other(backend)", "back(x)", "my own backend(x)"])
 def test_what_is_not_ours_is_left_alone(text: str) -> None:
     assert find_option(text, "NVFUSER_ENABLE", NAME) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "position", "given"),
+    [
+        ("symetric_memory_backend(host)", 1, "symetric_memory_backend"),
+        ("x(y), symmetric_memory_backends(host)", 7, "symmetric_memory_backends"),
+        ("symmetric-memory-backend(host)", 1, "symmetric-memory-backend"),
+        ("Symmetric_Memory_Backend(host),", 1, "Symmetric_Memory_Backend"),
+        ("symm_mem_backend(host)", 1, "symm_mem_backend"),
+        ("symmetric_memory_backend(host),symmetric_memory_backed(native)", 32, "symmetric_memory_backed"),
+    ],
+)
+def test_a_near_miss_of_our_option_is_an_error(text: str, position: int, given: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_option(text, "NVFUSER_ENABLE", "symmetric_memory_backend")
+    assert caught.value.what == f"NVFUSER_ENABLE, character {position}: unknown option {given!r}"
+    assert caught.value.hint == "did you mean 'symmetric_memory_backend'?"
+
+
+@pytest.mark.parametrize("name", ["id_model", "host_ir_lowering", "memory_promotion", "reuse_zeroed_memory"])
+def test_options_of_nvfuser_are_no_near_miss(name: str) -> None:
+    assert find_option(f"{name}(x)", "NVFUSER_ENABLE", "symmetric_memory_backend") is None
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from symmem.config import SETTINGS
+from symmem.config.settings import GROUP_NAMES
 from symmem.tools.commands import config
 
 BAD_OPTION = "multicast(of)"
@@ -54,7 +55,8 @@ def test_show_prints_every_value_its_unit_and_where_it_came_from(
     monkeypatch.setenv("SYMMEM_CONFIG", str(file))
     monkeypatch.setenv("SYMMEM_ENABLE", "symmetric_memory_backend(native,host)")
     assert run("show", "--group", "tp0") == 0
-    context, blank, header, *rows = capsys.readouterr().out.splitlines()
+    context, blank, header, *rows, blank_below, names = capsys.readouterr().out.splitlines()
+    assert (blank_below, names) == ("", GROUP_NAMES)
     assert context.endswith(f"group: tp0, file: {file}")
     assert blank == ""
     assert header.split() == ["SETTING", "VALUE", "UNIT", "FROM"]
@@ -124,7 +126,7 @@ def test_check_tells_what_it_found(file: Path, monkeypatch: pytest.MonkeyPatch, 
     assert capsys.readouterr().out.splitlines() == [
         "ok  SYMMEM_ENABLE: arena_size = 1KiB, multicast = off",
         "ok  NVFUSER_ENABLE: backend = host",
-        f"ok  {file}: entries: groups[0]",
+        f"ok  {file}: entries: groups[0]. {GROUP_NAMES}",
     ]
 
 

@@ -9,6 +9,7 @@ import socket
 import sys
 
 from symmem.config import SETTINGS, Settings, check_sources, gpu_model, load_node_settings, load_settings
+from symmem.config.settings import GROUP_NAMES
 from symmem.errors import ConfigError
 from symmem.tools.commands.subcommands import SubParsers, add_group
 
@@ -20,7 +21,7 @@ def add_parser(subparsers: SubParsers) -> None:
     commands = add_group(subparsers, "config", "show or check the configuration")
     show = commands.add_parser("show", help="print every setting, its unit and the origin of its value")
     show.add_argument("--json", action="store_true", help="print JSON")
-    show.add_argument("--group", metavar="NAME", help="show the settings of this group")
+    show.add_argument("--group", metavar="NAME", help="show the settings of the group with this name")
     show.add_argument("--host", metavar="HOST", help="show the settings of another host, by the same cluster file")
     show.add_argument("--gpu", metavar="MODEL", help="the GPU model of the host (an empty text: no GPU)")
     show.set_defaults(run=_show)
@@ -83,4 +84,5 @@ def _as_table(settings: Settings, context: dict[str, str | None]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [", ".join(f"{label}: {text or 'none'}" for label, text in context.items()), ""]
     lines += ["  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows]
+    lines += ["", GROUP_NAMES] if context["group"] else []
     return "\n".join(lines)
