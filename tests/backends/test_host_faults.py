@@ -130,7 +130,7 @@ def see_death(moment: str, victim: int) -> tuple[Told, Resources, Resources]:
             die()
     operation: Callable[[], object] = lambda: st.rendezvous(mine, timeout=LONG)  # noqa: E731
     if moment == "before the first meeting":
-        operation = lambda: st.rendezvous(mine, timeout=1.0)  # noqa: E731
+        operation = lambda: st.rendezvous(mine, timeout=LONG)  # noqa: E731
     elif moment == "in a barrier":
         operation = lambda: st.barrier(3, timeout=LONG)  # noqa: E731
     elif moment == "in wait_signal":
@@ -151,10 +151,9 @@ def see_death(moment: str, victim: int) -> tuple[Told, Resources, Resources]:
     ["before the first meeting", "before", "after the exchange", "in a barrier", "in wait_signal", "in put_signal"],
 )
 def test_a_rank_that_is_killed_is_named_by_all_at_once(moment: str, victim: int, mortals: RankPool) -> None:
-    """Before, during and after the rendezvous. Before the first collective step its process is unknown: a timeout."""
+    """Before, during and after the rendezvous, and before the group's first collective step too."""
     for error, before, after in survivors(mortals, victim, see_death, moment, victim):
-        expected = "PeerTimeoutError" if moment == "before the first meeting" else "PeerLostError"
-        assert (error.kind, error.peers) == (expected, (victim,)), error
+        assert (error.kind, error.peers) == ("PeerLostError", (victim,)), error
         assert f"rank {victim}" in error.text or f"ranks [{victim}]" in error.text
         assert "What to do" in error.text
         assert error.took < SOON
