@@ -44,6 +44,7 @@ lint:  ## ruff and mypy
 	.venv/bin/python -m ruff check
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
+	.venv/bin/python -m mypy tests
 
 bench:  ## symmem bench: ARGS='host --json'
 	@bash scripts/setup.sh

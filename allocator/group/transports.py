@@ -295,7 +295,7 @@ class StoreTransport:
 def _is_tcp(store: object) -> bool:
     while isinstance(store, dist.distributed_c10d.PrefixStore):
         store = store.underlying_store
-    return isinstance(store, dist.TCPStore)  # type: ignore[attr-defined]
+    return isinstance(store, dist.TCPStore)
 
 
 def within(deadline: float, call: Callable[..., T], *arguments: Any, patience: float = PATIENCE) -> T:

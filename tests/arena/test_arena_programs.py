@@ -50,8 +50,8 @@ def collectives_inside() -> None:
     for _ in range(10):
         x = torch.full((1 << 14,), float(rank + 1))
         with symmem.use_symmetric_memory(backend="host"):
-            total = functional.all_reduce(x, "sum", dist.group.WORLD) + 0
-            everything = functional.all_gather_tensor(x, 0, dist.group.WORLD) + 0
+            total = functional.all_reduce(x, "sum", dist.group.WORLD) + 0  # type: ignore[arg-type]
+            everything = functional.all_gather_tensor(x, 0, dist.group.WORLD) + 0  # type: ignore[arg-type]
         assert (total == sum(range(1, world + 1))).all()
         assert everything.view(world, -1)[:, 0].tolist() == [float(r + 1) for r in range(world)]
         assert symmem.find(total) is not None
@@ -72,7 +72,7 @@ def one_rank() -> Any:
 
 def test_what_has_no_storage_of_its_own_is_left_alone_inside(one_rank: Any) -> None:
     with symmem.use_symmetric_memory(backend="host"):
-        sparse = torch.sparse_coo_tensor([[0, 1]], [1.0, 2.0], (3,), check_invariants=True).coalesce()
+        sparse = torch.sparse_coo_tensor([[0, 1]], [1.0, 2.0], (3,), check_invariants=True).coalesce()  # type: ignore[arg-type]
         sparse.values().mul_(10)
         assert sparse.to_dense().tolist() == [10, 20, 0]
 

@@ -81,7 +81,8 @@ Told = SimpleNamespace  # the error of an operation: kind ("" for nothing), text
 
 
 def told(operation: Callable[[], object]) -> Told:
-    begin, kind, text, peers = time.monotonic(), "", "", ()
+    begin, kind, text = time.monotonic(), "", ""
+    peers: tuple[int, ...] = ()
     try:
         operation()
     except SymmemError as error:
@@ -323,7 +324,7 @@ def memory_of_its_own_on_one_rank() -> None:
     group = group_of("own")
     own = allocate(group, arena=False) if group.rank == 1 else None
     if group.rank == 2:
-        assert told(lambda: symmem.allocate(8, "no dtype", backend="host")).kind == "InvalidArgumentError"
+        assert told(lambda: symmem.allocate(8, "no dtype", backend="host")).kind == "InvalidArgumentError"  # type: ignore[arg-type]
     meet(group)
     assert symmem.collect(group) == 0
     works(group)
@@ -375,7 +376,7 @@ def run_out(where: str) -> tuple[list[Told], Any, Any]:
             raise OutOfMemoryError("planted")
 
         if group.rank == 1:
-            backend.allocate = short if where == "allocate" else failing  # type: ignore[method-assign]
+            backend.allocate = short if where == "allocate" else failing  # type: ignore[assignment, method-assign]
         results = [told(lambda: allocate(group, 5 * MIB)) for _ in range(3)]
         if group.rank == 1:
             backend.allocate = original  # type: ignore[method-assign]
@@ -706,7 +707,7 @@ def books_that_differ() -> list[Told]:
     live = [allocate(group, 10)]
     if group.rank == 1:
         original = AllocationLog.reclaim
-        AllocationLog.reclaim = lambda *_: 0  # type: ignore[assignment,method-assign]
+        AllocationLog.reclaim = lambda *_: 0  # type: ignore[method-assign]
         symmem.collect(group)
         AllocationLog.reclaim = original  # type: ignore[method-assign]
     else:
@@ -758,7 +759,7 @@ def collect_in_callbacks(kind: str) -> Told:
 
     if kind == "in an allocation":
         if group.rank == 1:
-            ArenaBlock.__init__ = interrupted  # type: ignore[method-assign]
+            ArenaBlock.__init__ = interrupted  # type: ignore[assignment, method-assign]
         # The other ranks collect here, outside of any operation.
         kept.append(allocate(group))
         if group.rank != 1:

@@ -70,7 +70,7 @@ def test_growth_stays_finite(make: Make, monkeypatch: pytest.MonkeyPatch) -> Non
     def short(nbytes: int, *args: Any) -> Any:
         if nbytes > 2 * MIB:
             raise OutOfMemoryError("planted")
-        return real(backend, nbytes, *args)  # type: ignore[arg-type]
+        return real(backend, nbytes, *args)
 
     monkeypatch.setattr(backend, "allocate", short)
     live = [rank.allocate(1_500_000) for _ in range(110)]
@@ -118,7 +118,7 @@ def test_what_follows_a_step_that_one_rank_had_no_memory_for_is_dropped_at_once(
     def short(nbytes: int, *args: Any) -> Any:
         if nbytes > 4 * MIB and threading.current_thread().name == "0":
             raise OutOfMemoryError("planted")
-        return real(backend, nbytes, *args)  # type: ignore[arg-type]
+        return real(backend, nbytes, *args)
 
     def work(me: int) -> int:
         ranks[me].allocate()

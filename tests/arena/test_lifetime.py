@@ -31,8 +31,8 @@ KEEPERS: dict[str, Callable[[symmem.SymmetricTensor], object]] = {
     "second handle": lambda st: symmem.find(st.tensor),
     "wrapped view": lambda st: symmem.SymmetricTensor.wrap(st.tensor[2:]),
     "numpy-like": lambda st: (
-        memoryview(st.tensor.untyped_storage()) if False else torch.utils.dlpack.to_dlpack(st.tensor)
-    ),  # type: ignore[attr-defined]
+        memoryview(st.tensor.untyped_storage()) if False else torch.utils.dlpack.to_dlpack(st.tensor)  # type: ignore[attr-defined]
+    ),
     "closed, its tensor": lambda st: (st.tensor, st.close())[0],
 }
 

@@ -211,7 +211,7 @@ def test_two_threads_in_one_arena(rank: Rank) -> None:
     finally:
         sys.setswitchinterval(before)
     assert len({st._block.pointer for st in live}) == 1600
-    assert len({st._block.slot for st in live}) == 1600  # type: ignore[attr-defined]
+    assert len({st._block.slot for st in live}) == 1600
     assert rank.log.count == 1601
     assert rank.book[0] == 1600 * 512
 

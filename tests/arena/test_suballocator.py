@@ -216,11 +216,17 @@ def test_a_long_run(draw: Callable[[random.Random], int], capacity: int, granula
     assert whole(allocator)
 
 
+def allocated(allocator: SubAllocator, nbytes: int) -> int:
+    offset = allocator.allocate(nbytes)
+    assert offset is not None
+    return offset
+
+
 @given(st.randoms(use_true_random=False), st.integers(0, 60))
 def test_free_many_does_not_depend_on_the_order(rng: random.Random, count: int) -> None:
     sizes = [rng.choice((1, 700, 3000, 70_000)) for _ in range(60)]
     ranks = [SubAllocator(3_000_000) for _ in range(2)]
-    offsets, same = ([rank.allocate(nbytes) for nbytes in sizes] for rank in ranks)
+    offsets, same = ([allocated(rank, nbytes) for nbytes in sizes] for rank in ranks)
     assert offsets == same
     chosen = rng.sample(offsets, count)
     ranks[0].free_many(sorted(chosen))
@@ -232,7 +238,7 @@ def test_free_many_does_not_depend_on_the_order(rng: random.Random, count: int) 
 def test_what_was_freed_last_is_used_first() -> None:
     allocator = SubAllocator(1 << 30)
     sizes = (5000, 300, 1_000_000, 1, 1_010_000, 1)  # both large sizes share a bin
-    offsets = [allocator.allocate(nbytes) for nbytes in sizes]
+    offsets = [allocated(allocator, nbytes) for nbytes in sizes]
     for place in (0, 2, 4):
         allocator.free(offsets[place])
         assert allocator.allocate(sizes[place]) == offsets[place]
@@ -244,7 +250,7 @@ def test_what_was_freed_last_is_used_first() -> None:
 
 def test_a_small_block_does_not_break_up_a_large_one() -> None:
     allocator = SubAllocator(1 << 20)
-    offsets = [allocator.allocate(nbytes) for nbytes in (4096, 1, 2048, 1, 70_000, 1)]
+    offsets = [allocated(allocator, nbytes) for nbytes in (4096, 1, 2048, 1, 70_000, 1)]
     allocator.free_many(offsets[::2])
     assert [allocator.allocate(nbytes) for nbytes in (2000, 4000, 65_536)] == [offsets[2], offsets[0], offsets[4]]
 
@@ -252,7 +258,7 @@ def test_a_small_block_does_not_break_up_a_large_one() -> None:
 def test_a_block_that_is_not_the_last_of_its_bin_is_found() -> None:
     """Two sizes of one bin, the larger block freed first, and all other bins empty: the linear search."""
     allocator = SubAllocator(129 * 256 + 256 + 128 * 256, 256)
-    large, _, small = (allocator.allocate(granules * 256) for granules in (129, 1, 128))
+    large, _, small = (allocated(allocator, granules * 256) for granules in (129, 1, 128))
     allocator.free(large)
     allocator.free(small)
     assert allocator.allocate(129 * 256) == large

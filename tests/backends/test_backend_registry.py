@@ -192,7 +192,7 @@ def test_whatever_goes_wrong_in_an_import_is_an_unavailable_backend(
     if kind is AttributeError:
         monkeypatch.delattr(fakes, "Fake")
     else:
-        monkeypatch.setattr(backends.importlib, "import_module", load)
+        monkeypatch.setattr(backends.importlib, "import_module", load)  # type: ignore[attr-defined]
     text = refusal(("native",), "cuda")
     assert f"'native' cannot be imported: {kind.__name__}" in text
     assert text.count("What to do") == 1

@@ -90,7 +90,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
 
 
 def signals(group: Any = None, pads: tuple[int, ...] = (0x1000, 0x2000, 0x3000)) -> CudaSignals:
-    return CudaSignals(group or StubGroup(), torch.device("cuda", 0), pads)
+    return CudaSignals(group or StubGroup(), torch.device("cuda", 0), pads)  # type: ignore[arg-type]
 
 
 def test_what_a_launch_gets(driver: StubDriver) -> None:

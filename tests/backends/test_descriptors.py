@@ -81,7 +81,7 @@ def test_descriptors_beyond_the_limit_are_an_error_and_the_next_message_is_whole
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     scm.send(pair[0], {}, b"first", [0] * 400, soon())
     scm.send(pair[0], {}, b"second", [0], soon())
-    filler = []
+    filler: list[int] = []
     try:
         highest = max(map(int, os.listdir("/proc/self/fd")))
         while not filler or filler[-1] < highest:

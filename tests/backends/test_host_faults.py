@@ -122,7 +122,7 @@ def see_death(moment: str, victim: int) -> tuple[Told, Resources, Resources]:
         if moment == "after the exchange":
             backend = get_backend("host")
             original = backend.rendezvous
-            backend.rendezvous = lambda *args: (original(*args), die())  # type: ignore[method-assign]
+            backend.rendezvous = lambda *args: (original(*args), die())  # type: ignore[assignment, method-assign]
         else:
             if moment == "in put_signal":
                 st.put_signal((victim + 1) % WORLD, timeout=LONG)
@@ -165,7 +165,7 @@ def see_leader_die(step: str) -> tuple[Told, Resources, Resources]:
     before = Resources.now()
     if mine.rank == 0:
         if step == "accept":
-            scm.Listener.accept = lambda self: die()  # type: ignore[assignment,method-assign]
+            scm.Listener.accept = lambda self: die()  # type: ignore[assignment, method-assign, return-value]
         else:
             original = Rounds.exchange
 
@@ -175,7 +175,7 @@ def see_leader_die(step: str) -> tuple[Told, Resources, Resources]:
                     die()
                 return received
 
-            Rounds.exchange = dying  # type: ignore[method-assign]
+            Rounds.exchange = dying  # type: ignore[assignment, method-assign]
     store = rank_store()
     if store.add("here", 1) == WORLD:
         store.set("all are here", "")
@@ -429,7 +429,7 @@ def see_sizes() -> tuple[list[Told], Resources, Resources]:
     for size in (1 << 50, (1 << 62,), (1 << 32, 1 << 31)):
         if mine.rank == 1:
             errors.append(
-                told(lambda size=size: symmem.allocate(size, torch.uint8, backend="host", group=mine, arena=False))
+                told(lambda size=size: symmem.allocate(size, torch.uint8, backend="host", group=mine, arena=False))  # type: ignore[misc]
             )
         else:
             errors.append(told(lambda: meet(mine)))

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from patience import LONG
 
 from symmem.backends import gpu, kernel_status, kernel_words
+from symmem.backends.base import RankGroup
 from symmem.backends.cuda_signals import _call_type
 from symmem.backends.driver_errors import driver_error
 from symmem.backends.kernel_status import failure, gpu_waits
@@ -42,6 +43,10 @@ class StubGroup:
 
     def lost(self) -> tuple[int, ...]:
         return ()
+
+
+def stub_group(name: str = "g") -> RankGroup:
+    return cast(RankGroup, StubGroup(name))
 
 
 class Words(KernelWords):
@@ -96,7 +101,7 @@ def seen(waiting: KernelWords) -> list[tuple[str, str, tuple[int, ...], str | No
 
 
 def test_a_wait_that_goes_on_is_told(words: Words, clock: Clock) -> None:
-    known = StubGroup()
+    known = stub_group()
     number = words.enter(known)
     words.tell(1, number, 7, 2, waited=64)
     clock.meanwhile = [lambda: words.tell(1, number, 7, 2, waited=192, left=1000)]
@@ -109,7 +114,7 @@ def test_a_wait_that_goes_on_is_told(words: Words, clock: Clock) -> None:
 def test_a_wait_that_is_over_is_not_told_and_costs_nothing_twice(words: Words, clock: Clock) -> None:
     assert seen(words) == []
     assert clock.slept == 0
-    number = words.enter(kept := StubGroup())
+    number = words.enter(kept := stub_group())
     words.tell(1, number, 7, 2, waited=64)
     assert seen(words) == []
     assert clock.slept == 1
@@ -124,7 +129,7 @@ def test_a_wait_that_is_over_is_not_told_and_costs_nothing_twice(words: Words, c
 
 
 def test_one_that_begins_meanwhile_is_told_and_one_that_ends_is_not(words: Words, clock: Clock) -> None:
-    number = words.enter(kept := StubGroup())
+    number = words.enter(kept := stub_group())
     words.tell(3, number, 1, 1, waited=64)
     clock.meanwhile = [lambda: words.tell(2, number, 5, 2, waited=64)]
     assert seen(words) == [(kept.name, "put_signal on channel 5", (2,), "cuda:3")]
@@ -133,7 +138,7 @@ def test_one_that_begins_meanwhile_is_told_and_one_that_ends_is_not(words: Words
 def test_peers_of_one_operation_are_told_together(words: Words, clock: Clock) -> None:
     """Start and deadline are the earliest of all peers."""
     step, name = min(STEPS.items())
-    number, other = words.enter(kept := StubGroup()), words.enter(another := StubGroup("other"))
+    number, other = words.enter(kept := stub_group()), words.enter(another := stub_group("other"))
     words.tell(1, other, 0, 1, waited=1)
     clock.meanwhile = [
         lambda: words.tell(step, number, 0, 2, waited=64, left=900),
@@ -150,7 +155,7 @@ def test_peers_of_one_operation_are_told_together(words: Words, clock: Clock) ->
 
 
 def test_a_group_that_is_gone_is_not_told_of(words: Words, clock: Clock) -> None:
-    gone = StubGroup()
+    gone = stub_group()
     number, reference = words.enter(gone), weakref.ref(gone)
     del gone
     assert reference() is None
@@ -171,8 +176,8 @@ def test_all_peers_of_a_group_have_places(
     number: int, peers: set[int], operation: int, detail: int, ticks: int
 ) -> None:
     words = Words()
-    known = StubGroup()
-    words._groups = [("", 0, weakref.ref(known))] * (number + 1)  # type: ignore[list-item]
+    known = stub_group()
+    words._groups = [("", 0, weakref.ref(known))] * (number + 1)
     for peer in peers:
         words.tell(operation, number, detail, peer, ticks)
     (wait,) = words._decode(list(words._read().values()))
@@ -184,7 +189,7 @@ def test_all_peers_of_a_group_have_places(
 def test_a_forked_child_does_not_look(words: Words) -> None:
     """The memory belongs to its parent, and may not be mapped in the child."""
     words.memory[0] = 1
-    words.enter(StubGroup())
+    words.enter(stub_group())
     assert failure() is not None
     child = os.fork()
     if child == 0:
@@ -217,7 +222,7 @@ class Ranks:
 
     def __init__(self, library: ctypes.CDLL, words: Words) -> None:
         self.library, self.words = library, words
-        self.groups = [StubGroup(f"of rank {rank}") for rank in range(WORLD)]
+        self.groups = [stub_group(f"of rank {rank}") for rank in range(WORLD)]
         self.pads = [(ctypes.c_uint32 * 1024)() for _ in range(WORLD)]
         self.threads: list[threading.Thread] = []
 
@@ -416,7 +421,7 @@ def test_the_error_of_the_kernel_wins(
     with pytest.raises(Exception, match=r"launch failure|LAUNCH_FAILED") as plain:
         ask(monkeypatch)
     assert not isinstance(plain.value, PeerTimeoutError)
-    known = StubGroup()
+    known = stub_group()
     words.memory[:4] = [1, 7, 2, words.enter(known)]
     with pytest.raises(PeerTimeoutError, match=r"rank 0, group g, step barrier on channel 7. rank 2 did") as caught:
         ask(monkeypatch)
@@ -425,7 +430,7 @@ def test_the_error_of_the_kernel_wins(
 
 def test_errors_that_have_a_name_keep_it(words: Words) -> None:
     assert isinstance(driver_error("CUDA_ERROR_OUT_OF_MEMORY", "cuMemCreate"), OutOfMemoryError)
-    known = StubGroup()
+    known = stub_group()
     words.memory[:4] = [1, 7, 2, words.enter(known)]
     with pytest.raises(UnsupportedError), kernel_status.named:
         raise UnsupportedError("no")

@@ -701,5 +701,5 @@ def test_kernels_compile(world: int, tmp_path: Path) -> None:
     source = tmp_path / "signals.cu"
     source.write_text(SOURCE)
     command = [nvcc, "-arch=sm_90", f"-DWORLD={world}", "-Werror", "all-warnings", "-cubin", source]
-    done = subprocess.run([*command, "-o", tmp_path / "out"], capture_output=True, text=True)
+    done = subprocess.run([*command, "-o", tmp_path / "out"], capture_output=True, text=True)  # type: ignore[list-item]
     assert done.returncode == 0, done.stderr

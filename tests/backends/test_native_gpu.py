@@ -120,7 +120,7 @@ def allocated_in_a_capture() -> None:
     torch.cuda.synchronize()
     assert counter.item() == 1
     assert inside.tensor.unique().tolist() == [1]
-    inside = None
+    inside = None  # type: ignore[assignment]
     symmem.allocate(1, backend="native", arena=False)
     meet()
     assert torch.cuda.mem_get_info()[0] >= free + (128 << 20)  # for 256 MiB

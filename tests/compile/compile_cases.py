@@ -411,11 +411,11 @@ def case_training() -> None:
     class Total(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            return ct.total(x, name)  # type: ignore[no-any-return]
+            return ct.total(x, name)
 
         @staticmethod
         def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-            return ct.total(gradient * 1, name)  # type: ignore[no-any-return]
+            return ct.total(gradient * 1, name)
 
     weight = summed(values(4, 4, seed=99))
 
@@ -443,7 +443,7 @@ def case_conditional() -> None:
     name = group()
 
     def f(x: torch.Tensor, flag: torch.Tensor) -> torch.Tensor:
-        return torch.cond(flag.sum() > 0, lambda y: ct.total(y * 2, name), lambda y: ct.total(y * 3, name), (x,))  # type: ignore
+        return torch.cond(flag.sum() > 0, lambda y: ct.total(y * 2, name), lambda y: ct.total(y * 3, name), (x,))
 
     torch._dynamo.reset()
     run = compiled(f)
@@ -581,8 +581,8 @@ def case_code_for_other_groups_is_not_taken_from_a_cache() -> None:
         for name, parts in zip(("cached a", "cached b"), members, strict=True):
             group = [dist.new_group(ranks) for ranks in parts][dist.get_rank() if parts is alone else 0]
             group._set_group_name(name)
-            dist.distributed_c10d._world.pg_names[group] = name
-            torch._C._distributed_c10d._register_process_group(name, group)
+            dist.distributed_c10d._world.pg_names[group] = name  # type: ignore[assignment]
+            torch._C._distributed_c10d._register_process_group(name, group)  # type: ignore[arg-type]
             made.append(group)
         larger = "cached a" if members[0] is both else "cached b"
         torch._dynamo.reset()
@@ -840,8 +840,8 @@ def case_group_is_made_again() -> None:
     for turn in range(2):
         made = dist.new_group(list(range(dist.get_world_size())))
         made._set_group_name(name)
-        dist.distributed_c10d._world.pg_names[made] = name
-        torch._C._distributed_c10d._register_process_group(name, made)
+        dist.distributed_c10d._world.pg_names[made] = name  # type: ignore[assignment]
+        torch._C._distributed_c10d._register_process_group(name, made)  # type: ignore[arg-type]
         mine.rendezvous(made)
         if run is None:
             torch._dynamo.reset()
@@ -962,7 +962,7 @@ def case_functions_have_separate_graphs() -> None:
 @case(gpu=False)
 def case_options() -> None:
     with pytest.raises(InvalidArgumentError, match="a mode or options, not both"):
-        control.backend(None, [], mode="default", options={})  # type: ignore
+        control.backend(None, [], mode="default", options={})
 
 
 # CUDA graphs, as far as they can be tested without a GPU.
@@ -979,7 +979,7 @@ def case_cuda_graphs_know_symmetric_inputs() -> None:
         return lambda inputs: [*inputs, "ran"]
 
     wrapped = wrappers._cudagraphify(stock)
-    kept, runtime.Graph.keeps = runtime.Graph.keeps, lambda self, value: value == "symmetric"  # type: ignore[method-assign]
+    kept, runtime.Graph.keeps = runtime.Graph.keeps, lambda self, value: value == "symmetric"
     try:
         assert wrapped(None, (2,), device_index=0)([1]) == [1, "ran"]
         with wrappers._captured(True):
@@ -988,7 +988,7 @@ def case_cuda_graphs_know_symmetric_inputs() -> None:
         inputs = ["symmetric", "plain", "weight", "symmetric"]
         assert run(inputs) == run(inputs) == [*inputs, "ran"]
     finally:
-        runtime.Graph.keeps = kept  # type: ignore[method-assign]
+        runtime.Graph.keeps = kept
     assert calls == [((2,), {"device_index": 0}), ((0, 2, 3), {"device_index": 0})]
 
 
@@ -1013,7 +1013,7 @@ def case_cuda_graphs_do_not_get_inputs_that_are_checked_outside() -> None:
         assert seen == [(scheduler, [[taken, user]], [False])]
         return [set(each.last_usage) for each in (taken, user)]
 
-    with V.set_graph_handler(types.SimpleNamespace()):
+    with V.set_graph_handler(types.SimpleNamespace()):  # type: ignore[arg-type]
         assert last_usage() == [{"buf1", "arg0_1", "arg1_1"}, {"arg0_1", "arg2_1"}]
         symmetric_layout.begin_plan("g").uncaptured_inputs.update(("arg0_1", "arg1_1", "arg2_1"))
         assert last_usage() == [{"buf1", "arg1_1"}, {"arg2_1"}]

@@ -403,11 +403,11 @@ def case_checkpointing() -> None:
     class Echo(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            return ct.echo(x, name)  # type: ignore[no-any-return]
+            return ct.echo(x, name)
 
         @staticmethod
         def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-            return ct.echo(gradient @ gradient.new_ones(4, 4), name)  # type: ignore[no-any-return]
+            return ct.echo(gradient @ gradient.new_ones(4, 4), name)
 
     def block(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         y = Echo.apply(x @ w)
@@ -416,7 +416,7 @@ def case_checkpointing() -> None:
     weight = summed(values(4, 4, seed=8))
 
     def f(x: torch.Tensor) -> torch.Tensor:
-        return checkpoint(block, x, weight, use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(block, x, weight, use_reentrant=False)
 
     torch._dynamo.reset()
     run = compiled(f)
@@ -426,7 +426,7 @@ def case_checkpointing() -> None:
         other = x.detach().clone().requires_grad_()
         y = peer((other @ weight).detach()).requires_grad_()
         (y @ y).backward(torch.ones(4, 4))
-        gradient = peer(y.grad @ torch.ones(4, 4))
+        gradient = peer(y.grad @ torch.ones(4, 4))  # type: ignore[operator]
         torch.testing.assert_close(x.grad, gradient @ weight.t())
 
 
@@ -484,8 +484,8 @@ def case_odd_group_names() -> None:
     for name in ("it's", 'a "b"', "\\n'\"{x} %s", "'); raise SystemExit  # \N{SNOWMAN}\n"):
         made = dist.new_group(list(range(dist.get_world_size())))
         made._set_group_name(name)
-        dist.distributed_c10d._world.pg_names[made] = name
-        torch._C._distributed_c10d._register_process_group(name, made)
+        dist.distributed_c10d._world.pg_names[made] = name  # type: ignore[assignment]
+        torch._C._distributed_c10d._register_process_group(name, made)  # type: ignore[arg-type]
         odd_group_name(name)
         dist.destroy_process_group(made)
 

@@ -184,11 +184,11 @@ def test_an_input_is_copied_unless_it_is_symmetric(pool: RankPool) -> None:
 def partial_input() -> dict[str, int]:
     """Leave out stock Inductor, because it needs a C++ compiler here."""
     known = contenders.attempted
-    importlib.import_module("symmem.tools.bench.compiled_contenders").attempted = lambda name, make: False
+    importlib.import_module("symmem.tools.bench.compiled_contenders").attempted = lambda name, make: False  # type: ignore[attr-defined]
     try:
         return {name: sum(each.copies) for name, each in contenders.graph_input("cpu", 64, None).items()}
     finally:
-        importlib.import_module("symmem.tools.bench.compiled_contenders").attempted = known
+        importlib.import_module("symmem.tools.bench.compiled_contenders").attempted = known  # type: ignore[attr-defined]
 
 
 def test_costs_are_of_what_is_placed(pool: RankPool) -> None:
@@ -201,4 +201,4 @@ def test_costs_are_of_what_is_placed(pool: RankPool) -> None:
 def few_calls() -> dict[tuple[str, int], float]:
     module: Any = importlib.import_module("symmem.tools.bench.compiled_costs")
     module._CALLS, module._ARGUMENTS = 2, (1, 2)
-    return costs.overhead("cpu")  # type: ignore[no-any-return]
+    return costs.overhead("cpu")

@@ -133,7 +133,7 @@ def graphs_own_operators() -> None:
 
 
 def torch_operators(mode: str | None) -> None:
-    name, weight = dist.group.WORLD.group_name, torch.ones(64, 64, device="cuda") / 64
+    name, weight = dist.group.WORLD.group_name, torch.ones(64, 64, device="cuda") / 64  # type: ignore[union-attr]
     symm_mem = torch.ops.symm_mem
 
     def f(x: torch.Tensor) -> Any:
@@ -168,8 +168,8 @@ def torchs_memory(mode: str | None) -> None:
 
     from symmem.tools.bench.compiled_counts import copies
 
-    name = dist.group.WORLD.group_name
-    mine = torchs.empty(64, 64, dtype=torch.float32, device="cuda")
+    name = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    mine = torchs.empty(64, 64, dtype=torch.float32, device="cuda")  # type: ignore[call-overload]
     torchs.rendezvous(mine, name)
     symmem.allocate(1000, torch.float32, backend="pytorch_cuda")  # so that the next is not at the arena's start
     suballocated = symmem.allocate((64, 64), torch.float32, backend="pytorch_cuda").rendezvous().tensor

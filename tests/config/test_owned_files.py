@@ -72,10 +72,10 @@ def test_a_group_of_this_user_alone_can_write(file: Path, monkeypatch: pytest.Mo
     [("me", [], True), ("me", ["me"], True), ("me", ["me", "other"], False), ("staff", [], False)],
 )
 def test_a_private_group(group: str, members: list[str], private: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = owned_files.grp.struct_group((group, "x", 7, members))
-    owner = owned_files.pwd.struct_passwd(("me", "x", 5, 7, "", "/", "/bin/sh"))
-    monkeypatch.setattr(owned_files.grp, "getgrgid", lambda number: entry)
-    monkeypatch.setattr(owned_files.pwd, "getpwuid", lambda number: owner)
+    entry = owned_files.grp.struct_group((group, "x", 7, members))  # type: ignore[attr-defined]
+    owner = owned_files.pwd.struct_passwd(("me", "x", 5, 7, "", "/", "/bin/sh"))  # type: ignore[attr-defined]
+    monkeypatch.setattr(owned_files.grp, "getgrgid", lambda number: entry)  # type: ignore[attr-defined]
+    monkeypatch.setattr(owned_files.pwd, "getpwuid", lambda number: owner)  # type: ignore[attr-defined]
     owned_files._is_private_group.cache_clear()
     assert owned_files._is_private_group(7, 5) is private
     owned_files._is_private_group.cache_clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,7 @@ def _marks(backend: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.gpu] if get_backend(backend).device_type == "cuda" else []
 
 
-def test_case(backend: str, world: int, name: str, pools, new_pool, request: pytest.FixtureRequest) -> None:
+def test_case(backend: str, world: int, name: str, pools: Any, new_pool: Any, request: pytest.FixtureRequest) -> None:
     required = backend in request.config.getoption("--require").split(",")
     if why_not := _why_not(backend):
         (pytest.fail if required else pytest.skip)(why_not)

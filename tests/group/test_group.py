@@ -340,7 +340,7 @@ def test_without_pidfds_groups_work_and_say_what_they_lack(
 def test_a_follower_refused_by_uid_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The leader refuses a connection of another user; no rank waits for the timeout."""
     groups = make_groups(3)
-    original = scm.peer_of
+    original = scm.peer_of  # type: ignore[attr-defined]
 
     def other_user(sock: socket.socket) -> tuple[int, int]:
         pid, uid = original(sock)
@@ -360,7 +360,7 @@ def test_a_follower_refused_by_uid_is_named_at_once(monkeypatch: pytest.MonkeyPa
 def test_a_leader_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A follower sends nothing to a socket of another user."""
     groups = make_groups(2)
-    original = scm.peer_of
+    original = scm.peer_of  # type: ignore[attr-defined]
 
     def other_user(sock: socket.socket) -> tuple[int, int]:
         pid, uid = original(sock)
@@ -445,7 +445,7 @@ class CountingStore(dist.Store):
         self.requests += len(keys)
         return self.inner.multi_get(keys)
 
-    def wait(self, keys: list[str], timeout: Any) -> None:
+    def wait(self, keys: list[str], timeout: Any) -> None:  # type: ignore[override]
         self._count()
         self.inner.wait(keys, timeout)
 
@@ -469,13 +469,13 @@ def test_requests_to_the_store_grow_linearly_and_stop_once_sockets_are_up() -> N
     for size in (2, 8, 32, 64):
         store = CountingStore()
         groups = make_groups(size, store, f"of {size}")
-        succeed(size, lambda rank, groups=groups: meet(groups[rank], timeout=60))
+        succeed(size, lambda rank, groups=groups: meet(groups[rank], timeout=60))  # type: ignore[misc]
         asked[size] = store.requests / size
         # All keys of the join are deleted, except every rank's count of groups with this name.
         assert [key for key in store.keys if "/met/" not in key] == []
         assert len(store.keys) == size
         before = store.requests
-        succeed(size, lambda rank, groups=groups: meet(groups[rank], timeout=60))
+        succeed(size, lambda rank, groups=groups: meet(groups[rank], timeout=60))  # type: ignore[misc]
         assert store.requests == before
     assert max(asked.values()) < 1.5 * asked[2], asked
     assert asked[64] < 25, asked
@@ -567,7 +567,7 @@ def test_groups_of_one_name_made_anew_do_not_mix() -> None:
     store = dist.HashStore()
     for _ in range(3):
         groups = make_groups(2, store, "again")
-        succeed(2, lambda rank, groups=groups: meet(groups[rank]))
+        succeed(2, lambda rank, groups=groups: meet(groups[rank]))  # type: ignore[misc]
         for group in groups:
             group.close()
 
@@ -685,7 +685,7 @@ def test_a_rank_that_slept_past_its_deadline_takes_what_has_come(late: int, monk
     transport = groups[late]._rounds.transport
     name = "verdict" if late else "collect"
     original = getattr(transport, name)
-    peer = transport._peers[1 - late]
+    peer = transport._peers[1 - late]  # type: ignore[attr-defined]
 
     def after_its_deadline(sequence: int, deadline: float) -> Any:
         assert select.select([peer], [], [], LONG)[0]  # the message of the other rank has come

@@ -122,7 +122,7 @@ def test_an_interrupt_amid_a_message_ends_the_connection(way: str, monkeypatch: 
     def interrupted(*args: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(transports.scm, way, interrupted)
+    monkeypatch.setattr(transports.scm, way, interrupted)  # type: ignore[attr-defined]
     soon = time.monotonic() + 1
     call = (
         (lambda: transport.publish(Message(1, "step", soon))) if way == "send" else (lambda: transport.collect(1, soon))

@@ -181,7 +181,7 @@ def test_a_process_that_ends_names_its_reason() -> None:
 
 def test_threads_that_wait_at_one_client_do_not_blame_the_store() -> None:
     """A client of a TCPStore handles one request at a time."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     groups = [Group.from_store(1, 2, server, f"of thread {number}") for number in range(4)]
     results = run_ranks(4, lambda number: meet(groups[number], timeout=2.5), timeout=60)
     assert {type(error) for error in results} == {PeerTimeoutError}

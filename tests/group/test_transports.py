@@ -277,7 +277,7 @@ def test_garbage_in_the_store_is_an_error_by_name(garbage: bytes) -> None:
     """A foreign program wrote the key."""
     store = dist.HashStore()
     transport = StoreTransport(store, "p", 1, 2)
-    store.set("p/1/verdict", garbage)
+    store.set("p/1/verdict", garbage)  # type: ignore[arg-type]
     with pytest.raises(RendezvousError, match="not a message"):
         transport.verdict(1, soon())
 
@@ -321,7 +321,7 @@ def test_a_store_that_fails_is_no_timeout() -> None:
     """The error differs from the error for ranks that do not come."""
 
     class Broken(dist.HashStore):
-        def wait(self, keys: list[str], timeout: timedelta) -> None:
+        def wait(self, keys: list[str], timeout: timedelta) -> None:  # type: ignore[override]
             raise RuntimeError("Broken pipe")
 
     with pytest.raises(RendezvousError, match="the job's store failed: Broken pipe") as caught:

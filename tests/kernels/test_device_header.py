@@ -49,7 +49,7 @@ REPLACED = {
 
 
 LAYOUT = "".join(
-    f'static_assert(__builtin_offsetof(symmem::View, {name}) == {getattr(View, name).offset}, "{name}");\n'
+    f'static_assert(__builtin_offsetof(symmem::View, {name}) == {getattr(View, name).offset}, "{name}");\n'  # type: ignore[misc]
     for name, _kind in View._fields_
 )
 

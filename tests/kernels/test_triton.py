@@ -52,7 +52,7 @@ def meet() -> None:
                 st.tensor, own.tensor, view.pointers, view.signals, rank, turn, channels - BLOCKS, world, BLOCK
             )
             each = torch.arange(BLOCK * BLOCKS, dtype=torch.int32)
-            assert torch.equal(own.tensor, sum(each * (peer + 1) + turn for peer in range(world)))
+            assert torch.equal(own.tensor, sum(each * (peer + 1) + turn for peer in range(world)))  # type: ignore[arg-type]
     assert not st.signal_pad(rank).view(torch.int32).any()  # at rest
     assert not many.tensor.any()
 

@@ -111,7 +111,7 @@ class Watched(dict[int, int]):
         super().__init__()
         self.after_get = after_get
 
-    def get(self, *args: Any) -> Any:  # type: ignore[override]
+    def get(self, *args: Any) -> Any:
         found = super().get(*args)
         self.after_get()
         return found

@@ -139,7 +139,7 @@ def test_defaults() -> None:
     assert Layout.make(5, None, None) == Layout((5,), (1,), torch.get_default_dtype())
     assert Layout.make((), torch.int8, ()).nbytes == 1
     # Integers of numpy and torch count as integers.
-    assert Layout.make(torch.Size([2, 3]), torch.int8, (torch.tensor(3), 1)).strides == (3, 1)
+    assert Layout.make(torch.Size([2, 3]), torch.int8, (torch.tensor(3), 1)).strides == (3, 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

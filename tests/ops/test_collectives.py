@@ -192,7 +192,7 @@ def test_compiled_programs_are_right(backend: str, group: symmem.Group) -> None:
     results = []
     for function in (program, compiled):
         leaves = [each.clone().requires_grad_() for each in (x, weight)]
-        result = function(*leaves, group.name)
+        result = function(*leaves, group.name)  # type: ignore[arg-type, call-arg]
         result.square().mean().backward()
         results.append([result, *(each.grad for each in leaves)])
     for wanted, found in zip(*results, strict=True):
@@ -286,16 +286,16 @@ def test_one_sided_operators_compile_with_inductor(symmetric: torch.Tensor, grou
         (lambda x, g: ops.all_to_all(x[0, 0], g), InvalidArgumentError, "a first dimension of 1"),
         (lambda x, g: ops.broadcast(x, g, root=-1), RankError, "root -1"),
         (lambda x, g: torch.ops.symmem.all_reduce_(x[:1].expand(3, 4), "sum", g.name), InvalidArgumentError, "share"),
-        *(
+        *(  # type: ignore[var-annotated]
             (lambda x, g, value=value: ops.all_reduce(x, g, value), InvalidArgumentError, "reduction must be one of")
             for value in (None, 3, [])
         ),
-        (lambda x, g: ops.all_reduce(x.requires_grad_(), g, None), InvalidArgumentError, "reduction must be one of"),
+        (lambda x, g: ops.all_reduce(x.requires_grad_(), g, None), InvalidArgumentError, "reduction must be one of"),  # type: ignore[arg-type]
         *(
             (lambda x, g, value=value: ops.broadcast(x, g, value), InvalidArgumentError, "root must be an integer")
             for value in (None, "0", 0.0, False)
         ),
-        (lambda x, g: ops.broadcast(x.requires_grad_(), root=None), InvalidArgumentError, "root must be an integer"),
+        (lambda x, g: ops.broadcast(x.requires_grad_(), root=None), InvalidArgumentError, "root must be an integer"),  # type: ignore[arg-type]
         (lambda x, g: ops.all_reduce(x, "nowhere"), GroupError, "not initialised"),
         (lambda x, g: ops.get(x, 0, g), NotSymmetricError, "symmetric"),
         (lambda x, g: ops.put(x, x, 0, g), NotSymmetricError, "symmetric"),
@@ -338,8 +338,8 @@ def test_values_that_are_no_dense_tensors_are_refused_with_a_hint(kind: str, gro
     value, hint = not_dense()[kind]
     x = torch.ones(3)
     calls: list[Callable[[], object]] = [
-        *(lambda name=name: getattr(ops, name)(value, group) for name in COLLECTIVES),  # type: ignore[misc]
-        *(lambda name=name: getattr(ops, name)(x, group, out=value) for name in COLLECTIVES if value is not None),  # type: ignore[misc]
+        *(lambda name=name: getattr(ops, name)(value, group) for name in COLLECTIVES),
+        *(lambda name=name: getattr(ops, name)(x, group, out=value) for name in COLLECTIVES if value is not None),
         lambda: ops.get(value, 0, group),
         lambda: ops.put(value, x, 0, group),
         lambda: ops.put(x, value, 0, group),
@@ -464,7 +464,7 @@ def test_groups_that_are_gone_are_forgotten() -> None:
 # The shortcut of ordinary eager calls, and calls that must go through the dispatcher.
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         seen.append(str(func))
         return func(*args, **(kwargs or {}))

@@ -155,7 +155,7 @@ class EmulatedDriver:
 
     def __init__(self) -> None:
         self.bindings = self
-        self.launched: list[tuple[str, int, int]] = []
+        self.launched: list[tuple[Any, int, int]] = []  # number or name, blocks, threads
         self.code = 0
         self._memory = (ctypes.c_uint32 * (NBYTES // 4))()
 
@@ -285,7 +285,7 @@ def test_all_reduce_to_the_bit(ranks: Ranks) -> None:
         outs = sources if rng.random() < 0.5 else [torch.empty_like(each) for each in sources]
         row = Row(WORLD, None, ("one_shot", "two_shot")[turn % 2], rng.choice((8, 16)), rng.choice((1, 3)))
         ranks.use(all_reduce=(row,))
-        errors = ranks.run(lambda engine, rank, s=sources, o=outs: engine.all_reduce(s[rank], o[rank], "sum"))
+        errors = ranks.run(lambda engine, rank, s=sources, o=outs: engine.all_reduce(s[rank], o[rank], "sum"))  # type: ignore[misc]
         assert errors == [None] * WORLD
         for out in outs:
             assert torch.equal(out.view(torch.int32), want.view(torch.int32)), (turn, n, row)
@@ -298,7 +298,7 @@ def test_numbers_that_look_like_nothing(ranks: Ranks) -> None:
     for kernel in ("one_shot", "two_shot"):
         tensors = [torch.full((50,), -1, dtype=torch.int32).view(torch.float32) for _ in range(WORLD)]
         ranks.use(all_reduce=(Row(WORLD, None, kernel, 8, 2),))
-        ranks.run(lambda engine, rank, t=tensors: engine.all_reduce(t[rank], t[rank], "sum"))
+        ranks.run(lambda engine, rank, t=tensors: engine.all_reduce(t[rank], t[rank], "sum"))  # type: ignore[misc]
         for tensor in tensors:
             assert tensor.isnan().all()
             assert torch.equal(tensor.view(torch.int32), tensors[0].view(torch.int32))
@@ -348,17 +348,17 @@ def test_bytes_move_unchanged(kernel: str, ranks: Ranks) -> None:
         start = rng.choice((0, 1, 4))
         sources = [torch.cat([torch.zeros(start, dtype=torch.uint8), each.flatten()])[start:] for each in given]
         outs = [torch.zeros(WORLD, n, dtype=torch.uint8) for _ in range(WORLD)]
-        errors = ranks.run(lambda e, rank, s=sources, o=outs, n=n: e.all_to_all(s[rank].view(WORLD, n), o[rank]))
+        errors = ranks.run(lambda e, rank, s=sources, o=outs, n=n: e.all_to_all(s[rank].view(WORLD, n), o[rank]))  # type: ignore[misc]
         assert errors == [None] * WORLD
         for rank, out in enumerate(outs):
             assert torch.equal(out, torch.stack([each[rank] for each in given])), n
-        errors = ranks.run(lambda e, rank, s=sources, o=outs, n=n: e.all_gather(s[rank][:n], o[rank]))
+        errors = ranks.run(lambda e, rank, s=sources, o=outs, n=n: e.all_gather(s[rank][:n], o[rank]))  # type: ignore[misc]
         assert errors == [None] * WORLD
         for out in outs:
             assert torch.equal(out, torch.stack([each[0] for each in given])), n
         for root in range(WORLD):
             received = [each[:n].clone() for each in sources]
-            ranks.run(lambda e, rank, r=received, root=root: e.broadcast(r[rank], r[rank], root))
+            ranks.run(lambda e, rank, r=received, root=root: e.broadcast(r[rank], r[rank], root))  # type: ignore[misc]
             assert all(torch.equal(each, given[root][0]) for each in received), (n, root)
 
 
@@ -367,7 +367,7 @@ def test_reduce_scatter(ranks: Ranks) -> None:
     for n in (1, 3, 4, 31, 500, 1024, 2500):
         sources = [floats(WORLD * n, rank, rng).view(WORLD, n) for rank in range(WORLD)]
         outs = [torch.empty(n) for _ in range(WORLD)]
-        assert ranks.run(lambda e, r, s=sources, o=outs: e.reduce_scatter(s[r], o[r], "sum")) == [None] * WORLD
+        assert ranks.run(lambda e, r, s=sources, o=outs: e.reduce_scatter(s[r], o[r], "sum")) == [None] * WORLD  # type: ignore[misc]
         for rank, out in enumerate(outs):
             assert torch.equal(out, functools.reduce(torch.add, [each[rank] for each in sources])), n
 
@@ -390,7 +390,8 @@ def in_symmetric_memory(ranks: Ranks, rooms: list[torch.Tensor], monkeypatch: py
 
 @pytest.mark.parametrize("way", ["closed", "collected"])
 def test_addresses_are_kept_as_long_as_the_block(way: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, tensor, found = ranks.engines[0], torch.zeros(8), []
+    engine, tensor = ranks.engines[0], torch.zeros(8)
+    found: list[Any] = []
     blocks = [StubBlock()]
 
     def find(address: int, nbytes: int) -> Any:
@@ -502,7 +503,7 @@ def test_a_size_may_go_to_one_place_and_then_to_another(ranks: Ranks, monkeypatc
     in_symmetric_memory(ranks, rooms, monkeypatch)
     for engine in ranks.engines:
         find = engine._find_memory
-        monkeypatch.setattr(engine, "_find_memory", lambda a, n, f=find: None if a in elsewhere else f(a, n))
+        monkeypatch.setattr(engine, "_find_memory", lambda a, n, f=find: None if a in elsewhere else f(a, n))  # type: ignore[has-type]
     first, second = (
         [room.view(torch.float32)[start:][: WORLD * 4].view(WORLD, 4) for room in rooms] for start in (0, 64)
     )
@@ -511,7 +512,7 @@ def test_a_size_may_go_to_one_place_and_then_to_another(ranks: Ranks, monkeypatc
     for turn, outs in enumerate((first, second, other, first, other, second)):
         sources = [torch.full((4,), 10.0 * turn + rank) for rank in range(WORLD)]
         before = [[each.clone() for each in place] for place in (first, second, other)]
-        assert ranks.run(lambda e, rank, s=sources, o=outs: e.all_gather(s[rank], o[rank])) == [None] * WORLD
+        assert ranks.run(lambda e, rank, s=sources, o=outs: e.all_gather(s[rank], o[rank])) == [None] * WORLD  # type: ignore[misc]
         assert all(torch.equal(out, torch.stack(sources)) for out in outs), turn
         for place, were in zip((first, second, other), before, strict=True):
             assert place is outs or all(map(torch.equal, place, were)), turn
@@ -693,7 +694,7 @@ def test_a_launch_that_fails_is_named(alone: CudaEngine, driver: EmulatedDriver)
 
 
 def test_steps_do_not_clash_with_the_signals() -> None:
-    assert min(STEPS) > len(cuda_signals.OPERATIONS)
+    assert min(STEPS) > len(cuda_signals.OPERATIONS)  # type: ignore[attr-defined]
 
 
 # The checked mode.

@@ -71,7 +71,7 @@ _pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, 
 _capsule_of = ctypes.pythonapi.PyCapsule_New
 _capsule_of.restype, _capsule_of.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 _NAME = b"dlpack_exchange_api"
-_TORCHS: Any = Exchange.from_address(_pointer_of(torch.Tensor.__dlpack_c_exchange_api__, _NAME))  # type: ignore[attr-defined]
+_TORCHS: Any = Exchange.from_address(_pointer_of(torch.Tensor.__dlpack_c_exchange_api__, _NAME))
 
 
 _KEPT: list[object] = []  # the module keeps their addresses, until it gets others
@@ -192,7 +192,7 @@ class StubGroup:
         self.process_group = process_group
 
     def extension(self, owner: type) -> Any:
-        return self.extensions[owner]
+        return self.extensions[owner]  # type: ignore[index]
 
     def lost(self) -> tuple[int, ...]:
         return ()
@@ -345,7 +345,7 @@ def test_what_else_takes_part_is_left_to_python(group: Any, gpu: Gpu, monkeypatc
     assert again(out=out) is out
     assert again(out=x) is x
     gpu.launched.clear()
-    forward_mode = torch.autograd.forward_ad.dual_level()  # type: ignore[no-untyped-call]
+    forward_mode = torch.autograd.forward_ad.dual_level()
     for scope in (Functions(), Dispatches(), torch.autograd.profiler.profile(use_cpu=True), forward_mode):
         with scope:
             assert again() is None
@@ -512,13 +512,13 @@ class Torchs:
 def test_who_means_a_process_group(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     table: dict[Any, Any] = {}
     world = SimpleNamespace(default_pg=None, pg_map=table)
-    monkeypatch.setattr(eager.dist.distributed_c10d, "_world", world)
+    monkeypatch.setattr(eager.dist.distributed_c10d, "_world", world)  # type: ignore[attr-defined]
     a, b = Torchs(), Torchs()
     groups = [with_engine(StubGroup(each)) for each in (a, b)]
     groups[1].name = "other"
     x = torch.ones(4)
     for group in groups:
-        ops.functional(KINDS["all_reduce"], group, x, ("sum",))
+        ops.functional(KINDS["all_reduce"], group, x, ("sum",))  # type: ignore[attr-defined]
         eager.learn(KINDS["all_reduce"], group, x, "sum", None, torch.ones(4))
         plan = group.extension(Engines)[CPU]._plans["all_reduce", 16, torch.float32, "sum"][0]
         plan.call.step = 90 + groups.index(group)
@@ -546,11 +546,11 @@ def test_who_means_a_process_group(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) ->
 
 def one_process_group(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, world: Any) -> tuple[Torchs, Any]:
     """A process group known to ``world``, and its group, after one operation."""
-    monkeypatch.setattr(eager.dist.distributed_c10d, "_world", world)
+    monkeypatch.setattr(eager.dist.distributed_c10d, "_world", world)  # type: ignore[attr-defined]
     process_group, x = Torchs(), torch.ones(4)
     group = with_engine(StubGroup(process_group))
     world.pg_map[process_group] = 1
-    ops.functional(KINDS["all_reduce"], group, x, ("sum",))
+    ops.functional(KINDS["all_reduce"], group, x, ("sum",))  # type: ignore[attr-defined]
     eager.learn(KINDS["all_reduce"], group, x, "sum", None, torch.ones(4))
     return process_group, group
 
@@ -669,7 +669,7 @@ def test_arguments_that_are_not_sound(gpu: Gpu) -> None:
             module.Calls(group=groups[0], process_group=groups[1], **made)
     calls = module.Calls(group=weakref.ref(StubGroup), process_group=None, **made)
     given = {"kind": 1, "option": None, "x": torch.ones(1), "form": 0, "out": torch.ones(1), "new_shape": None}
-    given |= {"may_be_same": True, "function": 1, "blocks": 1, "threads": 1, "arguments": b"1" * 24}
+    given |= {"may_be_same": True, "function": 1, "blocks": 1, "threads": 1, "arguments": b"1" * 24}  # type: ignore[dict-item]
     for wrong in ({"form": 3}, {"source_at": 17}, {"out_at": 17}, {"source_at": -1}, {"arguments": b"1" * 5000}):
         with pytest.raises(ValueError, match="outside of the arguments"):
             calls.add(**{**given, "source_at": 0, "out_at": 8, **wrong})

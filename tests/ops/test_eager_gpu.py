@@ -64,7 +64,7 @@ def all_right() -> None:
         for turn, shape, dtype in itertools.product(range(4), shapes, dtypes):
             given = [numbers(shape, dtype, turn, each) for each in range(world)]
             rows = [numbers((world, *shape), dtype, turn, each) for each in range(world)]
-            total = sum(each.double() for each in given).to(dtype)
+            total = sum(each.double() for each in given).to(dtype)  # type: ignore[union-attr]
             column = [each[rank] for each in rows]
             kept = []  # so that results have a new address every time
             for out in (None, torch.empty_like(given[0]), x := given[rank].clone()):
@@ -93,7 +93,7 @@ def on_streams_and_in_graphs() -> None:
     side, later = torch.cuda.Stream(), torch.empty_like(out)
     with Counted() as counted:
         with torch.cuda.stream(side):
-            torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(20_000_000)
             x.add_(1)
             symmem.ops.all_reduce(x, out=out)  # on another stream it would read the old values
             later.copy_(out)

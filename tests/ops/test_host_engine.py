@@ -131,7 +131,7 @@ def fuzz_one(seed: int) -> tuple[str, str]:
     reduces = name in ("all_reduce", "reduce_scatter")
     dtype = rng.choice(REDUCED if reduces else MOVED)
     count = rng.choice(SIZES) if rng.random() < 0.4 else rng.randrange(2000)
-    shape = rng.choice(((count,), (count, 1), (3, count // 3), (count // 4, 2, 2), (1, count // 7, 7)))
+    shape: tuple[int, ...] = rng.choice(((count,), (count, 1), (3, count // 3), (count // 4, 2, 2), (1, count // 7, 7)))
     if name in ("reduce_scatter", "all_to_all"):
         shape = (size, *(count // size if each == count else each for each in shape))
     elif count == 1:
@@ -230,7 +230,7 @@ def gone() -> None:
     ends = [weakref.ref(group), weakref.ref(engine)]
     del group, engine
     gc.collect()
-    assert [each() for each in ends] == [None, None]
+    assert [each() for each in ends] == [None, None]  # type: ignore[operator]
     with pytest.raises(symmem.SymmemError, match="no process group 'short-lived'"):
         torch.ops.symmem.all_reduce(torch.ones(3), "sum", "short-lived")
 
@@ -430,10 +430,10 @@ def interrupted() -> list[Outcome]:
     ops.all_reduce(x, group)
     (engine,) = group.extension(Engines).values()
     if rank == 1:
-        engine._reduce = lambda *args: 1 // 0
+        engine._reduce = lambda *args: 1 // 0  # type: ignore[attr-defined]
         with pytest.raises(ZeroDivisionError):
             ops.all_reduce(x, group)
-        del engine._reduce
+        del engine._reduce  # type: ignore[attr-defined]
     found = [error_of(lambda: ops.all_reduce(x, group))]
     assert ops.all_reduce(x, group)[-1] == size
     return found
@@ -453,14 +453,14 @@ def nested() -> list[Outcome]:
     x, found = torch.ones(4), []
     ops.all_reduce(x, group)
     (engine,) = group.extension(Engines).values()
-    reduce = engine._reduce
+    reduce = engine._reduce  # type: ignore[attr-defined]
 
     def again(*args: Any) -> None:
         found.append(error_of(lambda: ops.all_reduce(x, group)))
         reduce(*args)
 
     if rank == 0:
-        engine._reduce = again
+        engine._reduce = again  # type: ignore[attr-defined]
     assert ops.all_reduce(x, group)[0] == size
     vars(engine).pop("_reduce", None)
     assert ops.all_reduce(x, group)[0] == size

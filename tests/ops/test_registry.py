@@ -116,7 +116,7 @@ def test_a_decorator_registers_and_returns_what_it_is_put_on(lib: ops.Library) -
     def custom(x: torch.Tensor, pg_name: str) -> torch.Tensor:
         return x + 1
 
-    assert isinstance(custom, torch.library.CustomOpDef)
+    assert isinstance(custom, torch.library.CustomOpDef)  # type: ignore[attr-defined]
     made = ops.registration(custom)
     assert made is not None
     assert (made.op, made.args, made.group_arg) == (f"{lib.ns}::custom", ("x",), "pg_name")
@@ -389,13 +389,13 @@ def test_upstream_is_told_where_it_can_place(define: Define) -> None:
     """Without our hook, its placement would raise for an operator on the CPU."""
     name = define("op(Tensor x, str group_name) -> Tensor")
     symmem.register_symm_mem_args(name, ["x"])
-    held = singleton.get(name).symm_mem_args
+    held = singleton.get(name).symm_mem_args  # type: ignore[union-attr]
     node = torch.fx.Graph().placeholder("x")
     assert held.is_registered()
     for device, shown in (("cpu", False), ("meta", True)):
         reader = node.graph.call_function(getattr(torch.ops, name.split("::")[0]).op.default, (node, "any"))
         node.meta["val"] = torch.empty(2, device=device)
-        with V.set_graph_handler(types.SimpleNamespace(current_node=reader)):
+        with V.set_graph_handler(types.SimpleNamespace(current_node=reader)):  # type: ignore[arg-type]
             assert held.is_registered() is shown
             assert upstream.all_args()[name] == ("x",)
     ops.unregister(name)
@@ -638,7 +638,7 @@ def test_the_fingerprint_is_of_what_is_registered(define: Define) -> None:
         {"arg_names": ["x"], "group_arg": "a", "one_sided": True},
     ):
         number = ops.version()
-        symmem.register_symm_mem_args(one, **kwargs, replace=True)  # type: ignore[call-overload]
+        symmem.register_symm_mem_args(one, **kwargs, replace=True)
         assert ops.version() > number
         assert ops.fingerprint() not in seen
         seen.add(ops.fingerprint())

@@ -353,7 +353,7 @@ def test_custom_ops() -> None:
 class Wrapper(torch.Tensor):
     """A subclass without memory."""
 
-    inner: torch.Tensor
+    inner: torch.Tensor  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> Wrapper:
@@ -362,7 +362,7 @@ class Wrapper(torch.Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return cls(func(*(each.inner if isinstance(each, cls) else each for each in args), **(kwargs or {})))
 
 
@@ -662,7 +662,7 @@ class FakeTorch:
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTorch]:
     made = FakeTorch()
     monkeypatch.setattr(cuda_pools, "_torch", made)
-    monkeypatch.setattr(cuda_pools.cuda_graphs, "is_capturing", lambda device: False)
+    monkeypatch.setattr(cuda_pools.cuda_graphs, "is_capturing", lambda device: False)  # type: ignore[attr-defined]
     monkeypatch.setattr(inside, "_arena", lambda self: self._group)
     yield made
     assert not made.begun
@@ -786,7 +786,7 @@ def test_why_there_is_no_memory(fake: FakeTorch) -> None:
 @contextlib.contextmanager
 def during_capture(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(cuda_pools.cuda_graphs, "is_capturing", lambda device: True)
+        patch.setattr(cuda_pools.cuda_graphs, "is_capturing", lambda device: True)  # type: ignore[attr-defined]
         yield
 
 

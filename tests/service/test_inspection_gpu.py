@@ -177,7 +177,7 @@ def check_commands(
     pool.submit(task, late, go)
     try:
         found = seen(JOB, exactly(late))
-        assert {node.rank for node, _ in found.awaited} == set(late)  # type: ignore[union-attr]
+        assert {node.rank for node, _ in found.awaited} == set(late)
         assert found.cycles == []
         assert cli.main(["dump", "--job", JOB, "-o", str(tmp_path / "dump.json")]) == 0
         text = capsys.readouterr().out
@@ -195,7 +195,7 @@ def check_commands(
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(JOB)]
         assert sum(f"in '{step}', on the GPU cuda:" in line for line in lines) == WORLD - len(late)
     finally:
-        pool._store.set(go, b"1")
+        pool._store.set(go, "1")
         outcomes = pool.collect()
     assert [outcome.error for outcome in outcomes] == [None] * WORLD
     assert seen(JOB, stuck(0)).awaited == []
@@ -227,13 +227,13 @@ def test_a_cycle_by_way_of_a_gpu(pool: RankPool, tmp_path: Path, capsys: pytest.
     try:
         found = seen(JOB, stuck(WORLD))
         (cycle,) = found.cycles
-        assert {node.rank for node in cycle} == {0, 1}  # type: ignore[union-attr]
+        assert {node.rank for node in cycle} == {0, 1}
         assert cli.main(["dump", "--job", JOB, "-o", str(tmp_path / "dump.json")]) == 0
         text = capsys.readouterr().out
         print(text)
         assert "A CYCLE: rank" in text
         assert "'wait_signal on channel 7'" in text
     finally:
-        pool._store.set("crossed", b"1")
+        pool._store.set("crossed", "1")
         outcomes = pool.collect()
     assert [outcome.error for outcome in outcomes] == [None] * WORLD

@@ -126,7 +126,7 @@ def test_who_is_waited_for_and_at_which_step(
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(JOB)]
         assert [f"waits for rank {held} in '{step}'" in line for line in lines] == [r != held for r in range(WORLD)]
     finally:
-        pool._store.set(go, b"1")
+        pool._store.set(go, "1")
         outcomes = pool.collect()
     assert [outcome.error for outcome in outcomes] == [None] * WORLD
     after = pool.run(usage)
@@ -147,7 +147,7 @@ def test_a_cycle_is_found(pool: RankPool, capsys: pytest.CaptureFixture[str], tm
         assert cli.main(["dump", "--job", JOB, "-o", str(tmp_path / "dump.json")]) == 0
         assert "A CYCLE: rank" in capsys.readouterr().out
     finally:
-        pool._store.set("round", b"1")
+        pool._store.set("round", "1")
         outcomes = pool.collect()
     assert [outcome.error for outcome in outcomes] == [None] * WORLD
 
@@ -170,7 +170,7 @@ def test_inspect(pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[s
         files = [str(tmp_path / f"snapshot-{pid}.json") for pid in pool.pids]
         assert cli.main(["memory-map", *files, "-o", str(tmp_path / "map.html")]) == 0
     finally:
-        pool._store.set("inspected", b"1")
+        pool._store.set("inspected", "1")
         outcomes = pool.collect()
     assert [outcome.error for outcome in outcomes] == [None] * WORLD
 

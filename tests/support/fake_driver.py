@@ -118,16 +118,16 @@ class FakeDriver(Driver):
     def ordinal(self, device: torch.device) -> int:
         return self.mine
 
-    def identities(self) -> tuple[str, ...]:
+    def identities(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(f"{ordinal:032x}" for ordinal in range(self.world))
 
-    def name(self, ordinal: int) -> str:
+    def name(self, ordinal: int) -> str:  # type: ignore[override]
         return f"Fake {ordinal}"
 
-    def attribute(self, ordinal: int, name: str) -> int:
+    def attribute(self, ordinal: int, name: str) -> int:  # type: ignore[override]
         return {"HANDLE_TYPE_FABRIC_SUPPORTED": self.fabric != "absent", "MULTICAST_SUPPORTED": self.multicast}[name]
 
-    def can_access_peer(self, ordinal: int, peer: int) -> bool:
+    def can_access_peer(self, ordinal: int, peer: int) -> bool:  # type: ignore[override]
         return self.p2p
 
     @contextlib.contextmanager
@@ -248,7 +248,7 @@ def install(rank: int, world: int, **options: Any) -> FakeDriver:
     vars(native)["CudaSignals"] = FakeSignals
     # Variables that forbid multicast on this machine concern its GPUs. The settings still count.
     vars(multicast)["multicast_blocker"] = lambda: None
-    return backend.driver  # type: ignore[no-any-return]
+    return backend.driver
 
 
 def descriptors() -> int:

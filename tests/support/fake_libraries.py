@@ -198,7 +198,7 @@ class FakeTorch:
     def rendezvous(self, memory: torch.Tensor, group_name: str) -> _Handle:
         if self.fault:
             raise self.fault
-        group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+        group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type, attr-defined]
         self.rendezvoused.append(group_name)
         address = memory.data_ptr()
         if self.active == "NVSHMEM":

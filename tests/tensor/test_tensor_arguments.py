@@ -50,8 +50,8 @@ def cut_off(st: symmem.SymmetricTensor) -> symmem.SymmetricTensor:
         return tensor_at(allocation.pointer + offset, like.numel(), allocation.device, allocation)
 
     mapping.pointers = (0,)
-    mapping.put = lambda rank, offset, source: memory(offset, source).copy_(source)  # type: ignore[method-assign]
-    mapping.get = lambda rank, offset, out: out.copy_(memory(offset, out))  # type: ignore[method-assign]
+    mapping.put = lambda rank, offset, source: memory(offset, source).copy_(source)  # type: ignore[assignment, method-assign]
+    mapping.get = lambda rank, offset, out: out.copy_(memory(offset, out))  # type: ignore[assignment, method-assign]
     return st
 
 

@@ -37,7 +37,7 @@ def fail_in_a_case() -> None:
         tensor = shared(context, *args, **options)
         return tensor if options else SimpleNamespace(tensor=tensor.tensor[context.rank :])
 
-    case.Context.shared = short  # type: ignore[method-assign]
+    case.Context.shared = short  # type: ignore[assignment, method-assign]
     try:
         run_case("memory_is_zeroed_and_local", "host")
     finally:

@@ -48,7 +48,8 @@ class CountingClock(HostClock):
     graphs = True
 
     def __init__(self) -> None:
-        self.calls, self.log = 0, []
+        self.calls = 0
+        self.log: list[Any] = []
 
     def together(self) -> None:
         self.log.append("together")
@@ -195,7 +196,9 @@ class WatchingClock(HostClock):
     """Logs start and end of every timing, and the value of ``own`` then."""
 
     def __init__(self, own: torch.Tensor) -> None:
-        self.own, self.spans, self.seen = own, [], []
+        self.own = own
+        self.spans: list[tuple[float, float]] = []
+        self.seen: list[float] = []
 
     def seconds(self, run: Callable[[], object]) -> Times:
         begin = time.monotonic()
@@ -338,12 +341,13 @@ def test_a_terminal_shows_the_current_step_in_one_line(capsys: Output, monkeypat
         monkeypatch.setenv("TERM", term)
         monkeypatch.setattr("sys.stderr", Terminal())
         assert cli.main(["bench", "p2p", "--json"]) == 130
-        assert sys.stderr.getvalue().split("\r\x1b[K") == expected  # type: ignore[attr-defined]
+        assert sys.stderr.getvalue().split("\r\x1b[K") == expected  # type: ignore[union-attr]
         assert capsys.readouterr().out == f"{BARRIER.json()}\n"
 
 
 def test_figures_of_a_file_are_shown(tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, drawn = tmp_path / "old.json", []
+    file = tmp_path / "old.json"
+    drawn: list[Any] = []
     file.write_text(f"{BARRIER.json()}\n")
     monkeypatch.setattr(plot, "check", drawn.append)
     monkeypatch.setattr(plot, "draw", lambda *what: drawn.append(what))

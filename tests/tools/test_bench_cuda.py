@@ -95,7 +95,7 @@ def stand_ins() -> Iterator[list[str]]:
         return two_shot(x.clone(), op, group)
 
     def two_shot(x: torch.Tensor, op: str, group: str) -> torch.Tensor:
-        assert (op, group) == ("sum", dist.group.WORLD.group_name)
+        assert (op, group) == ("sum", dist.group.WORLD.group_name)  # type: ignore[union-attr]
         dist.all_reduce(x)
         return x
 
@@ -114,7 +114,7 @@ def stand_ins() -> Iterator[list[str]]:
         for module in (contenders, p2p):
             stack.enter_context(patch.object(module, "Torch", Transport))
         stack.enter_context(patch.dict(p2p._RUN, cuda=1 << 20))
-        stack.enter_context(patch.multiple("torch.cuda", **cuda))
+        stack.enter_context(patch.multiple("torch.cuda", **cuda))  # type: ignore[call-overload]
         stack.enter_context(patch.multiple("torch", zeros=on_cpu(torch.zeros), ones=on_cpu(torch.ones)))
         yield synchronised
     library._destroy()
@@ -122,12 +122,12 @@ def stand_ins() -> Iterator[list[str]]:
 
 def collective(operator: str) -> tuple[list[tuple[str, str]], bool, int]:
     with stand_ins() as synchronised:
-        clock = collectives.clock_of("cuda")
+        clock = collectives.clock_of("cuda")  # type: ignore[attr-defined]
         found = contenders.contenders(operator, 1024, "host", 4096)
         assert {each.source.dtype for each in found} == {torch.bfloat16}
         assert [symmem.find(each.source) is not None for each in found] == [each.name != "nccl" for each in found]
         kept = [
-            contenders.Contender(each.name, each.source, lambda call=each.call: recorded(call), each.out)
+            contenders.Contender(each.name, each.source, lambda call=each.call: recorded(call), each.out)  # type: ignore[misc]
             for each in found
         ]
         samples = collectives.sample(operator, kept, clock, rounds=2)

@@ -93,14 +93,14 @@ def watch() -> Iterator[Callable[[RankPool], Watch]]:
         one.close()
 
 
-def test_results_come_in_rank_order(pools) -> None:
+def test_results_come_in_rank_order(pools: Any) -> None:
     pool = pools.get(2)
     assert pool.run(who, "a", 1) == [(rank, 2, pid, "a", 1) for rank, pid in enumerate(pool.pids)]
     assert len({os.getpid(), *pool.pids}) == 3
     assert pool.run(pass_a_note) == [b"from 1", b"from 0"]
 
 
-def test_what_a_rank_raises_comes_back_with_its_traceback(pools) -> None:
+def test_what_a_rank_raises_comes_back_with_its_traceback(pools: Any) -> None:
     pool = pools.get(2)
     with pytest.raises(RanksFailedError) as caught:
         pool.run(fail_on, 1)
@@ -114,7 +114,7 @@ def test_what_a_rank_raises_comes_back_with_its_traceback(pools) -> None:
     assert pool.run(fail_on, 7) == [0, 1]  # the pool works again
 
 
-def test_what_cannot_travel_is_told_as_text(pools) -> None:
+def test_what_cannot_travel_is_told_as_text(pools: Any) -> None:
     pool = pools.get(2)
     for outcome in pool.outcomes(fail_with_what_cannot_be_sent):
         assert type(outcome.error) is RuntimeError

@@ -70,7 +70,7 @@ class Counter:
     """
 
     def __init__(self) -> None:
-        self.store: Any = dist.HashStore()  # type: ignore[attr-defined]  # Any: the stubs lack bytes as values
+        self.store: Any = dist.HashStore()  # Any: the stubs lack bytes as values
         self.keys: set[str] = set()
         self._requests = StoreRequests()
         self._lock = threading.Lock()
