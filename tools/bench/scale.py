@@ -193,6 +193,7 @@ def _first(groups: Sequence[Group], stores: Sequence[_RankStore], pool: ThreadPo
         for rank, (group, store) in enumerate(zip(groups, stores, strict=True)):
             if apart:
                 os.environ["SYMMEM_HOST_ID"] = str(uuid.UUID(int=rank))
+            store.called.clear()  # the group has called it when it was made
             running.append(pool.submit(_rendezvous, group))
             if apart and len(groups) > 1 and not store.called.wait(_TIMEOUT):
                 raise RendezvousError(f"rank {rank} of {group.name!r} did not call the store")
