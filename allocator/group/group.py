@@ -68,8 +68,9 @@ def check_timeout(timeout: float) -> float:
 class Group:
     """A group of ranks. Make one with :func:`resolve_group`, or from a store with :meth:`from_store`.
 
-    Making one is local. All ranks make the groups of a name in the same order. Two threads of a rank may use a group,
-    but their collectives must have the same order on all ranks, as with any process group.
+    Making one waits for no other rank. It writes to the store which process this rank is. All ranks make the groups of
+    a name in the same order. Two threads of a rank may use a group, but their collectives must have the same order on
+    all ranks, as with any process group.
 
     Attributes:
         name: The process group's name, or the given name.

@@ -29,7 +29,7 @@ from symmem.group.transports import NotComingError, watch_process, within
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["Presence", "Process", "ProcessWatch"]
+__all__ = ["Presence", "RankProcess", "ProcessWatch"]
 
 ALL = 16
 """Up to this size of a group, every rank watches all others until they have joined; else it watches the rank before it,
@@ -84,7 +84,7 @@ def _close_all(ranks: dict[int, int]) -> None:
 
 
 @dataclass(frozen=True)
-class Process:
+class RankProcess:
     """A process, for others on the same host.
 
     Attributes:
@@ -100,7 +100,7 @@ class Process:
     started: int
 
     @classmethod
-    def here(cls) -> Process:
+    def here(cls) -> RankProcess:
         """Return this process."""
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return cls(boot, os.stat("/proc/self/ns/pid").st_ino, os.getpid(), _started("self"))
@@ -111,7 +111,7 @@ class Process:
         Raises:
             ProcessLookupError: The process has ended.
         """
-        here = Process.here()
+        here = RankProcess.here()
         if (self.boot, self.namespace) != (here.boot, here.namespace) or self.pid == here.pid:
             return None
         descriptor = watch_process(self.pid)
@@ -217,7 +217,7 @@ class Presence:
         if rank == self._rank or rank in self._known or not self._store.check([self._key("process", rank)]):
             return
         try:
-            descriptor = Process(**json.loads(self._store.get(self._key("process", rank)))).watch()
+            descriptor = RankProcess(**json.loads(self._store.get(self._key("process", rank)))).watch()
         except ProcessLookupError:
             self._known[rank] = False
             return
@@ -235,7 +235,7 @@ class Presence:
 
     def _write(self, generation: int) -> None:
         self._generation = generation
-        self._store.set(self._key("process", self._rank), json.dumps(asdict(Process.here())).encode())
+        self._store.set(self._key("process", self._rank), json.dumps(asdict(RankProcess.here())).encode())
 
     def _read_note(self) -> Any:
         return json.loads(self._store.get(self._key("note")))

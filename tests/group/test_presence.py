@@ -18,7 +18,7 @@ from thread_ranks import make_groups, meet, run_ranks
 import symmem.group.group
 from symmem.errors import ConfigError, PeerLostError, PeerTimeoutError
 from symmem.group.group import Group
-from symmem.group.presence import Presence, Process
+from symmem.group.presence import Presence, RankProcess
 from symmem.group.transports import NotComingError
 
 SOON = 20.0
@@ -133,14 +133,14 @@ def test_a_death_that_another_group_knows_counts(
 def test_an_id_that_another_process_reuses_is_no_sign_of_life(start: Start) -> None:
     """The start of a process is compared as well as its id."""
     process = start("")
-    here = Process.here()
+    here = RankProcess.here()
     started = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19])
-    descriptor = Process(here.boot, here.namespace, process.pid, started).watch()
+    descriptor = RankProcess(here.boot, here.namespace, process.pid, started).watch()
     assert descriptor is not None
     os.close(descriptor)
     with pytest.raises(ProcessLookupError):
-        Process(here.boot, here.namespace, process.pid, started - 1).watch()
-    assert Process("elsewhere", here.namespace, process.pid, started).watch() is None
+        RankProcess(here.boot, here.namespace, process.pid, started - 1).watch()
+    assert RankProcess("elsewhere", here.namespace, process.pid, started).watch() is None
 
 
 def test_an_error_of_the_configuration_is_raised_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The documentation: links, tables that are made from code, and messages that the code has (F4, G1)."""
+"""The documentation: links, tables that are made from code, and messages that the code has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python in the documentation runs: each page is one program, on two processes of this machine (G6)."""
+"""The Python in the documentation runs: every page is one program, on two processes of this machine."""
 
 from __future__ import annotations
 

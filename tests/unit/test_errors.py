@@ -1,4 +1,4 @@
-"""The vocabulary of errors: what they say, and that they reach other ranks as they are (mission G1)."""
+"""The vocabulary of errors: their texts, and that they reach other ranks unchanged."""
 
 from __future__ import annotations
 
