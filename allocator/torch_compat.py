@@ -28,6 +28,7 @@ import torch
 
 from symmem.backends import get_backend as _named_backend
 from symmem.backends import select_backend
+from symmem.backends.neutral import neutral_mode
 from symmem.backends.torch_transport import BACKENDS as _TORCH_NAMES
 from symmem.config import load_settings
 from symmem.errors import BackendUnavailableError, GroupError, InvalidArgumentError
@@ -92,7 +93,8 @@ def _allocate(
         begin + _pad_nbytes, torch.uint8, device, group=group, backend=_backend, arena=False
     )
     reserve(whole._block, begin, _pad_nbytes)
-    return whole.tensor[:nbytes].view(dtype).view(tuple(sizes))
+    with neutral_mode():  # the tensor outlives the caller's modes
+        return whole.tensor[:nbytes].view(dtype).view(tuple(sizes))
 
 
 def rendezvous(tensor: torch.Tensor, group: GroupLike = None) -> Handle:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 
+from symmem.backends.neutral import neutral
 from symmem.errors import MulticastUnavailableError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ def storage_at(pointer: int, nbytes: int, device: torch.device, owner: object) -
     return storage
 
 
+@neutral
 def tensor_at(pointer: int, nbytes: int, device: torch.device, owner: object) -> torch.Tensor:
     """A uint8 tensor of shape [nbytes] over memory at ``pointer``; see :func:`storage_at`."""
     storage = storage_at(pointer, nbytes, device, owner)

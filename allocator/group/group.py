@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
+from symmem.backends.neutral import neutral_mode
 from symmem.config import Settings, load_settings
 from symmem.config.kinds import MAX_SECONDS
 from symmem.config.settings import unmatched_entries
@@ -189,7 +190,8 @@ class Group:
                 self._check_idle(operation)
                 self._under_way = operation, time.monotonic(), threading.get_ident()
                 try:
-                    with self._rounds.operation(self, operation, timeout) as collective:
+                    # Memory, mappings and engines are made in such a block, and outlive the caller's modes.
+                    with neutral_mode(), self._rounds.operation(self, operation, timeout) as collective:
                         join(self._rounds, collective, self._watch)
                         yield collective
                 finally:

@@ -12,6 +12,7 @@ from typing import SupportsIndex
 
 import torch
 
+from symmem.backends.neutral import neutral
 from symmem.errors import InvalidArgumentError
 
 __all__ = ["Layout", "integer", "may_share_elements"]
@@ -119,11 +120,13 @@ class Layout:
                 reach += (size - 1) * stride
         return False
 
+    @neutral
     def view(self, memory: torch.Tensor) -> torch.Tensor:
         """The tensor over ``memory``, the block as a uint8 tensor of shape [at least offset + nbytes]."""
         elements = memory[self.offset : self.offset + self.nbytes].view(self.dtype)
         return elements.as_strided(self.sizes, self.strides)
 
+    @neutral
     def view_all(self, memory: torch.Tensor, world: int, stride: int) -> torch.Tensor:
         """The tensors of all ranks as one tensor of shape [world, *sizes].
 

@@ -18,12 +18,13 @@ from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from symmem.backends.base import storage_at
+from symmem.backends.untraced import untraced
 from symmem.memory.layout import Layout
 
 if TYPE_CHECKING:
     from symmem.arena.arena import Arena
 
-__all__ = ["ArenaMode", "caller"]
+__all__ = ["ArenaMode", "caller", "flags"]
 
 
 def caller() -> FrameType:
@@ -68,6 +69,11 @@ class ArenaMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return the error to raise instead; always None, because ops raise their errors themselves."""
         return None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # with True, torch wraps the next method, and the wrapper imports the compiler at the first op
+
+    @untraced
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         has_other_modes = any(not isinstance(mode, ArenaMode) for mode in _modes())
@@ -90,7 +96,7 @@ class ArenaMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if (key := _storage(tensor)._cdata) not in old:
                 new.setdefault(key, []).append(tensor)
         if new:
-            with _python_dispatch._disable_current_modes():
+            with torch._C._DisableTorchDispatch():
                 for tensors in new.values():
                     self._move(tensors)
         return result
@@ -106,7 +112,7 @@ class ArenaMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None
         layout = Layout.of(model, 0)
         storage = self._allocate(layout, layout.nbytes)
-        out = torch.empty(0, dtype=model.dtype).set_(storage, 0, model.size(), model.stride())
+        out = torch.empty(0, dtype=model.dtype, device="cpu").set_(storage, 0, model.size(), model.stride())
         fill = _FILLS[func]
         if fill is not None:
             out.fill_(fill if not isinstance(fill, str) else kwargs.get(fill, args[-1]))
@@ -152,7 +158,7 @@ def _storage(tensor: torch.Tensor) -> Any:
 
 
 def _bytes(storage: Any, start: int, nbytes: int) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8).set_(storage, start, (nbytes,), (1,))
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, start, (nbytes,), (1,))
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from symmem.backends.base import SIGNAL_CHANNELS, Capability
 from symmem.backends.kernel_status import named
+from symmem.backends.neutral import neutral_mode
 from symmem.errors import InvalidArgumentError
 from symmem.group.group import check_timeout
 
@@ -85,7 +86,7 @@ class DeviceView:
         self._owners = block, mapping, custom
         self.rank, self.world_size, self.nbytes = group.rank, group.size, nbytes
         limit = int((group.settings.signal_timeout if timeout is None else check_timeout(timeout)) * 1e9)
-        with named:
+        with named, neutral_mode():  # the tensors live as long as the view
             status, number = _status(group, device)
             self.pointers = torch.tensor(pointers, dtype=torch.int64, device=device)
             self.signals = torch.tensor(

@@ -17,6 +17,7 @@ import torch
 from symmem.arena.arena import Arena, arena_for, supports_arenas
 from symmem.backends import select_backend
 from symmem.backends.base import Backend, storage_at
+from symmem.backends.neutral import neutral, neutral_mode
 from symmem.config import load_settings
 from symmem.errors import GroupError, InvalidArgumentError
 from symmem.group.group import Group
@@ -171,6 +172,7 @@ _on_cuda: Any = getattr(torch._C, "_construct_CUDA_Tensor_From_Storage_And_Metad
 """Makes a tensor over a storage in half the time of ``new()`` and ``set_``; only a torch with CUDA has it."""
 
 
+@neutral
 def tensor_over(block: Block, layout: Layout) -> torch.Tensor:
     """Make the tensor of a layout within a block; it keeps the block alive."""
     if layout.offset or layout.nbytes != block.nbytes:
@@ -200,4 +202,5 @@ def _factory(layout: Layout, device: torch.device) -> Callable[[Block], torch.Te
 @functools.lru_cache(256)
 def _empty(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An empty tensor; its ``new()`` makes others in half the time of torch.empty."""
-    return torch.empty(0, dtype=dtype, device=device)
+    with neutral_mode():
+        return torch.empty(0, dtype=dtype, device=device)

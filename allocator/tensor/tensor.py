@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from symmem.backends.base import SIGNAL_CHANNELS, tensor_at
 from symmem.backends.kernel_status import named, raise_failure
-from symmem.errors import NotSymmetricError
+from symmem.backends.neutral import in_fake_mode, is_in_mode, neutral, neutral_mode
+from symmem.errors import NotSymmetricError, UnsupportedError
 from symmem.group.group import check_timeout
 from symmem.group.resolve import GroupLike, default_group, resolve_group
 from symmem.memory import cuda_graphs
@@ -88,11 +89,14 @@ class SymmetricTensor(BlockHandle):
             InvalidArgumentError: Sizes, strides, dtype, device, arena or name.
             DivergenceError: Ranks made different allocations in the arena; names the first, and each rank's call site.
                 Found when the ranks communicate, or at once with the setting ``allocation_check(each)``.
-            UnsupportedError: The arena would have to grow during the capture of a CUDA graph.
+            UnsupportedError: The arena would have to grow during the capture of a CUDA graph; or a FakeTensorMode is
+                active.
             ConfigError: Unknown backend, or an error in the environment or the cluster file.
             BackendUnavailableError: No requested backend works here; says why for each.
             OutOfMemoryError, ResourceLimitError: A limit was reached; nothing is left behind.
         """
+        if is_in_mode():
+            return _allocate_in_mode(sizes, dtype, device, strides, group, backend, arena, name)
         resolved = default_group() if group is None else resolve_group(group)
         try:
             source, layout, make_tensor = resolve_request(resolved, (sizes, dtype, device, strides, backend))
@@ -142,8 +146,7 @@ class SymmetricTensor(BlockHandle):
             check_open(self._block, "tensor")
         tensor = self._tensor
         if tensor is None:
-            with torch.inference_mode(False):  # it outlives the caller's inference mode
-                tensor = self._tensor = tensor_over(self._block, self._layout)
+            tensor = self._tensor = tensor_over(self._block, self._layout)
         if tensor.data_ptr() != self._address and tensor.numel():
             raise NotSymmetricError(
                 "this handle's tensor was given other memory (by share_memory_(), sending it to another process, "
@@ -215,6 +218,7 @@ class SymmetricTensor(BlockHandle):
         mapping = self._mapping("remote_tensor", group)
         return self._remote(mapping, check_rank(rank, mapping, "remote_tensor"))
 
+    @neutral
     def _remote(self, mapping: Mapping, rank: int) -> torch.Tensor:
         if rank == mapping.group.rank:
             return self.tensor
@@ -233,6 +237,7 @@ class SymmetricTensor(BlockHandle):
         """
         return self.pointers_of(None)
 
+    @neutral
     def pointers_of(self, group: GroupLike) -> torch.Tensor:
         """:attr:`remote_pointers` for a given group."""
         pointers = self._pointers(self._mapping("remote_pointers", group))
@@ -270,6 +275,7 @@ class SymmetricTensor(BlockHandle):
             custom = CustomSignals(own, signals._pointers(own), signals.tensor)
         return DeviceView(mapping, self._pointers(mapping), self.nbytes, self._block, custom, timeout)
 
+    @neutral
     def contiguous_view(self, *, group: GroupLike = None) -> torch.Tensor:
         """Return all ranks' tensors as one, of shape [world, *shape]; ``[r]`` is rank r's memory. Local.
 
@@ -296,6 +302,7 @@ class SymmetricTensor(BlockHandle):
         """
         return self._mapping("multicast_ptr", None).multicast() + self._offset
 
+    @neutral
     def signal_pad(self, rank: int, *, group: GroupLike = None) -> torch.Tensor:
         """Return a rank's signal pad: uint32 tensor of shape [channels, world]; source rank s sets element [c, s]."""
         mapping = self._mapping("signal_pad", group)
@@ -439,6 +446,21 @@ class SymmetricTensor(BlockHandle):
 
 
 allocate = SymmetricTensor.allocate
+
+
+def _allocate_in_mode(*arguments: Any) -> SymmetricTensor:
+    """Allocate with no regard to this thread's modes, because the memory outlives them."""
+    if in_fake_mode():
+        raise UnsupportedError(
+            "there is no symmetric memory under a FakeTensorMode, where tensors have no memory",
+            hint="allocate before the mode begins; or make a tensor of this shape with torch.empty",
+            step="allocate",
+        )
+    sizes, dtype, device, strides, group, backend, arena, name = arguments
+    with neutral_mode():
+        return SymmetricTensor.allocate(
+            sizes, dtype, device, strides=strides, group=group, backend=backend, arena=arena, name=name
+        )
 
 
 def find(tensor: torch.Tensor) -> SymmetricTensor | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from symmem.backends.base import tensor_at
+from symmem.backends.neutral import neutral, neutral_mode
 from symmem.errors import InvalidArgumentError, MulticastUnavailableError
 from symmem.group.resolve import GroupLike, resolve_group
 from symmem.tensor.arguments import check_rank
@@ -182,6 +183,7 @@ class TorchHandle:
         """:meth:`SymmetricTensor.wait_signal`; a timeout of 0 is the setting ``signal_timeout``."""
         self._tensor.wait_signal(src_rank, channel, _seconds(timeout_ms), group=self._group)
 
+    @neutral
     def _memory(self, rank: int) -> torch.Tensor:
         block = self._block
         if check_rank(rank, self._mapping, "get_buffer") == self.rank:
@@ -205,7 +207,8 @@ class TorchHandle:
         arrays = _arrays.setdefault(self._block, {})
         key = self._mapping, kind
         if key not in arrays:
-            arrays[key] = torch.tensor(pointers, dtype=torch.int64, device=self.device)
+            with neutral_mode():
+                arrays[key] = torch.tensor(pointers, dtype=torch.int64, device=self.device)
         return arrays[key].data_ptr()
 
     @staticmethod
@@ -225,6 +228,7 @@ class TorchHandle:
         return TorchHandle.memset32(tensor, offset, val)
 
 
+@neutral
 def _view(
     operation: str, memory: torch.Tensor, sizes: Iterable[int], dtype: torch.dtype, storage_offset: int | None
 ) -> torch.Tensor:

@@ -149,3 +149,15 @@ print(json.dumps([errors, kinds, type(sys.modules["torch"].ops.symmem).__name__]
 """
     missing = "missing_library"
     assert run(program, tmp_path) == [[missing, missing, "torch", None], [1, 0], "LazyNamespace"]
+
+
+def test_the_first_op_in_symmetric_memory_imports_no_compiler() -> None:
+    program = (
+        "import sys, torch, symmem, torch.distributed as dist\n"
+        "group = symmem.Group.from_store(0, 1, dist.HashStore())\n"
+        "with symmem.use_symmetric_memory(group): y = torch.ones(3) + 1\n"
+        "assert symmem.find(y) and y.tolist() == [2, 2, 2]\n"
+        "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -31,6 +31,7 @@ import torch
 from symmem.backends import get_backend
 from symmem.backends.base import tensor_at
 from symmem.backends.libc import PAGE, round_up
+from symmem.backends.neutral import neutral_mode
 from symmem.backends.signals import SharedSignals
 from symmem.errors import ForkedError, GroupError, MismatchError, RendezvousError, SymmemError
 from symmem.group.compare import differing
@@ -110,7 +111,7 @@ class HostEngine:
         self._side_by_side, self._stride = mapping.contiguous()
         self._known_parts: dict[_Place, list[torch.Tensor]] = {}
         self._known_rows: dict[_Place, torch.Tensor] = {}
-        self._wide = torch.empty((2, REGION // 4), dtype=torch.float32)
+        self._wide = torch.empty((2, REGION // 4), dtype=torch.float32, device=_CPU)
 
     # Operations. Tensors that fit a region are passed whole: splitting them would cost as much as all the rest.
 
@@ -271,8 +272,9 @@ class HostEngine:
             if len(self._known_parts) >= _MAX_KNOWN:
                 self._known_parts.clear()
             begin, nbytes = self._region_offsets[place[0]] + offset, math.prod(shape) * dtype.itemsize
-            flat = [tensor_at(pointer + begin, nbytes, _CPU, None) for pointer in self._pointers]
-            parts = self._known_parts[place] = [part.view(dtype).view(shape) for part in flat]
+            with neutral_mode():
+                flat = [tensor_at(pointer + begin, nbytes, _CPU, None) for pointer in self._pointers]
+                parts = self._known_parts[place] = [part.view(dtype).view(shape) for part in flat]
         return parts
 
     def _rows(self, dtype: torch.dtype, offset: int, shape: Sequence[int]) -> torch.Tensor:
@@ -284,8 +286,10 @@ class HostEngine:
                 self._known_rows.clear()
             begin, count = self._region_offsets[place[0]] + offset, math.prod(shape)
             nbytes = (self._world - 1) * self._stride + count * dtype.itemsize
-            flat = tensor_at(self._side_by_side + begin, nbytes, _CPU, None).view(dtype)
-            rows = flat.as_strided((self._world, count), (self._stride // dtype.itemsize, 1)).view(self._world, *shape)
+            strides = (self._stride // dtype.itemsize, 1)
+            with neutral_mode():
+                flat = tensor_at(self._side_by_side + begin, nbytes, _CPU, None).view(dtype)
+                rows = flat.as_strided((self._world, count), strides).view(self._world, *shape)
             self._known_rows[place] = rows
         return rows
 

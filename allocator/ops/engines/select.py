@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from symmem.backends.neutral import neutral_mode
 from symmem.errors import UnsupportedError
 from symmem.group.group import Group
 from symmem.memory import cuda_graphs
@@ -26,7 +27,8 @@ def engine_for(group: Group, device: torch.device) -> Engine:
         pass  # the engine is made outside of this block, so that its errors do not show the KeyError as their context
     else:
         return known
-    engine = _make(group, device)
+    with neutral_mode():
+        engine = _make(group, device)
     if group.settings.collective_check == "each":
         engine = CheckedEngine(engine, group)
     group.extension(Engines)[device] = engine

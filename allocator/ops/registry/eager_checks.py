@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from symmem.backends.untraced import untraced
 from symmem.config import load_settings
 from symmem.errors import GroupError, NotSymmetricError
 from symmem.memory.block import Block
@@ -116,8 +117,9 @@ class _Checked(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # with True, torch imports its compiler at the first op, but compiles nothing under a mode
+        return False  # with True, torch wraps the next method, and the wrapper imports the compiler at the first op
 
+    @untraced
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         beneath = torch._C._len_torch_dispatch_stack() > 0  # other modes, which NotImplemented would skip
