@@ -64,11 +64,12 @@ def run_example(path: Path, world: int, env: Mapping[str, str | None] | None = N
         RanksFailedError: A rank raised, or did not exit with 0.
     """
     with RankPool(world, env=env, timeout=timeout, process_group=None) as pool:
-        printed: list[str] = pool.run(_run, str(path))
+        printed: list[str] = pool.run(run_file, str(path))
     return printed[0]
 
 
-def _run(path: str) -> str:
+def run_file(path: str) -> str:
+    """Run a program on this rank of a pool, as torchrun would; returns what it printed."""
     # The example uses the pool's store, as it uses the agent's store under torchrun.
     store = rank_store()
     assert isinstance(store, TCPStore)

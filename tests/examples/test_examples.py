@@ -1,4 +1,4 @@
-"""hello.py under torchrun, with every documented way to choose a backend."""
+"""hello.py with every documented way to choose a backend, under torchrun or on a pool of ranks, which starts faster."""
 
 from __future__ import annotations
 
@@ -14,44 +14,49 @@ import pytest
 from patience import TASK
 
 from symmem.config import BACKENDS
+from symmem.tools.examples import run_file
+from symmem.tools.ranks import RankPool
 
 ROOT = Path(__file__).parents[2]
-LAPTOP = "examples/clusters/laptop.yaml"
+HELLO = ROOT / "examples/hello.py"
+LAPTOP = str(ROOT / "examples/clusters/laptop.yaml")
 VARIABLES = ("SYMMEM_ENABLE", "NVFUSER_ENABLE", "SYMMEM_CONFIG")
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to choose a backend: options and environment."""
+    """A way to choose a backend: options of the program under torchrun, or else the environment of a pool."""
 
     options: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
     ranks: int = 2
+    torchrun: bool = False
 
 
 WAYS = {
-    "default": Way(ranks=4),
-    "argument": Way(("--backend", "host")),
+    "default": Way(ranks=4, torchrun=True),
+    "argument": Way(("--backend", "host"), torchrun=True),
     "SYMMEM_ENABLE": Way(env={"SYMMEM_ENABLE": "symmetric_memory_backend(host)"}),
     "NVFUSER_ENABLE": Way(env={"NVFUSER_ENABLE": "other_option(1),symmetric_memory_backend(host)"}),
     "SYMMEM_CONFIG": Way(env={"SYMMEM_CONFIG": LAPTOP}),
     # The argument is wrong, and wins over the file.
-    "wrong": Way(("--backend", "hots"), {"SYMMEM_CONFIG": LAPTOP}, ranks=1),
+    "wrong": Way(("--backend", "hots"), {"SYMMEM_CONFIG": LAPTOP}, ranks=1, torchrun=True),
 }
+UNDER_TORCHRUN = [name for name, way in WAYS.items() if way.torchrun]
 
 
 @pytest.fixture(scope="module")
 def runs() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """Start all runs at once, because they mostly wait for their processes to start."""
+    """Start all runs of torchrun at once, because they mostly wait for their processes to start."""
     clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     started = {}
     try:
-        for name, way in WAYS.items():
+        for name in UNDER_TORCHRUN:
+            way = WAYS[name]
             # --standalone takes a free port per run, so that runs do not join each other.
             launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(way.ranks))
             started[name] = subprocess.Popen(
-                [sys.executable, *launch, "examples/hello.py", *way.options],
-                cwd=ROOT,
+                [sys.executable, *launch, str(HELLO), *way.options],
                 env=clean | {"PYTHONUNBUFFERED": "1"} | way.env,  # every write appears at once
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -65,11 +70,25 @@ def runs() -> Iterator[dict[str, subprocess.Popen[str]]]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", [name for name in WAYS if name != "wrong"])
-def test_hello_works(name: str, runs: dict[str, subprocess.Popen[str]]) -> None:
-    world = WAYS[name].ranks
+@pytest.mark.parametrize("name", [name for name in UNDER_TORCHRUN if name != "wrong"])
+def test_hello_works_under_torchrun(name: str, runs: dict[str, subprocess.Popen[str]]) -> None:
     out, err = runs[name].communicate(timeout=TASK)
     assert runs[name].returncode == 0, err
+    check(name, out)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", [name for name in WAYS if name not in UNDER_TORCHRUN])
+def test_hello_works_with_the_environment_of_a_pool(name: str) -> None:
+    way = WAYS[name]
+    env: dict[str, str | None] = {**dict.fromkeys(VARIABLES), **way.env}
+    with RankPool(way.ranks, env=env, timeout=TASK, process_group=None) as pool:
+        check(name, "".join(pool.run(run_file, str(HELLO))))
+
+
+def check(name: str, out: str) -> None:
+    """Every rank of hello.py printed the same memory and the right sum."""
+    world = WAYS[name].ranks
     told = sorted(re.findall(r"^rank (\d+) of (\d+): (\w+) memory, sum over all ranks (\d+)$", out, re.MULTILINE))
     memory = {backend for _, _, backend, _ in told}
     assert memory == {"host"} or (name == "default" and len(memory & set(BACKENDS)) == len(memory) == 1)
