@@ -7,6 +7,8 @@ ARGS ?=
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? 2 * n : 8)))
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export PYTHON TORCH
+# Tests start hundreds of processes, and these share compiled bytecode, even if the variable says otherwise.
+export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test-fast test test-gpu test-matrix lint bench docs clean

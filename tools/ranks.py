@@ -33,10 +33,12 @@ from torch.distributed.distributed_c10d import Store
 from symmem.tools import assertions
 from symmem.tools.outcomes import Outcome, RanksFailedError
 
-__all__ = ["Outcome", "RankPool", "RanksFailedError", "resolve_function"]
+__all__ = ["PRELOAD", "Outcome", "RankPool", "RanksFailedError", "resolve_function"]
+
+PRELOAD = [__name__]
+"""Modules that are imported before the first rank is forked, so that ranks share them. The first pool reads it."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([__name__])
 _loader: importlib.abc.Loader | None = None  # rewrites the assertions of a module; in ranks, if the parent has pytest
 
 
@@ -68,8 +70,7 @@ class RankPool:
         self._processes: list[Any] = []
         environ = dict(os.environ)
         rewriting = assertions.rewriting()
-        if rewriting is not None:
-            _context.set_forkserver_preload([__name__, *assertions.PRELOAD])
+        _context.set_forkserver_preload([*PRELOAD, *(assertions.PRELOAD if rewriting is not None else [])])
         for rank in range(size):
             here, there = _context.Pipe()
             process = _context.Process(

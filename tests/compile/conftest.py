@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from compile_support import case_pool
 
-from symmem.tools.ranks import RankPool
+from symmem.tools.ranks import PRELOAD, RankPool
+
+# Every rank that compiles would import it, in 3 s. If these tests are collected, all ranks of the run have it.
+PRELOAD.append("torch._inductor.compile_fx")
 
 
 @pytest.fixture(scope="module")

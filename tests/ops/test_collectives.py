@@ -312,30 +312,34 @@ def test_bad_input_is_refused_by_name(
     assert torch.equal(ops.all_reduce(x, group), x)  # the failure has no effect on later calls
 
 
-def not_dense() -> dict[str, tuple[Any, str]]:
-    """Values that are no dense tensors, and the hints for them."""
+def _one_rank() -> symmem.Group:
+    return symmem.Group.from_store(0, 1, dist.HashStore())
+
+
+NOT_DENSE: dict[str, tuple[Callable[[], Any], str]] = {
+    "handle": (lambda: symmem.allocate(3, backend="host", group=_one_rank()), r"\.tensor"),
+    "array": (lambda: numpy.zeros(3), "from_numpy"),
+    "None": (lambda: None, "NoneType"),
+    "int": (lambda: 5, r"torch\.tensor"),
+    "list": (list, r"torch\.tensor"),
+    "group": (_one_rank, "group="),
+    "quantized": (lambda: torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.quint8), "int_repr"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.zeros(3)]), "values"),
+    "jagged": (lambda: torch.nested.nested_tensor([torch.zeros(3)], layout=torch.jagged), "values"),
+    "sparse": (lambda: torch.zeros(3).to_sparse(), "to_dense"),
+}
+"""Makers of values that are no dense tensors, and the hints for them."""
+
+
+def not_dense(kind: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {
-            "handle": (
-                symmem.allocate(3, backend="host", group=symmem.Group.from_store(0, 1, dist.HashStore())),
-                r"\.tensor",
-            ),
-            "array": (numpy.zeros(3), "from_numpy"),
-            "None": (None, "NoneType"),
-            "int": (5, r"torch\.tensor"),
-            "list": ([], r"torch\.tensor"),
-            "group": (symmem.Group.from_store(0, 1, dist.HashStore()), "group="),
-            "quantized": (torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.quint8), "int_repr"),
-            "nested": (torch.nested.nested_tensor([torch.zeros(3)]), "values"),
-            "jagged": (torch.nested.nested_tensor([torch.zeros(3)], layout=torch.jagged), "values"),
-            "sparse": (torch.zeros(3).to_sparse(), "to_dense"),
-        }
+        return NOT_DENSE[kind][0]()
 
 
-@pytest.mark.parametrize("kind", list(not_dense()))
+@pytest.mark.parametrize("kind", NOT_DENSE)
 def test_values_that_are_no_dense_tensors_are_refused_with_a_hint(kind: str, group: symmem.Group) -> None:
-    value, hint = not_dense()[kind]
+    value, hint = not_dense(kind), NOT_DENSE[kind][1]
     x = torch.ones(3)
     calls: list[Callable[[], object]] = [
         *(lambda name=name: getattr(ops, name)(value, group) for name in COLLECTIVES),
@@ -355,7 +359,7 @@ def test_values_that_are_no_dense_tensors_are_refused_with_a_hint(kind: str, gro
 @pytest.mark.parametrize("kind", ["quantized", "nested", "sparse"])
 @pytest.mark.parametrize("name", COLLECTIVES)
 def test_operators_themselves_refuse_tensors_that_are_not_dense(kind: str, name: str, group: symmem.Group) -> None:
-    x, _hint = not_dense()[kind]
+    x = not_dense(kind)
     rest = (*OPTIONS.get(name, ()), group.name)
     group_named = ops._name(group)
     assert group_named == group.name

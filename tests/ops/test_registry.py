@@ -24,7 +24,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from patience import LONG, TASK
 from torch._C._distributed_c10d import _SymmetricMemory
-from torch._inductor.virtualized import V
 from torch._library.simple_registry import singleton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -387,6 +386,8 @@ def test_ours_are_visible_upstream(define: Define, caplog: pytest.LogCaptureFixt
 @needs_upstream
 def test_upstream_is_told_where_it_can_place(define: Define) -> None:
     """Without our hook, its placement would raise for an operator on the CPU."""
+    from torch._inductor.virtualized import V  # here, because it takes seconds and every worker collects this file
+
     name = define("op(Tensor x, str group_name) -> Tensor")
     symmem.register_symm_mem_args(name, ["x"])
     held = singleton.get(name).symm_mem_args  # type: ignore[union-attr]
