@@ -56,8 +56,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: tiers[item.path])
 
 
-def pytest_collection_finish() -> None:
-    """Later collections of garbage, and tests do many, leave out what has been imported."""
+@pytest.fixture(scope="module", autouse=True)
+def collections_are_short() -> None:
+    """The collections of garbage in a module leave out what was imported before. Tests collect hundreds of times."""
     gc.collect()
     gc.freeze()
 

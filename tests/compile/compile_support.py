@@ -76,12 +76,12 @@ class Deferred:
     """A module that is imported at its first use, because Inductor takes seconds and only ranks need it."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.__name__ = name
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_mock_name":  # pytest looks for some when it collects
             raise AttributeError(name)
-        return getattr(importlib.import_module(self._name), name)
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 explanation = Deferred("symmem.compile.explanation")

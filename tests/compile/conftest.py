@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from compile_support import case_pool
 
 from symmem.tools.ranks import PRELOAD, RankPool
 
-# Every rank that compiles would import it, in 3 s. If these tests are collected, all ranks of the run have it.
-PRELOAD.append("torch._inductor.compile_fx")
+# Every rank that compiles would import Inductor, in 3 s. If these tests are collected, all ranks of the run have it.
+# Inductor imports Triton, and that reads the variable then. Without GPUs, all kernels run in Triton's interpreter.
+if not torch.cuda.is_available():
+    PRELOAD.append("torch._inductor.compile_fx")
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="module")
