@@ -7,7 +7,6 @@ maps all of them side by side. The kernel frees the memory when no process maps 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 import weakref
@@ -16,49 +15,13 @@ from collections.abc import Sequence
 import torch
 
 from symmem.backends.base import Allocation, Backend, Capability, Collective, RankGroup
-from symmem.backends.libc import PAGE, Region, available_memory, limit_error, require_signals, round_up
+from symmem.backends.libc import PAGE, Region, available_memory, require_signals, round_up
+from symmem.backends.memory_files import check_memory_file, memory_file
 from symmem.backends.shared import SharedMapping, pass_and_map
 from symmem.backends.signals import SharedSignals
-from symmem.errors import BackendUnavailableError, OutOfMemoryError, RendezvousError, SymmemError
+from symmem.errors import BackendUnavailableError, OutOfMemoryError, SymmemError
 
 __all__ = ["HostAllocation", "HostBackend", "HostMapping"]
-
-
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-"""The size of a memory file is final: whoever holds a descriptor could end the other ranks by SIGBUS otherwise."""
-
-
-def _memory_file(nbytes: int) -> int:
-    """A new anonymous file of ``nbytes`` zeros. The kernel makes a page at its first access."""
-    try:
-        descriptor = os.memfd_create("symmem", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    except OSError as error:
-        raise limit_error(error, "cannot make a memory file") from error
-    try:
-        os.ftruncate(descriptor, nbytes)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-    except OSError as error:
-        os.close(descriptor)
-        raise limit_error(error, f"cannot make a memory file of {nbytes} bytes") from error
-    return descriptor
-
-
-def _check_file(descriptor: int, nbytes: int, rank: int) -> None:
-    """Check that a received file has ``nbytes`` bytes, and keeps them: an access behind the end is a SIGBUS.
-
-    Raises:
-        RendezvousError: It is shorter, can be shortened, or is not a memory file.
-    """
-    try:
-        sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
-    except OSError:
-        sealed = 0
-    if not sealed or os.fstat(descriptor).st_size < nbytes:
-        raise RendezvousError(
-            f"rank {rank} sent a memory file that is shorter than {nbytes} bytes, or not sealed against shrinking",
-            hint="use the same version of symmem on all ranks",
-            peers=(rank,),
-        )
 
 
 class HostAllocation(Allocation):
@@ -72,7 +35,7 @@ class HostAllocation(Allocation):
     def __init__(self, backend: HostBackend, nbytes: int) -> None:
         self.extent = max(round_up(nbytes, PAGE), PAGE)
         self._region = Region(self.extent)
-        self.descriptor = _memory_file(self.extent)
+        self.descriptor = memory_file(self.extent)
         weakref.finalize(self, os.close, self.descriptor).atexit = False
         pointer = self._region.place(0, self.descriptor, self.extent)
         super().__init__(backend, torch.device("cpu"), nbytes, pointer)
@@ -95,8 +58,8 @@ class HostMapping(SharedMapping):
         first_pad = group.size * extent
         region = _Files(first_pad + group.size * pad)
         for rank, (memory, signals) in enumerate(files):
-            _check_file(memory, extent, rank)
-            _check_file(signals, pad, rank)
+            check_memory_file(memory, extent, rank)
+            check_memory_file(signals, pad, rank)
             region.place(rank * extent, memory, extent)
         pads = [region.place(first_pad + rank * pad, file, pad) for rank, (_, file) in enumerate(files)]
         super().__init__(backend, group, allocation.device, region, extent, allocation.pointer, pads)
@@ -160,7 +123,7 @@ class HostBackend(Backend):
     def rendezvous(self, allocation: Allocation, collective: Collective) -> HostMapping:
         assert isinstance(allocation, HostAllocation)
         group = collective.group
-        pad = _memory_file(_pad_extent(group.size))
+        pad = memory_file(_pad_extent(group.size))
         try:
             received = collective.exchange("map", b"", [allocation.descriptor, pad])
         finally:

@@ -46,6 +46,9 @@ class SharedSignals:
         pads: Address of every rank's pad.
         owner: The object that keeps the pads mapped. It is kept alive.
         purpose: Returns the name of the operation that a wait is part of, if it is not just a signal.
+
+    Attributes:
+        stopped: If this returns true, waits end early, as if they had timed out. The caller knows the reason.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class SharedSignals:
     ) -> None:
         self._group = group
         self._owner, self._purpose = owner, purpose
+        self.stopped: Callable[[], bool] = bool
         self._rank, size = group.rank, group.size
         words = SIGNAL_CHANNELS * (size + 2)
         self._pads = tuple(pads)
@@ -167,7 +171,7 @@ class SharedSignals:
                 if channel is not None:
                     self._check_abandoned(peer, channel)
                 lost = self._group.lost()
-                remaining = deadline - time.monotonic()
+                remaining = 0.0 if self.stopped() else deadline - time.monotonic()
                 if (peer in lost or remaining <= 0) and not ready(words[at]):
                     raise self._error(peer, step, lost)
                 futex_wait(self._pads[pad] + 4 * at, word, min(_NAP, max(remaining, 0.0)))

@@ -21,12 +21,13 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from types import CodeType
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from weakref import WeakSet, ref
 
-from symmem.arena.segment import Segment, SignalPads
+from symmem.arena.segment import GRANULE, Segment, SignalPads
 from symmem.arena.slot_mask import masks_of, slots_of
+from symmem.backends.libc import round_up
 from symmem.errors import (
     DivergenceError,
     ForkedError,
@@ -36,7 +37,7 @@ from symmem.errors import (
     from_wire,
     to_wire,
 )
-from symmem.memory.call_site import CallSite
+from symmem.memory.call_site import NOWHERE, CallSite
 from symmem.memory.layout import Layout
 from symmem.memory.registry import register
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
     from symmem.backends.base import Allocation, Backend, Mapping
     from symmem.group.group import Group
+    from symmem.group.ledger import ActSequence
     from symmem.memory.block import Block
 
 __all__ = ["AllocationLog", "AllocationRecord", "RawRecord", "hash_of_name"]
@@ -52,6 +54,10 @@ __all__ = ["AllocationLog", "AllocationRecord", "RawRecord", "hash_of_name"]
 _ABSORBED_AT_ONCE = 256  # blocks that a reclaim round frees itself, in half a millisecond
 _SHOWN = 4096  # blocks of one reclaim round that the events show
 _HISTORY = 16384  # allocations, and other events, that the log remembers
+
+Described: TypeAlias = tuple[int, int, CodeType, int, CodeType]
+"""How the ledger describes the allocations of two lines: their part of the digest, the id of the text, the code object
+and instruction of the call site, and the code object of its caller, which the key names by its id."""
 
 RawRecord: TypeAlias = tuple[int, int, float, int, int, int, Layout, CodeType, int, "str | None"]
 """The fields of an :class:`AllocationRecord` as a plain tuple, because that is faster to make."""
@@ -115,6 +121,7 @@ class AllocationLog:
         drops: The most recent drops: time, record, bytes. See :meth:`flush_events`.
         reclaims: The most recently reclaimed blocks: time, record. See :meth:`flush_events`.
         changes: The most recent changes of segments: time, "grow" or "trim", index, bytes, address.
+        acts: The allocations as acts of the group's ledger; None if they are compared only when the ranks meet.
         live_bytes: Bytes of blocks that are neither free nor in quarantine.
         peak_bytes: The maximum of ``live_bytes`` so far.
         quarantined_bytes: Bytes of ``quarantined_blocks``, the blocks in quarantine.
@@ -127,6 +134,7 @@ class AllocationLog:
         "__weakref__",
         "_divergence",
         "_pending",
+        "acts",
         "agreed",
         "agreed_bytes",
         "backend",
@@ -166,6 +174,7 @@ class AllocationLog:
         self.in_transaction = self.restricted = False
         self._divergence: SymmemError | None = None
         self.segments: list[Segment] = []
+        self.acts: ActSequence | None = None
         self.pads = SignalPads(backend.pad_nbytes(group.size), device)
         self.count = self.digest = 0
         self.history: deque[RawRecord] = deque(maxlen=_HISTORY)
@@ -196,6 +205,56 @@ class AllocationLog:
         """The record of the next allocation, before its segment and offset are known."""
         digest = hash((self.digest, layout.fingerprint, 0 if name is None else hash_of_name(name)))
         return AllocationRecord(self.count + 1, digest, 0.0, 0, 0, size, layout, site, name)
+
+    def describe(self, layout: Layout, name: str | None, frame: FrameType | None) -> Described:
+        """Describe an allocation for the ledger, by the frame that calls symmem. The result is remembered.
+
+        All ranks must allocate from the same two lines: the one that calls symmem, and the one that calls its function.
+        The lines count by file name, function and number, because folders differ between hosts and containers. Code
+        that Inductor has generated counts by its function, because its lines depend on the rank. A name counts instead
+        of the lines.
+        """
+        code, instruction = (frame.f_code, frame.f_lasti) if frame is not None else NOWHERE
+        outer = frame and frame.f_back
+        outer_code, outer_instruction = (outer.f_code, outer.f_lasti) if outer is not None else (code, instruction)
+        key = name, layout.fingerprint, id(code), instruction, id(outer_code), outer_instruction
+        assert self.acts is not None
+        known: Described | None = self.acts.known.get(key)
+        if known is not None:
+            return known
+        sites = [CallSite(code, instruction)]
+        if outer is not None:
+            sites.append(CallSite(outer_code, outer_instruction))
+        nbytes = round_up(layout.nbytes, GRANULE) or GRANULE
+        text = str(AllocationRecord(0, 0, 0.0, 0, 0, nbytes, layout, sites[0], name))
+        text += "".join(f", called at {site}" for site in sites[1:])
+        part = hash_of_name("".join(map(_portable, sites)) if name is None else name)
+        known = self.acts.known[key] = part, self.acts.add_text(text), code, instruction, outer_code
+        return known
+
+    def has_diverged(self) -> bool:
+        """Whether a rank has found in the ledger that the ranks have allocated differently. Local."""
+        return self.acts is not None and self.acts.mark[0] != 0
+
+    def compare_acts(self) -> None:
+        """Compare the allocations with those of the neighbours that the ledger shows. Local.
+
+        Raises:
+            DivergenceError: They differ. Nothing can be allocated any more.
+        """
+        if self.acts is None:
+            return
+        with self.lock:
+            try:
+                self.acts.look(self.count)
+            except DivergenceError as error:
+                self.in_transaction = False
+                self.invalidate(error)
+                if not self.acts.take_round():  # a collective operation has failed with this error
+                    self.check_usable()
+                self.group.fail("allocate", error)  # a collective operation in which another rank waits fails with it
+                error.propagated_to = self.group.name
+                raise error from None
 
     def recent(self) -> list[AllocationRecord]:
         """The most recent allocations, in order."""
@@ -359,7 +418,7 @@ class AllocationLog:
             )
         self.check_idle("allocate")
         if self._divergence:
-            raise DivergenceError(
+            error = DivergenceError(
                 f"this arena cannot be used because its ranks diverged: {self._divergence.what}",
                 hint=self._divergence.hint,
                 rank=self.group.rank,
@@ -367,12 +426,20 @@ class AllocationLog:
                 step="allocate",
                 peers=self._divergence.peers,
             )
+            error.propagated_to = self.group.name
+            raise error
 
     def invalidate(self, error: DivergenceError) -> DivergenceError:
         """Let every further allocation fail with this error; returns the error."""
         # Keep a copy. The error itself has a traceback, and would keep its frames and their objects alive.
         self._divergence, self.restricted = from_wire(to_wire(error)), True
         return error
+
+
+def _portable(site: CallSite) -> str:
+    """A call site as it is on every rank."""
+    folder, _, file = site.code.co_filename.rpartition("/")
+    return f"{file}:{site.line}:{site.code.co_name};" if "torchinductor" not in folder else f"{site.code.co_name};"
 
 
 def hash_of_name(name: str) -> int:

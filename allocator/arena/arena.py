@@ -10,9 +10,9 @@ block only goes into quarantine. It becomes free in a reclaim round, if all rank
 (:mod:`symmem.arena.reclaim`). Reclaim rounds run when the ranks communicate anyway: before the arena would grow, at a
 rendezvous of the group, and in :func:`symmem.collect`.
 
-Divergence. The ranks compare a rolling hash of all allocations whenever they communicate. If it differs, the error
-names the first allocation that differs, and the place in the program where every rank made it. The arena cannot be used
-after that.
+Divergence. The ranks compare a rolling hash of all allocations at once by the group's ledger, or else whenever they
+communicate. If it differs, the error names the first allocation that differs, and the place in the program where every
+rank made it. The arena cannot be used after that.
 
 Contents. A new tensor is not zeroed, because a peer may already store into it. Its signal pad is zero: memory for pads
 is never used for anything else, and the reclaim round has zeroed every pad that was used.
@@ -82,12 +82,20 @@ class Arena:
             UnsupportedError: The arena must grow during the capture of a CUDA graph.
         """
         # The warm path has a budget of 3 us. So it uses plain tuples, calls no helpers, and repeats `caller` here.
-        while frame is not None and internal[frame.f_globals.get("__name__", "")]:
-            frame = frame.f_back
-        code, instruction = (frame.f_code, frame.f_lasti) if frame is not None else NOWHERE
+        described, log = None, self.log
+        if frame is not None and (acts := log.acts) is not None:
+            outer = frame.f_back or frame
+            key = name, layout.fingerprint, id(frame.f_code), frame.f_lasti, id(outer.f_code), outer.f_lasti
+            described = acts.known.get(key)
+        if described is not None:
+            part, text_id, code, instruction, _ = described
+        else:
+            while frame is not None and internal[frame.f_globals.get("__name__", "")]:
+                frame = frame.f_back
+            code, instruction = (frame.f_code, frame.f_lasti) if frame is not None else NOWHERE
+            part = 0 if name is None else hash_of_name(name)
         nbytes = layout.nbytes
         size = nbytes + GRANULE - 1 & -GRANULE or GRANULE
-        log = self.log
         with log.lock:
             if dropped := log.dropped:
                 if len(dropped) == 1:
@@ -99,7 +107,6 @@ class Arena:
                     log.drops.append(drop)
                 else:
                     log.count_drops()
-            name_hash = 0 if name is None else hash_of_name(name)
             if log.restricted or log.in_transaction:
                 self._check(log.proposal(size, layout, CallSite(code, instruction), name))
             log.in_transaction = True
@@ -113,8 +120,12 @@ class Arena:
                 segment, offset = self._take_new(log.proposal(size, layout, CallSite(code, instruction), name))
             slot = log.free_slots.pop()
             log.count = number = log.count + 1
+            if described is None and log.acts is not None:
+                part, text_id, *_ = log.describe(layout, name, frame)
             # The digest covers the place too. So ranks with different logs notice, whatever the reason is.
-            log.digest = digest = hash((log.digest, layout.fingerprint, name_hash, segment.index, offset, slot))
+            log.digest = digest = hash((log.digest, layout.fingerprint, part, segment.index, offset, slot))
+            if (acts := log.acts) is not None and acts.enter(number, digest, text_id):
+                log.compare_acts()
             record = (number, digest, perf_counter(), segment.index, offset, size, layout, code, instruction, name)
             log.records[slot] = record
             log.history.append(record)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from symmem.arena.segment import MappedSegments, Segment
 from symmem.arena.slot_mask import DROPPED, SIGNALLED
 from symmem.backends.base import Capability
+from symmem.backends.signals import SharedSignals
 from symmem.memory.block import Block
 
 if TYPE_CHECKING:
@@ -58,6 +59,15 @@ class ArenaBlock(Block):
         log.slot_marks[slot] = self._mark
 
     @property
+    def diverged(self) -> bool:
+        """See :attr:`Block.diverged`."""
+        return self.log.has_diverged()
+
+    def check_acts(self) -> None:
+        """See :meth:`Block.check_acts`."""
+        self.log.compare_acts()
+
+    @property
     def home(self) -> tuple[str, int, int]:
         """See :attr:`Block.home`."""
         return self.log.group.name, self.log.group.size, self.log.group.rank
@@ -97,6 +107,8 @@ class ArenaBlock(Block):
         if mapping not in self._signals:
             segment, offset = self.log.pads.locate(self.slot)
             signals = _signals_at(segment.mapping, (offset,) * mapping.group.size)
+            if isinstance(signals, SharedSignals):
+                signals.stopped = self.log.has_diverged
             self._signals = {**self._signals, mapping: signals}
         return self._signals[mapping]
 

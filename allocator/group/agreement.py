@@ -21,6 +21,7 @@ from symmem.backends.descriptors import Contribution, Received
 from symmem.backends.kernel_status import failure
 from symmem.backends.libc import duplicate, is_limit, limit_error
 from symmem.errors import (
+    DivergenceError,
     GroupError,
     MismatchError,
     OutOfMemoryError,
@@ -31,6 +32,7 @@ from symmem.errors import (
     to_wire,
 )
 from symmem.group.compare import differing
+from symmem.group.ledger import Ledger
 from symmem.group.locations import Location, not_connectable
 from symmem.group.presence import Presence
 from symmem.group.transports import Message, NotComingError, SocketTransport, StoreTransport, Transport, within
@@ -40,12 +42,12 @@ if TYPE_CHECKING:
 
     from symmem.backends.base import RankGroup
 
-__all__ = ["AgreedError", "CollectiveOperation", "Rounds", "as_symmem_error"]
+__all__ = ["SAME_CALLS", "AgreedError", "CollectiveOperation", "Rounds", "as_symmem_error"]
 
 log = logging.getLogger("symmem.group")
 
 _NOTHING = Contribution(b"")
-_SAME_CALLS = "all ranks of a group must make the same calls in the same order"
+SAME_CALLS = "all ranks of a group must make the same calls in the same order"
 
 GRACE = 0.5
 """Seconds that a rank waits for rank 0's verdict after its own timeout, so that all ranks raise the same error."""
@@ -103,6 +105,7 @@ class Rounds:
         locations: Where the ranks run, once they have joined.
         identity: A text that is the same on all ranks, once they have joined, and different for every group.
         sockets: The sockets between the ranks; None if messages go over the store.
+        ledger: The acts of all ranks; None unless descriptors can pass between all of them.
         closed: Whether this rank has left the group.
     """
 
@@ -125,6 +128,7 @@ class Rounds:
         self.locations: tuple[Location, ...] = ()
         self.identity: str | None = None
         self.sockets: SocketTransport | None = None
+        self.ledger: Ledger | None = None
         self.closed = False
 
     @functools.cached_property
@@ -151,8 +155,9 @@ class Rounds:
         return self.sockets is not None or self._size == 1
 
     def disconnect(self) -> None:
-        """Close the sockets, and stop watching processes."""
+        """Close the sockets, stop watching processes, and release the ledger."""
         self.presence.close()
+        self.ledger = None
         if self.sockets is not None:
             self.sockets.close()
             self.sockets = None
@@ -166,6 +171,8 @@ class Rounds:
             yield operation
             self.exchange(operation, "agree")
         except AgreedError as agreed:
+            if self.ledger is not None and isinstance(agreed.error, DivergenceError):
+                self.ledger.took_round(agreed.error)
             agreed.error.propagated_to = self._name
             raise agreed.error from agreed.__cause__
         except BaseException as error:
@@ -335,7 +342,7 @@ class Rounds:
         if isinstance(error, PeerTimeoutError) and not error.hint:
             error.what += f" (timeout {operation.timeout:g} s)"
             error.hint = (
-                f"see what ranks {list(error.peers)} do; {_SAME_CALLS}. If they are only slow, raise rendezvous_timeout"
+                f"see what ranks {list(error.peers)} do; {SAME_CALLS}. If they are only slow, raise rendezvous_timeout"
             )
 
 
@@ -367,8 +374,9 @@ def _judge(messages: dict[int, Message]) -> SymmemError | None:
     errors = [from_wire(message.error) for _rank, message in sorted(messages.items()) if message.error]
     if errors:
         return next((error for error in errors if not isinstance(error, PeerTimeoutError)), errors[0])
-    steps = [message.step for _rank, message in sorted(messages.items())]
+    # In the join, ranks compare their operations after the settings that decide about them.
+    steps = ["join" if message.step.endswith(": join") else message.step for _rank, message in sorted(messages.items())]
     if len(set(steps)) == 1:
         return None
     text, peers = differing([f"{step!r}" for step in steps])
-    return MismatchError(f"ranks are at different steps: {text}", hint=_SAME_CALLS, peers=peers)
+    return MismatchError(f"ranks are at different steps: {text}", hint=SAME_CALLS, peers=peers)

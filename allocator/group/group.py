@@ -33,6 +33,7 @@ from symmem.config.settings import unmatched_entries
 from symmem.errors import ForkedError, GroupError, InvalidArgumentError, SymmemError
 from symmem.group.agreement import CollectiveOperation, Rounds
 from symmem.group.join import join
+from symmem.group.ledger import Ledger
 from symmem.group.observers import group_made
 from symmem.group.presence import ProcessWatch
 
@@ -153,6 +154,11 @@ class Group:
     def process_group(self) -> ProcessGroup | None:
         """The ``torch.distributed.ProcessGroup``; None if it was destroyed, or for a group made from a store."""
         return self._process_group()
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """The acts of all ranks; None before the ranks have joined, or if they are on several hosts."""
+        return self._rounds.ledger
 
     def __repr__(self) -> str:
         return f"Group({self.name!r}, rank={self.rank}, size={self.size})"

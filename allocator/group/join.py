@@ -10,17 +10,22 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 from symmem.backends import descriptors as scm
-from symmem.backends.descriptors import Contribution, Received
+from symmem.backends.descriptors import Contribution
 from symmem.errors import PeerLostError
-from symmem.group.agreement import AgreedError, CollectiveOperation, Rounds
-from symmem.group.compare import exchange_json
+from symmem.group.agreement import SAME_CALLS, AgreedError, CollectiveOperation, Rounds
+from symmem.group.compare import check_equal, exchange_json
+from symmem.group.ledger import Ledger
 from symmem.group.locations import Location, are_connectable
 from symmem.group.presence import ProcessWatch
 from symmem.group.transports import SocketTransport, watch_process
+from symmem.version import VERSION
 
 __all__ = ["join"]
+
+_EQUAL_SETTINGS = ("allocation_check", "collective_check")  # they decide which collective operations a rank makes
 
 
 def join(rounds: Rounds, operation: CollectiveOperation, watch: ProcessWatch) -> None:
@@ -38,13 +43,21 @@ def join(rounds: Rounds, operation: CollectiveOperation, watch: ProcessWatch) ->
     with contextlib.ExitStack() as undo:
         if listener:
             undo.callback(listener.close)
-        own = {"place": asdict(Location.here()), "welcome": asdict(listener.welcome) if listener else None}
+        settings = operation.group.settings
+        own = {
+            "version": VERSION,
+            "step": f"{operation.name}: join",
+            "settings": {name: getattr(settings, name) for name in _EQUAL_SETTINGS},
+            "place": asdict(Location.here()),
+            "welcome": asdict(listener.welcome) if listener else None,
+        }
         ranks = exchange_json(operation, "join", own)
+        _check_equal(ranks)
         locations = tuple(Location(**each["place"]) for each in ranks)
         welcome = scm.Welcome(**ranks[0]["welcome"])
         if are_connectable(locations):
             _connect(rounds, operation, listener, welcome)
-            watch.add(_exchange_processes(rounds, operation), rank)
+            _exchange_processes(rounds, operation, watch)
             # If this round succeeds, all ranks have sockets; else none keeps them.
             rounds.exchange(operation, "joined")
         rounds.locations, rounds.identity, rounds.joined = locations, welcome.address, True
@@ -85,11 +98,39 @@ def _last_words(rounds: Rounds) -> Iterator[None]:
         raise
 
 
-def _exchange_processes(rounds: Rounds, operation: CollectiveOperation) -> Received:
-    """Send a pidfd of this process to all ranks."""
-    own = watch_process(os.getpid())
+def _check_equal(ranks: list[dict[str, Any]]) -> None:
+    """Compare what all ranks must have alike before they do anything else."""
+    check_equal(
+        [each.get("version") for each in ranks],
+        "the ranks run different versions of symmem:",
+        "install the same version on all hosts",
+    )
+    for name in _EQUAL_SETTINGS:
+        check_equal(
+            [each["settings"][name] for each in ranks],
+            f"the setting {name!r} differs:",
+            f"set {name} to the same value on all ranks; `symmem config show` says where a value comes from",
+        )
+    check_equal([repr(each["step"]) for each in ranks], "ranks are at different steps:", SAME_CALLS)
+
+
+def _exchange_processes(rounds: Rounds, operation: CollectiveOperation, watch: ProcessWatch) -> None:
+    """Exchange the memory of the ledger and a pidfd of every process."""
+    group = operation.group
+    ledger = Ledger(group.rank, group.size, group.name)
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, ledger.descriptor)
+        descriptors = [ledger.descriptor]
+        if (own := watch_process(os.getpid())) is not None:
+            undo.callback(os.close, own)
+            descriptors.append(own)
+        received = rounds.exchange(operation, "watch", Contribution(b"", tuple(descriptors)))
+    memory = [contribution.descriptors[0] for contribution in received]
     try:
-        return rounds.exchange(operation, "watch", Contribution(b"", () if own is None else (own,)))
+        for rank, contribution in enumerate(received):
+            for descriptor in contribution.descriptors[1:]:
+                watch.add(rank, descriptor, watched=rank != group.rank)
+        ledger.attach(memory)
     finally:
-        if own is not None:
-            os.close(own)
+        scm.close_all(memory)
+    rounds.ledger = ledger

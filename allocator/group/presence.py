@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from symmem.backends import descriptors as scm
-from symmem.backends.descriptors import Received
 from symmem.errors import PeerLostError, SymmemError, from_wire, to_wire
 from symmem.group.transports import NotComingError, watch_process, within
 
@@ -48,14 +47,8 @@ class ProcessWatch:
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._ranks).atexit = False
 
-    def add(self, received: Received, own_rank: int) -> None:
-        """Take ownership of the descriptors that the ranks have sent."""
-        for rank, contribution in enumerate(received):
-            for descriptor in contribution.descriptors:
-                self.add_one(rank, descriptor, rank != own_rank)
-
-    def add_one(self, rank: int, descriptor: int, watched: bool = True) -> None:
-        """Take ownership of a pidfd."""
+    def add(self, rank: int, descriptor: int, watched: bool = True) -> None:
+        """Take ownership of a rank's pidfd. If ``watched`` is false, it is only kept: it is this process's own."""
         with self._lock:
             self._ranks[descriptor] = rank
             if watched:
@@ -223,7 +216,7 @@ class Presence:
             return
         self._known[rank] = True
         if descriptor is not None:
-            self._watch.add_one(rank, descriptor)
+            self._watch.add(rank, descriptor)
 
     def _announce(self, error: SymmemError | None) -> None:
         # A group joins in the generation after those that this rank has joined in.

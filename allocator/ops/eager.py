@@ -10,14 +10,7 @@ Without a compiler the operators do the same, only slower, and a warning says wh
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
-import importlib.util
 import logging
-import os
-import shlex
-import shutil
-import subprocess
-import sysconfig
 import threading
 import weakref
 from pathlib import Path
@@ -26,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from symmem.backends.kernel_cache import cache_directory, cached, key_of
-from symmem.config.owned_files import private_folder
 from symmem.group.group import Group
+from symmem.native.build import load_extension
 from symmem.ops.dispatch import USUAL_THREADS
 from symmem.ops.engines.base import Engines
 
@@ -103,43 +95,8 @@ def learn(
 
 
 def compiled() -> Any:
-    """Compile and load the module in C. Local. Takes a second the first time on a machine.
-
-    Raises:
-        OSError: There is no C compiler, or it fails, or other users can change its output. The text says why.
-        ImportError: The module cannot be loaded, or this Python has no global interpreter lock.
-    """
-    if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        raise ImportError("this Python has no global interpreter lock, and the module would enable it again")
-    parts = [_SOURCE.read_text(), sysconfig.get_config_var("EXT_SUFFIX"), sysconfig.get_path("include")]
-    code = cached(key_of(parts), _compile, cache_directory())
-    with private_folder() as folder:
-        file = folder / "eager.so"
-        file.write_bytes(code)
-        loader = importlib.machinery.ExtensionFileLoader("_eager", str(file))
-        spec = importlib.util.spec_from_loader(loader.name, loader)
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
-    return module
-
-
-def _compile() -> bytes:
-    try:
-        command = shlex.split(os.environ.get("CC", ""))
-    except ValueError as error:
-        raise OSError(f"the variable CC is not a command: {error}") from error
-    if not command:
-        command = [found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))][:1]
-    if not command:
-        raise OSError("there is no C compiler")
-    with private_folder() as folder:
-        out = folder / "eager.so"
-        options = ["-shared", "-fPIC", "-O2", "-I", sysconfig.get_path("include"), "-o", str(out)]
-        done = subprocess.run([*command, *options, str(_SOURCE)], capture_output=True)
-        if done.returncode:
-            raise OSError(f"{shlex.join(command)} fails: {done.stderr.decode(errors='replace').strip()}")
-        return out.read_bytes()
+    """Compile and load the module in C; see :func:`symmem.native.build.load_extension`."""
+    return load_extension("_eager", _SOURCE)
 
 
 def _driver() -> dict[str, int]:

@@ -95,9 +95,12 @@ def mapping_of(block: Block, operation: str, group: GroupLike) -> Mapping:
     Raises:
         ClosedError, ForkedError: The block cannot be used.
         NotRendezvousedError: The group has not rendezvoused the block.
+        DivergenceError: The ranks have allocated differently from the arena of the block.
     """
     check_open(block, operation)
     check_process(block, operation)
+    if block.diverged:
+        block.check_acts()
     if cuda_graphs.is_capturing(block.allocation.device):
         cuda_graphs.keep(block)
     mappings = block.mappings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from symmem.backends.base import SIGNAL_CHANNELS, tensor_at
 from symmem.backends.kernel_status import named, raise_failure
 from symmem.backends.neutral import in_fake_mode, is_in_mode, neutral, neutral_mode
-from symmem.errors import NotSymmetricError, UnsupportedError
+from symmem.errors import NotSymmetricError, PeerTimeoutError, UnsupportedError
 from symmem.group.group import check_timeout
 from symmem.group.resolve import GroupLike, default_group, resolve_group
 from symmem.memory import cuda_graphs
@@ -83,12 +83,13 @@ class SymmetricTensor(BlockHandle):
             backend: A name, or names in order of preference; default: the configuration's.
             arena: False for memory outside the arena; True for the arena, or an error; None for the arena if there is
                 a group and the backend can have one.
-            name: For :func:`symmem.memory_snapshot`; must be the same on all ranks.
+            name: For :func:`symmem.memory_snapshot`; must be the same on all ranks. If they allocate the tensor on
+                different lines, they must name it.
 
         Raises:
             InvalidArgumentError: Sizes, strides, dtype, device, arena or name.
             DivergenceError: Ranks made different allocations in the arena; names the first, and each rank's call site.
-                Found when the ranks communicate, or at once with the setting ``allocation_check(each)``.
+                Found at once on one host; else when the ranks communicate, or with ``allocation_check(each)``.
             UnsupportedError: The arena would have to grow during the capture of a CUDA graph; or a FakeTensorMode is
                 active.
             ConfigError: Unknown backend, or an error in the environment or the cluster file.
@@ -314,6 +315,14 @@ class SymmetricTensor(BlockHandle):
 
     # Signals. On CUDA they are work on the current stream; on the CPU they are complete when the call returns.
 
+    def _wait(self, wait: Callable[..., None], *arguments: object) -> None:
+        """Wait for peers. If that times out because the ranks have allocated differently, raise DivergenceError."""
+        try:
+            wait(*arguments)
+        except PeerTimeoutError:
+            self._block.check_acts()
+            raise
+
     def barrier(self, channel: int = 0, timeout: float | None = None, *, group: GroupLike = None) -> None:
         """Wait for all ranks. Afterwards all earlier stores of all ranks, to any rank's memory, are visible to all.
 
@@ -330,7 +339,7 @@ class SymmetricTensor(BlockHandle):
                 handler, such as KeyboardInterrupt. That rank raises the exception itself; the barrier is abandoned.
         """
         mapping, channel, seconds = self._signals("barrier", channel, timeout, group)
-        self._block.signals(mapping).barrier(channel, seconds)
+        self._wait(self._block.signals(mapping).barrier, channel, seconds)
 
     def put_signal(self, rank: int, channel: int = 0, timeout: float | None = None, *, group: GroupLike = None) -> None:
         """Set this rank's flag at ``rank``, after ``rank`` took the previous one. It makes earlier stores visible.
@@ -340,7 +349,7 @@ class SymmetricTensor(BlockHandle):
         """
         mapping, channel, seconds = self._signals("put_signal", channel, timeout, group)
         rank = check_rank(rank, mapping, "put_signal")
-        self._block.signals(mapping).put_signal(rank, channel, seconds)
+        self._wait(self._block.signals(mapping).put_signal, rank, channel, seconds)
 
     def wait_signal(
         self, rank: int, channel: int = 0, timeout: float | None = None, *, group: GroupLike = None
@@ -352,7 +361,7 @@ class SymmetricTensor(BlockHandle):
         """
         mapping, channel, seconds = self._signals("wait_signal", channel, timeout, group)
         rank = check_rank(rank, mapping, "wait_signal")
-        self._block.signals(mapping).wait_signal(rank, channel, seconds)
+        self._wait(self._block.signals(mapping).wait_signal, rank, channel, seconds)
 
     def synchronize(self, *, group: GroupLike = None) -> None:
         """Wait until the work on the current stream is done, and raise if a barrier or signal in it failed. Local.

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import patience
 import pytest
 import torch
 from patience import LONG, SOON
+from told import Told, told
 
 import symmem
 from symmem.arena.allocation_log import AllocationLog
@@ -29,7 +29,7 @@ from symmem.arena.arena_block import ArenaBlock
 from symmem.arena.segment import SignalPads
 from symmem.backends import get_backend
 from symmem.backends.host import HostBackend
-from symmem.errors import OutOfMemoryError, SymmemError
+from symmem.errors import OutOfMemoryError
 from symmem.memory.layout import Layout
 from symmem.tools.conformance.case import Resources
 from symmem.tools.ranks import RankPool, rank_store
@@ -75,19 +75,6 @@ def group_of(name: str, **settings: object) -> symmem.Group:
 def meet(group: symmem.Group) -> None:
     with group.collective("meet"):
         pass
-
-
-Told = SimpleNamespace  # the error of an operation: kind ("" for nothing), text, peers, took (seconds)
-
-
-def told(operation: Callable[[], object]) -> Told:
-    begin, kind, text = time.monotonic(), "", ""
-    peers: tuple[int, ...] = ()
-    try:
-        operation()
-    except SymmemError as error:
-        kind, text, peers = type(error).__name__, str(error), error.peers
-    return Told(kind=kind, text=text, peers=peers, took=time.monotonic() - begin)
 
 
 def held() -> tuple[Resources, list[str]]:
@@ -204,12 +191,19 @@ def diverge(kind: str, meeting: str) -> tuple[list[Told], bool]:
     if kind == "backend":
         common.append(allocate_with_another_backend(group))
     odd, usual, _, _ = DIVERGENCES[kind]
-    different = (odd if group.rank == 1 else usual)(group)
-    first = told(lambda: MEETINGS[meeting](group))
+    with group.collective("begin together"):
+        pass
+    different: list[object] = []
+    if group.rank == 1:  # the last one, so that it is told, and by an error that names all others
+        rank_store().wait([f"{group.name} {rank}" for rank in range(group.size) if rank != 1])
+    first = told(lambda: different.append((odd if group.rank == 1 else usual)(group)))
+    rank_store().set(f"{group.name} {group.rank}", "")
+    if not first.kind:  # this rank was the first one, or its allocations are the beginning of the others'
+        first = told(lambda: MEETINGS[meeting](group))
     later = told(lambda: allocate(group))
     last = told(lambda: symmem.collect(group))
     assert common[0].tensor.fill_(1).sum() == 100  # live tensors can be used
-    del different
+    different.clear()
     ended(group)
     return [first, later, last], True
 
@@ -680,13 +674,13 @@ def interrupt_half_way(where: str) -> list[Told]:
             if where == "reclaim":
                 symmem.collect(group)
             else:
-                allocate(group, 500)
+                allocate(group, 500, name="the next one")
         except Interrupt:
             pass
     elif where == "reclaim":
         symmem.collect(group)
     else:
-        kept.append(allocate(group, 500))
+        kept.append(allocate(group, 500, name="the next one"))
     results = [told(lambda: symmem.collect(group)), told(lambda: allocate(group))]
     ended(group)
     return results
@@ -726,11 +720,17 @@ def test_books_that_differ_though_the_allocations_do_not(pool: RankPool) -> None
 def places_that_differ() -> Told:
     group = group_of("places")
     keep = [allocate(group, 1000)]
+    with group.collective("begin together"):
+        pass
     if group.rank == 1:  # as if an interrupt had left a block without a tensor
         log_of(group).segments[0].space.allocate(256)
-    keep.append(allocate(group))
-    result = told(lambda: symmem.collect(group))
-    del keep
+
+    def go() -> None:  # told at once, or when the ranks meet
+        keep.append(allocate(group))
+        symmem.collect(group)
+
+    result = told(go)
+    keep.clear()
     ended(group)
     return result
 

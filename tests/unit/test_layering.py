@@ -33,6 +33,7 @@ ROOMS = (
     "symmem.arena",
     "symmem.memory",
     "symmem.group",
+    "symmem.native",
     "symmem.backends",
     "symmem.config",
     "symmem.errors",

@@ -1,0 +1,334 @@
+"""The ledger: compare what all ranks of a group must do alike, without a message and without a wait.
+
+Acts, such as allocations from an arena, belong to sequences. All ranks must make the acts of a sequence in the same
+order. Every rank publishes its acts in memory that the other ranks of the group map. Act n is one word in a ring: the
+low 32 bits of n, and 32 bits of a rolling hash of the acts 1 to n.
+
+Protocol (as in Dekker's mutual exclusion). A rank stores its word of act n, executes a full fence, and then loads
+word n of its two neighbours, the ranks before and after it. Because every rank stores before it loads, at least one
+of two neighbours sees the other's word. There are three cases:
+
+- The neighbour's word is of act n. If the words differ, the ranks have diverged.
+- The neighbour has not come to act n. It compares when it comes, unless this rank has overwritten word n by then.
+  Before that can happen, and with every use of peers' memory, this rank compares the neighbour's latest act with its
+  own record of the same act. Because the hash is rolling, that covers all acts before.
+- The neighbour is ahead by more than the ring, so its word n is overwritten. It compares, as in the second case.
+
+The hot path is in C (``symmem/native/ledger.c``). Without a compiler, Python does the same, and takes four times as
+long.
+
+A rank that finds a difference writes the error into its memory, marks the memory of all other ranks, and raises. The
+other ranks look at their mark with every act and every call of symmem, and raise the same error.
+
+Two neighbours are enough: if not all ranks have the same word n, then in the circle of ranks at least two pairs of
+neighbours differ, and one rank of each such pair finds out. If a program orders its accesses to peers' memory, then
+all ranks have entered the acts before such an access, so the difference is found before a wrong byte is read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import logging
+import threading
+import weakref
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from symmem.backends.libc import PAGE, Region, fence, round_up
+from symmem.backends.memory_files import check_memory_file, memory_file
+from symmem.errors import DivergenceError, SymmemError, from_wire, to_wire
+from symmem.group.compare import differing
+from symmem.native.build import load_extension
+
+log = logging.getLogger("symmem.group")
+
+__all__ = ["RING", "ActSequence", "Ledger"]
+
+RING = 1024
+"""Acts of a sequence that the other ranks can see: the latest ones."""
+
+_SEQUENCES = 16  # of a group; further ones are compared only when the ranks meet
+_ERROR = 16 << 10  # bytes for the error of a sequence
+_LONGEST = 2000  # characters of its text
+_MARKS = _ERROR * _SEQUENCES  # after the errors that this rank has found
+_HEADS = _MARKS + 8 * _SEQUENCES
+_RINGS = _HEADS + 8 * _SEQUENCES
+_IDS = _RINGS + 8 * _SEQUENCES * RING
+_TEXTS = _IDS + 4 * _SEQUENCES * RING
+_TEXT_NBYTES = 1 << 18
+_NBYTES = round_up(_TEXTS + _TEXT_NBYTES, PAGE)
+_LOW = 0xFFFFFFFF
+
+
+class Ledger:
+    """The acts of one group, as this rank sees them.
+
+    Args:
+        rank: This rank.
+        size: Number of ranks. All must be on one host.
+        name: The name of the group, for errors.
+
+    Attributes:
+        descriptor: This rank's memory, for the other ranks. The caller closes it after sending it.
+        memory: The memory of all ranks, by rank.
+        claimed: The number of sequences so far.
+    """
+
+    def __init__(self, rank: int, size: int, name: str) -> None:
+        self.rank, self.size, self.name = rank, size, name
+        self.descriptor = memory_file(_NBYTES)
+        self.memory: list[memoryview] = []
+        self.claimed = 0
+        self._taken: set[int] = set()  # sequences with an error for which this rank has taken a round
+        self._end, self._generation = 0, 1  # of the texts; id 0 is no text
+        self._sequences: weakref.WeakSet[ActSequence] = weakref.WeakSet()
+        self._lock = threading.Lock()  # of the texts
+
+    def attach(self, descriptors: Sequence[int]) -> None:
+        """Map the memory of all ranks, in rank order. The descriptors stay open, and belong to the caller."""
+        self._region = Region(self.size * _NBYTES)
+        for rank, descriptor in enumerate(descriptors):
+            check_memory_file(descriptor, _NBYTES, rank)
+            address = self._region.place(rank * _NBYTES, descriptor, _NBYTES)
+            self.memory.append(memoryview((ctypes.c_uint8 * _NBYTES).from_address(address)).cast("B"))
+
+    def claim(self, index: int, name: str) -> ActSequence | None:
+        """The sequence with an index on which all ranks have agreed: the highest :attr:`claimed` of any rank.
+
+        Returns:
+            None if there is no room for another sequence. Its acts are compared when the ranks meet.
+        """
+        self.claimed = index + 1
+        if index >= _SEQUENCES:
+            return None
+        sequence = ActSequence(self, index, name)
+        self._sequences.add(sequence)
+        return sequence
+
+    def take_round(self, index: int) -> bool:
+        """Whether this rank must still take the round of the group that fails with the error of a sequence.
+
+        Every rank takes it once, so that the ranks stay in step. The next call returns False.
+        """
+        must = index not in self._taken
+        self._taken.add(index)
+        return must
+
+    def took_round(self, error: SymmemError) -> None:
+        """Note that a round of the group has failed with an error that other ranks have perhaps published."""
+        for index in set(range(min(self.claimed, _SEQUENCES))) - self._taken:
+            found = [self.published(rank, index) for rank in range(self.size)]
+            if error.what in [each.what for each in found if each]:
+                self._taken.add(index)
+
+    def add_text(self, text: str) -> int:
+        """Write a text into this rank's memory; returns its id.
+
+        If the memory is full, all texts are forgotten, and so are the ids in :attr:`ActSequence.known`.
+        """
+        with self._lock:
+            data = text.encode()[:_LONGEST]
+            if self._end + 8 + len(data) > _TEXT_NBYTES:
+                self._end, self._generation = 0, self._generation + 1
+                for sequence in list(self._sequences):
+                    sequence.known.clear()
+            begin, text_id = _TEXTS + self._end, self._generation << 18 & _LOW | self._end
+            own = self.memory[self.rank]
+            own[begin : begin + 8] = text_id.to_bytes(4, "little") + len(data).to_bytes(4, "little")
+            own[begin + 8 : begin + 8 + len(data)] = data
+            self._end += 8 + len(data) + 7 & -8
+            return text_id
+
+    def text_of(self, rank: int, text_id: int) -> str:
+        """The text with an id that a rank has published."""
+        begin, memory = _TEXTS + text_id % _TEXT_NBYTES, self.memory[rank]
+        nbytes = int.from_bytes(memory[begin + 4 : begin + 8], "little")
+        text = bytes(memory[begin + 8 : begin + 8 + nbytes]).decode(errors="replace")
+        known = int.from_bytes(memory[begin : begin + 4], "little") == text_id  # read last: it is overwritten first
+        return text if known else "an act without a record"
+
+    def publish(self, error: SymmemError, index: int) -> None:
+        """Let every rank raise this error with its next act or call of the sequence with that index."""
+        data = json.dumps(to_wire(error)).encode()
+        own, begin = self.memory[self.rank], _ERROR * index
+        own[begin : begin + 4] = len(data).to_bytes(4, "little")
+        own[begin + 4 : begin + 4 + len(data)] = data
+        _full_fence()
+        for memory in self.memory:
+            mark = _word(memory, _MARKS, index)
+            if not mark[0]:
+                mark[0] = 1 + self.rank
+
+    def published(self, rank: int, index: int) -> SymmemError | None:
+        """The error of a sequence that a rank has published, if any."""
+        memory, begin = self.memory[rank], _ERROR * index
+        nbytes = int.from_bytes(memory[begin : begin + 4], "little")
+        return from_wire(json.loads(bytes(memory[begin + 4 : begin + 4 + nbytes]))) if nbytes else None
+
+
+def _word(memory: memoryview, begin: int, index: int) -> memoryview:
+    return memory[begin + 8 * index : begin + 8 * index + 8].cast("Q")
+
+
+class ActSequence:
+    """One sequence of acts; made by :meth:`Ledger.claim`. The owner's lock must be held during every call.
+
+    Attributes:
+        mark: One word: 0, or 1 + the rank that has found a difference.
+        enter: ``enter(number, digest, text_id)`` publishes act ``number`` (from 1) with the rolling hash ``digest``,
+            and compares. It returns whether :meth:`look` must be called.
+        add_text: See :meth:`Ledger.add_text`.
+        known: Ids of texts that the owner remembers, by the call sites.
+    """
+
+    def __init__(self, ledger: Ledger, index: int, name: str) -> None:
+        self._ledger, self._index, self._name = ledger, index, name
+        self.mark = _word(ledger.memory[ledger.rank], _MARKS, index)
+        self._heads = [_word(memory, _HEADS, index) for memory in ledger.memory]
+        at, ids = _RINGS + 8 * RING * index, _IDS + 4 * RING * index
+        self._rings = [memory[at : at + 8 * RING].cast("Q") for memory in ledger.memory]
+        self._ids = [memory[ids : ids + 4 * RING].cast("I") for memory in ledger.memory]
+        rank, size = ledger.rank, ledger.size
+        neighbours = sorted({(rank - 1) % size, (rank + 1) % size} - {rank})
+        self._own = self._rings[rank]
+        ring = _ring_type()(
+            self._own, self._ids[rank], self._heads[rank], self.mark, tuple(self._rings[peer] for peer in neighbours)
+        )
+        self.enter: Callable[[int, int, int], bool] = ring.enter
+        self.add_text = ledger.add_text
+        self.known: dict[Any, Any] = {}
+        # Hashes of the acts after `_before` that the ring may have lost, but that a neighbour may not have made yet.
+        self._history = array("I")
+        self._before = 0
+        self._compared = dict.fromkeys(neighbours, 0)  # the latest act of a neighbour that was found equal
+
+    def take_round(self) -> bool:
+        """See :meth:`Ledger.take_round`."""
+        return self._ledger.take_round(self._index)
+
+    def look(self, number: int) -> None:
+        """Look closer: at the mark of this rank, and at the latest acts of the neighbours.
+
+        Args:
+            number: This rank's latest act.
+
+        Raises:
+            DivergenceError: The ranks differ. All ranks raise it, with their next act or call at the latest.
+        """
+        if self.mark[0]:
+            error = self._ledger.published(self.mark[0] - 1, self._index)
+            assert error is not None  # it was written before the mark
+            raise error
+        self._remember(number)
+        for neighbour in self._compared:
+            self._compare(neighbour, number)
+        settled = min(self._compared.values()) - RING
+        if settled > self._before:
+            del self._history[: settled - self._before]
+            self._before = settled
+
+    def _remember(self, number: int) -> None:
+        """Copy hashes from the ring. Called at least twice per ring, so that no hash is lost."""
+        known = self._before + len(self._history)
+        self._history.extend(self._own[n % RING] & _LOW for n in range(known + 1, number + 1))
+
+    def _compare(self, neighbour: int, number: int) -> None:
+        """Compare the latest act that this rank and a neighbour have both made."""
+        head = self._heads[neighbour][0]
+        behind = (number - (head >> 32)) & _LOW
+        if behind >= 0x80000000:  # it is ahead: take its word of this rank's latest act, if it is still there
+            head = self._rings[neighbour][number % RING]
+            if head >> 32 != number & _LOW:
+                return
+            behind = 0
+        last = number - behind
+        if last > self._compared[neighbour]:
+            if self._history[last - self._before - 1] != head & _LOW:
+                raise self._diverged(neighbour, last)
+            self._compared[neighbour] = last
+
+    def _diverged(self, neighbour: int, last: int) -> DivergenceError:
+        """Make the error for a difference in the acts up to ``last``, and publish it to all ranks."""
+        first = max(self._compared[neighbour], last - RING) + 1
+        number = next((n for n in range(first, last) if self._differs(neighbour, n)), last)
+        acts = {rank: self._text(rank, number) for rank in range(self._ledger.size)}
+        acted = {rank: text for rank, text in acts.items() if text is not None}
+        text, _ = differing([text or self._absence(rank, number) for rank, text in acts.items()])
+        if len(set(acted.values())) == 1:  # for example after an interrupt
+            text += "; the calls are the same, but their places in memory differ"
+        _, others = differing(list(acted.values()))
+        peers = tuple(list(acted)[other] for other in others)
+        error = DivergenceError(
+            f"the ranks have allocated differently from {self._name}; the first difference is allocation {number}: "
+            f"{text}"[:_LONGEST],
+            hint="all ranks must allocate the same from an arena, in the same order and from the same lines. If the "
+            "lines differ on purpose, give the tensors the same name=. If only some ranks need a tensor, allocate it "
+            "with arena=False, or in a group of these ranks",
+            peers=peers,
+        )
+        error.located(rank=self._ledger.rank, group=self._ledger.name, step="allocate")
+        self._ledger.publish(error, self._index)
+        return error
+
+    def _differs(self, neighbour: int, number: int) -> bool:
+        word = self._rings[neighbour][number % RING]
+        return word >> 32 == number & _LOW and self._history[number - self._before - 1] != word & _LOW
+
+    def _text(self, rank: int, number: int) -> str | None:
+        """The text of a rank's act; None if its ring does not have the act."""
+        at = number % RING
+        text_id, word = self._ids[rank][at], self._rings[rank][at]
+        return self._ledger.text_of(rank, text_id) if word >> 32 == number & _LOW else None
+
+    def _absence(self, rank: int, number: int) -> str:
+        before = (self._heads[rank][0] >> 32) - number & _LOW >= 0x80000000
+        return "nothing yet" if before else "one that is forgotten"
+
+
+class PythonRing:
+    """The same as ``Ring`` in ``native/ledger.c``, for machines without a C compiler."""
+
+    def __init__(
+        self,
+        own: memoryview,
+        ids: memoryview,
+        head: memoryview,
+        mark: memoryview,
+        neighbours: tuple[memoryview, ...],
+    ) -> None:
+        self._own, self._ids, self._head, self._mark, self._neighbours = own, ids, head, mark, neighbours
+
+    def enter(self, number: int, digest: int, text_id: int) -> bool:
+        """See :attr:`ActSequence.enter`."""
+        at, word = number % RING, (number & _LOW) << 32 | digest & _LOW
+        self._ids[at] = text_id
+        self._own[at] = self._head[0] = word
+        _full_fence()
+        look = not number % (RING // 2) or self._mark[0] != 0
+        for ring in self._neighbours:
+            other = ring[at]
+            look |= other != word and other >> 32 == word >> 32
+        return look
+
+
+_fence_lock = threading.Lock()
+
+
+def _full_fence() -> None:
+    """Order stores before loads: a lock is an atomic exchange, a full fence on x86-64; elsewhere by membarrier(2)."""
+    with _fence_lock:
+        pass
+    fence()
+
+
+@functools.cache
+def _ring_type() -> Any:
+    try:
+        return load_extension("_ledger", Path(__file__).parents[1] / "native" / "ledger.c").Ring
+    except Exception as error:
+        log.warning("allocations are compared by slower code in Python: %s", error)
+        return PythonRing

@@ -1,0 +1,1 @@
+"""C code for paths on which Python is too slow, and the loader that compiles it."""

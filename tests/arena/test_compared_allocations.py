@@ -1,0 +1,338 @@
+"""Allocations that differ are found by default, before wrong memory is used; legal programs raise nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from told import Told, told
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import symmem
+from symmem.arena.arena import arenas_of
+from symmem.errors import ForkedError
+from symmem.group import join
+from symmem.group.ledger import RING
+from symmem.tools.ranks import RankPool, rank_store
+
+pytestmark = pytest.mark.ranks
+
+WORLD = 3
+FILE = Path(__file__).name
+LONG = 240.0  # a test that waits that long has failed
+
+
+@pytest.fixture
+def pool(living_pool: Callable[..., RankPool]) -> RankPool:
+    return living_pool(WORLD, process_group=None, env={"SYMMEM_ENABLE": f"signal_timeout({LONG}s)"})
+
+
+def own_rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def group_of(name: str, ranks: tuple[int, ...] = (0, 1)) -> symmem.Group | None:
+    """A new group of some ranks; None on the others."""
+    rank = own_rank()
+    return symmem.Group.from_store(ranks.index(rank), len(ranks), rank_store(), name) if rank in ranks else None
+
+
+def meet(group: symmem.Group, step: str) -> None:
+    """Wait for the other ranks, as a program does that uses another library. An error of symmem stops no rank."""
+    rank_store().set(f"{group.name} {step} {group.rank}", "")
+    rank_store().wait([f"{group.name} {step} {rank}" for rank in range(group.size)])
+
+
+def allocate(group: symmem.Group, count: int = 1000, **options: object) -> symmem.SymmetricTensor:
+    return symmem.allocate(count, torch.float32, group=group, backend="host", **options)  # type: ignore[arg-type]
+
+
+def one_more(group: symmem.Group) -> object:
+    return allocate(group).tensor.fill_(777) if group.rank == 0 else None
+
+
+def one_more_dropped_at_once(group: symmem.Group) -> None:
+    if group.rank == 0:
+        allocate(group)
+
+
+def another_size(group: symmem.Group) -> object:
+    return allocate(group, 1000 if group.rank == 0 else 5000).tensor.fill_(777)
+
+
+def redirected(group: symmem.Group) -> object:
+    with symmem.use_symmetric_memory(group) if group.rank == 0 else contextlib.nullcontext():
+        return torch.ones(1000) * 2
+
+
+DIFFERENCES: dict[str, Callable[[symmem.Group], object]] = {
+    each.__name__: each for each in (one_more, one_more_dropped_at_once, another_size, redirected)
+}
+
+
+def value(st: symmem.SymmetricTensor) -> float:
+    return st.remote_tensor(1 - own_rank())[0].item()
+
+
+def pointers(st: symmem.SymmetricTensor) -> float:
+    st.device_view()
+    raise AssertionError(f"pointers were given out: {st.remote_pointers}")
+
+
+def signals(st: symmem.SymmetricTensor) -> float:
+    st.put_signal(1 - own_rank())
+    st.wait_signal(1 - own_rank())
+    raise AssertionError("a signal has arrived")
+
+
+def barrier(st: symmem.SymmetricTensor) -> float:
+    st.barrier()
+    raise AssertionError("the barrier has passed")
+
+
+USES: dict[str, Callable[[symmem.SymmetricTensor], float]] = {
+    each.__name__: each for each in (value, pointers, signals, barrier)
+}
+
+
+def diverge(kind: str, use: str) -> list[Told]:
+    """The errors that one rank of the program gets, in order. It reads no wrong value."""
+    group = group_of(f"{kind} {use}")
+    if group is None:
+        return []
+    found = [told(lambda: allocate(group, 8).barrier())]
+    kept: list[object] = []
+    st: list[symmem.SymmetricTensor] = []
+
+    def allocate_both() -> None:
+        kept.append(DIFFERENCES[kind](group))
+        st.append(allocate(group))
+        st[0].tensor.fill_(group.rank + 1)
+
+    found.append(told(allocate_both))
+    meet(group, "allocated")
+
+    def use_it() -> None:
+        assert USES[use](st[0]) == 2 - group.rank
+
+    if st:
+        found.append(told(use_it))
+    found.append(told(lambda: allocate(group)))
+    found.append(told(lambda: meet_in(group)))  # the ranks are in step again
+    group.close()
+    return found
+
+
+def meet_in(group: symmem.Group) -> None:
+    with group.collective("meet"):
+        pass
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("kind", DIFFERENCES)
+def test_allocations_that_differ_are_told_before_peers_memory_is_used(kind: str, use: str, pool: RankPool) -> None:
+    for found in pool.run(diverge, kind, use)[:2]:
+        first, *errors, last = found
+        assert not first.kind, first
+        assert not last.kind, last
+        errors = [each for each in errors if each.kind]
+        assert {each.kind for each in errors} == {"DivergenceError"}, found
+        assert "allocation 2: " in errors[0].text
+        assert "rank 0" in errors[0].text
+        assert "rank 1" in errors[0].text
+        assert FILE in errors[0].text
+        assert f"in {kind}" in errors[0].text or "in redirected" in errors[0].text
+        assert "arena cannot be used" in errors[-1].text
+
+
+def wait_for_a_rank_that_diverges(step: str) -> Told:
+    group = group_of(f"waits at {step}")
+    if group is None:
+        return Told(kind="", text="")
+    st = allocate(group, 8)
+    st.barrier()
+
+    def go() -> None:
+        if group.rank == 0:
+            kept = allocate(group, 9)
+            rank_store().set(f"{group.name} is about to wait", "")
+            {"barrier": st.barrier, "wait_signal": lambda: st.wait_signal(1), "collect": lambda: symmem.collect(group)}[
+                step
+            ]()
+            del kept
+        else:
+            rank_store().wait([f"{group.name} is about to wait"])
+            allocate(group, 10)
+
+    result = told(go)
+    group.close()
+    return result
+
+
+@pytest.mark.parametrize("step", ["barrier", "wait_signal", "collect"])
+def test_a_rank_that_waits_is_released(step: str, pool: RankPool) -> None:
+    for result in pool.run(wait_for_a_rank_that_diverges, step)[:2]:
+        assert result.kind == "DivergenceError", result
+        assert result.took < LONG / 2
+
+
+# Legal programs.
+
+
+def threads() -> None:
+    """A thread for every arena; the threads run in another order on every rank."""
+    groups = [group_of(f"threads {index}", (0, 1, 2)) for index in range(4)]
+    for group in groups:
+        assert group is not None
+        allocate(group, 8).barrier()
+    failed: list[BaseException] = []
+
+    def run(group: symmem.Group, seed: int) -> None:
+        try:
+            chance = random.Random(seed)
+            for count in range(3 * RING):
+                allocate(group, chance.randrange(1, 50))
+                if count % 500 == 0:
+                    symmem.collect(group)
+        except BaseException as error:
+            failed.append(error)
+
+    running = [threading.Thread(target=run, args=(group, seed)) for seed, group in enumerate(groups)]
+    random.shuffle(running)
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert not failed, failed
+    for group in groups:
+        assert group is not None
+        group.close()
+
+
+def overlapping_groups() -> None:
+    members = [(0, 1), (1, 2), (0, 2), (0, 1, 2)]
+    groups = [group for index, ranks in enumerate(members) if (group := group_of(f"overlap {index}", ranks))]
+    for group in groups:
+        allocate(group, 8).barrier()
+    kept = []
+    for _ in range(10):
+        random.shuffle(groups)  # the order among groups is each rank's own
+        for group in groups:
+            kept += [allocate(group, size) for size in range(1, 30)]
+    for group in sorted(groups, key=lambda each: each.name):
+        allocate(group, 8).barrier()
+        group.close()
+
+
+def local_calls() -> None:
+    """Calls on fake and meta tensors, own memory, and arenas of other groups, on one rank only."""
+    group = group_of("local", (0, 1, 2))
+    assert group is not None
+    st = allocate(group, 8)
+    st.barrier()
+    if group.rank == 1:
+        alone = symmem.Group.from_store(0, 1, rank_store(), "alone")
+        kept = [allocate(group, 100, arena=False), allocate(alone, 100)]
+        symmem.ops.all_gather(torch.ones(4, device="meta"), group)
+        with FakeTensorMode() as mode:
+            symmem.ops.all_reduce(mode.from_tensor(torch.ones(4)), group)
+        st.remote_tensor(0)
+        assert symmem.find(st.tensor) is not None
+        del kept
+        alone.close()
+    for _ in range(10):
+        allocate(group, 8)
+    allocate(group, 8).barrier()
+    group.close()
+
+
+def far_ahead() -> None:
+    """One rank is ahead by more than the ring. It has no word of the others to compare with until they come."""
+    os.environ["SYMMEM_ENABLE"] += ",arena_size(512MiB)"
+    group = group_of("ahead", (0, 1, 2))
+    assert group is not None
+    allocate(group, 8).barrier()
+    if group.rank:
+        rank_store().wait(["rank 0 is ahead"])
+    for count in range(3 * RING):
+        allocate(group, count % 7)
+    if not group.rank:
+        rank_store().set("rank 0 is ahead", "")
+    allocate(group, 8).barrier()
+    group.close()
+
+
+def forked_children() -> None:
+    group = group_of("forked", (0, 1, 2))
+    assert group is not None
+    allocate(group, 8).barrier()
+    for _ in range(3 if group.rank == 1 else 0):
+        child = os.fork()
+        if child == 0:
+            try:
+                allocate(group, 99)
+            except ForkedError:
+                os._exit(7)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    for _ in range(10):
+        allocate(group, 8)
+    allocate(group, 8).barrier()
+    group.close()
+
+
+def named_on_different_lines() -> None:
+    group = group_of("named", (0, 1, 2))
+    assert group is not None
+    allocate(group, 8).barrier()
+    kept = [allocate(group, 16, name="weights")] if group.rank else []
+    kept += [] if group.rank else [allocate(group, 16, name="weights")]
+    kept[0].barrier()
+    assert arenas_of(group)[0].log.count == 2
+    group.close()
+
+
+@pytest.mark.parametrize(
+    "program", [threads, overlapping_groups, local_calls, far_ahead, forked_children, named_on_different_lines]
+)
+def test_a_legal_program_raises_nothing(program: Callable[[], None], pool: RankPool) -> None:
+    assert pool.run(program, timeout=LONG) == [None] * WORLD
+
+
+# What must agree when a group joins.
+
+
+def join_with(what: str) -> Told:
+    odd = own_rank() == 1
+    if what == "version":
+        vars(join)["VERSION"] = "0.0.9" if odd else "0.0.8"
+    else:
+        os.environ["SYMMEM_ENABLE"] = f"{what}(each)" if odd else "rendezvous_timeout(60s)"
+    group = group_of(f"join {what}", (0, 1, 2))
+    assert group is not None
+    result = told(lambda: allocate(group, 8))
+    group.close()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "values"),
+    [
+        ("version", "different versions", ["0.0.8", "0.0.9"]),
+        ("allocation_check", "'allocation_check'", ["meeting", "each"]),
+        ("collective_check", "'collective_check'", ["off", "each"]),
+    ],
+)
+def test_what_must_agree_is_compared_when_the_ranks_join(
+    what: str, name: str, values: list[str], new_pool: Callable[..., RankPool]
+) -> None:
+    for result in new_pool(WORLD, process_group=None).run(join_with, what):
+        assert result.kind == "MismatchError", result
+        assert name in result.text
+        assert all(each in result.text for each in values), result.text

@@ -1,0 +1,178 @@
+"""The ledger: acts that differ are found by the second rank at once, and nothing else is."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from thread_ranks import descriptors
+
+from symmem.errors import DivergenceError
+from symmem.group import ledger as module
+from symmem.group.ledger import RING, ActSequence, Ledger, PythonRing
+from symmem.native.build import load_extension
+
+SOURCE = Path(module.__file__).parents[1] / "native" / "ledger.c"
+
+
+@pytest.fixture(params=["c", "python"], autouse=True)
+def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = load_extension("_ledger", SOURCE).Ring if request.param == "c" else PythonRing
+    monkeypatch.setattr(module, "_ring_type", lambda: kind)
+
+
+def sequences(size: int, index: int = 0) -> list[ActSequence]:
+    """One sequence, as every rank of a group sees it."""
+    ledgers = [Ledger(rank, size, "g") for rank in range(size)]
+    descriptors = [each.descriptor for each in ledgers]
+    for each in ledgers:
+        each.attach(descriptors)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    found = [each.claim(index, "the arena") for each in ledgers]
+    return [each for each in found if each is not None]
+
+
+def enter(sequence: ActSequence, number: int, digest: int | None = None, text: str = "") -> None:
+    text_id = sequence.add_text(text) if text else 0
+    if sequence.enter(number, hash(number) * 31 if digest is None else digest, text_id):
+        sequence.look(number)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_equal_acts_raise_nothing_whatever_the_order(size: int) -> None:
+    ranks, chance = sequences(size), random.Random(size)
+    counts = [0] * size
+    while min(counts) < 3 * RING:
+        rank = chance.randrange(size)
+        for _ in range(chance.randrange(1, 2 * RING)):
+            counts[rank] += 1
+            enter(ranks[rank], counts[rank])
+
+
+def test_the_second_one_is_told_at_once_and_the_first_one_at_its_next_act() -> None:
+    first, second = sequences(2)
+    enter(first, 1, 10, "A at a.py:1")
+    with pytest.raises(DivergenceError, match=r"allocation 1: A at a\.py:1 on rank 0, B at b\.py:2 on rank 1") as told:
+        enter(second, 1, 20, "B at b.py:2")
+    assert told.value.peers == (1,)
+    with pytest.raises(DivergenceError, match=r"A at a\.py:1 on rank 0, B at b\.py:2 on rank 1"):
+        enter(first, 2, 11)
+
+
+def test_every_rank_is_told() -> None:
+    ranks = sequences(5)
+    for rank in (0, 1, 2, 4):
+        enter(ranks[rank], 1, 10, "A")
+    with pytest.raises(DivergenceError, match="A on ranks 0-2, 4, B on rank 3"):
+        enter(ranks[3], 1, 20, "B")
+    for rank in (0, 1, 2, 4):
+        with pytest.raises(DivergenceError, match="B on rank 3"):
+            enter(ranks[rank], 2)
+
+
+@pytest.mark.parametrize("lead", [RING - 1, RING, RING + 1, 3 * RING + 7, 100 * RING])
+def test_a_rank_far_ahead_misses_nothing(lead: int) -> None:
+    ahead, behind = sequences(2)
+    for number in range(1, lead + 2):
+        enter(ahead, number)
+
+    def act() -> None:
+        enter(behind, 1, 99, "other")  # it can see the difference itself if the ring still has the act
+        ahead.look(lead + 1)  # else the rank ahead sees it with its next call
+
+    with pytest.raises(DivergenceError, match="allocation 1:"):
+        act()
+
+
+def test_a_difference_of_long_ago_is_found_by_its_rolling_hash() -> None:
+    ahead, behind = sequences(2)
+    for number in range(1, 5 * RING):
+        enter(ahead, number)
+
+    def follow() -> None:
+        for number in range(1, 5 * RING):
+            enter(behind, number, hash(number) * 31 + (number >= 2 * RING))
+
+    with pytest.raises(DivergenceError):
+        follow()
+
+
+def test_sequences_are_apart() -> None:
+    ledgers = [Ledger(rank, 2, "g") for rank in range(2)]
+    for each in ledgers:
+        each.attach([other.descriptor for other in ledgers])
+    one, other = ([each.claim(index, f"arena {index}") for each in ledgers] for index in range(2))
+    for index, sequence in enumerate(one):
+        assert sequence is not None
+        if index == 0:
+            enter(sequence, 1, 1)
+        else:
+            with pytest.raises(DivergenceError):
+                enter(sequence, 1, 2)
+    for sequence in other:
+        assert sequence is not None
+        enter(sequence, 1, 5)
+    for each in ledgers:
+        os.close(each.descriptor)
+    assert ledgers[0].claim(module._SEQUENCES, "one too many") is None
+
+
+def test_texts_fill_their_memory_and_are_then_forgotten() -> None:
+    first, second = sequences(2)
+    old = first.add_text("old")
+    first.known["a key"] = old
+    while first.known:
+        first.add_text("filling" * 20)
+    first.add_text("new")
+    assert not first.enter(1, 1, old)
+    with pytest.raises(DivergenceError, match="an act without a record on rank 0, B on rank 1"):
+        enter(second, 1, 2, "B")
+
+
+def test_of_two_that_act_at_the_same_moment_one_at_least_is_told() -> None:
+    """Both store before they load. Without the full fence, both could miss the other's word."""
+    context = multiprocessing.get_context("fork")
+    rounds = module._SEQUENCES
+    ledgers = [Ledger(rank, 2, "g") for rank in range(2)]
+    missed = 0
+    for _ in range(20):
+        barrier, found = context.Barrier(2), context.Array("i", [0] * rounds)
+        children = [context.Process(target=_rank, args=(rank, ledgers, barrier, found)) for rank in range(2)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(60)
+            assert child.exitcode == 0
+        missed += list(found[:]).count(0)
+        for each in ledgers:
+            os.close(each.descriptor)
+        ledgers = [Ledger(rank, 2, "g") for rank in range(2)]
+    for each in ledgers:
+        os.close(each.descriptor)
+    assert missed == 0
+
+
+def _rank(rank: int, ledgers: list[Ledger], barrier: Any, found: Any) -> None:
+    ledger = ledgers[rank]
+    ledger.attach([each.descriptor for each in ledgers])
+    for index in range(module._SEQUENCES):
+        sequence = ledger.claim(index, "the arena")
+        assert sequence is not None
+        barrier.wait(30)
+        try:
+            enter(sequence, 1, rank)
+        except DivergenceError:
+            with found.get_lock():
+                found[index] += 1
+
+
+def test_nothing_is_left_open() -> None:
+    before = descriptors()
+    for _ in range(5):
+        sequences(4)
+    assert descriptors() == before
