@@ -28,8 +28,9 @@ captured CUDA graph can be replayed. The words are also the flags of :meth:`Symm
 ``wait_signal``. A kernel may take the host's signal, and the host a kernel's, while at most one signal is pending on
 the word. symmem.cuh implements the same protocol in CUDA C++.
 
-Time. A wait that takes longer than the view's ``timeout`` records the peer and traps. The trap makes this process's
-CUDA context unusable; :meth:`SymmetricTensor.synchronize` then raises a PeerTimeoutError that names the peer. In the
+Time. A wait that takes longer than the view's ``timeout`` records the peer and traps. So does a wait of 0.1 s or more
+once a process of the group has ended. The trap makes this process's CUDA context unusable;
+:meth:`SymmetricTensor.synchronize` then raises a PeerTimeoutError or PeerLostError that names the peer. In the
 interpreter the kernel raises, with that error as the cause. On a GPU, ``symmem dump`` and ``symmem top`` show long
 waits on channels below 65536; if a block waits for several peers, they show one.
 
@@ -294,6 +295,15 @@ else:
             place = tl.load(signals + world + 1) + 16 * (1 + (group * GROUP_SPREAD + peer) % PLACES)
             waiting, awaited = operation << 24 | group, channel << 16 | peer
             _leave_word(place, waiting, awaited, (waited >> TICK).to(tl.int32), ((limit - waited) >> TICK).to(tl.int32))
+        _fail_if_lost(signals, operation, channel, peer, world)
+
+    @triton.jit
+    def _fail_if_lost(signals, operation: tl.constexpr, channel, peer, world: tl.constexpr):
+        """Fail if the host has noted that a process of the group ended."""
+        group = tl.load(signals + world + 2)
+        record = tl.load(signals + world + 1) + 16 * (1 + PLACES) + 32 * group
+        if tl.load(record.to(tl.pointer_type(tl.int32)), volatile=True) != 0:
+            _fail(signals, operation, channel, peer, 0, world)
 
     @triton.jit
     def _leave_word(at, a, b, c, d):

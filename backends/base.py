@@ -15,7 +15,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
@@ -110,6 +110,12 @@ class RankGroup(Protocol):
 
     def lost(self) -> tuple[int, ...]:
         """The ranks with a process that is known to have ended. It takes a few microseconds and never blocks."""
+
+    def when_lost(self, function: Callable[[int], None]) -> None:
+        """Call ``function(rank)`` once for every rank with a process that has ended, or as soon as it ends.
+
+        The call comes from another thread, which must not wait in it, unless the process has ended already.
+        """
 
     def collective(self, operation: str, timeout: float | None = None) -> contextlib.AbstractContextManager[Collective]:
         """Begin a collective operation; all ranks must. For resources that a mapping makes later, such as multicast.

@@ -1,8 +1,8 @@
 """Barrier and signals as work on a CUDA stream: three small kernels over the signal pads of all ranks.
 
 The kernels are in :mod:`symmem.backends.signal_kernels`. They are compiled on first use. Their arguments never change,
-so a captured CUDA graph can be replayed. A kernel that times out writes the awaited peer to host memory, and
-:meth:`CudaSignals.check` raises the named error.
+so a captured CUDA graph can be replayed. A kernel that times out, or gives up because a rank is lost, writes the
+awaited peer to host memory, and :meth:`CudaSignals.check` raises the named error.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class CudaSignals:
         self._ordinal = torch.cuda.current_device() if device.index is None else device.index
         self._device = device_of(self._ordinal)
         self._number = self._device.enter(group)
-        self._status = self._device.status
+        self._status, self._given_up = self._device.status, self._device.given_up(self._number)
         self._launch_kernel = self._device.driver.bindings.cuLaunchKernel
         self._launches: dict[tuple[str, int, int, float], _Launch] = {}
 
@@ -121,12 +121,12 @@ class CudaSignals:
         return self._pads[rank], 4 * SIGNAL_CHANNELS * self._group.size
 
     def check(self) -> None:
-        """See :meth:`Mapping.check`. Raises for a failed signal of any group on this GPU."""
-        if self._status[0] and (error := self._device.failure()):
+        """See :meth:`Mapping.check`. Raises for a signal that has stopped the kernels on this GPU, of any group."""
+        if error := self._device.failure() or self._device.loss(self._number):
             raise error
 
     def _run(self, operation: str, peer: int, channel: int, timeout: float) -> None:
-        if self._status[0]:
+        if self._status[0] or self._given_up[0]:
             self.check()
         key = (operation, peer, channel, timeout)
         launch = self._launches.get(key) or self._prepare(key)

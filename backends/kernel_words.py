@@ -1,5 +1,7 @@
 """Reports that kernels write to host memory, readable without the GPU: which of them wait, and why one stopped.
 
+The host writes there too: if a process of a group ends, kernels that wait for the group are told to give up.
+
 This module never calls CUDA: if the process hangs or a kernel has trapped, no call of CUDA is safe or gives a reason.
 """
 
@@ -16,14 +18,23 @@ from typing import NamedTuple
 from symmem.backends.base import RankGroup
 from symmem.backends.kernel_status import devices
 from symmem.backends.pending_waits import Wait
-from symmem.backends.signal_kernels import BAD_CHANNEL, BEAT, OPERATIONS, PLACES, TICK
-from symmem.errors import InvalidArgumentError, MismatchError, PeerLostError, PeerTimeoutError, SymmemError
+from symmem.backends.signal_kernels import BAD_CHANNEL, BEAT, GROUPS, OPERATIONS, PLACES, TICK
+from symmem.errors import (
+    InvalidArgumentError,
+    MismatchError,
+    PeerLostError,
+    PeerTimeoutError,
+    ResourceLimitError,
+    SymmemError,
+)
 
 __all__ = ["NBYTES", "KernelWords", "name_steps"]
 
 _NBYTES = 16  # bytes of the status, and of a place
-NBYTES = _NBYTES * (1 + PLACES)
-"""Bytes of the memory: the status, then the places of waiting threads."""
+_RECORDS = _NBYTES * (1 + PLACES)  # offset of the records of groups
+_RECORD = 32  # bytes of a record
+NBYTES = _RECORDS + _RECORD * GROUPS
+"""Bytes of the memory: the status, the places of waiting threads, then the records of groups."""
 
 _PERIOD = 2.2 * 2**BEAT / 1e9  # seconds within which a waiting thread reports again
 
@@ -64,20 +75,64 @@ class KernelWords:
         ctypes.memset(host, 0, NBYTES)
         self.ordinal, self.status_address = ordinal, device
         self.status = (ctypes.c_uint32 * 4).from_address(host)
-        self._places = host + _NBYTES
+        self._places, self._records = host + _NBYTES, host + _RECORDS
         self._last = _Reading(0.0, {})
         self._groups: list[tuple[str, int, weakref.ref[RankGroup]]] = []
         self._groups_lock = threading.Lock()
         devices.append(self)
 
     def enter(self, group: RankGroup) -> int:
-        """The number of a group in the reports of kernels."""
+        """The number of a group in the reports of kernels. From now on, its kernels give up if it loses a rank.
+
+        Raises:
+            ResourceLimitError: This process has used too many groups on this GPU.
+        """
         with self._groups_lock:
             for number, (_name, _rank, known) in enumerate(self._groups):
                 if known() is group:
                     return number
+            number = len(self._groups)
+            if number == GROUPS:
+                raise ResourceLimitError(
+                    f"this process has used {GROUPS} groups on cuda:{self.ordinal}, which is the limit",
+                    hint="use the same groups again instead of making new ones",
+                    rank=group.rank,
+                    group=group.name,
+                )
             self._groups.append((group.name, group.rank, weakref.ref(group)))
-            return len(self._groups) - 1
+        group.when_lost(functools.partial(self._release, number))
+        return number
+
+    # Kernels that gave up.
+
+    def _record(self, number: int) -> ctypes.Array[ctypes.c_uint32]:
+        return (ctypes.c_uint32 * (_RECORD // 4)).from_address(self._records + _RECORD * number)
+
+    def _release(self, number: int, lost: int) -> None:
+        """Let kernels of a group give up their waits, because a rank is lost."""
+        self._record(number)[0] = 1 + lost
+
+    def given_up(self, number: int) -> ctypes.Array[ctypes.c_uint32]:
+        """Return {operation, channel, peer, 0} of the first kernels of a group that gave up, or zeros."""
+        return (ctypes.c_uint32 * 4).from_address(self._records + _RECORD * number + 16)
+
+    def loss(self, number: int) -> PeerLostError | None:
+        """The error of the kernels of a group that gave up; None if none did."""
+        operation, channel, _awaited, _unused = self.given_up(number)
+        if not operation:
+            return None
+        name, rank, _group = self._groups[number]
+        lost = self._record(number)[0] - 1
+        return PeerLostError(
+            f"rank {lost}'s process ended before it came. This operation and the group's later ones gave up: all bits "
+            "of the results that they could not finish are 1, so floats are NaN",
+            hint=f"look in the log of rank {lost} for the first error. This process can still use its memory and "
+            f"cuda:{self.ordinal}: make a new group of the ranks that are left",
+            rank=rank,
+            group=name,
+            step=_step(operation, channel),
+            peers=(lost,),
+        )
 
     # Stopped kernels.
 
@@ -107,7 +162,9 @@ class KernelWords:
                 step=_steps[operation],
                 peers=(peer,),
             )
-        lost = group is not None and peer in group.lost()
+        if released := self._record(number)[0]:
+            peer = released - 1  # the awaited rank may only wait for this one
+        lost = bool(released) or (group is not None and peer in group.lost())
         kind = PeerLostError if lost else PeerTimeoutError
         event = f"rank {peer}'s process ended before it came" if lost else f"rank {peer} did not come in time"
         first = f"look in the log of rank {peer} for the first error"

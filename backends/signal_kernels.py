@@ -19,7 +19,11 @@ Order: a put, and the arrival of a rank (a fence, then the store), release at sy
 others, acquire (PTX ISA, "Memory Consistency Model"). So kernels after the operation see the stores of kernels before
 it, in the memory of any rank.
 
-Failure: a kernel that times out writes the awaited peer to host memory and traps. The trap makes the CUDA context of
+A rank that is lost: if a process of the group ends, the host sets a word in host memory that waiting threads look at.
+They give up: they write the awaited peer to host memory, and the kernel returns. All later waits of the group end in
+the same way, within a millisecond. The CUDA context and this process's memory stay usable.
+
+Timeout: a kernel that times out writes the awaited peer to host memory and traps. The trap makes the CUDA context of
 this process unusable on purpose: no later kernel, in a graph or not, can continue with data that never came.
 
 Long waits: a waiting thread writes a report to the same memory, and again after every beat. It never removes the
@@ -33,7 +37,7 @@ from __future__ import annotations
 from symmem.backends.base import SIGNAL_CHANNELS
 
 __all__ = [
-    *("BAD_CHANNEL", "BEAT", "GROUP_SPREAD", "OPERATIONS", "PLACES", "SOURCE", "TICK"),
+    *("BAD_CHANNEL", "BEAT", "GROUPS", "GROUP_SPREAD", "OPERATIONS", "PLACES", "SOURCE", "TICK"),
     *("lateness", "memory_access", "pad_words"),
 ]
 
@@ -50,6 +54,10 @@ PLACES, GROUP_SPREAD = 512, 61
 """Places of 16 bytes behind the status, for the reports of waiting threads. A wait of group g for a peer is reported at
 place (GROUP_SPREAD * g + peer) % PLACES. Peers of one group never share a place, and groups of up to 61 ranks rarely
 do. In a shared place, the last report remains."""
+
+GROUPS = 2048
+"""Records of 32 bytes behind the places, one per group: {1 + a lost rank, or 0, from the host; 3 unused words;
+operation, detail and peer of a thread that gave up, from kernels; 1 unused word}."""
 
 
 def pad_words(world: int) -> int:
@@ -88,7 +96,7 @@ __device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.sys;" : : 
 
 
 def lateness(operation: str, detail: str) -> str:
-    """CUDA source: timeouts and reports of waiting threads.
+    """CUDA source: timeouts and reports of waiting threads, and the end of their wait if a rank is lost.
 
     The source uses ``status``, ``limit`` and ``group`` of a ``struct Call``.
     A report is {operation (8 bits), group (24)}, {detail (16), peer (16)}, ticks since the start, ticks left.
@@ -100,7 +108,8 @@ def lateness(operation: str, detail: str) -> str:
     """
     numbers = f"const u32 BEAT = {BEAT}, TICK = {TICK}, PLACES = {PLACES}, GROUP_SPREAD = {GROUP_SPREAD};\n"
     source = r"""
-const u32 SPINS = 64;  // loads between two readings of the clock
+const u32 SPINS = 64;        // loads between two readings of the clock
+const u64 GIVEN_UP = ~0ull;  // the start of a wait for a group that has lost a rank
 
 __device__ __forceinline__ u64 read_clock() {
   u64 now;
@@ -123,21 +132,29 @@ __device__ __forceinline__ void stop(const Call *call, u32 what, u32 peer) {
 // Keeps the compiler from computing values from these before the wait, in the fast path.
 __device__ __forceinline__ void not_before(const Call *&call, u32 &peer) { asm volatile("" : "+l"(call), "+r"(peer)); }
 
-// A waiting thread calls this from time to time, first with began = 0. Returns the start of the wait, rounded to
-// 256 ns, with the number of reports in the lowest 8 bits.
-__device__ __forceinline__ u64 give_up_when_late(const Call *call, u32 what, u32 peer, u64 began) {
+// A waiting thread calls this from time to time, first with began = 0. Returns whether it must wait on. `began` becomes
+// the start of the wait, rounded to 256 ns, with the number of reports in the lowest 8 bits.
+__device__ __forceinline__ bool waits_on(const Call *call, u32 what, u32 peer, u64 &began) {
   const u64 now = read_clock();
-  if (began == 0) return now & ~255ull;
   not_before(call, peer);
-  const u64 waited = now - began;
-  if (waited < call->limit) {
-    if (((u32(waited >> BEAT) ^ u32(began)) & 255) == 0) return began;
-    leave_word(call->status + 4 * (1 + (call->group * GROUP_SPREAD + peer) % PLACES), OPERATION << 24 | call->group,
-               DETAIL << 16 | peer, u32(waited >> TICK), u32((call->limit - waited) >> TICK));
-    return began + 1;
+  u32 *record = call->status + 4 * (1 + PLACES) + 8 * call->group;
+  if (began == GIVEN_UP) {  // the rank's last stores have not come since either
+    leave_word(record + 4, OPERATION, DETAIL, peer, 0);
+    return false;
   }
-  stop(call, what, peer);
-  return 0;
+  if (began == 0) began = now & ~255ull;
+  const u64 waited = now - began;
+  // Look at host memory in one sixteenth of the time, since a load takes a microsecond.
+  if ((waited >> (TICK - 4)) % 16 == 0 && *(const volatile u32 *)record != 0) {
+    began = GIVEN_UP;
+    return true;
+  }
+  if (waited >= call->limit) stop(call, what, peer);
+  if (((u32(waited >> BEAT) ^ u32(began)) & 255) == 0) return true;
+  leave_word(call->status + 4 * (1 + (call->group * GROUP_SPREAD + peer) % PLACES), OPERATION << 24 | call->group,
+             DETAIL << 16 | peer, u32(waited >> TICK), u32((call->limit - waited) >> TICK));
+  ++began;
+  return true;
 }
 """
     return numbers + source.replace("OPERATION", operation).replace("DETAIL", detail)
@@ -152,7 +169,7 @@ typedef unsigned long long u64;
 
 struct Call {
   u32 *pads[WORLD];  // every rank's pad, as an address of this process
-  u32 *status;       // host memory: {operation, channel, peer, group} after a timeout; then the places of reports
+  u32 *status;       // host memory: {operation, channel, peer, group} after a timeout; places of reports; records
   u64 limit;         // nanoseconds
   u32 channel, rank, peer, group;
 };
@@ -174,14 +191,14 @@ __device__ __forceinline__ void put(const Call &call, u32 operation, u32 peer) {
   u32 *flag = call.pads[peer] + call.channel * WORLD + call.rank;
   u64 began = 0;
   for (u32 spins = 1; swap_release(flag, 0, 1) != 0; ++spins)
-    if (spins % SPINS == 0) began = give_up_when_late(&call, operation, peer, began);
+    if (spins % SPINS == 0 && !waits_on(&call, operation, peer, began)) return;
 }
 
 __device__ __forceinline__ void take(const Call &call, u32 operation, u32 peer) {
   u32 *flag = call.pads[call.rank] + call.channel * WORLD + peer;
   u64 began = 0;
   for (u32 spins = 1; load_acquire(flag) == 0; ++spins)
-    if (spins % SPINS == 0) began = give_up_when_late(&call, operation, peer, began);
+    if (spins % SPINS == 0 && !waits_on(&call, operation, peer, began)) return;
   store_relaxed(flag, 0);  // only the receiver writes the word while it is 1
 }
 
@@ -199,7 +216,7 @@ extern "C" __global__ void barrier(const __grid_constant__ Call call) {
     store_relaxed(arrived(call, peer, call.rank), turn);
     u64 began = 0;
     for (u32 spins = 1; int(load_acquire(arrived(call, call.rank, peer)) - turn) < 0; ++spins)
-      if (spins % SPINS == 0) began = give_up_when_late(&call, BARRIER, peer, began);
+      if (spins % SPINS == 0 && !waits_on(&call, BARRIER, peer, began)) break;
   }
   __syncthreads();  // all threads have loaded the turn before it changes
   if (peer == 0) store_relaxed(turns, turn);

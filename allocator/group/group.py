@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from symmem.backends.neutral import neutral_mode
 from symmem.config import Settings, load_settings
 from symmem.config.kinds import MAX_SECONDS
 from symmem.config.settings import unmatched_entries
-from symmem.errors import ForkedError, GroupError, InvalidArgumentError, SymmemError
+from symmem.errors import ForkedError, GroupError, InvalidArgumentError, PeerLostError, SymmemError
 from symmem.group.agreement import CollectiveOperation, Rounds
 from symmem.group.join import join
 from symmem.group.ledger import Ledger
@@ -238,6 +238,28 @@ class Group:
     def lost(self) -> tuple[int, ...]:
         """Return the ranks with a process that is known to have ended. Only ranks of the same host are watched."""
         return self._watch.lost()
+
+    def when_lost(self, function: Callable[[int], None]) -> None:
+        """See :meth:`symmem.backends.base.RankGroup.when_lost`. It takes effect once the ranks have joined."""
+        self._watch.when_lost(self.rank, function)
+
+    def check(self) -> None:
+        """Raise if the process of a rank has ended, as far as this rank knows. Local; takes a few microseconds.
+
+        Raises:
+            PeerLostError: Names the ranks. Only ranks of the same host are watched.
+        """
+        if lost := self.lost():
+            named = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}"
+            raise PeerLostError(
+                f"the process of {named} ended",
+                hint=f"look at the log of {named} for the first error; then restart the job, or make a new group of "
+                "the ranks that are left",
+                rank=self.rank,
+                group=self.name,
+                step="check",
+                peers=lost,
+            )
 
     def status(self) -> dict[str, Any]:
         """Return the state of this rank of the group as plain data. Local; takes no lock that another thread holds.

@@ -10,6 +10,7 @@ All of this is best effort. It never waits long, and never fails the rank that w
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import select
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from symmem.backends import descriptors as scm
 from symmem.errors import PeerLostError, SymmemError, from_wire, to_wire
+from symmem.group import loss_notices
 from symmem.group.transports import NotComingError, watch_process, within
 
 if TYPE_CHECKING:
@@ -59,6 +61,13 @@ class ProcessWatch:
         with self._lock:
             return tuple(sorted(self._ranks[descriptor] for descriptor, _event in self._poll.poll(0)))
 
+    def when_lost(self, own_rank: int, function: Callable[[int], None]) -> None:
+        """Call ``function(rank)`` when the process of a rank ends, or has ended; see :meth:`RankGroup.when_lost`."""
+        with self._lock:
+            for descriptor, rank in self._ranks.items():
+                if rank != own_rank:
+                    loss_notices.notify(descriptor, functools.partial(function, rank))
+
     def close(self) -> None:
         """Close all descriptors."""
         with self._lock:
@@ -73,6 +82,8 @@ class ProcessWatch:
 def _close_all(ranks: dict[int, int]) -> None:
     descriptors = tuple(ranks)
     ranks.clear()
+    for descriptor in descriptors:
+        loss_notices.forget(descriptor)
     scm.close_all(descriptors)
 
 

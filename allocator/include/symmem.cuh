@@ -13,9 +13,9 @@
 // wait_signal. A kernel may take the host's signal, and the host a kernel's, while at most one signal is pending on the
 // word. Atomics on peers' memory need NVLink, or PCIe with atomics.
 //
-// Time. A wait that takes longer than view.limit writes the peer into view.status and traps. The trap makes this
-// process's CUDA context unusable, on purpose. SymmetricTensor.synchronize() then raises a PeerTimeoutError that names
-// the peer. A long wait on a channel below 65536 is reported behind the status meanwhile; `symmem dump` and `symmem
+// Time. A wait that takes longer than view.limit writes the peer into view.status and traps. So does a wait of 0.1 s or
+// more once a process of the group has ended. The trap makes this process's CUDA context unusable, on purpose.
+// SymmetricTensor.synchronize() then raises a PeerTimeoutError or PeerLostError that names the peer. A long wait on a channel below 65536 is reported behind the status meanwhile; `symmem dump` and `symmem
 // top` show it.
 //
 // Memory order follows the PTX ISA, "Memory Consistency Model". All scopes are .sys, because peers are other devices.
@@ -30,7 +30,7 @@ typedef unsigned long long u64;
 struct View {
   void *const *pointers;  // [world]: the first byte of every rank's tensor; in device memory
   u32 *const *signals;    // [world]: every rank's words [channels][world]; in device memory
-  u32 *status;            // host memory: {operation, channel, peer, group} of the failed wait; then long waits
+  u32 *status;            // host memory: {operation, channel, peer, group} of the failed wait; waits; records
   u64 nbytes;             // bytes of a rank's tensor
   u64 limit;              // longest wait in nanoseconds
   u32 rank, world, channels;
@@ -79,7 +79,9 @@ __device__ __noinline__ void fail(const View &view, u32 operation, u32 channel, 
 // The same as in symmem.backends.signal_kernels, which describes how waits are reported.
 enum : u32 { BEAT = 26, TICK = 20, PLACES = 512, GROUP_SPREAD = 61 };
 
+// Report a wait. If the host has noted that a process of the group ended, fail.
 __device__ __noinline__ void report_wait(const View &view, u32 operation, u32 channel, u32 peer, u64 waited) {
+  if (*(const volatile u32 *)(view.status + 4 * (1 + PLACES) + 8 * view.group)) fail(view, operation, channel, peer);
   if (channel < 65536)
     leave_word(view.status + 4 * (1 + (view.group * GROUP_SPREAD + peer) % PLACES), operation << 24 | view.group,
                channel << 16 | peer, u32(waited >> TICK), u32((view.limit - waited) >> TICK));

@@ -81,7 +81,7 @@ typedef struct Calls {
   PyObject *name;
   int32_t ordinal;
   void *context;                    // the CUDA context of its launches
-  const volatile uint32_t *status;  // not 0 after a kernel has failed
+  const volatile uint32_t *status, *given_up;  // not 0 after a kernel has failed, or has given up
   Entry *entries[SLOTS];
 } Calls;
 
@@ -215,12 +215,12 @@ static void calls_dealloc(PyObject *self) {
 }
 
 static PyObject *calls_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"group", "process_group", "name", "ordinal", "context", "status", NULL};
+  static char *names[] = {"group", "process_group", "name", "ordinal", "context", "status", "given_up", NULL};
   PyObject *group, *process_group, *name;
   int ordinal;
-  unsigned long long context, status;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OUiKK", names, &_PyWeakref_RefType, &group, &process_group, &name,
-                                   &ordinal, &context, &status))
+  unsigned long long context, status, given_up;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OUiKKK", names, &_PyWeakref_RefType, &group, &process_group, &name,
+                                   &ordinal, &context, &status, &given_up))
     return NULL;
   if (process_group != Py_None && !PyWeakref_CheckRef(process_group))
     return PyErr_Format(PyExc_TypeError, "a process group is given as a weak reference, or None");
@@ -231,6 +231,7 @@ static PyObject *calls_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
   calls->name = Py_NewRef(name);
   calls->ordinal = ordinal, calls->context = (void *)(uintptr_t)context;
   calls->status = (const volatile uint32_t *)(uintptr_t)status;
+  calls->given_up = (const volatile uint32_t *)(uintptr_t)given_up;
   calls->before = newest;
   newest = calls;
   return (PyObject *)calls;
@@ -337,7 +338,7 @@ static int are_apart(const Entry *entry, const char *x, const char *out) {
 static int launch(const Calls *calls, const Entry *entry, const void *source, const void *out) {
   void *context = NULL, *stream = NULL;
   int capturing = 1;
-  if (*calls->status || torch.context(&context) || context != calls->context) return 0;
+  if (*calls->status || *calls->given_up || torch.context(&context) || context != calls->context) return 0;
   if (torch.exchange->stream(CUDA, calls->ordinal, &stream)) return no();
   if (torch.is_capturing(stream, &capturing) || capturing) return 0;
   union {

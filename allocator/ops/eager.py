@@ -74,7 +74,8 @@ def learn(
             name=group.name,
             ordinal=engine.device.index,
             context=engine.context,
-            status=engine.status_here,
+            status=engine.failure_words[0],
+            given_up=engine.failure_words[1],
         )
     call = type(launch.call)
     engine.calls.add(

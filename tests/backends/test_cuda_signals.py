@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -71,6 +71,9 @@ class StubKernels:
 class StubGroup:
     name, rank, size = "g", 1, WORLD
     gone: tuple[int, ...] = ()
+
+    def when_lost(self, function: Callable[[int], None]) -> None:
+        self.lose = function
 
     def lost(self) -> tuple[int, ...]:
         return self.gone

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from symmem.backends.driver_errors import driver_error
 from symmem.backends.kernel_status import failure, gpu_waits
 from symmem.backends.kernel_words import NBYTES, KernelWords
 from symmem.backends.signal_kernels import BEAT, GROUP_SPREAD, OPERATIONS, PLACES, SOURCE, TICK, lateness
-from symmem.errors import OutOfMemoryError, PeerTimeoutError, UnsupportedError
+from symmem.errors import OutOfMemoryError, PeerLostError, PeerTimeoutError, ResourceLimitError, UnsupportedError
 from symmem.group.agreement import as_symmem_error
 from symmem.memory import cuda_graphs
 from symmem.ops.engines.collective_kernels import STEPS
@@ -41,6 +41,9 @@ class StubGroup:
     def __init__(self, name: str = "g") -> None:
         self.name = name
 
+    def when_lost(self, function: Callable[[int], None]) -> None:
+        self.lose = function
+
     def lost(self) -> tuple[int, ...]:
         return ()
 
@@ -54,6 +57,7 @@ class Words(KernelWords):
 
     def __init__(self) -> None:
         self.memory = (ctypes.c_uint32 * (NBYTES // 4))(*[9] * (NBYTES // 4))
+        self.goes_on: list[int] = []
         super().__init__(3, ctypes.addressof(self.memory), 0xABC0)
 
     def tell(self, operation: int, number: int, detail: int, peer: int, waited: int, left: int = 5) -> None:
@@ -296,12 +300,53 @@ def test_who_gives_up_has_said_so_before(library: ctypes.CDLL, words: Words) -> 
     assert caught.value.peers == (2,)
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_waits_end_when_a_rank_is_lost(operation: str, library: ctypes.CDLL, words: Words) -> None:
+    ranks = Ranks(library, words)
+    if operation == "put_signal":
+        ranks.launch(operation, 0, 3, 1)
+        ranks.join()
+    ranks.launch(operation, 0, 3, 1)
+    ranks.become((0, f"{operation} on channel 3", (1, 2) if operation == "barrier" else (1,)))
+    assert words.loss(0) is None
+    ranks.groups[0].lose(2)  # type: ignore[attr-defined]
+    ranks.join()
+    error = words.loss(0)
+    assert isinstance(error, PeerLostError)
+    assert (error.peers, error.group, error.step) == ((2,), "of rank 0", f"{operation} on channel 3")
+    assert words.failure() is None  # this process can work on
+    ranks.launch(operation, 0, 3, 1)  # in a graph, for example
+    ranks.join()
+    words.enter(stub_group("another one"))
+    assert words.loss(1) is None
+
+
+def test_what_a_lost_rank_stored_before_is_taken(library: ctypes.CDLL, words: Words) -> None:
+    ranks = Ranks(library, words)
+    ranks.launch("put_signal", 1, 2, 0)
+    ranks.join()
+    number = words.enter(ranks.groups[0])
+    ranks.groups[0].lose(1)  # type: ignore[attr-defined]
+    ranks.launch("wait_signal", 0, 2, 1)
+    ranks.join()
+    assert words.loss(number) is None
+
+
+def test_groups_are_limited(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_words, "GROUPS", 2)
+    groups = [stub_group(f"{number}") for number in range(3)]
+    assert [words.enter(group) for group in groups[:2]] == [0, 1]
+    assert words.enter(groups[0]) == 0
+    with pytest.raises(ResourceLimitError, match="used 2 groups on cuda:3"):
+        words.enter(groups[2])
+
+
 # How often a wait is reported: a kernel with a clock that the test sets.
 
 PROBE = """
 typedef unsigned int u32;
 typedef unsigned long long u64;
-struct Call { u32 *status; u64 limit; u32 group, count; const u64 *times; u32 *told; };
+struct Call { u32 *status; u64 limit; u32 group, count; const u64 *times; u32 *told, *goes_on; };
 thread_local u64 clock_shows;
 %s
 void probe(Call call) {
@@ -310,7 +355,7 @@ void probe(Call call) {
   for (u32 i = 0; i < call.count; ++i) {
     clock_shows = call.times[i];
     place[2] = 0;
-    began = give_up_when_late(&call, 5, 3, began);
+    call.goes_on[i] = waits_on(&call, 5, 3, began);
     call.told[i] = place[2];
   }
 }
@@ -325,6 +370,7 @@ class Probe(ctypes.Structure):
         ("count", ctypes.c_uint32),
         ("times", ctypes.c_void_p),
         ("told", ctypes.c_void_p),
+        ("goes_on", ctypes.c_void_p),
     )
 
 
@@ -336,14 +382,15 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return emulate(PROBE % lateness("2", "what"), replaced, ("probe",), {}, file)
 
 
-def told_at(probe: ctypes.CDLL, words: Words, milliseconds: list[int], limit: int = 10**9) -> list[int]:
+def told_at(probe: ctypes.CDLL, words: Words, milliseconds: Sequence[float], limit: int = 10**9) -> list[float]:
     """The clock readings at which a thread reports its wait, and the start that it reports."""
     start = 1_700_000_000_000_000_123
-    times = (ctypes.c_uint64 * len(milliseconds))(*(start + each * 10**6 for each in milliseconds))
-    told = (ctypes.c_uint32 * len(milliseconds))()
-    addresses = ctypes.addressof(times), ctypes.addressof(told)
+    times = (ctypes.c_uint64 * len(milliseconds))(*(start + int(each * 10**6) for each in milliseconds))
+    told, goes_on = ((ctypes.c_uint32 * len(milliseconds))() for _ in range(2))
+    addresses = ctypes.addressof(times), ctypes.addressof(told), ctypes.addressof(goes_on)
     call = Probe(ctypes.addressof(words.memory), limit * 10**6, 700, len(milliseconds), *addresses)
     probe.launch(0, ctypes.byref(call), 1, 1)
+    words.goes_on = list(goes_on)
     for at, ticks in zip(milliseconds, told, strict=True):
         assert not ticks or abs(ticks * 2**TICK / 1e6 - at + milliseconds[0]) < 1.1
     return [at for at, ticks in zip(milliseconds, told, strict=True) if ticks]
@@ -359,6 +406,17 @@ def test_a_wait_is_told_after_each_beat(probe: ctypes.CDLL, words: Words) -> Non
         384,
     ]  # the thread was not scheduled
     assert len(told_at(probe, words, [*range(0, 60_001, 10)])) == 60_000_000_000 >> BEAT
+
+
+def test_a_lost_rank_is_noticed_within_milliseconds(probe: ctypes.CDLL, words: Words) -> None:
+    memory, begin = words.memory, 4 * (1 + PLACES) + 8 * 700
+    words._release(700, 2)
+    for first in range(20):  # at whatever moment of the wait
+        times = [0, first, *(first + later / 25 for later in range(60))]
+        assert told_at(probe, words, times) == []
+        assert 0 in words.goes_on
+        assert words.goes_on.index(0) < 50
+        assert list(memory[begin : begin + 8]) == [3, 0, 0, 0, 2, 5, 3, 0]
 
 
 def test_a_wait_ends_when_its_time_is_up(probe: ctypes.CDLL, words: Words) -> None:

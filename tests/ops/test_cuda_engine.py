@@ -29,7 +29,7 @@ from symmem.backends import cuda_signals, kernel_status
 from symmem.backends.kernel_status import gpu_waits
 from symmem.backends.kernel_words import NBYTES
 from symmem.config.kernel_tables import KERNELS as CONFIGURED
-from symmem.errors import InvalidArgumentError, MismatchError, PeerTimeoutError, UnsupportedError
+from symmem.errors import InvalidArgumentError, MismatchError, PeerLostError, PeerTimeoutError, UnsupportedError
 from symmem.group.group import Group
 from symmem.ops import functions as ops
 from symmem.ops.engines import cuda
@@ -186,6 +186,9 @@ class StubGroup:
 
     def lost(self) -> tuple[int, ...]:
         return ()
+
+    def when_lost(self, function: Callable[[int], None]) -> None:
+        self.lose = function
 
 
 WORLD = 3
@@ -600,6 +603,71 @@ def test_who_waits_for_a_rank_says_so(
         assert done.result() == [None] * WORLD
     while gpu_waits():
         assert time.monotonic() < deadline
+
+
+LOST = 2
+
+
+@pytest.mark.parametrize(
+    ("step", "kernel"),
+    [
+        *(("all_reduce", kernel) for kernel in ("one_shot", "two_shot")),
+        ("reduce_scatter", "reduce_scatter"),
+        *((step, kernel) for step in ("all_gather", "all_to_all") for kernel in ("exchange", "pull", "put")),
+        *(("broadcast", kernel) for kernel in ("exchange", "pull", "put")),
+    ],
+)
+def test_a_lost_rank_ends_waits_and_leaves_nothing_that_looks_right(
+    step: str, kernel: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every element is right or a NaN, in the operation in which the rank is lost and in those after it."""
+    rooms = [memory(1 << 13) for _ in range(WORLD)]
+    if kernel == "put":
+        in_symmetric_memory(ranks, rooms, monkeypatch)
+    n = 96
+    row = (Row(WORLD, None, kernel, 32, 2), Row(WORLD, None, "pull", 32, 2))
+    ranks.use(**{"move" if step in ("all_gather", "all_to_all", "broadcast") else step: row})
+    groups: list[Any] = [engine._group for engine in ranks.engines]
+    given = {"reduce_scatter": (WORLD * n,), "all_to_all": (WORLD, n)}.get(step, (n,))
+    made = (WORLD, n) if step in ("all_gather", "all_to_all") else (n,)
+    sources = [torch.full(given, float(rank + 1)) for rank in range(WORLD)]
+    outs = [room.view(torch.float32)[: torch.Size(made).numel()].view(made) for room in rooms]
+    right = torch.full(made, 6.0 if step in ("all_reduce", "reduce_scatter") else LOST + 1.0)
+    if step in ("all_gather", "all_to_all"):
+        right = torch.arange(1.0, WORLD + 1).view(-1, 1).expand(made)
+
+    def operation(engine: CudaEngine, rank: int) -> None:
+        option = {"broadcast": LOST, "all_reduce": "sum", "reduce_scatter": "sum"}.get(step)
+        getattr(engine, step)(sources[rank], outs[rank], *([] if option is None else [option]))
+
+    def run(engine: CudaEngine, rank: int) -> None:
+        if rank == LOST:
+            time.sleep(0.01)
+            for group in groups:
+                group.lose(LOST)
+        else:
+            operation(engine, rank)
+
+    for rank in range(WORLD):
+        outs[rank].fill_(-1)
+    began = time.monotonic()
+    assert ranks.run(run) == [None] * WORLD
+    assert time.monotonic() - began < LONG
+    for rank in range(LOST):
+        assert torch.isnan(outs[rank]).any()
+        assert torch.all(torch.isnan(outs[rank]) | (outs[rank] == right))
+        with pytest.raises(PeerLostError, match=rf"rank {LOST}'s process ended .* floats are NaN") as caught:
+            operation(ranks.engines[rank], rank)
+        assert caught.value.peers == (LOST,)
+        assert caught.value.step == step
+        with pytest.raises(PeerLostError):
+            ranks.engines[rank].check()
+    for engine in ranks.engines:  # a graph would launch the kernel again
+        engine._state.given_up(engine._number)[0] = 0
+    assert ranks.run(lambda engine, rank: operation(engine, rank) if rank != LOST else None) == [None] * WORLD
+    for rank in range(LOST):
+        assert torch.isnan(outs[rank]).any()
+        assert torch.all(torch.isnan(outs[rank]) | (outs[rank] == right))
 
 
 # Work of the host.

@@ -194,6 +194,9 @@ class StubGroup:
     def extension(self, owner: type) -> Any:
         return self.extensions[owner]  # type: ignore[index]
 
+    def when_lost(self, function: Callable[[int], None]) -> None:
+        self.lose = function
+
     def lost(self) -> tuple[int, ...]:
         return ()
 
@@ -604,7 +607,7 @@ def test_another_device_of_the_group(group: Any, gpu: Gpu, monkeypatch: pytest.M
     assert gpu.by == ["Python", "C"]
     group.extension(Engines)[CPU].calls.clear()
     group.extension(Engines)[CPU].calls = eager._begun().Calls(
-        group=weakref.ref(group), process_group=None, name="g", ordinal=1, context=CONTEXT, status=0
+        group=weakref.ref(group), process_group=None, name="g", ordinal=1, context=CONTEXT, status=0, given_up=0
     )
     for _ in range(2):  # learnt for the GPU 1; the tensors say that they are on 0
         ops.all_reduce(x, group)
@@ -663,7 +666,7 @@ def test_arguments_that_are_not_sound(gpu: Gpu) -> None:
     module = eager._begun()
     with pytest.raises(TypeError, match="takes 5 arguments, not 2"):
         module.run(1, 2)
-    made = {"name": "g", "ordinal": 0, "context": 1, "status": 0}
+    made = {"name": "g", "ordinal": 0, "context": 1, "status": 0, "given_up": 0}
     for groups in ((StubGroup, None), (weakref.ref(StubGroup), StubGroup)):
         with pytest.raises(TypeError, match="weak"):
             module.Calls(group=groups[0], process_group=groups[1], **made)

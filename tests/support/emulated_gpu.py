@@ -42,13 +42,16 @@ struct Block {
   std::mutex mutex;
   std::condition_variable all_here;
   unsigned expected, here = 0, round = 0;
+  bool all = true, all_before = true;
   explicit Block(unsigned threads) : expected(threads) {}
-  void next() { here = 0; ++round; all_here.notify_all(); }
-  void wait() {
+  void next() { here = 0; ++round; all_before = all; all = true; all_here.notify_all(); }
+  bool wait(bool mine) {
     std::unique_lock<std::mutex> lock(mutex);
-    const unsigned mine = round;
+    const unsigned before = round;
+    all = all && mine;
     if (++here == expected) next();
-    else all_here.wait(lock, [&] { return round != mine; });
+    else all_here.wait(lock, [&] { return round != before; });
+    return all_before;
   }
   void drop() {
     std::unique_lock<std::mutex> lock(mutex);
@@ -56,7 +59,8 @@ struct Block {
   }
 };
 thread_local Block *all_of_block;
-static void __syncthreads() { all_of_block->wait(); }
+static void __syncthreads() { all_of_block->wait(true); }
+static int __syncthreads_and(int predicate) { return all_of_block->wait(predicate); }
 static void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 static unsigned atomicAdd(unsigned *word, unsigned value) { return __atomic_fetch_add(word, value, __ATOMIC_RELAXED); }
 static int __ffsll(long long word) { return __builtin_ffsll(word); }

@@ -41,7 +41,8 @@ result is rounded before it is passed on.
 **In place.** A thread reads all it needs of the elements that it overwrites before it overwrites them.
 
 **Failures and long waits.** As in :mod:`symmem.backends.signal_kernels`. After the time limit a thread writes the rank
-it waited for into the status, and traps. During a long wait it publishes that it waits.
+it waited for into the status, and traps. During a long wait it publishes that it waits. If a rank is lost, the kernel
+returns, and all bits of the results that it could not finish are 1: NaNs if they are floats.
 
 An engine runs its operations one after the other: from one stream, or from several that events order. Blocks wait only
 for the block of the same number on other ranks, so kernels cannot block one another by occupying the GPU.
@@ -284,8 +285,9 @@ __device__ __forceinline__ u64 *mark(const Call &call, u32 at, u64 turn, u32 sou
 }
 
 // Wait for the same block of all ranks. Stores that these blocks made before are visible afterwards. With `compare`,
-// stop if a rank passes another number.
-__device__ __forceinline__ void meet(const Call &call, u64 turn, u32 phase, bool compare = false, u64 mine = 0) {
+// stop if a rank passes another number. Returns false if a rank is lost.
+__device__ __forceinline__ bool meet(const Call &call, u64 turn, u32 phase, bool compare = false, u64 mine = 0) {
+  bool came = true;
   __syncthreads();
   const u32 peer = threadIdx.x;
   if (peer < WORLD && peer != call.rank) {
@@ -293,12 +295,12 @@ __device__ __forceinline__ void meet(const Call &call, u64 turn, u32 phase, bool
     fence();
     store_relaxed(flag(call, peer, turn, phase, call.rank), turn + 1);
     u64 began = 0;
-    for (u32 spins = 1; load_acquire(flag(call, call.rank, turn, phase, peer)) != turn + 1; ++spins)
-      if (spins % SPINS == 0) began = give_up_when_late(&call, LATE, peer, began);
-    if (compare && load_relaxed(mark(call, call.rank, turn, peer)) != mine)
+    for (u32 spins = 1; came && load_acquire(flag(call, call.rank, turn, phase, peer)) != turn + 1; ++spins)
+      if (spins % SPINS == 0) came = waits_on(&call, LATE, peer, began);
+    if (came && compare && load_relaxed(mark(call, call.rank, turn, peer)) != mine)
       stop(&call, DIFFERS, peer);
   }
-  __syncthreads();
+  return __syncthreads_and(came);
 }
 
 __device__ __forceinline__ u8 *slot(const Call &call, u32 at, u64 turn, u32 source) {
@@ -334,7 +336,8 @@ __device__ __forceinline__ u32 one_of(Ranks ranks) {
   return __ffsll(later ? later : ranks) - 1;
 }
 
-// Wait for a unit of every rank in `wanted`, then reset its place in the landing zone.
+// Wait for a unit of every rank in `wanted`, then reset its place in the landing zone. All bits of a unit that does not
+// come because a rank is lost are 1.
 template <bool SPLIT>
 __device__ __forceinline__ void receive(const Call &call, const u8 *own, Ranks wanted, Unit (&got)[WORLD]) {
   u64 began = 0;
@@ -349,7 +352,12 @@ __device__ __forceinline__ void receive(const Call &call, const u8 *own, Ranks w
       if (SPLIT ? is_split_whole(got[r]) : is_whole(got[r])) missing &= ~bit(r);
     if (missing == 0) break;
     if (call.nap) __nanosleep(call.nap);
-    if (spins % SPINS == 0) began = give_up_when_late(&call, LATE, one_of(missing), began);
+    if (spins % SPINS == 0 && !waits_on(&call, LATE, one_of(missing), began)) break;
+  }
+  if (missing != 0) {
+#pragma unroll
+    for (u32 r = 0; r < WORLD; ++r)
+      if (missing & bit(r)) got[r] = {ONES, ONES};
   }
 #pragma unroll
   for (u32 r = 0; r < WORLD; ++r)
@@ -679,14 +687,16 @@ extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ C
         if (call.stride == 0 || p == call.rank) save(call.out + call.rank * call.out_stride + at, unit, left);
       }
     }
-  meet(call, turn, 0, blockIdx.x == 0);  // compares with mark 0, because other ranks may be about to `put`
+  const bool all_came = meet(call, turn, 0, blockIdx.x == 0);  // mark 0, because other ranks may be about to `put`
   for (u32 u = FIRST; u < units; u += STEP) {
     const u64 at = u64(u) * 16, left = call.slice - at;
     Unit parts[WORLD];
 #pragma unroll
     for (u32 k = 1; k < WORLD; ++k) {
       const u32 peer = next(call, k);
-      if (call.root == NO_ROOT || call.root == peer)
+      if (!all_came)
+        parts[k] = {ONES, ONES};
+      else if (call.root == NO_ROOT || call.root == peer)
         parts[k] = load_whole(call.areas[peer] + STAGES + turn % 2 * u64(STAGE) + call.rank * pitch + at);
     }
 #pragma unroll
@@ -701,8 +711,8 @@ extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ C
 extern "C" __global__ void __launch_bounds__(512) put(const __grid_constant__ Call call) {
   const u64 turn = read_turn(call);
   const u32 ticket = draw_ticket(call);
-  meet(call, turn, 0, blockIdx.x == 0, call.mark);
-  const u32 units = call.root == NO_ROOT || call.root == call.rank ? u32(call.slice / 16) : 0;
+  bool all_came = meet(call, turn, 0, blockIdx.x == 0, call.mark);
+  const u32 units = all_came && (call.root == NO_ROOT || call.root == call.rank) ? u32(call.slice / 16) : 0;
   for (u32 u = FIRST; u < units; u += STEP) {
     const u64 at = u64(u) * 16, place = call.rank * call.out_stride + at;
     if (call.stride == 0) {
@@ -717,7 +727,12 @@ extern "C" __global__ void __launch_bounds__(512) put(const __grid_constant__ Ca
 #pragma unroll
     for (u32 k = 0; k < WORLD; ++k) save(call.outs[next(call, k)] + place, parts[k], 16);
   }
-  meet(call, turn, 1);
+  all_came = all_came && meet(call, turn, 1);
+  if (!all_came)
+    for (u32 u = FIRST; u < u32(call.slice / 16); u += STEP)
+      for (u32 r = 0; r < WORLD; ++r)
+        if (call.root == NO_ROOT || call.root == r)
+          save(call.out + r * call.out_stride + u64(u) * 16, {ONES, ONES}, 16);
   advance(call, turn, ticket);
 }
 #endif

@@ -110,9 +110,10 @@ class CudaEngine:
         self.device = torch.device("cuda", self._ordinal)
         self.layout = WorkspaceLayout.make(self._world, _LANDING, _STAGE, BLOCKS)
         self._state = device_of(self._ordinal)
-        self._status = self._state.status
-        self.status_here = ctypes.addressof(self._status)  # the host's address; kernels use another one
         self._number = self._state.enter(group)
+        self._status, self._given_up = self._state.status, self._state.given_up(self._number)
+        # The host's addresses of two words that are not 0 after a kernel has stopped or given up.
+        self.failure_words = ctypes.addressof(self._status), ctypes.addressof(self._given_up)
         self._launch_kernel = self._state.driver.bindings.cuLaunchKernel
         self._lock = threading.Lock()  # held while addresses are set, until the launch has copied them
         self._workspace: SymmetricTensor | None = None
@@ -196,7 +197,7 @@ class CudaEngine:
             PeerTimeoutError, PeerLostError: Names the missing rank and the operation.
             MismatchError: A rank passed other memory.
         """
-        if self._status[0] and (error := self._state.failure()):
+        if error := self._state.failure() or self._state.loss(self._number):
             raise error
 
     # Plans: the launches of an operation, by shape.
@@ -373,7 +374,7 @@ class CudaEngine:
 
     def _run(self, plan: Sequence[_PreparedKernel], source: int, out: int, memory: _SymmetricOut | None = None) -> None:
         # One long function, because a Python call costs as much as a step of it.
-        if self._status[0]:
+        if self._status[0] or self._given_up[0]:
             self.check()
         try:
             device, capturing = torch._C._cuda_getDevice(), torch._C._cuda_isCurrentStreamCapturing()
