@@ -366,9 +366,10 @@ class SymmetricTensor(BlockHandle):
     def synchronize(self, *, group: GroupLike = None) -> None:
         """Wait until the work on the current stream is done, and raise if a barrier or signal in it failed. Local.
 
-        A barrier or signal that fails on CUDA stops the kernels of this process, so that no kernel continues with
+        A barrier or signal that times out on CUDA stops the kernels of this process, so that no kernel continues with
         stale data. CUDA then reports a launch failure from any later call; this method raises the actual error.
-        The process cannot use that GPU any more. On the CPU there is nothing to wait for.
+        The process cannot use that GPU any more. If a rank's process ended, kernels give up instead, and the process
+        can go on without the rank. On the CPU there is nothing to wait for.
 
         Raises:
             PeerTimeoutError, PeerLostError: A barrier or signal failed; names the rank, its peer and the channel.
