@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["lazy_exports"]
+__all__ = ["lazy_exports", "load"]
 
 
 def lazy_exports(
@@ -21,16 +22,18 @@ def lazy_exports(
         subpackages: Names of subpackages that are imported at their first use.
     """
 
-    def get(name: str) -> Any:
-        if name in subpackages:
-            return importlib.import_module(f"{package}.{name}")
-        if name not in homes:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(homes[name]), name)
-        setattr(sys.modules[package], name, value)
-        return value
-
     def names() -> list[str]:
         return sorted({*vars(sys.modules[package]), *homes})
 
-    return get, names
+    return functools.partial(load, package, homes, subpackages), names
+
+
+def load(package: str, homes: Mapping[str, str], subpackages: frozenset[str], name: str) -> Any:
+    """Import the module that defines a name. For the arguments see :func:`lazy_exports`."""
+    if name in subpackages:
+        return importlib.import_module(f"{package}.{name}")
+    if name not in homes:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(homes[name]), name)
+    setattr(sys.modules[package], name, value)
+    return value

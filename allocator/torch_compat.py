@@ -30,6 +30,7 @@ from symmem.backends import get_backend as _named_backend
 from symmem.backends import select_backend
 from symmem.backends.neutral import neutral_mode
 from symmem.backends.torch_transport import BACKENDS as _TORCH_NAMES
+from symmem.backends.untraced import untraced
 from symmem.config import load_settings
 from symmem.errors import BackendUnavailableError, GroupError, InvalidArgumentError
 from symmem.group.resolve import GroupLike, resolve_group
@@ -61,6 +62,7 @@ _pad_nbytes = 32 * 72 * 4  # PyTorch's default: 32 blocks, 72 ranks
 _workspaces: dict[str, torch.Tensor] = {}
 
 
+@untraced
 def empty(*size: Any, dtype: torch.dtype | None = None, device: torch.device | str | int | None = None) -> torch.Tensor:
     """Allocate a tensor in symmetric memory, with a signal pad behind it. Zeroed.
 
@@ -97,6 +99,7 @@ def _allocate(
         return whole.tensor[:nbytes].view(dtype).view(tuple(sizes))
 
 
+@untraced
 def rendezvous(tensor: torch.Tensor, group: GroupLike = None) -> Handle:
     """Let the ranks of a group reach each other's memory. Collective over the group, the first time.
 
@@ -113,12 +116,14 @@ def rendezvous(tensor: torch.Tensor, group: GroupLike = None) -> Handle:
     return Handle(handle, group)
 
 
+@untraced
 def put_signal(src: torch.Tensor, hdl: Handle, peer: int) -> None:
     """Copy ``src`` to the beginning of a peer's memory, then signal it on channel 0; work on the current stream."""
     hdl.get_remote_tensor(peer, src.shape, src.dtype).copy_(src)
     hdl.put_signal(peer)
 
 
+@untraced
 def wait_signal(hdl: Handle, peer: int) -> None:
     """Wait for a peer's :func:`put_signal`."""
     hdl.wait_signal(peer)
@@ -191,6 +196,7 @@ def is_symm_mem_enabled_for_group(group_name: str) -> bool:
     return False
 
 
+@untraced
 def get_symm_mem_workspace(group_name: str, min_size: int) -> Handle:
     """Return a buffer of at least ``min_size`` bytes that all users of a group share.
 

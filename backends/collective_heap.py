@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch.distributed as dist
 
 from symmem.backends.base import Collective, RankGroup
+from symmem.backends.untraced import untraced
 from symmem.errors import GroupError, MismatchError, OutOfMemoryError
 
 __all__ = ["CollectiveHeap", "job_group"]
@@ -143,6 +144,7 @@ class CollectiveHeap(Generic[T]):
                 raise
             return number, resource
 
+    @untraced
     def release(self, number: int) -> None:
         """Record that this rank no longer uses an allocation. Local, and safe in the garbage collector."""
         self._collected.append(number)

@@ -9,6 +9,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from symmem.backends.untraced import untraced
+
 __all__ = ["in_fake_mode", "is_in_mode", "neutral", "neutral_mode"]
 
 P = ParamSpec("P")
@@ -43,7 +45,7 @@ def neutral(function: Callable[P, T]) -> Callable[P, T]:
         with neutral_mode():
             return function(*args, **options)
 
-    return run
+    return untraced(run)
 
 
 def is_in_mode() -> bool:

@@ -20,6 +20,7 @@ from symmem.backends.base import Collective
 from symmem.backends.libc import round_up
 from symmem.backends.signal_kernels import pad_words
 from symmem.backends.signalled import SignalledMapping
+from symmem.backends.untraced import untraced
 from symmem.errors import ResourceLimitError
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class PadSlots:
                 )
             return self._begin + self._free.pop(0) * SLOT_NBYTES
 
+    @untraced
     def give_back(self, offset: int) -> None:
         """Make a slot available to another group. Its words must be 0, as they are if no mapping over it was used."""
         # The garbage collector calls this too, so it takes no lock: an append is atomic.

@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 
 from symmem.backends.base import Collective
 from symmem.backends.driver import Driver
+from symmem.backends.untraced import untraced
 from symmem.errors import SymmemError
 
 __all__ = ["DeviceRange", "MemoryHandle", "Token", "exchange_handles", "free_pending"]
@@ -184,6 +185,7 @@ class _Remains:
 _pending: deque[_Remains] = deque()  # ranges to free after a stream capture
 
 
+@untraced
 def _free(remains: _Remains) -> None:
     _pending.append(remains)
     free_pending()
@@ -200,6 +202,7 @@ def free_pending() -> None:
             _pending.append(remains)
 
 
+@untraced
 def _release(driver: Driver, process: int, handle: int) -> None:
     if process == os.getpid():
         quietly(driver.release, handle)

@@ -11,6 +11,7 @@ from symmem.arena.segment import MappedSegments, Segment
 from symmem.arena.slot_mask import DROPPED, SIGNALLED
 from symmem.backends.base import Capability
 from symmem.backends.signals import SharedSignals
+from symmem.backends.untraced import untraced
 from symmem.memory.block import Block
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class ArenaBlock(Block):
         self._further_pads: dict[Group, int] = _NONE  # offset of this rank's pad
         self._mark = DROPPED
 
+    @untraced
     def __del__(self) -> None:
         # The collector may call this anywhere and on any thread. So every statement takes effect in a single step, and
         # the mark comes last.

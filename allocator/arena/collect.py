@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from symmem.arena.arena import used_arenas
 from symmem.arena.reclaim import ReclaimRound
+from symmem.backends.untraced import untraced
 from symmem.group.resolve import GroupLike, resolve_group
 from symmem.memory import cuda_graphs
 
@@ -15,6 +16,7 @@ before_collecting: list[Callable[[], object]] = []
 """Functions that :func:`collect` calls first. They drop memory that is no longer used."""
 
 
+@untraced
 def collect(group: GroupLike = None, *, trim: bool = False, timeout: float | None = None) -> int:
     """Free the tensors that all ranks of a group have dropped. Collective over the group.
 

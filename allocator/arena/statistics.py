@@ -15,6 +15,7 @@ from symmem.arena.arena import arenas_of
 from symmem.arena.segment import Segment
 from symmem.arena.slot_mask import masks_of, slots_of
 from symmem.arena.torch_snapshot import to_torch
+from symmem.backends.untraced import untraced
 from symmem.errors import InvalidArgumentError
 from symmem.group.group import known_groups
 from symmem.group.resolve import GroupLike, resolve_group
@@ -31,6 +32,7 @@ __all__ = ["figures", "layout_of", "memory_snapshot", "memory_stats", "outside_o
 _PATIENCE = 0.1  # seconds to wait for a lock
 
 
+@untraced
 def memory_stats(group: GroupLike = None) -> dict[str, int | float]:
     """Statistics of all arenas of a group on this rank. Local.
 
@@ -47,6 +49,7 @@ def memory_stats(group: GroupLike = None) -> dict[str, int | float]:
     return figures([arena.log for arena in arenas_of(resolve_group(group))])
 
 
+@untraced
 def memory_snapshot(format: Literal["symmem", "torch"] | None = None) -> dict[str, Any]:
     """All symmetric memory of this process, as plain data. Local.
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch.distributed as dist
 
 from symmem.backends.neutral import neutral_mode
+from symmem.backends.untraced import untraced
 from symmem.config import Settings, load_settings
 from symmem.config.kinds import MAX_SECONDS
 from symmem.config.settings import unmatched_entries
@@ -136,6 +137,7 @@ class Group:
             callback(self)
 
     @classmethod
+    @untraced
     def from_store(cls, rank: int, size: int, store: Store, name: str = "default") -> Group:
         """Make a group without ``torch.distributed`` process groups.
 
@@ -175,6 +177,7 @@ class Group:
         return state
 
     @contextlib.contextmanager
+    @untraced
     def collective(self, operation: str, timeout: float | None = None) -> Iterator[CollectiveOperation]:
         """Begin a collective operation; all ranks must.
 
@@ -207,6 +210,7 @@ class Group:
         finally:
             self._catch_up()
 
+    @untraced
     def fail(self, operation: str, error: BaseException) -> None:
         """Let the next collective of this group fail on all other ranks with this rank's error.
 
@@ -235,6 +239,7 @@ class Group:
             finally:
                 self._lock.release()
 
+    @untraced
     def lost(self) -> tuple[int, ...]:
         """Return the ranks with a process that is known to have ended. Only ranks of the same host are watched."""
         return self._watch.lost()
@@ -243,6 +248,7 @@ class Group:
         """See :meth:`symmem.backends.base.RankGroup.when_lost`. It takes effect once the ranks have joined."""
         self._watch.when_lost(self.rank, function)
 
+    @untraced
     def check(self) -> None:
         """Raise if the process of a rank has ended, as far as this rank knows. Local; takes a few microseconds.
 
@@ -261,6 +267,7 @@ class Group:
                 peers=lost,
             )
 
+    @untraced
     def status(self) -> dict[str, Any]:
         """Return the state of this rank of the group as plain data. Local; takes no lock that another thread holds.
 
@@ -320,6 +327,7 @@ class Group:
         self._rounds.disconnect()
         self._watch.close()
 
+    @untraced
     def close(self) -> None:
         """Leave the group. Local; may be called again. Peers that wait for this rank fail.
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from symmem.backends import descriptors as scm
+from symmem.backends.untraced import untraced
 from symmem.errors import PeerLostError, SymmemError, from_wire, to_wire
 from symmem.group import loss_notices
 from symmem.group.transports import NotComingError, watch_process, within
@@ -79,6 +80,7 @@ class ProcessWatch:
         self._lock = threading.Lock()
 
 
+@untraced
 def _close_all(ranks: dict[int, int]) -> None:
     descriptors = tuple(ranks)
     ranks.clear()

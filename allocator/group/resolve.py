@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch.distributed as dist
 
+from symmem.backends.untraced import untraced
 from symmem.errors import GroupError
 from symmem.group.group import Group, known_groups
 
@@ -52,7 +53,7 @@ def resolve_group(group: GroupLike = None) -> Group:
         known = _of_process_groups.get(group)
         if known is not None and not known.closed:
             return known
-    return _of_process_group(_process_group(group), getattr(group, "mesh_dim_names", None) or ())
+    return _of_mesh_or_process_group(group)
 
 
 def open_group(group: GroupLike = None) -> Group:
@@ -146,6 +147,12 @@ def _is_process_group(name: str) -> bool:
     return _c10d is not None and name in _c10d._world.pg_names.values()
 
 
+@untraced
+def _of_mesh_or_process_group(group: ProcessGroup | DeviceMesh | None) -> Group:
+    return _of_process_group(_process_group(group), getattr(group, "mesh_dim_names", None) or ())
+
+
+@untraced
 def _of_process_group(process_group: ProcessGroup, dimensions: Sequence[str] = ()) -> Group:
     known = _of_process_groups.get(process_group)
     if known is None or known.closed:
@@ -169,6 +176,7 @@ def _aliases(process_group: ProcessGroup, dimensions: Sequence[str]) -> list[str
     return list(dict.fromkeys(names))
 
 
+@untraced
 def _process_group(group: ProcessGroup | DeviceMesh | str | None) -> ProcessGroup:
     if not (dist.is_available() and dist.is_initialized()):
         raise GroupError(

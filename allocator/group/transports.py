@@ -29,6 +29,7 @@ import torch.distributed as dist
 from symmem.backends import descriptors as scm
 from symmem.backends.descriptors import Contribution
 from symmem.backends.libc import is_limit, limit_error
+from symmem.backends.untraced import untraced
 from symmem.errors import (
     PeerLostError,
     PeerTimeoutError,
@@ -486,6 +487,7 @@ class SocketTransport:
         return bool(events)
 
 
+@untraced
 def _close_all(sockets: Iterable[socket.socket], inboxes: dict[int, deque[Message]]) -> None:
     for sock in sockets:
         sock.close()

@@ -43,13 +43,13 @@ Errors:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 
+from symmem.backends.untraced import untraced
 from symmem.errors import InvalidArgumentError, RankError, SymmemError
 from symmem.group.group import Group
 from symmem.group.resolve import group_named
@@ -133,7 +133,7 @@ class OperatorKind:
             wanted, given = (list(shape), x.dtype, x.device), (list(out.shape), out.dtype, out.device)
             raise InvalidArgumentError(f"out must have {text.format(*wanted)}, not {text.format(*given)}")
 
-    @functools.cached_property
+    @property
     def like_x(self) -> bool:
         """Whether the result has the shape of ``x``, so that it can replace ``x``."""
         return self.shape is _as_x
@@ -315,6 +315,7 @@ def _fake_in_place(kind: OperatorKind, group: Group, x: torch.Tensor, options: S
 def _by_name(work: Callable[..., Any], kind: OperatorKind) -> Callable[..., Any]:
     """Make a kernel. Its arguments are x, the option if there is one, and the group's name."""
 
+    @untraced
     def kernel(x: torch.Tensor, *rest: Any, **out: torch.Tensor) -> Any:
         return work(kind, group_named(rest[-1]), x, rest[:-1], **out)
 

@@ -2,7 +2,7 @@
 
 They do the same as ``torch.ops.symmem.*``, but an ordinary eager call bypasses the dispatcher (see
 :mod:`symmem.ops.dispatch`). For shapes, dtypes and errors see :mod:`symmem.ops.collectives` and
-:mod:`symmem.ops.one_sided`. In compiled code, pass the group's name, or omit the group.
+:mod:`symmem.ops.one_sided`. In compiled code, a group that was made from a store breaks the graph; its name does not.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import torch
 
 import symmem.ops.one_sided  # noqa: F401  # defines operators
 from symmem.backends.kernel_status import raise_failure
+from symmem.backends.untraced import untraced
+from symmem.group.group import Group
 from symmem.group.resolve import GroupLike, name_of, open_group
 from symmem.ops import eager
 from symmem.ops.collectives import KINDS, OperatorKind, functional, in_place, into
@@ -41,11 +43,24 @@ _ALL_REDUCE, _ALL_GATHER, _REDUCE_SCATTER, _ALL_TO_ALL, _BROADCAST = (
 
 
 def _name(group: GroupLike) -> str:
-    return group if isinstance(group, str) else name_of(group)
+    if isinstance(group, str):
+        return group
+    if isinstance(group, Group):
+        return _name_from_now_on(group) if group.made_from_store else group.name
+    return _constant_name(group)
+
+
+@untraced
+def _name_from_now_on(group: Group) -> str:
+    return name_of(group)
+
+
+def _constant_name(group: GroupLike) -> str:
+    return name_of(group)
 
 
 # The same as torch.compiler.assume_constant_result, but without importing the compiler, which takes a second.
-_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_constant_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 _is_compiling = torch.compiler.is_dynamo_compiling  # looked up once
@@ -202,7 +217,7 @@ def barrier(x: torch.Tensor | None = None, group: GroupLike = None, channel: int
 
     Args:
         x: A tensor in symmetric memory. Stores that ranks made into it before the barrier are visible afterwards. None
-            for a barrier on the CPU that orders no memory. Compiled code must pass a tensor.
+            for a barrier on the CPU that orders no memory.
         group: See :func:`all_reduce`.
         channel: ``0 <= channel < 64``, a channel of x.
 
@@ -210,11 +225,16 @@ def barrier(x: torch.Tensor | None = None, group: GroupLike = None, channel: int
         PeerTimeoutError, PeerLostError: A rank did not come, or died. Names the rank.
     """
     if x is None:
-        nothing = torch.zeros(1, device="cpu")
-        all_reduce(nothing, group, out=nothing)
+        _barrier_of_no_tensor(group)
     else:
         _check_one_sided("barrier", x, channel=channel)
         torch.ops.symmem.barrier(x, channel, _name(group))
+
+
+@untraced  # the compiler would leave it out, because no result is used
+def _barrier_of_no_tensor(group: GroupLike) -> None:
+    nothing = torch.zeros(1, device="cpu")
+    all_reduce(nothing, group, out=nothing)
 
 
 def put(x: torch.Tensor, source: torch.Tensor, peer: int, group: GroupLike = None) -> None:

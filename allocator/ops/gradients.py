@@ -11,14 +11,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
+from symmem.backends.untraced import untraced
 from symmem.errors import UnsupportedError
 from symmem.group.resolve import group_named
 from symmem.ops.dispatch import in_forward_mode, is_usual_keyset
 
 __all__ = ["GRADIENTS", "with_gradient", "without_gradient"]
+
+
+_has_transforms = torch._C._are_functorch_transforms_active
 
 
 def _beneath(op: OpOverload, keyset: torch._C.DispatchKeySet, *args: Any, **options: Any) -> Any:
@@ -39,15 +44,27 @@ def _refuse_tangents(op: OpOverload, *values: Any) -> None:
             )
 
 
-class _WithGradient(torch.autograd.Function):
+class _Rule:
     @staticmethod
     def forward(ctx: Any, op: OpOverload, keyset: torch._C.DispatchKeySet, x: torch.Tensor, *rest: Any) -> Any:
         ctx.op, ctx.rest = op, rest
-        return _beneath(op, keyset, x, *rest)
+        if not _has_transforms():
+            return _beneath(op, keyset, x, *rest)
+        # Autograd disabled both modes for this transform, but outer ones need them.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return _beneath(op, keyset, x, *rest)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         return None, None, GRADIENTS[ctx.op._opname](gradient, *ctx.rest), *(None for _ in ctx.rest)
+
+
+class _WithGradient(_Rule, torch.autograd.Function):
+    """Records the gradient of a call."""
+
+
+class _WithinTransform(_Rule, torch.autograd.function._SingleLevelFunction):
+    """Does so for the innermost transform, such as torch.func.grad. Outer ones are handled below Autograd."""
 
 
 def with_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> None:
@@ -59,11 +76,15 @@ def with_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> N
         kernel: The device's kernel. Takes the arguments of the operator.
     """
 
+    @untraced
     def run(keyset: torch._C.DispatchKeySet, x: torch.Tensor, *rest: Any) -> Any:
         if in_forward_mode():
             _refuse_tangents(op, x)
         if x.requires_grad and torch.is_grad_enabled():
-            return _WithGradient.apply(op, keyset, x, *rest)  # type: ignore[no-untyped-call]
+            if not _has_transforms():
+                return _WithGradient.apply(op, keyset, x, *rest)  # type: ignore[no-untyped-call]
+            with enable_single_level_autograd_function():
+                return _WithinTransform.apply(op, keyset, x, *rest)  # type: ignore[attr-defined]
         return kernel(x, *rest) if is_usual_keyset(keyset) else _beneath(op, keyset, x, *rest)
 
     library.impl(op._opname, run, "Autograd", with_keyset=True)
@@ -73,6 +94,7 @@ def without_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -
     """Make an operator that writes to its arguments raise if one requires a gradient. See :func:`with_gradient`."""
     several = sum(isinstance(argument.type, torch.TensorType) for argument in op._schema.arguments) > 1
 
+    @untraced
     def run(keyset: torch._C.DispatchKeySet, x: torch.Tensor, *rest: Any, **options: Any) -> Any:
         if in_forward_mode():
             _refuse_tangents(op, x, *rest, *options.values())

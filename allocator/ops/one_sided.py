@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from symmem.backends.untraced import untraced
 from symmem.group.resolve import group_named
 from symmem.ops.collectives import LIBRARY
 from symmem.ops.gradients import without_gradient
@@ -81,7 +82,7 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
 def _define(name: str) -> None:
     schema, kernel = OPERATORS[name]
     LIBRARY.define(name + schema)
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, untraced(kernel), "CompositeExplicitAutograd")
     fake = _fake_get if name == "get" else _fake_nothing
     torch.library.register_fake(f"symmem::{name}", fake, lib=LIBRARY)
     without_gradient(LIBRARY, getattr(torch.ops.symmem, name).default, kernel)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from symmem.backends.untraced import untraced_methods
 from symmem.errors import UnsupportedError
 from symmem.group.resolve import GroupLike, default_group, resolve_group
 from symmem.memory import cuda_graphs
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["use_symmetric_memory"]
 
 
+@untraced_methods
 class use_symmetric_memory(contextlib.ContextDecorator):
     """Put this thread's new tensors into the symmetric memory of a group, for any op.
 

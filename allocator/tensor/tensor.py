@@ -11,6 +11,7 @@ import torch
 from symmem.backends.base import SIGNAL_CHANNELS, tensor_at
 from symmem.backends.kernel_status import named, raise_failure
 from symmem.backends.neutral import in_fake_mode, is_in_mode, neutral, neutral_mode
+from symmem.backends.untraced import untraced, untraced_methods
 from symmem.errors import NotSymmetricError, PeerTimeoutError, UnsupportedError
 from symmem.group.group import check_timeout
 from symmem.group.resolve import GroupLike, default_group, resolve_group
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["SymmetricTensor", "allocate", "find"]
 
 
+@untraced_methods
 class SymmetricTensor(BlockHandle):
     """A tensor that every rank of a group has, at the same offset of memory that the other ranks can reach.
 
@@ -473,6 +475,7 @@ def _allocate_in_mode(*arguments: Any) -> SymmetricTensor:
         )
 
 
+@untraced
 def find(tensor: torch.Tensor) -> SymmetricTensor | None:
     """Return the handle of the allocation that contains a plain tensor or view, or None. Local, O(log n).
 

@@ -12,6 +12,7 @@ import torch
 
 from symmem.backends.base import tensor_at
 from symmem.backends.neutral import neutral, neutral_mode
+from symmem.backends.untraced import untraced_methods
 from symmem.errors import InvalidArgumentError, MulticastUnavailableError
 from symmem.group.resolve import GroupLike, resolve_group
 from symmem.tensor.arguments import check_rank
@@ -32,6 +33,7 @@ def reserve(block: Block, begin: int, nbytes: int) -> None:
     _reserved[block] = begin, nbytes
 
 
+@untraced_methods
 class TorchHandle:
     """The interface of PyTorch's ``_SymmetricMemory``, over one allocation and group. Made by :func:`rendezvous`.
 

@@ -121,6 +121,26 @@ def test_gradcheck(name: str, group: symmem.Group) -> None:
     assert torch.autograd.gradgradcheck(lambda x: op(name)(x, *rest), (x,))
 
 
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_transforms_give_gradients(name: str, group: symmem.Group) -> None:
+    """With one rank an operation is a view, so transforms of the view give the expected gradients."""
+    rest, x = (*OPTIONS.get(name, ()), group.name), rows(name)
+    shape = op(name)(x, *rest).shape
+
+    def first(loss: Any) -> Any:
+        return torch.func.grad(lambda x: loss(x).pow(3).sum())
+
+    def of(loss: Any) -> list[Any]:
+        leaf = x.clone().requires_grad_()
+        first(loss)(leaf).sum().backward()
+        second = torch.func.grad(lambda x: first(loss)(x).sum())(x)
+        return [first(loss)(x), second, leaf.grad, torch.func.vjp(loss, x)[1](torch.ones(shape))[0]]
+
+    torch.testing.assert_close(of(lambda x: op(name)(x, *rest)), of(lambda x: x.view(shape)))
+    with pytest.raises(UnsupportedError, match="forward mode"):
+        torch.func.jvp(first(lambda x: op(name)(x, *rest)), (x,), (torch.ones_like(x),))
+
+
 @pytest.mark.parametrize("name", ["all_reduce", "reduce_scatter"])
 def test_extremes_have_no_gradient(name: str, group: symmem.Group) -> None:
     result = op(name)(rows(name).requires_grad_(), "max", group.name)

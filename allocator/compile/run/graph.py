@@ -61,6 +61,7 @@ class Graph:
         self._in_torchs_memory: dict[int, int] = {}  # address by number of the argument
         self._not_in_torchs_memory: set[int] = set()
         self._groups: list[Group] = []  # groups with a rendezvous for this memory
+        self._process_groups: list[weakref.ref[Any]] = []  # theirs; they drop the memory when they are collected
 
     def begin(self) -> None:
         """Begin a call: drop all buffers if a group was closed or its name refers to a new group.
@@ -70,16 +71,23 @@ class Graph:
         """
         for group in self._groups:
             if not is_current(group):
-                self._kept += [buffer.tensor for buffer in self._buffers.values() if buffer.keep]
-                for known in (self._buffers, self._inputs, self._finished, self._groups):
-                    known.clear()
+                self._drop_all()
                 return
+
+    def _drop_all(self) -> None:
+        """Drop all buffers, except for memory that CUDA graphs may still use, and forget the groups."""
+        self._kept += [buffer.tensor for buffer in self._buffers.values() if buffer.keep]
+        for known in (self._buffers, self._inputs, self._finished, self._groups, self._process_groups):
+            known.clear()
 
     def _enter(self, name: str) -> Group:
         """The group of a name. :meth:`begin` checks it from now on."""
         group = group_named(name)
         if group not in self._groups:
             self._groups.append(group)
+            if (process_group := group.process_group) is not None:
+                drop_all = weakref.WeakMethod(self._drop_all)
+                self._process_groups.append(weakref.ref(process_group, lambda _: (drop_all() or dead_reference)()))
         return group
 
     def buffer(self, record: BufferRecord, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
