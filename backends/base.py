@@ -144,6 +144,10 @@ class Collective(Protocol):
     def passes_descriptors(self) -> bool:
         """Whether file descriptors can pass between all ranks; the same on all of them."""
 
+    @property
+    def line(self) -> str:
+        """The line of the program that called the operation, for messages."""
+
     def exchange(self, step: str, payload: bytes = b"", descriptors: Sequence[int] = ()) -> Received:
         """Give every rank's contribution to every rank; all ranks must call it with the same ``step``.
 

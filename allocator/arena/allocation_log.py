@@ -37,7 +37,7 @@ from symmem.errors import (
     from_wire,
     to_wire,
 )
-from symmem.memory.call_site import NOWHERE, CallSite
+from symmem.group.call_site import NOWHERE, CallSite
 from symmem.memory.layout import Layout
 from symmem.memory.registry import register
 

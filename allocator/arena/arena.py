@@ -34,7 +34,7 @@ from symmem.arena.reclaim import compare_logs
 from symmem.arena.segment import GRANULE, GRANULE_BITS, Segment
 from symmem.backends.base import Capability
 from symmem.errors import UnsupportedError
-from symmem.memory.call_site import NOWHERE, CallSite, internal
+from symmem.group.call_site import NOWHERE, CallSite, internal
 
 if TYPE_CHECKING:
     from symmem.backends.base import Backend

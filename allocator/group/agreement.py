@@ -13,6 +13,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -31,7 +32,8 @@ from symmem.errors import (
     from_wire,
     to_wire,
 )
-from symmem.group.compare import differing
+from symmem.group.call_site import caller
+from symmem.group.compare import called_at, differing
 from symmem.group.ledger import Ledger
 from symmem.group.locations import Location, not_connectable
 from symmem.group.presence import Presence
@@ -67,8 +69,14 @@ class CollectiveOperation:
     def __init__(self, group: RankGroup, rounds: Rounds, name: str, timeout: float) -> None:
         self.group, self.name, self.timeout = group, name, timeout
         self.deadline = time.monotonic() + timeout
+        self._site = caller(sys._getframe(1))
         self.propagated = False
         self._rounds = rounds
+
+    @functools.cached_property
+    def line(self) -> str:
+        """The line of the program that called the operation."""
+        return str(self._site)
 
     @property
     def serial(self) -> int:
@@ -233,7 +241,12 @@ class Rounds:
     ) -> Message:
         self.number += 1
         return Message(
-            self.number, step, operation.deadline, list(contributions), error=to_wire(error) if error else None
+            self.number,
+            step,
+            operation.deadline,
+            list(contributions),
+            error=to_wire(error) if error else None,
+            line=operation.line,
         )
 
     # Rank 0.
@@ -379,4 +392,5 @@ def _judge(messages: dict[int, Message]) -> SymmemError | None:
     if len(set(steps)) == 1:
         return None
     text, peers = differing([f"{step!r}" for step in steps])
-    return MismatchError(f"ranks are at different steps: {text}", hint=SAME_CALLS, peers=peers)
+    lines = called_at([message.line for _rank, message in sorted(messages.items())])
+    return MismatchError(f"ranks are at different steps: {text}{lines}", hint=SAME_CALLS, peers=peers)

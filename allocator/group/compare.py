@@ -11,7 +11,7 @@ from symmem.errors import MismatchError
 if TYPE_CHECKING:
     from symmem.backends.base import Collective, RankGroup
 
-__all__ = ["check_equal", "compare", "compare_in_group", "differing", "exchange_json"]
+__all__ = ["called_at", "check_equal", "compare", "compare_in_group", "differing", "exchange_json"]
 
 
 def compare_in_group(group: RankGroup, step: str, values: Mapping[str, object], hint: str) -> None:
@@ -29,7 +29,7 @@ def compare_in_group(group: RankGroup, step: str, values: Mapping[str, object], 
     """
     if group.size > 1:
         with group.collective("comparison", group.settings.signal_timeout) as collective:
-            compare(collective, {"operation": step, **values}, hint=hint, step=step)
+            compare(collective, {"operation": step, **values}, {"line": collective.line}, hint=hint, step=step)
 
 
 def compare(
@@ -46,7 +46,7 @@ def compare(
     Args:
         collective: The operation in progress.
         values: Values that must be equal on all ranks, by name.
-        state: Values to exchange that may differ.
+        state: Values to exchange that may differ. The error names the ``"line"`` of every rank, if there is one.
         hint: The hint of the error.
         hints: Other hints for some of the names.
         step: The step that the error names; default the collective operation.
@@ -64,6 +64,7 @@ def compare(
             f"ranks disagree on {name!r}:",
             (hints or {}).get(name, hint),
             step=step,
+            lines=[rank.get("line") for rank in received],
         )
     return received
 
@@ -74,7 +75,13 @@ def exchange_json(collective: Collective, step: str, value: object) -> list[Any]
         return [json.loads(contribution.payload) for contribution in received]
 
 
-def check_equal(values: Sequence[object], problem: str, hint: str, step: str | None = None) -> None:
+def check_equal(
+    values: Sequence[object],
+    problem: str,
+    hint: str,
+    step: str | None = None,
+    lines: Sequence[str | None] = (),
+) -> None:
     """Raise MismatchError unless all ranks have the same value.
 
     Args:
@@ -82,11 +89,17 @@ def check_equal(values: Sequence[object], problem: str, hint: str, step: str | N
         problem: The beginning of the error; the values and their ranks follow.
         hint: The hint of the error.
         step: The step that the error names.
+        lines: The line of the program that every rank called; see :func:`called_at`.
     """
     texts = [str(value) for value in values]
     if len(set(texts)) > 1:
         text, peers = differing(texts)
-        raise MismatchError(f"{problem} {text}", hint=hint, step=step, peers=peers)
+        raise MismatchError(f"{problem} {text}{called_at(lines)}", hint=hint, step=step, peers=peers)
+
+
+def called_at(lines: Sequence[str | None]) -> str:
+    """The end of an error: the lines of the program, and the ranks of every line; empty if none is known."""
+    return f"; called at {differing(lines)[0]}" if all(lines) and lines else ""
 
 
 def differing(values: Sequence[object]) -> tuple[str, tuple[int, ...]]:

@@ -47,6 +47,7 @@ def join(rounds: Rounds, operation: CollectiveOperation, watch: ProcessWatch) ->
         own = {
             "version": VERSION,
             "step": f"{operation.name}: join",
+            "line": operation.line,
             "settings": {name: getattr(settings, name) for name in _EQUAL_SETTINGS},
             "place": asdict(Location.here()),
             "welcome": asdict(listener.welcome) if listener else None,
@@ -111,7 +112,8 @@ def _check_equal(ranks: list[dict[str, Any]]) -> None:
             f"the setting {name!r} differs:",
             f"set {name} to the same value on all ranks; `symmem config show` says where a value comes from",
         )
-    check_equal([repr(each["step"]) for each in ranks], "ranks are at different steps:", SAME_CALLS)
+    lines = [each["line"] for each in ranks]
+    check_equal([repr(each["step"]) for each in ranks], "ranks are at different steps:", SAME_CALLS, lines=lines)
 
 
 def _exchange_processes(rounds: Rounds, operation: CollectiveOperation, watch: ProcessWatch) -> None:

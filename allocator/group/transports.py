@@ -82,7 +82,7 @@ class Message:
 
     ``sequence`` is the number of the round, so that messages of earlier rounds can be dropped. ``deadline`` is by
     the clock of this process. The header carries the seconds until then, because other processes may have other clocks:
-    on other hosts, or in another time namespace.
+    on other hosts, or in another time namespace. ``line`` is the line of the program that called the operation.
     """
 
     sequence: int
@@ -90,6 +90,7 @@ class Message:
     deadline: float
     contributions: list[Contribution] = field(default_factory=list)
     error: dict[str, Any] | None = None
+    line: str = ""
 
     def replace(self, contributions: Iterable[Contribution], error: dict[str, Any] | None) -> Message:
         """Return a message of the same round with other contents."""
@@ -104,6 +105,7 @@ class Message:
             "sizes": [len(c.payload) for c in self.contributions],
             "counts": [len(c.descriptors) for c in self.contributions],
             "error": self.error,
+            "line": self.line,
         }
 
     @classmethod
@@ -121,7 +123,7 @@ class Message:
             contributions.append(Contribution(body[at : at + size], descriptors[first : first + count]))
             at, first = at + size, first + count
         deadline = time.monotonic() + header["seconds"]
-        return cls(header["sequence"], header["step"], deadline, contributions, header["error"])
+        return cls(header["sequence"], header["step"], deadline, contributions, header["error"], header["line"])
 
     def body(self) -> bytes:
         """Return all payloads in order."""
@@ -145,6 +147,7 @@ def _is_sound(header: dict[str, Any], nbytes: int, descriptors: int) -> bool:
         return (
             isinstance(header["sequence"], int)
             and isinstance(header["step"], str)
+            and isinstance(header["line"], str)
             and math.isfinite(header["seconds"])
             and len(sizes) == len(counts)
             and all(isinstance(number, int) and number >= 0 for number in (*sizes, *counts))

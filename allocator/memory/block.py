@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
 
     from symmem.backends.base import Allocation, Mapping, Signals
+    from symmem.group.call_site import CallSite
     from symmem.group.group import Group
-    from symmem.memory.call_site import CallSite
     from symmem.memory.layout import Layout
 
 __all__ = ["Block", "current_process"]

@@ -75,6 +75,8 @@ def _address(function: Any) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
+_NAME = "torch's memory pool"
+"""A name instead of lines: the line at which torch needs another piece depends on what each rank has freed."""
 _ALLOC = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
 
 
@@ -176,7 +178,7 @@ class ArenaPool:
                 )
             self.pause()  # the arena may allocate with torch when it grows
             try:
-                block = self.arena.sub_allocate(Layout((nbytes,), (1,), torch.uint8), None, caller())
+                block = self.arena.sub_allocate(Layout((nbytes,), (1,), torch.uint8), _NAME, caller())
             finally:
                 self.resume()
         except BaseException as error:  # C cannot handle it

@@ -75,6 +75,7 @@ def rendezvous(block: Block, layout: Layout, group: Group, timeout: float | None
                 "dropped": block.dropped_pads(group),
                 "arenas": reclaim_round.metadata(),
                 "home": block.home and block.home[2],
+                "line": collective.line if block.home else f"{collective.line}, allocated at {block.site}",
             }
             received = compare(
                 collective,

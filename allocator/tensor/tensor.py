@@ -13,11 +13,11 @@ from symmem.backends.kernel_status import named, raise_failure
 from symmem.backends.neutral import in_fake_mode, is_in_mode, neutral, neutral_mode
 from symmem.backends.untraced import untraced, untraced_methods
 from symmem.errors import NotSymmetricError, PeerTimeoutError, UnsupportedError
+from symmem.group.call_site import caller
 from symmem.group.group import check_timeout
 from symmem.group.resolve import GroupLike, default_group, resolve_group
 from symmem.memory import cuda_graphs
 from symmem.memory.block import Block
-from symmem.memory.call_site import caller
 from symmem.memory.registry import block_at, register
 from symmem.tensor.arguments import check_channel, check_flag, check_like, check_name, check_rank, check_tensor
 from symmem.tensor.block_handle import BlockHandle

@@ -336,3 +336,42 @@ def test_what_must_agree_is_compared_when_the_ranks_join(
         assert result.kind == "MismatchError", result
         assert name in result.text
         assert all(each in result.text for each in values), result.text
+
+
+# What is compared when the ranks meet.
+
+
+def rendezvous_of_other_sizes(group: symmem.Group) -> object:
+    kept = [symmem.allocate(9, group=group, arena=False)] if not group.rank else []
+    kept += [symmem.allocate(8, group=group, arena=False)] if group.rank else []
+    return kept[0].rendezvous(group)
+
+
+def other_steps(group: symmem.Group) -> object:
+    return symmem.collect(group) if group.rank else allocate(group, 8, arena=False).rendezvous(group)
+
+
+def meet_differently(function: Callable[[symmem.Group], object]) -> Told:
+    group = group_of(function.__name__)
+    if group is None:
+        return Told(kind="", text="")
+    allocate(group, 8).barrier()
+    result = told(lambda: function(group))
+    group.close()
+    return result
+
+
+@pytest.mark.parametrize("function", [rendezvous_of_other_sizes, other_steps])
+def test_the_error_names_the_line_of_every_rank(function: Callable[[symmem.Group], object], pool: RankPool) -> None:
+    first = function.__code__.co_firstlineno
+    for result in pool.run(meet_differently, function)[:2]:
+        assert result.kind == "MismatchError", result
+        assert f"; called at {__file__}:" in result.text
+        if function is other_steps:
+            assert "'rendezvous: compare' on rank 0, 'collect: " in result.text
+            assert f"{FILE}:{first + 1} in other_steps" in result.text
+        else:
+            assert "ranks disagree on 'shape': [9] on rank 0, [8] on rank 1" in result.text
+            for rank in (0, 1):
+                line = f"{FILE}:{first + 3} in {function.__name__}, allocated at {__file__}:{first + 1 + rank} in "
+                assert f"{line}{function.__name__} on rank {rank}" in result.text

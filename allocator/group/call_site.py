@@ -1,4 +1,4 @@
-"""Call sites: the place in the user's program that allocates."""
+"""Call sites: the place in the user's program that calls symmem."""
 
 from __future__ import annotations
 
@@ -32,16 +32,20 @@ class CallSite(NamedTuple):
 class _Internal(dict[str, bool]):
     def __missing__(self, module: str) -> bool:
         package = "symmem."
-        self[module] = known = module.startswith(package) and not module.startswith(f"{package}tools.")
+        inside = module.startswith(package) and not module.startswith(f"{package}tools.")
+        self[module] = known = inside or module == "contextlib"
         return known
 
 
 internal = _Internal()
-"""Whether a module, by name, belongs to symmem; ``symmem.tools`` does not count."""
+"""Whether a module, by name, belongs to symmem, or is ``contextlib``; ``symmem.tools`` does not count."""
 
 
 def caller(frame: FrameType | None) -> CallSite:
-    """The first frame outside of symmem, from ``frame`` outwards; ``symmem.tools`` counts as outside."""
+    """The first frame outside of symmem, from ``frame`` outwards; ``symmem.tools`` counts as outside.
+
+    Frames of ``contextlib`` are skipped, because symmem calls itself through them.
+    """
     while frame is not None and internal[frame.f_globals.get("__name__", "")]:
         frame = frame.f_back
     return CallSite(frame.f_code, frame.f_lasti) if frame is not None else CallSite(*NOWHERE)
