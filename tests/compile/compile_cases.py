@@ -222,6 +222,55 @@ def case_what_was_agreed_on_is_copied_from_then_on() -> None:
 
 
 @case()
+def case_arguments_are_compared_again() -> None:
+    """A plain tensor, or many addresses, in earlier calls do not end the use in place for good."""
+    record, shape = ArgumentRecord(0, group(), None, "agree", False, "op"), ((2, 2), (2, 1))
+    many = 2 * runtime_inputs.MAX_ADDRESS_CHANGES
+    tensors = [symmem.allocate((2, 2), dtype=torch.float32).tensor.fill_(1) for _ in range(many)]
+    plain = torch.ones(2, 2, device=device())
+
+    def used(tensors: list[torch.Tensor]) -> list[bool]:
+        graph, found = runtime.Graph(), []
+        for tensor in tensors:
+            graph.begin()
+            placed = graph.place(record, tensor, *shape)
+            assert placed.tolist() == [[1, 1], [1, 1]]
+            found.append(placed is tensor)
+        return found
+
+    assert used([plain, *[tensors[0]] * 3]) == [False, True, True, True]
+    assert used([*[plain] * 4, *[tensors[0]] * 5]) == [False] * 7 + [True] * 2
+    only_here = [plain, plain] if dist.get_rank() else tensors[:2]
+    assert used([*only_here, *[tensors[0]] * 2]) == [False] * 3 + [True]
+    first = runtime_inputs.MAX_ADDRESS_CHANGES
+    assert used([*tensors, tensors[-1]]) == [True] * first + [False] * (many - first - 1) + [True] * 2
+
+
+@case()
+def case_sizes_that_differ_by_rank() -> None:
+    """The memory has room for the largest size of any rank, and what is allocated later is right."""
+    name, rank, weight = group(), dist.get_rank(), values(8, 8, seed=7)
+    torch._dynamo.reset()
+    run = compiled(lambda x: (ct.heads(x @ weight, name), ct.heads(x, name)), dynamic=True)
+    for step, rows in enumerate(((4, 300), (30, 8), (301, 302), (40, 450), (2, 2))):
+        x = values(rows[rank], 8, seed=step)
+        wanted = [torch.empty(4, 8, device=device()) for _ in range(2)]
+        for out, part in zip(wanted, ((x @ weight)[:2], x[:2]), strict=True):
+            dist.all_gather(list(out.chunk(2)), part.contiguous())
+        torch.testing.assert_close(list(run(x)), wanted)
+    record, graph = ArgumentRecord(0, name, None, "agree", False, "op"), runtime.Graph()
+    for rows in ((0, 3), (3, 0), (0, 0)):  # a rank without rows
+        graph.begin()
+        x = torch.ones(rows[rank], 2, device=device())
+        assert graph.place(record, x, x.shape, x.stride()).shape == x.shape
+    handle = symmem.allocate(4, torch.float32, device=device())
+    handle.tensor.fill_(rank)
+    handle.barrier()
+    assert handle.remote_tensor(1 - rank).tolist() == [1 - rank] * 4
+    handle.barrier()
+
+
+@case()
 def case_one_rank_is_plain() -> None:
     """Only rank 0 passes symmetric memory. All ranks copy, so no rank reads a wrong address."""
     name = group()

@@ -54,6 +54,13 @@ def add_peer_(x: torch.Tensor, group: str) -> None:
     add_peer(x, group)
 
 
+def heads(x: torch.Tensor, group: str) -> torch.Tensor:
+    """The first two rows of every rank. The numbers of rows may differ."""
+    handle, known = handle_of(x), symmem.resolve_group(group)
+    handle.barrier(group=known)
+    return torch.cat([handle.remote_tensor(rank, group=known)[:2] for rank in range(known.size)])
+
+
 def totals(xs: list[torch.Tensor], y: torch.Tensor | None, group: str) -> list[torch.Tensor]:
     return [total(x, group) for x in [*xs, *([] if y is None else [y])]]
 
@@ -138,6 +145,10 @@ def like_pair(x: torch.Tensor, group: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(x), x.new_empty(x.shape[1:])
 
 
+def like_heads(x: torch.Tensor, group: str) -> torch.Tensor:
+    return x.new_empty(2 * symmem.resolve_group(group).size, *x.shape[1:])
+
+
 class Operator(NamedTuple):
     schema: str
     kernel: Callable[..., Any]
@@ -155,6 +166,7 @@ OPERATORS = (
     Operator(
         "add_peer_back_(Tensor(a!) x, str tp) -> Tensor(a!)", add_peer, lambda x, g: x, ("x",), {"group_arg": "tp"}
     ),
+    Operator("heads(Tensor x, str group_name) -> Tensor", heads, like_heads, ("x",)),
     Operator("totals(Tensor[] xs, Tensor? y, str group_name) -> Tensor[]", totals, like_all, ("xs", "y")),
     Operator("mine(Tensor x, str group_name) -> Tensor", mine, like_x, ("x",), {"one_sided": True}),
     Operator("pair_plus_(Tensor(a!) x, Tensor(b!) y, str group_name) -> ()", pair_plus_, nothing, ("x", "y")),

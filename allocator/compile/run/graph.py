@@ -11,6 +11,7 @@ compiled function that communicates on two streams at once.
 
 from __future__ import annotations
 
+import ast
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,6 +51,33 @@ def _allocate(record: BufferRecord, sizes: Sequence[int], strides: Sequence[int]
     return handle.tensor
 
 
+def _allocate_alike(
+    record: BufferRecord, sizes: Sequence[int], strides: Sequence[int], needed: int, spare: int
+) -> tuple[torch.Tensor, int]:
+    """Allocate a buffer in which the largest shape of any rank fits. Collective.
+
+    Args:
+        record: The buffer.
+        sizes: This rank's sizes. They may differ by rank, for example if ranks have different numbers of tokens.
+        strides: This rank's strides, in elements.
+        needed: Number of elements that this rank needs.
+        spare: Number of elements to allocate if no rank needs more; the same on all ranks.
+
+    Returns:
+        The tensor with this rank's shape, and the number of elements that fit into its memory.
+    """
+    group, name = group_named(record.groups[0]), f"compiled {record.number}"
+    shape = repr((max(needed, spare), tuple(sizes), tuple(strides))).encode()
+    shapes = [shape]
+    if group.size > 1:
+        with group.collective(f"size of a buffer of compiled code ({name})") as collective:
+            shapes = [answer.payload for answer in collective.exchange("size", shape)]
+    capacity = max(ast.literal_eval(each.decode())[0] for each in shapes)
+    if capacity == needed and len(set(shapes)) == 1:
+        return _allocate(record, sizes, strides, name), capacity
+    return _allocate(record, (capacity,), (1,), name).as_strided(sizes, strides), capacity
+
+
 class Graph:
     """The persistent memory of one compiled graph."""
 
@@ -60,15 +88,22 @@ class Graph:
         self._kept: list[torch.Tensor] = []  # outgrown memory that CUDA graphs may still use
         self._in_torchs_memory: dict[int, int] = {}  # address by number of the argument
         self._not_in_torchs_memory: set[int] = set()
+        self._calls = 0  # the same on all ranks
+        self._compares = False  # whether the ranks compare the arguments again that they copy
         self._groups: list[Group] = []  # groups with a rendezvous for this memory
         self._process_groups: list[weakref.ref[Any]] = []  # theirs; they drop the memory when they are collected
 
     def begin(self) -> None:
         """Begin a call: drop all buffers if a group was closed or its name refers to a new group.
 
+        At calls 2, 4, 8 and so on, the ranks compare the arguments that they have copied so far, and use those in place
+        that have become the same symmetric memory on all ranks.
+
         Raises:
             GroupError: There is no group of that name any more.
         """
+        self._calls += 1
+        self._compares = self._calls & (self._calls - 1) == 0
         for group in self._groups:
             if not is_current(group):
                 self._drop_all()
@@ -93,6 +128,8 @@ class Graph:
     def buffer(self, record: BufferRecord, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
         """The tensor of a buffer. It is the same tensor while the shape stays. Collective if it is made or grows.
 
+        The sizes may differ by rank. The buffer has room for the largest ones, so all ranks allocate the same.
+
         Args:
             record: The buffer.
             sizes: Its sizes.
@@ -114,12 +151,13 @@ class Graph:
             else:
                 if known is not None and record.keep:
                     self._kept.append(known.tensor)
-                tensor = cuda_graphs.apart(
+                # Dynamic sizes grow often, so that more than needed saves growth, which is collective.
+                spare = 0 if known is None else known.capacity + known.capacity // 2
+                tensor, capacity = cuda_graphs.apart(
                     torch.device(record.device),
                     "memory of compiled code cannot be allocated",
-                    lambda: _allocate(record, sizes, strides, f"compiled {record.number}"),
+                    lambda: _allocate_alike(record, sizes, strides, needed, spare),
                 )
-                capacity = needed
         for name in record.groups:
             self._enter(name)
         made = PersistentBuffer(tuple(sizes), tuple(strides), tensor, capacity, record.keep)
@@ -162,7 +200,7 @@ class Graph:
             if copy is None:
                 if x.data_ptr() == known.address and known.block() is not None:
                     return x
-            elif copy.sizes == sizes and copy.strides == strides:
+            elif copy.sizes == sizes and copy.strides == strides and not (self._compares and not known.always):
                 return copy.tensor.copy_(x)
         return self._check(record, known, x, sizes, strides)
 
@@ -177,13 +215,17 @@ class Graph:
         """Decide about an argument that differs from the last call; see :meth:`place`."""
         number, name, backend, policy, keep, op = record
         # Torch's operators check by themselves that torch's memory is the same on all ranks.
-        if x.numel() == 0 or (backend is not None and self._is_torchs(number, x, name)):
+        if backend is not None and self._is_torchs(number, x, name):
+            return x
+        # Another rank may have elements, and compare or copy, which is collective.
+        if x.numel() == 0 and (backend is not None or policy not in ("agree", "copy")):
             return x
         if policy in ("agree", "copy"):
             if known is None:
                 # An operator of torch needs torch's memory, which was checked above, so other memory is copied.
                 known = self._inputs[number] = Input(self._enter(name), copying=policy == "copy" or backend is not None)
-            if not known.copying and known.agree(x, group_named(name), op):
+            again = self._compares and not known.always
+            if (again or not known.copying) and known.agree(x, group_named(name), op):
                 return x
         elif backend is None and block_of(x, group_named(name)) is not None:
             return x

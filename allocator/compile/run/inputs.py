@@ -22,7 +22,7 @@ __all__ = ["MAX_ADDRESS_CHANGES", "Input", "PersistentBuffer", "block_of", "dead
 log = logging.getLogger("symmem.compile")
 
 MAX_ADDRESS_CHANGES = 8
-"""An input in symmetric memory is copied once its address has changed more often than this."""
+"""An input in symmetric memory is copied, until the ranks compare again, once its address has changed more often."""
 
 
 class PersistentBuffer(NamedTuple):
@@ -47,18 +47,20 @@ class Input:
     """An argument of a graph in memory that the compiler did not allocate.
 
     Attributes:
-        copying: Whether the argument is copied at every call. It stays True once the ranks did not agree.
+        copying: Whether the argument is copied: always, or until the ranks agree when they compare again.
+        always: Whether it is always copied.
         copy: The buffer for the copy, once nothing has to be checked before copying.
         address: The address that all ranks agreed on last. An argument at this address is used in place.
         block: Weak reference to the block at that address. It is dead if the ranks compare at every call.
-        changes: How often the ranks have compared.
+        changes: How often the ranks have compared since the argument was copied last.
         compare_always: Whether the ranks compare at every call.
     """
 
-    __slots__ = ("address", "block", "changes", "compare_always", "copy", "copying")
+    __slots__ = ("address", "always", "block", "changes", "compare_always", "copy", "copying")
 
     def __init__(self, group: Group, copying: bool) -> None:
-        self.copying, self.address, self.changes = copying, 0, 0
+        self.copying = self.always = copying
+        self.address = self.changes = 0
         self.copy: PersistentBuffer | None = None
         self.block: Callable[[], object] = dead_reference
         self.compare_always = load_settings(group=group.name).allocation_check == "each"
@@ -69,14 +71,15 @@ class Input:
         identity = repr(_identity(block, tensor, group)).encode()
         with group.collective(label) as collective:
             received = [answer.payload for answer in collective.exchange("position of the argument", identity)]
-        self.changes += 1
+        self.changes = 1 if self.copying else self.changes + 1
         same = block is not None and len(set(received)) == 1
         if not same or (self.changes > MAX_ADDRESS_CHANGES and not self.compare_always):
             self.copying, self.block = True, dead_reference
             why = "its address keeps changing" if same else "it is not the same on all ranks"
-            log.debug("%s: copied from now on, because %s", label, why)
+            log.debug("%s: copied until the ranks compare again, because %s", label, why)
             return False
         assert block is not None
+        self.copying, self.copy = False, None
         if not self.compare_always:
             self.address, self.block = tensor.data_ptr(), weakref.ref(block)
         return True
