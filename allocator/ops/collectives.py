@@ -31,8 +31,9 @@ memory on all ranks. Anything else ends in a MismatchError.
 
 Errors:
 
-* A rank with invalid arguments raises InvalidArgumentError. On the CPU the other ranks raise MismatchError, which names
-  this rank.
+* A rank with invalid arguments raises InvalidArgumentError. On the CPU the other ranks raise the same error, and the
+  next call works. So does any other error of a rank before or within its call, for example one of autograd, or an
+  interrupt. Calls with meta or fake tensors are local.
 * If ranks make different calls, all of them raise MismatchError on the CPU. On CUDA ranks compare nothing, because a
   comparison takes longer than the operation.
 * With the setting ``collective_check: each``, ranks compare their calls on any device before the operation starts. If
@@ -50,12 +51,13 @@ from typing import Any, NoReturn
 import torch
 
 from symmem.backends.untraced import untraced
-from symmem.errors import InvalidArgumentError, RankError, SymmemError
+from symmem.errors import InvalidArgumentError, RankError
 from symmem.group.group import Group
 from symmem.group.resolve import group_named
-from symmem.ops.engines.base import REDUCTIONS, Engine, Engines
+from symmem.ops.engines.base import REDUCTIONS, Engine
 from symmem.ops.engines.select import engine_for
 from symmem.ops.gradients import with_gradient, without_gradient
+from symmem.ops.refusals import refuse
 from symmem.tensor.arguments import check_dense, check_integer, check_written
 
 __all__ = ["KINDS", "LIBRARY", "OperatorKind", "functional", "in_place", "into"]
@@ -192,16 +194,6 @@ KINDS = {
 # The three forms.
 
 
-def _refused(group: Group, device: torch.device, operation: str, error: SymmemError) -> None:
-    """Report the error to the other ranks, which wait for this rank in the operation."""
-    error.located(rank=group.rank, group=group.name, step=operation)
-    engine = group.extension(Engines).get(device)
-    if engine is None:
-        group.fail(operation, error)  # the others are about to make the engine
-    elif hasattr(engine, "refuse"):
-        engine.refuse(operation, error)
-
-
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether the memory holds the elements themselves, contiguously."""
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
@@ -228,13 +220,12 @@ def functional(kind: OperatorKind, group: Group, x: torch.Tensor, options: Seque
     """The kernel of the functional form."""
     try:
         kind.check(x, options, group.size)
-    except SymmemError as error:
-        _refused(group, x.device, kind.name, error)
+        source = _plain(x)
+        out = kind.result(source, group.size)
+    except BaseException as error:
+        refuse(group, x.device, kind.name, error)
         raise
-    engine = engine_for(group, x.device)
-    source = _plain(x)
-    out = kind.result(source, group.size)
-    getattr(engine, kind.name)(source, out, *options)
+    getattr(engine_for(group, x.device), kind.name)(source, out, *options)
     return out
 
 
@@ -247,12 +238,12 @@ def into(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[An
         if not plain:
             check_written(out, "out")
         _check_apart(kind, x, out)
-    except SymmemError as error:
-        _refused(group, x.device, kind.name, error)
+        source = _plain(x)
+        target = out if plain else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    except BaseException as error:
+        refuse(group, x.device, kind.name, error)
         raise
-    engine = engine_for(group, x.device)
-    target = out if plain else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    getattr(engine, kind.name)(_plain(x), target, *options)
+    getattr(engine_for(group, x.device), kind.name)(source, target, *options)
     if target is not out:
         out.copy_(target)
     _written(out)
@@ -265,11 +256,11 @@ def in_place(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequenc
         plain = _is_plain(x)
         if not plain:
             check_written(x, "x")
-    except SymmemError as error:
-        _refused(group, x.device, kind.name, error)
+        target = x if plain else _plain(x)
+    except BaseException as error:
+        refuse(group, x.device, kind.name, error)
         raise
     engine = engine_for(group, x.device)
-    target = x if plain else _plain(x)
     if kind.in_place is None:
         getattr(engine, kind.name)(target, target, *options)
     else:
@@ -290,8 +281,8 @@ def _not_dense(kind: OperatorKind, group: Group, x: torch.Tensor, options: Seque
     try:
         for tensor in (x, *out.values()):
             check_dense(tensor, kind.name)
-    except SymmemError as error:
-        _refused(group, x.device, kind.name, error)
+    except InvalidArgumentError as error:
+        refuse(group, x.device, kind.name, error)
         raise
 
 

@@ -12,11 +12,13 @@ import torch
 import symmem.ops.one_sided  # noqa: F401  # defines operators
 from symmem.backends.kernel_status import raise_failure
 from symmem.backends.untraced import untraced
+from symmem.errors import SymmemError
 from symmem.group.group import Group
 from symmem.group.resolve import GroupLike, name_of, open_group
 from symmem.ops import eager
 from symmem.ops.collectives import KINDS, OperatorKind, functional, in_place, into
 from symmem.ops.dispatch import is_usual
+from symmem.ops.refusals import refuse_in
 from symmem.tensor.arguments import check_dense, check_integer
 
 __all__ = [
@@ -71,6 +73,7 @@ def _call(
 ) -> torch.Tensor:
     """Choose the form. In an ordinary eager call run its kernel directly, else call the operator."""
     if _is_compiling():  # comes first, because a compiler cannot trace the rest
+        _check_kinds(kind, x, out, option)
         return _dispatched(kind, x, group, out, option)
     try:
         made: torch.Tensor | None = eager.run(kind, x, group, option, out)
@@ -88,17 +91,28 @@ def _call(
     except RuntimeError as error:  # from torch: its allocator calls CUDA
         raise_failure(error)
         raise
-    return _dispatched(kind, x, group, out, option) if made is None else made
+    if made is not None:
+        return made
+    try:
+        _check_kinds(kind, x, out, option)
+    except SymmemError as error:
+        refuse_in(group, kind.name, error, x, out)
+        raise
+    return _dispatched(kind, x, group, out, option)
+
+
+def _check_kinds(kind: OperatorKind, x: object, out: object, option: object) -> None:
+    """Raise if an argument is of a wrong kind. The dispatcher's own errors would name neither argument nor remedy."""
+    check_dense(x, kind.name)
+    if out is not None:
+        check_dense(out, f"out of {kind.name}")
+    kind.check_option(option)
 
 
 def _dispatched(
     kind: OperatorKind, x: torch.Tensor, group: GroupLike, out: torch.Tensor | None, option: str | int | None
 ) -> torch.Tensor:
-    """Call the operator through the dispatcher. The dispatcher's own errors would name neither argument nor remedy."""
-    check_dense(x, kind.name)
-    if out is not None:
-        check_dense(out, f"out of {kind.name}")
-    kind.check_option(option)
+    """Call the operator through the dispatcher."""
     rest = (option, _name(group)) if kind.option else (_name(group),)
     form, form_in_place, form_into = _OPERATORS[kind.name]
     if out is None:

@@ -7,7 +7,8 @@ kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from symmem.backends.untraced import untraced
-from symmem.errors import UnsupportedError
+from symmem.errors import SymmemError, UnsupportedError
 from symmem.group.resolve import group_named
 from symmem.ops.dispatch import in_forward_mode, is_usual_keyset
+from symmem.ops.refusals import refuse_in
 
 __all__ = ["GRADIENTS", "with_gradient", "without_gradient"]
 
@@ -32,7 +34,7 @@ def _beneath(op: OpOverload, keyset: torch._C.DispatchKeySet, *args: Any, **opti
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
 
 
-def _refuse_tangents(op: OpOverload, *values: Any) -> None:
+def _check_no_tangent(op: OpOverload, *values: Any) -> None:
     """Raise if a value has a tangent. Without this, derivatives in forward mode would be zeros."""
     for value in values:
         if not isinstance(value, torch.Tensor):
@@ -42,6 +44,16 @@ def _refuse_tangents(op: OpOverload, *values: Any) -> None:
                 f"{op._name} has no derivative in forward mode",
                 hint="use reverse mode: backward(), torch.func.grad or torch.func.vjp",
             )
+
+
+@contextlib.contextmanager
+def _refusing(op: OpOverload, *arguments: Any) -> Iterator[None]:
+    """Report an error of the block to the other ranks. The last argument of an operator names its group."""
+    try:
+        yield
+    except SymmemError as error:
+        refuse_in(arguments[-1], op._opname, error, *arguments)
+        raise
 
 
 class _Rule:
@@ -79,7 +91,8 @@ def with_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> N
     @untraced
     def run(keyset: torch._C.DispatchKeySet, x: torch.Tensor, *rest: Any) -> Any:
         if in_forward_mode():
-            _refuse_tangents(op, x)
+            with _refusing(op, x, *rest):
+                _check_no_tangent(op, x)
         if x.requires_grad and torch.is_grad_enabled():
             if not _has_transforms():
                 return _WithGradient.apply(op, keyset, x, *rest)  # type: ignore[no-untyped-call]
@@ -97,13 +110,15 @@ def without_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -
     @untraced
     def run(keyset: torch._C.DispatchKeySet, x: torch.Tensor, *rest: Any, **options: Any) -> Any:
         if in_forward_mode():
-            _refuse_tangents(op, x, *rest, *options.values())
+            with _refusing(op, *options.values(), x, *rest):
+                _check_no_tangent(op, x, *rest, *options.values())
         requires = torch._C._any_requires_grad(x, *rest, **options) if several else x.requires_grad
         if requires and torch.is_grad_enabled():
-            raise UnsupportedError(
-                f"{op._name} writes to its arguments, and has no gradient",
-                hint="use the functional form; or call it under torch.no_grad()",
-            )
+            with _refusing(op, *options.values(), x, *rest):
+                raise UnsupportedError(
+                    f"{op._name} writes to its arguments, and has no gradient",
+                    hint="use the functional form; or call it under torch.no_grad()",
+                )
         if is_usual_keyset(keyset):
             return kernel(x, *rest, **options)
         return _beneath(op, keyset, x, *rest, **options)

@@ -18,6 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from patience import LONG, SOON
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import symmem
 from symmem.errors import SymmemError
@@ -379,6 +381,10 @@ def refused(first: bool) -> list[Outcome]:
         error_of(lambda: ops.all_reduce(x, group, out=torch.ones(5) if differs else None)),
         error_of(lambda: ops.all_reduce(x, group, out=torch.ones(1).expand(4) if differs else None)),
         error_of(lambda: ops.reduce_scatter(torch.ones(size + differs), group)),
+        error_of(lambda: ops.all_reduce(x.numpy() if differs else x, group)),  # type: ignore[arg-type]
+        error_of(lambda: ops.all_reduce([1.0] * 4 if differs else x, group)),  # type: ignore[arg-type]
+        error_of(lambda: ops.all_reduce(None if differs else x, group)),  # type: ignore[arg-type]
+        error_of(lambda: ops.all_reduce(x, group, out=3 if differs else None)),  # type: ignore[arg-type]
     ]
     bad = [error_of(lambda: ops.broadcast(x, group, root=size)) for _ in range(3)]  # on all ranks
     assert {kind for kind, _peers, _text in bad} == {"RankError"}
@@ -391,11 +397,88 @@ def test_arguments_that_one_rank_refuses_are_an_error_on_all(pools: Any, first: 
     begin = time.monotonic()
     own, *others = (lambda results: (results[1], results[0], results[2]))(pools.get(3).run(refused, first))
     assert {kind for kind, _peers, _text in own} == {"InvalidArgumentError"}
+    assert "torch.from_numpy(array)" in own[4][2]
     for column in others:
-        # Before an engine exists, the other ranks raise this rank's error itself.
-        assert {kind for kind, _peers, _text in column} == {"InvalidArgumentError" if first else "MismatchError"}
+        assert [text for _kind, _peers, text in column] == [text for _kind, _peers, text in own]
+        assert {kind for kind, _peers, _text in column} == {"InvalidArgumentError"}
         assert all("rank 1" in text for _kind, _peers, text in column)
     assert time.monotonic() - begin < SOON
+
+
+def refused_by_autograd(check: bool) -> list[Outcome]:
+    """Rank 1's tensors require gradients, or have tangents."""
+    rank, size = world()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYMMEM_ENABLE", "collective_check(each)" if check else "")
+        group = symmem.Group.from_store(rank, size, rank_store(), f"autograd {check}")
+    x, differs = torch.ones(4), rank == 1
+    assert ops.all_reduce(x, group)[0] == size
+    leaf = torch.ones(4, requires_grad=differs)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(4), torch.ones(4)) if differs else torch.ones(4)
+        found = [
+            error_of(lambda: ops.all_reduce(dual, group)),
+            error_of(lambda: ops.all_reduce(torch.ones(4), group, out=dual)),
+        ]
+    found += [
+        error_of(lambda: ops.all_reduce(leaf, group, out=leaf)),
+        error_of(lambda: ops.all_reduce(leaf, group, out=torch.ones(4))),
+        error_of(lambda: ops.all_reduce(torch.ones(4), group, out=leaf)),
+        error_of(lambda: torch.ops.symmem.all_reduce_(leaf, "sum", symmem.ops.functions._name(group))),
+    ]
+    if differs:  # local calls
+        with pytest.raises(NotImplementedError):
+            ops.all_reduce(torch.ones(4, device="meta", requires_grad=True), group, out=torch.ones(4, device="meta"))
+        with FakeTensorMode(), pytest.raises(NotImplementedError):
+            ops.all_reduce(torch.ones(4, requires_grad=True), group, out=torch.ones(4))
+    assert ops.all_reduce(x, group)[0] == size
+    return found
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_what_autograd_refuses_on_one_rank_is_an_error_on_all(pools: Any, check: bool) -> None:
+    """The next call pairs with the right one. Calls with meta or fake tensors are local."""
+    for found in pools.get(3).run(refused_by_autograd, check):
+        assert {kind for kind, _peers, _text in found} == {"UnsupportedError"}
+
+
+def without_memory() -> list[Outcome]:
+    """Rank 1 cannot allocate the result, or stops before it communicates; then its error is a long text."""
+    rank, size = world()
+    group = symmem.Group.from_store(rank, size, rank_store(), "without memory")
+    x = torch.ones(4)
+    ops.all_reduce(x, group)
+    (engine,) = group.extension(Engines).values()
+    found = []
+
+    def fail(*args: Any) -> None:
+        raise KeyboardInterrupt("é" * 3000)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(torch, "empty_like", lambda *args: 1 // 0)
+            with pytest.raises(ZeroDivisionError):
+                ops.all_reduce(x, group)
+        else:
+            found.append(error_of(lambda: ops.all_reduce(x, group)))
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(engine, "_parts", fail)
+            with pytest.raises(KeyboardInterrupt):
+                ops.all_reduce(x, group)
+        else:
+            found.append(error_of(lambda: ops.all_reduce(x, group)))
+    assert ops.all_reduce(x, group)[0] == size
+    return found
+
+
+def test_a_rank_that_stops_before_it_communicates_tells_the_others(pools: Any) -> None:
+    first, _own, last = pools.get(3).run(without_memory)
+    for found in first, last:
+        assert [kind for kind, _peers, _text in found] == ["RendezvousError"] * 2
+        assert "rank 1" in found[0][2]
+        assert "ZeroDivisionError" in found[0][2]
+        assert "KeyboardInterrupt" in found[1][2]
 
 
 def checked() -> list[Outcome]:
@@ -434,16 +517,18 @@ def interrupted() -> list[Outcome]:
         with pytest.raises(ZeroDivisionError):
             ops.all_reduce(x, group)
         del engine._reduce  # type: ignore[attr-defined]
-    found = [error_of(lambda: ops.all_reduce(x, group))]
+        found = []
+    else:
+        found = [error_of(lambda: ops.all_reduce(x, group))]
     assert ops.all_reduce(x, group)[-1] == size
     return found
 
 
-def test_a_rank_that_was_interrupted_and_starts_again_is_told_apart(pools: Any) -> None:
-    for (found,) in pools.get(2).run(interrupted):
-        assert found[0] == "MismatchError"
-        assert f"all_reduce(sum) of {4 * PIECE} torch.float32, piece 1 on rank 0" in found[2]
-        assert f"all_reduce(sum) of {4 * PIECE} torch.float32 on rank 1" in found[2]
+def test_a_rank_that_is_interrupted_between_pieces_tells_the_others(pools: Any) -> None:
+    (found,), nothing = pools.get(2).run(interrupted)
+    assert found[0] == "RendezvousError"
+    assert "[rank 1, group interrupted, step all_reduce] ZeroDivisionError" in found[2]
+    assert nothing == []
 
 
 def nested() -> list[Outcome]:

@@ -9,7 +9,8 @@ enough, and a small operation is one step.
 Larger operations pass through the regions in pieces. A piece fits a cache, and the workspace never grows.
 
 After the barrier of a step, all ranks compare their lines (operation, dtype, elements, piece). If the lines differ, all
-ranks raise before they read a region. The comparison needs no message.
+ranks raise before they read a region. The comparison needs no message. A rank that refuses an operation, or is
+interrupted in it, says so in its line, and leaves its error in the workspace: all ranks raise that error.
 
 Elements are combined in rank order, for all sizes and algorithms. So results are bitwise equal on all ranks, and from
 run to run.
@@ -19,12 +20,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import math
 import operator
 import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -33,7 +36,8 @@ from symmem.backends.base import tensor_at
 from symmem.backends.libc import PAGE, round_up
 from symmem.backends.neutral import neutral_mode
 from symmem.backends.signals import SharedSignals
-from symmem.errors import ForkedError, GroupError, MismatchError, RendezvousError, SymmemError
+from symmem.errors import ForkedError, GroupError, MismatchError, RendezvousError, SymmemError, from_wire, to_wire
+from symmem.group.agreement import as_symmem_error
 from symmem.group.compare import differing
 from symmem.group.group import Group
 from symmem.ops.engines.base import REDUCTIONS
@@ -46,10 +50,13 @@ REGION = 2 << 20
 TWO_SHOT = 128 << 10
 """From this size in bytes on, three or more ranks reduce one part per rank and share it, instead of reducing all."""
 
+_Method = TypeVar("_Method", bound=Callable[..., None])
+
 _CPU = torch.device("cpu")
 _CHANNEL = 0  # the only signal channel of the workspace in use
 _LINE = struct.Struct("<4Hqqq")  # operation, reduction, dtype, root; elements, piece, number of the step
 _LINE_STRIDE = 64  # bytes: one cache line
+_ERROR_NBYTES = 1024  # for the text of an error; zeros follow the text
 _MAX_KNOWN = 512
 
 _REFUSED = "refused"
@@ -73,12 +80,22 @@ _COMBINE: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
+def _operation(method: _Method) -> _Method:
+    """Make a method that holds the engine, and reports errors to the other ranks; see :meth:`HostEngine._run`."""
+
+    @functools.wraps(method)
+    def run(self: HostEngine, *arguments: Any) -> None:
+        self._run(method, *arguments)
+
+    return cast("_Method", run)
+
+
 class HostEngine:
     """The :class:`symmem.ops.engines.base.Engine` of one group on the CPU.
 
     The constructor is collective over the group. The operations of a group run one after the other, from any thread.
-    After a PeerLostError or PeerTimeoutError the group cannot run collective operations any more. After a
-    MismatchError it can.
+    After a PeerLostError or PeerTimeoutError, or an interrupt during a wait, the group cannot run collective operations
+    any more. After any other error it can.
 
     Args:
         group: All its ranks must be on one host.
@@ -92,9 +109,12 @@ class HostEngine:
         self._timeout = group.settings.signal_timeout
         self._turn = _Turn(group)
         self._number = 0  # number of the next step
-        self._owes_wait = False  # whether this rank entered a barrier and must still wait for the others
+        self._owes_wait = False  # whether this rank has not completed the last barrier that it came to
+        self._is_last = True  # whether the piece is the last one of the operation
+        self._steps_left = False  # whether the others wait for this rank again in this operation
         lines = round_up(SharedSignals.nbytes(group.size), _LINE_STRIDE)
-        begin = round_up(lines + 2 * _LINE_STRIDE, PAGE)
+        errors = lines + 2 * _LINE_STRIDE
+        begin = round_up(errors + 2 * _ERROR_NBYTES, PAGE)
         backend = get_backend("host")
         with group.collective("workspace of collective operations") as collective:
             allocation = backend.allocate(begin + 2 * REGION, _CPU, group)
@@ -103,7 +123,12 @@ class HostEngine:
         # references that torch holds, so a cycle through the mapping's group would never be freed.
         self._memory = allocation, mapping
         pointers = mapping.pointers
-        self._lines = [[_line(pointer + lines + turn * _LINE_STRIDE) for pointer in pointers] for turn in range(2)]
+        self._lines = [
+            [_view(pointer + lines + turn * _LINE_STRIDE, _LINE.size) for pointer in pointers] for turn in range(2)
+        ]
+        self._errors = [
+            [_view(pointer + errors + turn * _ERROR_NBYTES, _ERROR_NBYTES) for pointer in pointers] for turn in range(2)
+        ]
         own = [lines_of_turn[group.rank] for lines_of_turn in self._lines]
         self._signals = SharedSignals(group, pointers, mapping, functools.partial(_describe_latest, own))
         self._region_offsets = [begin, begin + REGION]
@@ -115,79 +140,96 @@ class HostEngine:
 
     # Operations. Tensors that fit a region are passed whole: splitting them would cost as much as all the rest.
 
+    @_operation
     def all_reduce(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.all_reduce`."""
         key = _key("all_reduce", source, reduction)
-        with self._turn:
-            self._begin()
-            if self._world > 2 and source.nbytes >= TWO_SHOT:
-                self._two_shot(key, source.view(-1), out.view(-1), reduction)
-            elif source.numel() <= _most(source.dtype):
-                self._one_shot(key, 0, source, out, reduction)
-            else:
-                given, taken = source.view(-1), out.view(-1)
-                for piece, at in _pieces(given.numel(), _most(source.dtype)):
-                    self._one_shot(key, piece, given[at], taken[at], reduction)
+        if self._world > 2 and source.nbytes >= TWO_SHOT:
+            self._two_shot(key, source.view(-1), out.view(-1), reduction)
+        elif source.numel() <= _most(source.dtype):
+            self._one_shot(key, 0, source, out, reduction)
+        else:
+            given, taken = source.view(-1), out.view(-1)
+            for piece, at in self._pieces(given.numel(), _most(source.dtype)):
+                self._one_shot(key, piece, given[at], taken[at], reduction)
 
+    @_operation
     def all_gather(self, source: torch.Tensor, out: torch.Tensor) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.all_gather`."""
         key = _key("all_gather", source)
-        with self._turn:
-            self._begin()
-            if source.nbytes <= REGION and source.dtype in _COPIED:
-                self._gather(key, 0, source, out)
-                return
-            given, taken = _bytes(source), _bytes(out).view(self._world, source.nbytes)
-            for piece, at in _pieces(source.nbytes, REGION):
-                self._gather(key, piece, given[at], taken[:, at])
+        if source.nbytes <= REGION and source.dtype in _COPIED:
+            self._gather(key, 0, source, out)
+            return
+        given, taken = _bytes(source), _bytes(out).view(self._world, source.nbytes)
+        for piece, at in self._pieces(source.nbytes, REGION):
+            self._gather(key, piece, given[at], taken[:, at])
 
+    @_operation
     def reduce_scatter(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.reduce_scatter`."""
         key, most = _key("reduce_scatter", source, reduction), _most(source.dtype) // self._world
-        with self._turn:
-            self._begin()
-            if out.numel() <= most:
-                self._reduce_scatter(key, 0, source, out, reduction)
-                return
-            given, taken = source.view(self._world, out.numel()), out.view(-1)
-            for piece, at in _pieces(out.numel(), most):
-                self._reduce_scatter(key, piece, given[:, at], taken[at], reduction)
+        if out.numel() <= most:
+            self._reduce_scatter(key, 0, source, out, reduction)
+            return
+        given, taken = source.view(self._world, out.numel()), out.view(-1)
+        for piece, at in self._pieces(out.numel(), most):
+            self._reduce_scatter(key, piece, given[:, at], taken[at], reduction)
 
+    @_operation
     def all_to_all(self, source: torch.Tensor, out: torch.Tensor) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.all_to_all`."""
         key, size = _key("all_to_all", source), source.nbytes // self._world
-        with self._turn:
-            self._begin()
-            if source.nbytes <= REGION and source.dtype in _COPIED:
-                self._all_to_all(key, 0, source, out)
-                return
-            given, taken = (_bytes(tensor).view(self._world, size) for tensor in (source, out))
-            for piece, at in _pieces(size, REGION // self._world):
-                self._all_to_all(key, piece, given[:, at], taken[:, at])
+        if source.nbytes <= REGION and source.dtype in _COPIED:
+            self._all_to_all(key, 0, source, out)
+            return
+        given, taken = (_bytes(tensor).view(self._world, size) for tensor in (source, out))
+        for piece, at in self._pieces(size, REGION // self._world):
+            self._all_to_all(key, piece, given[:, at], taken[:, at])
 
+    @_operation
     def broadcast(self, source: torch.Tensor, out: torch.Tensor, root: int) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.broadcast`."""
         key = _key("broadcast", source, root=root)
-        with self._turn:
-            self._begin()
-            if source.nbytes <= REGION and source.dtype in _COPIED:
-                self._broadcast(key, 0, source, out, root)
-                return
-            given, taken = _bytes(source), _bytes(out)
-            for piece, at in _pieces(source.nbytes, REGION):
-                self._broadcast(key, piece, given[at], taken[at], root)
+        if source.nbytes <= REGION and source.dtype in _COPIED:
+            self._broadcast(key, 0, source, out, root)
+            return
+        given, taken = _bytes(source), _bytes(out)
+        for piece, at in self._pieces(source.nbytes, REGION):
+            self._broadcast(key, piece, given[at], taken[at], root)
 
     def refuse(self, operation: str, error: SymmemError) -> None:
-        """Make the matching operation fail on the other ranks, because this rank raises instead.
-
-        They raise MismatchError, which names this rank but not its error. Does not wait for them.
-        """
+        """Make the matching operation fail on the other ranks with this rank's error. Does not wait for them."""
         with self._turn:
             self._begin()
-            if self._world > 1:
-                self._write((_OPERATION_CODES[_REFUSED], 0, 0, 0, 0), 0)
-                self._signals.arrive(_CHANNEL)
-                self._number, self._owes_wait = self._number + 1, True
+            self._refuse(error)
+
+    def _refuse(self, error: SymmemError) -> None:
+        if self._world > 1:
+            self._errors[self._number & 1][self._rank][:] = _packed(error)
+            self._write((_OPERATION_CODES[_REFUSED], 0, 0, 0, 0), 0)
+            self._owes_wait = True
+            self._number += 1
+            self._signals.arrive(_CHANNEL)
+
+    def _run(self, operation: Callable[..., None], *arguments: Any) -> None:
+        """Run an operation. If this rank stops before the last step, the others must not wait for it."""
+        with self._turn:
+            try:
+                self._begin()
+                self._is_last = self._steps_left = True
+                operation(self, *arguments)
+            except BaseException as error:
+                if self._steps_left:
+                    reason = as_symmem_error(error)
+                    self._refuse(reason.located(rank=self._rank, group=self._name, step=operation.__name__))
+                raise
+            finally:
+                self._steps_left = False
+
+    def _pieces(self, total: int, most: int) -> Iterator[tuple[int, slice]]:
+        for piece, at in _pieces(total, most):
+            self._is_last = at.stop == total
+            yield piece, at
 
     # One piece of an operation. Only `_two_shot` handles all pieces itself.
 
@@ -206,6 +248,7 @@ class HostEngine:
         before = nothing
         pieces = [at for _, at in _pieces(source.numel(), min(half // source.itemsize, _most(dtype)))]
         for piece, at in enumerate((*pieces, nothing)):
+            self._is_last = piece == len(pieces)
             following = self._parts(dtype, 0, (at.stop - at.start,))
             following[self._rank].copy_(source[at])
             results = self._parts(dtype, half, (before.stop - before.start,))
@@ -309,11 +352,13 @@ class HostEngine:
             return
         line = self._write(key, piece)
         self._wait(self._signals.barrier, _OPERATIONS[key[0]])
-        lines = self._lines[self._number & 1]
+        turn = self._number & 1
         self._number += 1
-        for other in lines:
+        self._steps_left = not self._is_last
+        for other in self._lines[turn]:
             if other != line:
-                raise self._mismatch(lines, _OPERATIONS[key[0]])
+                self._steps_left = False  # all ranks raise
+                raise self._mismatch(turn, _OPERATIONS[key[0]])
 
     def _write(self, key: _Key, piece: int) -> bytes:
         line = self._lines[self._number & 1][self._rank][:] = _LINE.pack(*key, piece, self._number)
@@ -322,28 +367,48 @@ class HostEngine:
     def _wait(self, wait: Callable[[int, float], None], operation: str) -> None:
         try:
             wait(_CHANNEL, self._timeout)
-        except RendezvousError as error:
-            error.step = operation
-            what = error.what.replace("a barrier on this channel", "a collective operation")
-            if what != error.what:
-                error.what = what
-                error.hint = (
-                    "this group cannot run collective operations any more: restart the job, or make another group"
-                )
+        except BaseException as error:
+            self._steps_left = False  # all ranks give up the step
+            if isinstance(error, RendezvousError):
+                error.step = operation
+                what = error.what.replace("a barrier on this channel", "a collective operation")
+                if what != error.what:
+                    error.what = what
+                    error.hint = (
+                        "this group cannot run collective operations any more: restart the job, or make another group"
+                    )
             raise
 
-    def _mismatch(self, lines: Sequence[memoryview], operation: str) -> MismatchError:
-        found = [_LINE.unpack(line) for line in lines]
-        refused = [rank for rank, line in enumerate(found) if _OPERATIONS[line[0]] == _REFUSED]
-        if refused:
-            what = f"rank {refused[0]} refused its arguments, and did not take part"
-            hint, peers = f"see the error that rank {refused[0]} raised", tuple(refused)
-        else:
-            texts = [_describe(*line) for line in found]
-            text, peers = differing(texts if len(set(texts)) > 1 else [f"step {line[-1]}" for line in found])
-            what = f"ranks are at different operations: {text}"
-            hint = "all ranks of a group must make the same calls in the same order, with the same shapes and dtypes"
-        return MismatchError(what, hint=hint, rank=self._rank, group=self._name, step=operation, peers=peers)
+    def _mismatch(self, turn: int, operation: str) -> SymmemError:
+        """Make the error for a step in which the ranks' lines differ."""
+        found = [_LINE.unpack(line) for line in self._lines[turn]]
+        for rank, line in enumerate(found):
+            if _OPERATIONS[line[0]] == _REFUSED:
+                return from_wire(json.loads(bytes(self._errors[turn][rank]).rstrip(b"\0")))
+        texts = [_describe(*line) for line in found]
+        text, peers = differing(texts if len(set(texts)) > 1 else [f"step {line[-1]}" for line in found])
+        return MismatchError(
+            f"ranks are at different operations: {text}",
+            hint="all ranks of a group must make the same calls in the same order, with the same shapes and dtypes",
+            rank=self._rank,
+            group=self._name,
+            step=operation,
+            peers=peers,
+        )
+
+
+def _packed(error: SymmemError) -> bytes:
+    """An error as text of the size of its place in the workspace."""
+    wire = to_wire(error)
+    for most in (len(error.what), 200, 50):
+        what = error.what if most >= len(error.what) else f"{error.what[:most]} ... (see the log of this rank)"
+        text = json.dumps(wire | {"what": what}, ensure_ascii=False).encode()
+        if len(text) <= _ERROR_NBYTES:
+            break
+        wire |= {"hint": None}
+    else:
+        text = json.dumps({"type": wire["type"], "what": "see the log of this rank", "rank": error.rank}).encode()
+    return text.ljust(_ERROR_NBYTES, b"\0")
 
 
 class _Turn:
@@ -406,8 +471,8 @@ def _describe_latest(lines: Sequence[memoryview]) -> str:
     return _describe(*max((_LINE.unpack(line) for line in lines), key=operator.itemgetter(-1)))
 
 
-def _line(address: int) -> memoryview:
-    return memoryview((ctypes.c_char * _LINE.size).from_address(address)).cast("B")
+def _view(address: int, nbytes: int) -> memoryview:
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

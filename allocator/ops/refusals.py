@@ -1,0 +1,62 @@
+"""A call that this rank refuses is refused on all ranks.
+
+A rank may raise before it takes part in a collective operation: because of its arguments, because of autograd, because
+it has no memory left, or because it is interrupted. The other ranks must get that error in the operation that matches,
+or that operation would pair with this rank's next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+import torch
+
+from symmem.errors import SymmemError
+from symmem.group.agreement import as_symmem_error
+from symmem.group.group import Group
+from symmem.group.resolve import GroupLike, resolve_group
+from symmem.ops.engines.base import Engines
+
+__all__ = ["refuse", "refuse_in"]
+
+
+def refuse(group: Group, device: torch.device | None, operation: str, error: BaseException) -> None:
+    """Report an error to the other ranks, which wait for this rank in the operation. Does not wait for them.
+
+    Args:
+        group: The group of the call.
+        device: The device of the call; None if the arguments do not tell.
+        operation: The name of the operation.
+        error: What this rank raises. An error that a collective of the group raised is known to all ranks already.
+    """
+    if getattr(error, "propagated_to", None) == group.name:
+        return
+    reported = as_symmem_error(error)
+    reported.located(rank=group.rank, group=group.name, step=operation)
+    engines = group.extension(Engines)
+    engine: Any = engines.get(device) if device is not None else next(iter(engines.values()), None)
+    if engine is None:
+        group.fail(operation, reported)  # the others are about to make the engine
+    elif hasattr(engine, "refuse"):
+        with contextlib.suppress(SymmemError):  # the caller raises its own error
+            engine.refuse(operation, reported)
+
+
+def refuse_in(group: GroupLike, operation: str, error: BaseException, *values: object) -> None:
+    """The same, of any arguments. Calls with meta or fake tensors are local: they report nothing."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if any(tensor.is_meta or _is_fake(tensor) for tensor in tensors):
+        return
+    try:
+        resolved = resolve_group(group)
+    except SymmemError:
+        return  # no ranks wait in a group that does not exist
+    if not resolved.closed:
+        refuse(resolved, tensors[0].device if tensors else None, operation, error)
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    module = sys.modules.get("torch._subclasses.fake_tensor")  # not imported here: that takes seconds
+    return module is not None and isinstance(tensor, module.FakeTensor)
