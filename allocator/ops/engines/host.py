@@ -81,11 +81,21 @@ _COMBINE: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def _operation(method: _Method) -> _Method:
-    """Make a method that holds the engine, and reports errors to the other ranks; see :meth:`HostEngine._run`."""
+    """Make a method that holds the engine. If this rank stops before the last step, it reports why to the others."""
 
     @functools.wraps(method)
     def run(self: HostEngine, *arguments: Any) -> None:
-        self._run(method, *arguments)
+        with self._turn:
+            try:
+                if self._owes_wait:
+                    self._begin()
+                self._is_last = self._steps_left = True
+                method(self, *arguments)
+            except BaseException as error:
+                if self._steps_left:
+                    reason = as_symmem_error(error)
+                    self._refuse(reason.located(rank=self._rank, group=self._name, step=method.__name__))
+                raise
 
     return cast("_Method", run)
 
@@ -200,7 +210,8 @@ class HostEngine:
     def refuse(self, operation: str, error: SymmemError) -> None:
         """Make the matching operation fail on the other ranks with this rank's error. Does not wait for them."""
         with self._turn:
-            self._begin()
+            if self._owes_wait:
+                self._begin()
             self._refuse(error)
 
     def _refuse(self, error: SymmemError) -> None:
@@ -210,21 +221,6 @@ class HostEngine:
             self._owes_wait = True
             self._number += 1
             self._signals.arrive(_CHANNEL)
-
-    def _run(self, operation: Callable[..., None], *arguments: Any) -> None:
-        """Run an operation. If this rank stops before the last step, the others must not wait for it."""
-        with self._turn:
-            try:
-                self._begin()
-                self._is_last = self._steps_left = True
-                operation(self, *arguments)
-            except BaseException as error:
-                if self._steps_left:
-                    reason = as_symmem_error(error)
-                    self._refuse(reason.located(rank=self._rank, group=self._name, step=operation.__name__))
-                raise
-            finally:
-                self._steps_left = False
 
     def _pieces(self, total: int, most: int) -> Iterator[tuple[int, slice]]:
         for piece, at in _pieces(total, most):
@@ -337,9 +333,10 @@ class HostEngine:
         return rows
 
     def _begin(self) -> None:
-        if self._owes_wait:  # without the wait, this rank could overwrite a region that others still read
-            self._wait(self._signals.complete, "a collective operation")
-            self._owes_wait = False
+        """Wait for the others first, or this rank could overwrite a region that they still read."""
+        self._steps_left = False
+        self._wait(self._signals.complete, "a collective operation")
+        self._owes_wait = False
 
     def _step(self, key: _Key, piece: int) -> None:
         """Publish that the own region is filled, and wait until the others are.
