@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._ops import OpOverload
 
 from symmem.compile import hook, scope
-from symmem.errors import InvalidArgumentError
+from symmem.errors import InvalidArgumentError, UnsupportedError
+from symmem.ops.registry import registry
+from symmem.ops.registry.eager_checks import checked
+
+log = logging.getLogger("symmem.compile")
 
 __all__ = ["backend", "disable", "enable", "enabled"]
 
@@ -55,6 +61,9 @@ def backend(
 ) -> Callable[..., Any]:
     """``torch.compile(f, backend="symmem")``: Inductor with the hook on for this function and its backward pass.
 
+    If the hook does not support this torch, Inductor compiles without it. Registered arguments in plain memory are then
+    copied at every call, as in ``symmem.ops.checked("copy")``, without CUDA graphs. A warning is logged once.
+
     Args:
         gm: The graph to compile.
         inputs: Example inputs of the graph.
@@ -63,14 +72,47 @@ def backend(
 
     Raises:
         InvalidArgumentError: Both a mode and options were given.
-        UnsupportedError: See :func:`enable`.
     """
     if mode is not None and options is not None:
         raise InvalidArgumentError("torch.compile takes a mode or options, not both", hint="pass only one")
     patches = options or (list_mode_options(mode) if mode is not None else None)
+    try:
+        hook.install()
+    except UnsupportedError as error:
+        return _without_hook(gm, inputs, patches, error)  # type: ignore[no-any-return]
     with hook.on_this_thread():
         compiled: Any = compile_fx(gm, inputs, inner_compile=_scoped(compile_fx_inner), config_patches=patches)
         return compiled  # type: ignore[no-any-return]
+
+
+def _without_hook(gm: Any, inputs: Any, patches: dict[str, Any] | None, error: UnsupportedError) -> Any:
+    patches = {**(patches or {}), "triton.cudagraphs": False}
+    # A graph from this cache would not come to `_copying`.
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        return compile_fx(gm, inputs, inner_compile=_copying(compile_fx_inner, error), config_patches=patches)
+
+
+def _copying(function: Callable[..., Any], error: UnsupportedError) -> Callable[..., Any]:
+    """Let the registered operators of a compiled graph run on copies; also those of the backward pass."""
+
+    @functools.wraps(function)
+    def copying(gm: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        targets = [node.target for module in gm.modules() for node in getattr(module, "graph", _EMPTY).nodes]
+        made = function(gm, *args, **kwargs)
+        if any(isinstance(op, OpOverload) and registry.lookup(op) is not None for op in targets):
+            _warn_once(str(error))
+            made.current_callable = checked("copy")(made.current_callable)
+        return made
+
+    return copying
+
+
+_EMPTY = torch.fx.Graph()
+
+
+@functools.cache
+def _warn_once(why: str) -> None:
+    log.warning("registered arguments in plain memory are copied at every call: %s", why)
 
 
 def _scoped(function: Callable[..., Any]) -> Callable[..., Any]:

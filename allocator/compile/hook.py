@@ -31,7 +31,6 @@ import torch
 
 from symmem.compile import scope
 from symmem.compile.plan import mutable_ops
-from symmem.compile.wrappers import OPTIONAL, WRAPPED
 from symmem.errors import UnsupportedError
 from symmem.ops.registry import registry
 from symmem.ops.registry.schema import find_op, known_op
@@ -87,20 +86,24 @@ registry.listeners.append(_changed)
 
 
 def install() -> None:
-    """Wrap Inductor's functions, once. While the hook is off, the wrappers only call the originals."""
+    """Wrap Inductor's functions, once. While the hook is off, the wrappers only call the originals.
+
+    Raises:
+        UnsupportedError: Functions of this torch do not exist, or have other parameters than expected.
+    """
     with _lock:
         if _originals:
             return
+        try:
+            from symmem.compile.wrappers import OPTIONAL, WRAPPED
+        except (ImportError, AttributeError) as error:
+            raise _unsupported(str(error)) from error
         for owner, name, parameters, _made in WRAPPED:
             known = getattr(owner, name, None)
             found = tuple(inspect.signature(known).parameters) if known is not None else None
             if found != parameters:
-                raise UnsupportedError(
-                    f"symmem.compile does not support torch {torch.__version__}: {owner.__name__}.{name} "
-                    f"{'does not exist' if found is None else f'takes {found}'}, expected parameters {parameters}",
-                    hint="use torch 2.11 to 2.15 or a newer symmem; without the hook, wrap calls of registered "
-                    "operators in symmem.ops.checked('copy')",
-                )
+                differs = "does not exist" if found is None else f"takes {found}"
+                raise _unsupported(f"{owner.__name__}.{name} {differs}, expected parameters {parameters}")
         for owner, name, _parameters, made in WRAPPED:
             _originals[owner, name] = owner.__dict__[name]
             setattr(owner, name, made(owner.__dict__[name]))
@@ -108,6 +111,14 @@ def install() -> None:
             if name in owner.__dict__:
                 _originals[owner, name] = owner.__dict__[name]
                 setattr(owner, name, made(owner.__dict__[name]))
+
+
+def _unsupported(why: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"symmem.compile does not support torch {torch.__version__}: {why}",
+        hint="use torch 2.11 to 2.15 or a newer symmem; without the hook, wrap calls of registered operators in "
+        "symmem.ops.checked('copy')",
+    )
 
 
 def uninstall() -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import logging
 import re
 import tempfile
 import types
@@ -1098,6 +1099,37 @@ def case_unknown_torch() -> None:
         assert not hook._originals
     finally:
         lowering.call_function = known
+
+
+@case(gpu=False)
+def case_without_the_hook() -> None:
+    """A torch that the hook does not fit compiles as always, and registered arguments are copied."""
+    hook.uninstall()
+    name, weight = group(), values(4, 4, seed=9)
+    owner: Any = wrappers.AllocateLine
+    known = owner._codegen_comm_buffer
+    owner._codegen_comm_buffer = lambda self, code, other=None: known(self, code)
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("symmem.compile").addHandler(handler)
+    control._warn_once.cache_clear()
+    torch._dynamo.reset()
+    try:
+        torch.testing.assert_close(compiled(lambda x: x.sin() + 1)(weight), weight.sin() + 1)
+        assert messages == []
+        run = compiled(lambda x: ct.total(ct.total(x @ weight, name), name).relu())
+        for step in range(2):
+            x = values(4, 4, seed=step)
+            torch.testing.assert_close(run(x), summed(summed(x @ weight)).relu())
+        assert len(messages) == 1
+        assert "registered arguments in plain memory are copied at every call" in messages[0]
+        with pytest.raises(UnsupportedError, match="does not support torch"):
+            control.enable()
+    finally:
+        owner._codegen_comm_buffer = known
+        logging.getLogger("symmem.compile").removeHandler(handler)
+        torch._dynamo.reset()
 
 
 def one_changes() -> str:
