@@ -162,7 +162,10 @@ class MismatchError(RendezvousError):
 
 
 class DivergenceError(MismatchError):
-    """The ranks made different allocations from an arena, so offsets differ; the text names the first difference."""
+    """The ranks made different allocations from an arena, so offsets differ; or they wait in different calls.
+
+    The text names the first difference.
+    """
 
 
 class PeerLostError(RendezvousError):

@@ -35,19 +35,27 @@ class Wait(NamedTuple):
     device: str | None = None
 
 
+publish: Callable[[Wait], Callable[[], None]] | None = None
+"""Shows a wait to the other ranks, and returns the function that ends this; see :mod:`symmem.group.ledger`."""
+
 _waits: dict[int, Wait] = {}  # by id of the wait: a signal handler may wait during a wait
+_ends: dict[int, Callable[[], None]] = {}
 
 
 def note(group: RankGroup, step: str, missing: Callable[[], tuple[int, ...]], deadline: float) -> Wait:
     """Record a wait of this thread. :func:`forget` must follow."""
     wait = Wait(group, step, missing, time.monotonic(), deadline, threading.get_ident())
     _waits[id(wait)] = wait
+    if publish is not None:
+        _ends[id(wait)] = publish(wait)
     return wait
 
 
 def forget(wait: Wait) -> None:
     """Remove a wait that is over."""
     _waits.pop(id(wait), None)  # a fork may have cleared it
+    if (end := _ends.pop(id(wait), None)) is not None:
+        end()
 
 
 def waits() -> list[Wait]:
@@ -56,3 +64,4 @@ def waits() -> list[Wait]:
 
 
 os.register_at_fork(after_in_child=_waits.clear)
+os.register_at_fork(after_in_child=_ends.clear)

@@ -32,7 +32,7 @@ from symmem.errors import (
     from_wire,
     to_wire,
 )
-from symmem.group.call_site import caller
+from symmem.group.call_site import CallSite, caller
 from symmem.group.compare import called_at, differing
 from symmem.group.ledger import Ledger
 from symmem.group.locations import Location, not_connectable
@@ -53,6 +53,9 @@ SAME_CALLS = "all ranks of a group must make the same calls in the same order"
 
 GRACE = 0.5
 """Seconds that a rank waits for rank 0's verdict after its own timeout, so that all ranks raise the same error."""
+
+
+_text_of: Callable[[CallSite], str] = functools.lru_cache(1024)(str)
 
 
 class CollectiveOperation:
@@ -76,7 +79,7 @@ class CollectiveOperation:
     @functools.cached_property
     def line(self) -> str:
         """The line of the program that called the operation."""
-        return str(self._site)
+        return _text_of(self._site)
 
     @property
     def serial(self) -> int:
@@ -223,10 +226,17 @@ class Rounds:
         if self._size == 1:
             return Received([Contribution(contribution.payload, duplicate(contribution.descriptors))])
         self.waiting = message.step, message.sequence, time.monotonic(), message.deadline
+        end = None
+        if self.ledger is not None:
+            end = self.ledger.show_wait(f"{message.step} at {operation.line}", message.deadline, message.sequence)
         try:
             verdict = (self._lead if self._rank == 0 else self._follow)(message, operation)
         finally:
             self.waiting = None
+            if end is not None:
+                end()
+        if self.ledger is not None:
+            self.ledger.passed = message.sequence
         if verdict.error:
             verdict.close()
             raise AgreedError(from_wire(verdict.error))
@@ -354,6 +364,9 @@ class Rounds:
         error.located(rank=self._rank, group=self._name, step=message.step)
         if isinstance(error, PeerTimeoutError) and not error.hint:
             error.what += f" (timeout {operation.timeout:g} s)"
+            if self.ledger is not None:
+                waits = self.ledger.waits_of(error.peers)
+                error.what += "".join(f"; rank {rank} waits in {text}" for rank, text in waits.items())
             error.hint = (
                 f"see what ranks {list(error.peers)} do; {SAME_CALLS}. If they are only slow, raise rendezvous_timeout"
             )

@@ -31,22 +31,31 @@ import ctypes
 import functools
 import json
 import logging
+import sys
 import threading
+import time
 import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
+from symmem.backends import pending_waits
 from symmem.backends.libc import PAGE, Region, fence, round_up
 from symmem.backends.memory_files import check_memory_file, memory_file
-from symmem.errors import DivergenceError, SymmemError, from_wire, to_wire
+from symmem.backends.pending_waits import Wait
+from symmem.errors import DivergenceError, PeerTimeoutError, SymmemError, from_wire, to_wire
+from symmem.group.call_site import CallSite, caller, internal
 from symmem.group.compare import differing
 from symmem.native.build import load_extension
 
+if TYPE_CHECKING:
+    from symmem.backends.base import RankGroup
+
 log = logging.getLogger("symmem.group")
 
-__all__ = ["RING", "ActSequence", "Ledger"]
+__all__ = ["RING", "ActSequence", "Ledger", "explained"]
 
 RING = 1024
 """Acts of a sequence that the other ranks can see: the latest ones."""
@@ -56,12 +65,17 @@ _ERROR = 16 << 10  # bytes for the error of a sequence
 _LONGEST = 2000  # characters of its text
 _MARKS = _ERROR * _SEQUENCES  # after the errors that this rank has found
 _HEADS = _MARKS + 8 * _SEQUENCES
-_RINGS = _HEADS + 8 * _SEQUENCES
+_SLOTS = 8  # waits that a rank can show at a time
+_WAITS = _HEADS + 8 * _SEQUENCES  # for every wait, the id of its text, and when it is no longer shown
+_RINGS = _WAITS + 16 * _SLOTS
 _IDS = _RINGS + 8 * _SEQUENCES * RING
 _TEXTS = _IDS + 4 * _SEQUENCES * RING
 _TEXT_NBYTES = 1 << 18
 _NBYTES = round_up(_TEXTS + _TEXT_NBYTES, PAGE)
 _LOW = 0xFFFFFFFF
+_HIGH = 0xFFFFFFFF << 32
+_FOREVER = (1 << 63) - 1
+_SHOWN = 2_000_000_000  # nanoseconds that a wait is shown after its timeout, because peers give up a little later
 
 
 class Ledger:
@@ -76,17 +90,20 @@ class Ledger:
         descriptor: This rank's memory, for the other ranks. The caller closes it after sending it.
         memory: The memory of all ranks, by rank.
         claimed: The number of sequences so far.
+        passed: The number of the last round of the group that this rank has completed.
     """
 
     def __init__(self, rank: int, size: int, name: str) -> None:
         self.rank, self.size, self.name = rank, size, name
         self.descriptor = memory_file(_NBYTES)
         self.memory: list[memoryview] = []
-        self.claimed = 0
+        self.claimed = self.passed = 0
         self._taken: set[int] = set()  # sequences with an error for which this rank has taken a round
         self._end, self._generation = 0, 1  # of the texts; id 0 is no text
+        self._own_waits: list[memoryview] = []
+        self._wait_texts: dict[str, int] = {}
         self._sequences: weakref.WeakSet[ActSequence] = weakref.WeakSet()
-        self._lock = threading.Lock()  # of the texts
+        self._lock = threading.RLock()  # of the texts and the waits; a signal handler may wait during a wait
 
     def attach(self, descriptors: Sequence[int]) -> None:
         """Map the memory of all ranks, in rank order. The descriptors stay open, and belong to the caller."""
@@ -95,6 +112,8 @@ class Ledger:
             check_memory_file(descriptor, _NBYTES, rank)
             address = self._region.place(rank * _NBYTES, descriptor, _NBYTES)
             self.memory.append(memoryview((ctypes.c_uint8 * _NBYTES).from_address(address)).cast("B"))
+
+        self._own_waits = self._waits(self.rank)
 
     def claim(self, index: int, name: str) -> ActSequence | None:
         """The sequence with an index on which all ranks have agreed: the highest :attr:`claimed` of any rank.
@@ -134,13 +153,14 @@ class Ledger:
             data = text.encode()[:_LONGEST]
             if self._end + 8 + len(data) > _TEXT_NBYTES:
                 self._end, self._generation = 0, self._generation + 1
+                self._wait_texts.clear()
                 for sequence in list(self._sequences):
                     sequence.known.clear()
             begin, text_id = _TEXTS + self._end, self._generation << 18 & _LOW | self._end
+            self._end += 8 + len(data) + 7 & -8
             own = self.memory[self.rank]
             own[begin : begin + 8] = text_id.to_bytes(4, "little") + len(data).to_bytes(4, "little")
             own[begin + 8 : begin + 8 + len(data)] = data
-            self._end += 8 + len(data) + 7 & -8
             return text_id
 
     def text_of(self, rank: int, text_id: int) -> str:
@@ -150,6 +170,75 @@ class Ledger:
         text = bytes(memory[begin + 8 : begin + 8 + nbytes]).decode(errors="replace")
         known = int.from_bytes(memory[begin : begin + 4], "little") == text_id  # read last: it is overwritten first
         return text if known else "an act without a record"
+
+    def show_wait(self, text: str, deadline: float, number: int = 0) -> Callable[[], None]:
+        """Show the other ranks where this rank waits; the returned function ends this.
+
+        Args:
+            text: The operation, and the line of the program.
+            deadline: When the wait gives up, by ``time.monotonic``.
+            number: The number of the round, for a wait in a round.
+        """
+        with self._lock:
+            now = time.monotonic_ns()
+            slot = next((slot for slot in self._own_waits if slot[1] <= now), None)
+            if slot is None:
+                return lambda: None
+            if (text_id := self._wait_texts.get(text)) is None:
+                text_id = self._wait_texts[text] = self.add_text(text)
+            slot[0], slot[1] = number << 32 & _HIGH | text_id, _FOREVER
+
+        def end() -> None:
+            now = time.monotonic_ns()
+            slot[1] = now + _SHOWN if now >= deadline * 1e9 else 0
+
+        return end
+
+    def explain(self, error: PeerTimeoutError, step: str, collective: bool) -> SymmemError:
+        """Look where the ranks wait that were too late for ``step``.
+
+        Args:
+            error: The error of a wait of this rank.
+            step: The operation.
+            collective: Whether all ranks must make it. A signal may be late because the peer does something else.
+
+        Returns:
+            DivergenceError if a rank waits in another call instead of a collective one; else the error itself, which
+            says where the ranks wait, as far as this is known.
+        """
+        if "gave up" in error.what:
+            return error  # the others have given up, and wait elsewhere by now
+        where = f"{step} at {_program_line(sys._getframe(1))}"
+        known = self.waits_of(error.peers)
+        if not known:
+            return error
+        steps = {text.partition(" at ")[0] for text in known.values()}
+        if not collective or steps == {step}:
+            error.what += "".join(f"; rank {rank} waits in {text}" for rank, text in known.items())
+            return error
+        ranks = sorted({self.rank: where, **known}.items())
+        return DivergenceError(
+            f"the ranks wait in different calls: {', '.join(f'{text} on rank {rank}' for rank, text in ranks)}",
+            hint="all ranks of a group must make the same calls in the same order",
+            rank=error.rank,
+            group=error.group,
+            step=error.step,
+            peers=tuple(known),
+        )
+
+    def waits_of(self, ranks: Sequence[int]) -> dict[int, str]:
+        """Where ranks wait: the operation and the line of the program, by rank, as far as this is known."""
+        now, known = time.monotonic_ns(), {}
+        for rank in ranks:
+            for slot in self._waits(rank):
+                # A rank may still show a round that the others have passed.
+                if slot[1] > now and not 0 < slot[0] >> 32 <= self.passed:
+                    known[rank] = self.text_of(rank, slot[0] & _LOW)
+        return known
+
+    def _waits(self, rank: int) -> list[memoryview]:
+        begin, memory = _WAITS, self.memory[rank]
+        return [memory[begin + 16 * slot : begin + 16 * slot + 16].cast("Q") for slot in range(_SLOTS)]
 
     def publish(self, error: SymmemError, index: int) -> None:
         """Let every rank raise this error with its next act or call of the sequence with that index."""
@@ -172,6 +261,30 @@ class Ledger:
 
 def _word(memory: memoryview, begin: int, index: int) -> memoryview:
     return memory[begin + 8 * index : begin + 8 * index + 8].cast("Q")
+
+
+def _program_line(frame: FrameType | None) -> CallSite:
+    """The first frame outside of torch and symmem."""
+    while frame is not None and (internal[name := frame.f_globals.get("__name__", "")] or name.startswith("torch.")):
+        frame = frame.f_back
+    return caller(frame)
+
+
+def explained(group: RankGroup, error: PeerTimeoutError, step: str | None, collective: bool = True) -> SymmemError:
+    """See :meth:`Ledger.explain`. Without a ledger, return the error."""
+    ledger = getattr(group, "ledger", None)
+    return error if ledger is None or step is None else ledger.explain(error, step, collective)
+
+
+def _publish(wait: Wait) -> Callable[[], None]:
+    ledger = getattr(wait.group, "ledger", None)
+    if ledger is None:
+        return lambda: None
+    end: Callable[[], None] = ledger.show_wait(f"{wait.step} at {_program_line(sys._getframe(2))}", wait.deadline)
+    return end
+
+
+pending_waits.publish = _publish
 
 
 class ActSequence:

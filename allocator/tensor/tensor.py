@@ -15,6 +15,7 @@ from symmem.backends.untraced import untraced, untraced_methods
 from symmem.errors import NotSymmetricError, PeerTimeoutError, UnsupportedError
 from symmem.group.call_site import caller
 from symmem.group.group import check_timeout
+from symmem.group.ledger import explained
 from symmem.group.resolve import GroupLike, default_group, resolve_group
 from symmem.memory import cuda_graphs
 from symmem.memory.block import Block
@@ -317,13 +318,13 @@ class SymmetricTensor(BlockHandle):
 
     # Signals. On CUDA they are work on the current stream; on the CPU they are complete when the call returns.
 
-    def _wait(self, wait: Callable[..., None], *arguments: object) -> None:
-        """Wait for peers. If that times out because the ranks have allocated differently, raise DivergenceError."""
+    def _wait(self, mapping: Mapping, wait: Callable[..., None], *arguments: object) -> None:
+        """Wait for peers. If that times out because the ranks do different things, raise DivergenceError."""
         try:
             wait(*arguments)
-        except PeerTimeoutError:
+        except PeerTimeoutError as error:
             self._block.check_acts()
-            raise
+            raise explained(mapping.group, error, error.step, str(error.step).startswith("barrier")) from None
 
     def barrier(self, channel: int = 0, timeout: float | None = None, *, group: GroupLike = None) -> None:
         """Wait for all ranks. Afterwards all earlier stores of all ranks, to any rank's memory, are visible to all.
@@ -341,7 +342,7 @@ class SymmetricTensor(BlockHandle):
                 handler, such as KeyboardInterrupt. That rank raises the exception itself; the barrier is abandoned.
         """
         mapping, channel, seconds = self._signals("barrier", channel, timeout, group)
-        self._wait(self._block.signals(mapping).barrier, channel, seconds)
+        self._wait(mapping, self._block.signals(mapping).barrier, channel, seconds)
 
     def put_signal(self, rank: int, channel: int = 0, timeout: float | None = None, *, group: GroupLike = None) -> None:
         """Set this rank's flag at ``rank``, after ``rank`` took the previous one. It makes earlier stores visible.
@@ -351,7 +352,7 @@ class SymmetricTensor(BlockHandle):
         """
         mapping, channel, seconds = self._signals("put_signal", channel, timeout, group)
         rank = check_rank(rank, mapping, "put_signal")
-        self._wait(self._block.signals(mapping).put_signal, rank, channel, seconds)
+        self._wait(mapping, self._block.signals(mapping).put_signal, rank, channel, seconds)
 
     def wait_signal(
         self, rank: int, channel: int = 0, timeout: float | None = None, *, group: GroupLike = None
@@ -363,7 +364,7 @@ class SymmetricTensor(BlockHandle):
         """
         mapping, channel, seconds = self._signals("wait_signal", channel, timeout, group)
         rank = check_rank(rank, mapping, "wait_signal")
-        self._wait(self._block.signals(mapping).wait_signal, rank, channel, seconds)
+        self._wait(mapping, self._block.signals(mapping).wait_signal, rank, channel, seconds)
 
     def synchronize(self, *, group: GroupLike = None) -> None:
         """Wait until the work on the current stream is done, and raise if a barrier or signal in it failed. Local.

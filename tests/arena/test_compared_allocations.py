@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -375,3 +376,52 @@ def test_the_error_names_the_line_of_every_rank(function: Callable[[symmem.Group
             for rank in (0, 1):
                 line = f"{FILE}:{first + 3} in {function.__name__}, allocated at {__file__}:{first + 1 + rank} in "
                 assert f"{line}{function.__name__} on rank {rank}" in result.text
+
+
+def wait_in(other: str) -> Told:
+    """Rank 0 waits in a barrier; rank 1 waits for it elsewhere."""
+    group = group_of(f"waits in {other}")
+    if group is None:
+        return Told(kind="", text="")
+    st = allocate(group, 8)
+    st.barrier()
+    symmem.ops.all_reduce(torch.ones(4), group=group)
+
+    def go() -> None:
+        if group.rank == 0:
+            st.barrier(timeout=2.0)
+        elif other == "operation":
+            symmem.ops.all_reduce(torch.ones(4), group=group)
+        elif other == "signal":
+            st.wait_signal(0, timeout=2.0)
+        elif other == "collect":
+            with group.collective("something else", timeout=30.0):
+                pass
+        else:
+            st.barrier(channel=1, timeout=2.0)
+
+    result = told(go)
+    group.close()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        ("operation", "all_reduce(sum) of 4 torch.float32"),
+        ("signal", "wait_signal on channel 0"),
+        ("channel", "barrier on channel 1"),
+        ("collect", "something else: agree"),
+    ],
+)
+def test_ranks_that_wait_in_different_calls_are_told(other: str, text: str, new_pool: Callable[..., RankPool]) -> None:
+    """At the timeout. The error names the call and the line of both, instead of blaming the peer."""
+    pool = new_pool(2, process_group=None, env={"SYMMEM_ENABLE": "signal_timeout(2s)"})
+    for result in pool.run(wait_in, other)[: 1 if other == "collect" else 2]:
+        if result.rank == 1 and other == "signal":  # the peer of a signal may do something else meanwhile
+            assert result.kind == "PeerTimeoutError", result
+            assert f"; rank 0 waits in barrier on channel 0 at {__file__}:" in result.text
+            continue
+        assert result.kind == "DivergenceError", result
+        for rank, step in enumerate(["barrier on channel 0", text]):
+            assert re.search(rf"{re.escape(step)} at \S*{FILE}:\d+ in go on rank {rank}", result.text), result.text

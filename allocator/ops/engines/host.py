@@ -36,10 +36,20 @@ from symmem.backends.base import tensor_at
 from symmem.backends.libc import PAGE, round_up
 from symmem.backends.neutral import neutral_mode
 from symmem.backends.signals import SharedSignals
-from symmem.errors import ForkedError, GroupError, MismatchError, RendezvousError, SymmemError, from_wire, to_wire
+from symmem.errors import (
+    ForkedError,
+    GroupError,
+    MismatchError,
+    PeerTimeoutError,
+    RendezvousError,
+    SymmemError,
+    from_wire,
+    to_wire,
+)
 from symmem.group.agreement import as_symmem_error
 from symmem.group.compare import differing
 from symmem.group.group import Group
+from symmem.group.ledger import explained
 from symmem.ops.engines.base import REDUCTIONS
 
 __all__ = ["HostEngine"]
@@ -116,6 +126,7 @@ class HostEngine:
 
     def __init__(self, group: Group) -> None:
         self._rank, self._world, self._name = group.rank, group.size, group.name
+        self._group = group
         self._timeout = group.settings.signal_timeout
         self._turn = _Turn(group)
         self._number = 0  # number of the next step
@@ -140,7 +151,8 @@ class HostEngine:
             [_view(pointer + errors + turn * _ERROR_NBYTES, _ERROR_NBYTES) for pointer in pointers] for turn in range(2)
         ]
         own = [lines_of_turn[group.rank] for lines_of_turn in self._lines]
-        self._signals = SharedSignals(group, pointers, mapping, functools.partial(_describe_latest, own))
+        self._describe = functools.partial(_describe_latest, own)
+        self._signals = SharedSignals(group, pointers, mapping, self._describe)
         self._region_offsets = [begin, begin + REGION]
         self._pointers = pointers
         self._side_by_side, self._stride = mapping.contiguous()
@@ -364,17 +376,21 @@ class HostEngine:
     def _wait(self, wait: Callable[[int, float], None], operation: str) -> None:
         try:
             wait(_CHANNEL, self._timeout)
-        except BaseException as error:
+        except BaseException as raised:
             self._steps_left = False  # all ranks give up the step
-            if isinstance(error, RendezvousError):
-                error.step = operation
-                what = error.what.replace("a barrier on this channel", "a collective operation")
-                if what != error.what:
-                    error.what = what
-                    error.hint = (
-                        "this group cannot run collective operations any more: restart the job, or make another group"
-                    )
-            raise
+            if not isinstance(raised, RendezvousError):
+                raise
+            error: SymmemError = raised
+            if isinstance(raised, PeerTimeoutError):
+                error = explained(self._group, raised, self._describe())
+            error.step = operation
+            what = error.what.replace("a barrier on this channel", "a collective operation")
+            if what != error.what:
+                error.what = what
+                error.hint = (
+                    "this group cannot run collective operations any more: restart the job, or make another group"
+                )
+            raise error from None
 
     def _mismatch(self, turn: int, operation: str) -> SymmemError:
         """Make the error for a step in which the ranks' lines differ."""
