@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import CodeType, FrameType
 from typing import NamedTuple
 
-__all__ = ["NOWHERE", "CallSite", "caller", "internal"]
+__all__ = ["NOWHERE", "CallSite", "caller", "internal", "program_line"]
 
 NOWHERE = (compile("", "<no caller>", "exec"), 0)
 
@@ -49,3 +49,10 @@ def caller(frame: FrameType | None) -> CallSite:
     while frame is not None and internal[frame.f_globals.get("__name__", "")]:
         frame = frame.f_back
     return CallSite(frame.f_code, frame.f_lasti) if frame is not None else CallSite(*NOWHERE)
+
+
+def program_line(frame: FrameType | None) -> CallSite:
+    """The first frame outside of torch and symmem."""
+    while frame is not None and (internal[name := frame.f_globals.get("__name__", "")] or name.startswith("torch.")):
+        frame = frame.f_back
+    return caller(frame)

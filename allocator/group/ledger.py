@@ -38,7 +38,6 @@ import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from symmem.backends import pending_waits
@@ -46,7 +45,7 @@ from symmem.backends.libc import PAGE, Region, fence, round_up
 from symmem.backends.memory_files import check_memory_file, memory_file
 from symmem.backends.pending_waits import Wait
 from symmem.errors import DivergenceError, PeerTimeoutError, SymmemError, from_wire, to_wire
-from symmem.group.call_site import CallSite, caller, internal
+from symmem.group.call_site import program_line
 from symmem.group.compare import differing
 from symmem.native.build import load_extension
 
@@ -208,7 +207,7 @@ class Ledger:
         """
         if "gave up" in error.what:
             return error  # the others have given up, and wait elsewhere by now
-        where = f"{step} at {_program_line(sys._getframe(1))}"
+        where = f"{step} at {program_line(sys._getframe(1))}"
         known = self.waits_of(error.peers)
         if not known:
             return error
@@ -263,13 +262,6 @@ def _word(memory: memoryview, begin: int, index: int) -> memoryview:
     return memory[begin + 8 * index : begin + 8 * index + 8].cast("Q")
 
 
-def _program_line(frame: FrameType | None) -> CallSite:
-    """The first frame outside of torch and symmem."""
-    while frame is not None and (internal[name := frame.f_globals.get("__name__", "")] or name.startswith("torch.")):
-        frame = frame.f_back
-    return caller(frame)
-
-
 def explained(group: RankGroup, error: PeerTimeoutError, step: str | None, collective: bool = True) -> SymmemError:
     """See :meth:`Ledger.explain`. Without a ledger, return the error."""
     ledger = getattr(group, "ledger", None)
@@ -280,7 +272,7 @@ def _publish(wait: Wait) -> Callable[[], None]:
     ledger = getattr(wait.group, "ledger", None)
     if ledger is None:
         return lambda: None
-    end: Callable[[], None] = ledger.show_wait(f"{wait.step} at {_program_line(sys._getframe(2))}", wait.deadline)
+    end: Callable[[], None] = ledger.show_wait(f"{wait.step} at {program_line(sys._getframe(2))}", wait.deadline)
     return end
 
 

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import os
 import random
+import re
 import signal
 import time
 import weakref
@@ -367,6 +368,8 @@ def test_ranks_that_do_not_call_alike_are_told_and_go_on(pools: Any, first: bool
     assert "all_reduce(sum) of 4 torch.float32 on ranks 0, 2, all_reduce(sum) of 5 torch.float32 on rank 1" in texts[0]
     assert "all_reduce(sum) of 12 torch.float16 on rank 1" in texts[2]
     assert "broadcast(root 1) of 12 torch.float32 on rank 1" in texts[4]
+    for text in texts:
+        assert re.search(rf"; called at {re.escape(__file__)}:\d+ in <lambda> on ranks 0-2\n", text), text
 
 
 def refused(first: bool) -> list[Outcome]:

@@ -25,6 +25,7 @@ import math
 import operator
 import os
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
@@ -47,7 +48,8 @@ from symmem.errors import (
     to_wire,
 )
 from symmem.group.agreement import as_symmem_error
-from symmem.group.compare import differing
+from symmem.group.call_site import program_line
+from symmem.group.compare import called_at, differing
 from symmem.group.group import Group
 from symmem.group.ledger import explained
 from symmem.ops.engines.base import REDUCTIONS
@@ -63,7 +65,9 @@ TWO_SHOT = 128 << 10
 _Method = TypeVar("_Method", bound=Callable[..., None])
 
 _CPU = torch.device("cpu")
-_CHANNEL = 0  # the only signal channel of the workspace in use
+_CHANNEL = 0  # of the signals of the workspace
+_LINES_CHANNEL = 1  # for an error that names the lines of the program
+_BRIEF = 1.0  # seconds that a rank waits for the lines
 _LINE = struct.Struct("<4Hqqq")  # operation, reduction, dtype, root; elements, piece, number of the step
 _LINE_STRIDE = 64  # bytes: one cache line
 _ERROR_NBYTES = 1024  # for the text of an error; zeros follow the text
@@ -392,6 +396,16 @@ class HostEngine:
                 )
             raise error from None
 
+    def _program_lines(self, turn: int) -> list[str]:
+        """The line of the program that every rank called. All ranks are here; empty if one is late."""
+        views, own = self._errors[turn], str(program_line(sys._getframe(1))).encode()[:_ERROR_NBYTES]
+        views[self._rank][:] = own.ljust(_ERROR_NBYTES, b"\0")
+        try:
+            self._signals.barrier(_LINES_CHANNEL, _BRIEF)
+        except RendezvousError:
+            return []
+        return [bytes(view).rstrip(b"\0").decode(errors="replace") for view in views]
+
     def _mismatch(self, turn: int, operation: str) -> SymmemError:
         """Make the error for a step in which the ranks' lines differ."""
         found = [_LINE.unpack(line) for line in self._lines[turn]]
@@ -401,7 +415,7 @@ class HostEngine:
         texts = [_describe(*line) for line in found]
         text, peers = differing(texts if len(set(texts)) > 1 else [f"step {line[-1]}" for line in found])
         return MismatchError(
-            f"ranks are at different operations: {text}",
+            f"ranks are at different operations: {text}{called_at(self._program_lines(turn))}",
             hint="all ranks of a group must make the same calls in the same order, with the same shapes and dtypes",
             rank=self._rank,
             group=self._name,
