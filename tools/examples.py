@@ -68,13 +68,13 @@ def run_example(path: Path, world: int, env: Mapping[str, str | None] | None = N
     return printed[0]
 
 
-def run_file(path: str) -> str:
-    """Run a program on this rank of a pool, as torchrun would; returns what it printed."""
+def run_file(path: str, *options: str) -> str:
+    """Run a program with options on this rank of a pool, as torchrun would; returns what it printed."""
     # The example uses the pool's store, as it uses the agent's store under torchrun.
     store = rank_store()
     assert isinstance(store, TCPStore)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    sys.argv = [path]
+    sys.argv = [path, *options]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         try:
             runpy.run_path(path, run_name="__main__")

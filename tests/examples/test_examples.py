@@ -25,7 +25,7 @@ VARIABLES = ("SYMMEM_ENABLE", "NVFUSER_ENABLE", "SYMMEM_CONFIG")
 
 @dataclass(frozen=True)
 class Way:
-    """A way to choose a backend: options of the program under torchrun, or else the environment of a pool."""
+    """A way to choose a backend: options of the program and its environment."""
 
     options: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
@@ -34,8 +34,8 @@ class Way:
 
 
 WAYS = {
-    "default": Way(ranks=4, torchrun=True),
-    "argument": Way(("--backend", "host"), torchrun=True),
+    "default": Way(torchrun=True),
+    "argument": Way(("--backend", "host"), ranks=4),
     "SYMMEM_ENABLE": Way(env={"SYMMEM_ENABLE": "symmetric_memory_backend(host)"}),
     "NVFUSER_ENABLE": Way(env={"NVFUSER_ENABLE": "other_option(1),symmetric_memory_backend(host)"}),
     "SYMMEM_CONFIG": Way(env={"SYMMEM_CONFIG": LAPTOP}),
@@ -83,7 +83,7 @@ def test_hello_works_with_the_environment_of_a_pool(name: str) -> None:
     way = WAYS[name]
     env: dict[str, str | None] = {**dict.fromkeys(VARIABLES), **way.env}
     with RankPool(way.ranks, env=env, timeout=TASK, process_group=None) as pool:
-        check(name, "".join(pool.run(run_file, str(HELLO))))
+        check(name, "".join(pool.run(run_file, str(HELLO), *way.options)))
 
 
 def check(name: str, out: str) -> None:
