@@ -814,20 +814,23 @@ def case_explain() -> None:
     name = group()
 
     def f(x: torch.Tensor) -> torch.Tensor:
-        return ct.total(x + 1, name) + ct.total(ct.opaque(x), name)
+        sums = ct.total(x + 1, name) + ct.total(ct.opaque(x), name)
+        return sums + ct.total(torch.sort(x, stable=True)[0], name)
 
     torch._dynamo.reset()
     report = symmem.compile.explain(f, values(4, 4))
     text = str(report)
-    assert report.copies == 1
-    assert "2 registered arguments, 1 copied at every call" in text
+    assert report.copies == 2
+    assert "3 registered arguments, 2 copied at every call" in text
+    assert re.search(r"copied: the operator that makes it \(.*aten.sort.*\) allocates its own result", text)
+    assert "to avoid the copy: call it in an operator of your own with one result" in text
     assert re.search(r"ct::total\(x: \[4, 4\] float32, 64 B\): placed: .* writes straight to it", text)
     assert "to avoid the copy: give that operator a variant with out=" in text
     assert "compile_cases.py" in text
     assert "a barrier follows" in text
     assert report.to_json()["graphs"][0]["decisions"][1]["outcome"] == COPIED
     again = symmem.compile.explain(f, values(4, 4))
-    assert [each.outcome for graph in again.graphs for each in graph.decisions] == [PLACED, COPIED]
+    assert [each.outcome for graph in again.graphs for each in graph.decisions] == [PLACED, COPIED, COPIED]
 
 
 @case()

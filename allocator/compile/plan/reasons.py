@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from torch._inductor import config as inductor
 from torch._inductor import ir
 from torch._inductor.virtualized import V
+from torch._library.utils import is_builtin
+from torch._ops import OpOverload
 
 from symmem.compile.plan.symmetric_layout import SymmetricLayout
 from symmem.compile.report import AT_RUN_TIME, COPIED, IN_PLACE
@@ -21,8 +23,14 @@ def _is_redirected(buffer: Any) -> bool:
     return any(getattr(node, "symmem_redirected", False) for node in (buffer, *getattr(buffer, "inputs", ())))
 
 
+def _maker(buffer: Any) -> Any:
+    """The node of the operator that makes a buffer, also if the buffer is one of its results."""
+    return buffer.inputs[0] if isinstance(buffer, ir.MultiOutput) else buffer
+
+
 def producer_name(buffer: Any) -> str:
     """The name of the operator that writes a buffer, for messages."""
+    buffer = _maker(buffer)
     kernel = getattr(buffer, "python_kernel_name", None)
     origin = getattr(buffer, "origin_node", None)
     return str(kernel or (origin is not None and origin.target) or type(buffer).__name__)
@@ -80,10 +88,11 @@ def _why_copied(buffer: Any, name: str) -> tuple[str, str]:
     if isinstance(buffer, ir.MultiTemplateBuffer):
         why = f"{name} is chosen among several kernels, and some of them allocate their own result"
         return why, "compile without max_autotune"
-    return (
-        f"the operator that makes it ({name}) allocates its own result",
-        "give that operator a variant with out= that takes the same arguments",
-    )
+    why = f"the operator that makes it ({name}) allocates its own result"
+    op = getattr(_maker(buffer), "op_overload", None)
+    if isinstance(op, OpOverload) and is_builtin(op):
+        return why, "call it in an operator of your own with one result, which has a variant with out="
+    return why, "give that operator a variant with out= that takes the same arguments"
 
 
 def source_line() -> str:
