@@ -202,8 +202,9 @@ class Ledger:
             collective: Whether all ranks must make it. A signal may be late because the peer does something else.
 
         Returns:
-            DivergenceError if a rank waits in another call instead of a collective one; else the error itself, which
-            says where the ranks wait, as far as this is known.
+            DivergenceError if a rank waits in another barrier, signal or operation instead of a collective one; else
+            the error itself, which says where the ranks wait, as far as this is known. A wait in a round of the group
+            does not count: a rank may skip a barrier, and meet the others after their timeout.
         """
         if "gave up" in error.what:
             return error  # the others have given up, and wait elsewhere by now
@@ -211,8 +212,9 @@ class Ledger:
         known = self.waits_of(error.peers)
         if not known:
             return error
+        in_rounds = known.keys() - self.waits_of(error.peers, rounds=False).keys()
         steps = {text.partition(" at ")[0] for text in known.values()}
-        if not collective or steps == {step}:
+        if not collective or in_rounds or steps == {step}:
             error.what += "".join(f"; rank {rank} waits in {text}" for rank, text in known.items())
             return error
         ranks = sorted({self.rank: where, **known}.items())
@@ -225,13 +227,19 @@ class Ledger:
             peers=tuple(known),
         )
 
-    def waits_of(self, ranks: Sequence[int]) -> dict[int, str]:
-        """Where ranks wait: the operation and the line of the program, by rank, as far as this is known."""
+    def waits_of(self, ranks: Sequence[int], rounds: bool = True) -> dict[int, str]:
+        """Where ranks wait: the operation and the line of the program, by rank, as far as this is known.
+
+        Args:
+            ranks: The ranks.
+            rounds: Whether waits in rounds of the group count.
+        """
         now, known = time.monotonic_ns(), {}
         for rank in ranks:
             for slot in self._waits(rank):
                 # A rank may still show a round that the others have passed.
-                if slot[1] > now and not 0 < slot[0] >> 32 <= self.passed:
+                number = slot[0] >> 32
+                if slot[1] > now and (not number or (rounds and number > self.passed)):
                     known[rank] = self.text_of(rank, slot[0] & _LOW)
         return known
 

@@ -422,6 +422,10 @@ def test_ranks_that_wait_in_different_calls_are_told(other: str, text: str, new_
             assert result.kind == "PeerTimeoutError", result
             assert f"; rank 0 waits in barrier on channel 0 at {__file__}:" in result.text
             continue
+        if other == "collect":  # the ranks may go on there after the timeout
+            assert result.kind == "PeerTimeoutError", result
+            assert f"; rank 1 waits in something else: agree at {__file__}:" in result.text
+            continue
         assert result.kind == "DivergenceError", result
         for rank, step in enumerate(["barrier on channel 0", text]):
             assert re.search(rf"{re.escape(step)} at \S*{FILE}:\d+ in go on rank {rank}", result.text), result.text
