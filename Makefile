@@ -11,7 +11,7 @@ export PYTHON TORCH
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-fast test test-gpu test-matrix lint bench docs clean
+.PHONY: help setup demo test-fast test test-gpu test-matrix lint chaos bench docs clean
 
 help:  ## show this
 	@echo "make TARGET [ARGS='options'] [PYTHON=$(PYTHON)] [TORCH=$(TORCH)]"
@@ -47,6 +47,10 @@ lint:  ## ruff and mypy
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
 	.venv/bin/python -m mypy tests
+
+chaos:  ## random programs on ranks that die, stop and are interrupted: SEED=1 MINUTES=1 ARGS='--episodes 1'
+	@bash scripts/setup.sh
+	.venv/bin/python scripts/chaos.py --seed $(or $(SEED),1) --minutes $(or $(MINUTES),1) $(ARGS)
 
 bench:  ## symmem bench: ARGS='host --json'
 	@bash scripts/setup.sh
