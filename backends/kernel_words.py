@@ -124,8 +124,8 @@ class KernelWords:
         name, rank, _group = self._groups[number]
         lost = self._record(number)[0] - 1
         return PeerLostError(
-            f"rank {lost}'s process ended before it came. This operation and the group's later ones gave up: all bits "
-            "of the results that they could not finish are 1, so floats are NaN",
+            f"rank {lost}'s process ended before it came. This operation and the group's later ones gave up. "
+            "What they could not finish is NaN in reductions; in results that are only moved, all bits are 1",
             hint=f"look in the log of rank {lost} for the first error. This process can still use its memory and "
             f"cuda:{self.ordinal}: make a new group of the ranks that are left",
             rank=rank,

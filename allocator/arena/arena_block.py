@@ -63,7 +63,8 @@ class ArenaBlock(Block):
     @property
     def diverged(self) -> bool:
         """See :attr:`Block.diverged`."""
-        return self.log.has_diverged()
+        acts = self.log.acts
+        return acts is not None and (acts.is_ahead or acts.mark[0] != 0)
 
     def check_acts(self) -> None:
         """See :meth:`Block.check_acts`."""

@@ -226,17 +226,17 @@ class Rounds:
         if self._size == 1:
             return Received([Contribution(contribution.payload, duplicate(contribution.descriptors))])
         self.waiting = message.step, message.sequence, time.monotonic(), message.deadline
-        end = None
-        if self.ledger is not None:
-            end = self.ledger.show_wait(f"{message.step} at {operation.line}", message.deadline, message.sequence)
+        end, ledger = None, self.ledger  # another thread may close the group
+        if ledger is not None:
+            end = ledger.show_wait(f"{message.step} at {operation.line}", message.deadline, message.sequence)
         try:
             verdict = (self._lead if self._rank == 0 else self._follow)(message, operation)
         finally:
             self.waiting = None
             if end is not None:
                 end()
-        if self.ledger is not None:
-            self.ledger.passed = message.sequence
+        if ledger is not None:
+            ledger.passed = message.sequence
         if verdict.error:
             verdict.close()
             raise AgreedError(from_wire(verdict.error))

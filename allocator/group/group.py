@@ -246,7 +246,7 @@ class Group:
 
     def when_lost(self, function: Callable[[int], None]) -> None:
         """See :meth:`symmem.backends.base.RankGroup.when_lost`. It takes effect once the ranks have joined."""
-        self._watch.when_lost(self.rank, function)
+        self._watch.when_lost(function)
 
     @untraced
     def check(self) -> None:

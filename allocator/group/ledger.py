@@ -10,8 +10,8 @@ of two neighbours sees the other's word. There are three cases:
 
 - The neighbour's word is of act n. If the words differ, the ranks have diverged.
 - The neighbour has not come to act n. It compares when it comes, unless this rank has overwritten word n by then.
-  Before that can happen, and with every use of peers' memory, this rank compares the neighbour's latest act with its
-  own record of the same act. Because the hash is rolling, that covers all acts before.
+  Before that can happen, and with every use of peers' memory while it is that far ahead, this rank compares the
+  neighbour's latest act with its own record of the same act. Because the hash is rolling, that covers all acts before.
 - The neighbour is ahead by more than the ring, so its word n is overwritten. It compares, as in the second case.
 
 The hot path is in C (``symmem/native/ledger.c``). Without a compiler, Python does the same, and takes four times as
@@ -187,7 +187,7 @@ class Ledger:
                 text_id = self._wait_texts[text] = self.add_text(text)
             slot[0], slot[1] = number << 32 & _HIGH | text_id, _FOREVER
 
-        def end() -> None:
+        def end(_ledger: Ledger = self) -> None:  # the slot is memory of the ledger, which must live until then
             now = time.monotonic_ns()
             slot[1] = now + _SHOWN if now >= deadline * 1e9 else 0
 
@@ -249,10 +249,15 @@ class Ledger:
 
     def publish(self, error: SymmemError, index: int) -> None:
         """Let every rank raise this error with its next act or call of the sequence with that index."""
-        data = json.dumps(to_wire(error)).encode()
+        wire = to_wire(error)
+        data = json.dumps(wire, ensure_ascii=False).encode()
+        while len(data) > _ERROR - 4:
+            wire["what"] = wire["what"][: len(wire["what"]) * 3 // 4]
+            data = json.dumps(wire, ensure_ascii=False).encode()
         own, begin = self.memory[self.rank], _ERROR * index
-        own[begin : begin + 4] = len(data).to_bytes(4, "little")
         own[begin + 4 : begin + 4 + len(data)] = data
+        _full_fence()  # others may read as soon as the length is there
+        own[begin : begin + 4] = len(data).to_bytes(4, "little")
         _full_fence()
         for memory in self.memory:
             mark = _word(memory, _MARKS, index)
@@ -296,6 +301,7 @@ class ActSequence:
             and compares. It returns whether :meth:`look` must be called.
         add_text: See :meth:`Ledger.add_text`.
         known: Ids of texts that the owner remembers, by the call sites.
+        is_ahead: Whether a neighbour was so far behind at the last look that its acts may not find this rank's words.
     """
 
     def __init__(self, ledger: Ledger, index: int, name: str) -> None:
@@ -314,6 +320,7 @@ class ActSequence:
         self.enter: Callable[[int, int, int], bool] = ring.enter
         self.add_text = ledger.add_text
         self.known: dict[Any, Any] = {}
+        self.is_ahead = False
         # Hashes of the acts after `_before` that the ring may have lost, but that a neighbour may not have made yet.
         self._history = array("I")
         self._before = 0
@@ -339,7 +346,9 @@ class ActSequence:
         self._remember(number)
         for neighbour in self._compared:
             self._compare(neighbour, number)
-        settled = min(self._compared.values()) - RING
+        last = min(self._compared.values(), default=number)
+        self.is_ahead = number - last >= RING // 2
+        settled = last - RING
         if settled > self._before:
             del self._history[: settled - self._before]
             self._before = settled

@@ -1,6 +1,6 @@
 """Calls functions as soon as a watched process ends, from one thread of this process.
 
-The thread begins with the first function. It exists for those who cannot ask :meth:`ProcessWatch.lost` themselves,
+The thread begins with the first function. It exists for code that cannot ask :meth:`ProcessWatch.lost` itself,
 such as kernels on the GPU.
 """
 
@@ -16,7 +16,7 @@ log = logging.getLogger("symmem.group")
 
 __all__ = ["forget", "notify"]
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # the garbage collector may call `forget` within
 _epoll: select.epoll | None = None
 _functions: dict[int, list[Callable[[], object]]] = {}  # by pidfd
 
@@ -45,19 +45,27 @@ def _wait(epoll: select.epoll) -> None:
     while True:
         for descriptor, _event in epoll.poll():
             with _lock:
+                if not _has_ended(descriptor):  # it was closed meanwhile, and its number is another process's now
+                    continue
                 functions = _functions.get(descriptor, [])
                 called, functions[:] = list(functions), []
             for function in called:
                 try:
                     function()
                 except Exception:
-                    log.exception("a function that must know of the end of a process failed")
+                    log.exception("a callback for the end of a process failed")
+
+
+def _has_ended(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return any(event & select.POLLIN for _descriptor, event in poll.poll(0))
 
 
 def _forget_in_child() -> None:
     """A forked child has no such thread. It must not change the parent's registrations, which it shares."""
     global _lock, _epoll
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _functions.clear()
     if _epoll is not None:
         _epoll.close()

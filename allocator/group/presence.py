@@ -45,6 +45,8 @@ class ProcessWatch:
 
     def __init__(self) -> None:
         self._ranks: dict[int, int] = {}  # by pidfd
+        self._watched: dict[int, int] = {}  # the same without this rank
+        self._functions: list[Callable[[int], None]] = []
         self._poll = select.poll()
         # Threads must not use a poll object at the same time, and its descriptors must stay open meanwhile.
         self._lock = threading.Lock()
@@ -55,24 +57,28 @@ class ProcessWatch:
         with self._lock:
             self._ranks[descriptor] = rank
             if watched:
+                self._watched[descriptor] = rank
                 self._poll.register(descriptor, select.POLLIN)
+                for function in self._functions:
+                    loss_notices.notify(descriptor, functools.partial(function, rank))
 
     def lost(self) -> tuple[int, ...]:
         """Return the ranks with an ended process."""
         with self._lock:
             return tuple(sorted(self._ranks[descriptor] for descriptor, _event in self._poll.poll(0)))
 
-    def when_lost(self, own_rank: int, function: Callable[[int], None]) -> None:
+    def when_lost(self, function: Callable[[int], None]) -> None:
         """Call ``function(rank)`` when the process of a rank ends, or has ended; see :meth:`RankGroup.when_lost`."""
         with self._lock:
-            for descriptor, rank in self._ranks.items():
-                if rank != own_rank:
-                    loss_notices.notify(descriptor, functools.partial(function, rank))
+            self._functions.append(function)
+            for descriptor, rank in self._watched.items():
+                loss_notices.notify(descriptor, functools.partial(function, rank))
 
     def close(self) -> None:
         """Close all descriptors."""
         with self._lock:
             self._poll = select.poll()
+            self._watched.clear()
             _close_all(self._ranks)
 
     def renew_lock(self) -> None:

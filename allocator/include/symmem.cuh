@@ -15,8 +15,8 @@
 //
 // Time. A wait that takes longer than view.limit writes the peer into view.status and traps. So does a wait of 0.1 s or
 // more once a process of the group has ended. The trap makes this process's CUDA context unusable, on purpose.
-// SymmetricTensor.synchronize() then raises a PeerTimeoutError or PeerLostError that names the peer. A long wait on a channel below 65536 is reported behind the status meanwhile; `symmem dump` and `symmem
-// top` show it.
+// SymmetricTensor.synchronize() then raises a PeerTimeoutError or PeerLostError that names the peer. A long wait on a
+// channel below 65536 is reported behind the status meanwhile; `symmem dump` and `symmem top` show it.
 //
 // Memory order follows the PTX ISA, "Memory Consistency Model". All scopes are .sys, because peers are other devices.
 #pragma once

@@ -101,7 +101,7 @@ class Block:
 
     @property
     def diverged(self) -> bool:
-        """Whether a rank has found that the ranks have allocated differently from the arena of the block."""
+        """Whether :meth:`check_acts` must look: a rank has found a difference, or this rank is far ahead of another."""
         return False
 
     def check_acts(self) -> None:

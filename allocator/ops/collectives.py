@@ -32,8 +32,9 @@ memory on all ranks. Anything else ends in a MismatchError.
 Errors:
 
 * A rank with invalid arguments raises InvalidArgumentError. On the CPU the other ranks raise the same error, and the
-  next call works. So does any other error of a rank before or within its call, for example one of autograd, or an
-  interrupt. Calls with meta or fake tensors are local.
+  next call works. The same holds for any other error of a rank before it waits for the others, for example one of
+  autograd, or an interrupt. After an interrupt during a wait, the group cannot run collective operations any more.
+  Calls with meta or fake tensors are local.
 * If ranks make different calls, all of them raise MismatchError on the CPU. On CUDA ranks compare nothing, because a
   comparison takes longer than the operation.
 * With the setting ``collective_check: each``, ranks compare their calls on any device before the operation starts. If

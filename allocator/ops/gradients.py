@@ -110,11 +110,11 @@ def without_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -
     @untraced
     def run(keyset: torch._C.DispatchKeySet, x: torch.Tensor, *rest: Any, **options: Any) -> Any:
         if in_forward_mode():
-            with _refusing(op, *options.values(), x, *rest):
+            with _refusing(op, x, *options.values(), *rest):
                 _check_no_tangent(op, x, *rest, *options.values())
         requires = torch._C._any_requires_grad(x, *rest, **options) if several else x.requires_grad
         if requires and torch.is_grad_enabled():
-            with _refusing(op, *options.values(), x, *rest):
+            with _refusing(op, x, *options.values(), *rest):
                 raise UnsupportedError(
                     f"{op._name} writes to its arguments, and has no gradient",
                     hint="use the functional form; or call it under torch.no_grad()",

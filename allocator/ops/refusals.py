@@ -23,11 +23,13 @@ __all__ = ["refuse", "refuse_in"]
 
 
 def refuse(group: Group, device: torch.device | None, operation: str, error: BaseException) -> None:
-    """Report an error to the other ranks, which wait for this rank in the operation. Does not wait for them.
+    """Report an error to the other ranks, which wait for this rank in the operation.
+
+    It waits for them only if they have not come to the call that this rank refused before.
 
     Args:
         group: The group of the call.
-        device: The device of the call; None if the arguments do not tell.
+        device: The device of the call; None for the CPU, if the arguments do not tell.
         operation: The name of the operation.
         error: What this rank raises. An error that a collective of the group raised is known to all ranks already.
     """
@@ -36,7 +38,7 @@ def refuse(group: Group, device: torch.device | None, operation: str, error: Bas
     reported = as_symmem_error(error)
     reported.located(rank=group.rank, group=group.name, step=operation)
     engines = group.extension(Engines)
-    engine: Any = engines.get(device) if device is not None else next(iter(engines.values()), None)
+    engine: Any = engines.get(torch.device("cpu") if device is None else device)
     if engine is None:
         group.fail(operation, reported)  # the others are about to make the engine
     elif hasattr(engine, "refuse"):

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,6 +184,34 @@ def test_a_rank_that_waits_is_released(step: str, pool: RankPool) -> None:
         assert result.took < LONG / 2
 
 
+def differ_far_apart() -> Told:
+    """Rank 0 has overwritten the differing act before the others come to it, and then they stop."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYMMEM_ENABLE", os.environ["SYMMEM_ENABLE"] + ",arena_size(512MiB)")
+        group = group_of("far apart", (0, 1, 2))
+    assert group is not None
+    first = allocate(group, 8)
+    first.barrier()
+    if group.rank:
+        rank_store().wait(["rank 0 was here"])
+    kept = [
+        allocate(group, 8 if count != 5 or group.rank else 700)
+        for count in range(RING // 8 if group.rank else 3 * RING)
+    ]
+    if not group.rank:
+        rank_store().set("rank 0 was here", "")
+    rank_store().add("through", 1)
+    while rank_store().add("through", 0) < 3:
+        time.sleep(0.01)
+    result = told(lambda: kept[7].remote_tensor((group.rank + 1) % 3))
+    group.close()
+    return result
+
+
+def test_a_rank_that_ran_far_ahead_is_told_before_it_reads(pool: RankPool) -> None:
+    assert pool.run(differ_far_apart)[0].kind == "DivergenceError"
+
+
 # Legal programs.
 
 
@@ -255,8 +284,9 @@ def local_calls() -> None:
 
 def far_ahead() -> None:
     """One rank is ahead by more than the ring. It has no word of the others to compare with until they come."""
-    os.environ["SYMMEM_ENABLE"] += ",arena_size(512MiB)"
-    group = group_of("ahead", (0, 1, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYMMEM_ENABLE", os.environ["SYMMEM_ENABLE"] + ",arena_size(512MiB)")
+        group = group_of("ahead", (0, 1, 2))
     assert group is not None
     allocate(group, 8).barrier()
     if group.rank:

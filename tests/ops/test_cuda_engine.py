@@ -656,7 +656,7 @@ def test_a_lost_rank_ends_waits_and_leaves_nothing_that_looks_right(
     for rank in range(LOST):
         assert torch.isnan(outs[rank]).any()
         assert torch.all(torch.isnan(outs[rank]) | (outs[rank] == right))
-        with pytest.raises(PeerLostError, match=rf"rank {LOST}'s process ended .* floats are NaN") as caught:
+        with pytest.raises(PeerLostError, match=rf"rank {LOST}'s process ended .* is NaN in reductions") as caught:
             operation(ranks.engines[rank], rank)
         assert caught.value.peers == (LOST,)
         assert caught.value.step == step
@@ -668,6 +668,35 @@ def test_a_lost_rank_ends_waits_and_leaves_nothing_that_looks_right(
     for rank in range(LOST):
         assert torch.isnan(outs[rank]).any()
         assert torch.all(torch.isnan(outs[rank]) | (outs[rank] == right))
+
+
+@pytest.mark.parametrize("kernel", ["exchange", "pull", "put"])
+def test_a_rank_that_gave_up_overwrites_nothing_of_a_rank_that_is_behind(
+    kernel: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 runs three operations without rank 1, which then finds the first one or nothing."""
+    rooms = [memory(1 << 13) for _ in range(WORLD)]
+    if kernel == "put":
+        in_symmetric_memory(ranks, rooms, monkeypatch)
+    ranks.use(move=(Row(WORLD, None, kernel, 32, 2), Row(WORLD, None, "pull", 32, 2)))
+    engines: list[Any] = ranks.engines
+    for engine in engines:
+        engine._group.lose(LOST)
+    n = 96
+
+    def gather(rank: int, value: float) -> torch.Tensor:
+        engines[rank]._state.given_up(engines[rank]._number)[0] = 0  # as in a graph, or a queue
+        out = rooms[rank].view(torch.float32)[: WORLD * n].view(WORLD, n)
+        engines[rank].all_gather(torch.full((n,), value), out)
+        return out.clone()
+
+    for value in (1.0, 2.0, 3.0):
+        ahead = gather(0, value)
+        assert torch.isnan(ahead[1:]).all()
+    for value in (1.0, 2.0, 3.0):
+        behind = gather(1, 10 * value)
+        assert torch.all(torch.isnan(behind[0]) | (behind[0] == value)), value
+        assert torch.isnan(behind[LOST]).all()
 
 
 # Work of the host.

@@ -3,6 +3,7 @@
 Every rank has a workspace. All other ranks can load from it and store to it::
 
     control    turn         uint64: how many operations the owner has finished. Counts all of one engine, from 0.
+               given_up     uint32: 1 after a kernel of the owner gave up, because a rank is lost
                ticket       uint32: how many blocks of the running kernel have read the turn
                marks        [2 parities, source]: identifies the memory that `source` passes; 0 in `pull`
                flags        uint64 [2 parities, 2 phases, block, source]: the turn in which this block of `source` came
@@ -42,7 +43,8 @@ result is rounded before it is passed on.
 
 **Failures and long waits.** As in :mod:`symmem.backends.signal_kernels`. After the time limit a thread writes the rank
 it waited for into the status, and traps. During a long wait it publishes that it waits. If a rank is lost, the kernel
-returns, and all bits of the results that it could not finish are 1: NaNs if they are floats.
+returns. Sums that it could not finish are NaNs; of elements that it only moves, all bits are 1. A word of the control
+area keeps that: later kernels of this rank store nothing to peers, which may be several turns behind.
 
 An engine runs its operations one after the other: from one stream, or from several that events order. Blocks wait only
 for the block of the same number on other ranks, so kernels cannot block one another by occupying the GPU.
@@ -262,6 +264,13 @@ __device__ __forceinline__ u64 *turn_word(const Call &call) { return (u64 *)call
 
 __device__ __forceinline__ u64 read_turn(const Call &call) { return load_relaxed(turn_word(call)); }
 
+__device__ __forceinline__ volatile u32 *given_up_word(const Call &call) {
+  return (volatile u32 *)(call.areas[call.rank] + 8);
+}
+
+// Whether a rank is lost, so that this rank must store nothing to peers. The word is beside the turn.
+__device__ __forceinline__ bool has_given_up(const Call &call) { return *given_up_word(call) != 0; }
+
 // Call after all threads of the block have read the turn. The block with the last ticket may change it. The ticket's
 // latency overlaps with the wait for the peers.
 __device__ __forceinline__ u32 draw_ticket(const Call &call) {
@@ -286,17 +295,19 @@ __device__ __forceinline__ u64 *mark(const Call &call, u32 at, u64 turn, u32 sou
 
 // Wait for the same block of all ranks. Stores that these blocks made before are visible afterwards. With `compare`,
 // stop if a rank passes another number. Returns false if a rank is lost.
-__device__ __forceinline__ bool meet(const Call &call, u64 turn, u32 phase, bool compare = false, u64 mine = 0) {
-  bool came = true;
+__device__ __forceinline__ bool meet(
+    const Call &call, u64 turn, u32 phase, bool over, bool compare = false, u64 mine = 0) {
+  bool came = !over;
   __syncthreads();
   const u32 peer = threadIdx.x;
-  if (peer < WORLD && peer != call.rank) {
+  if (came && peer < WORLD && peer != call.rank) {
     if (compare) store_relaxed(mark(call, peer, turn, call.rank), mine);
     fence();
     store_relaxed(flag(call, peer, turn, phase, call.rank), turn + 1);
     u64 began = 0;
     for (u32 spins = 1; came && load_acquire(flag(call, call.rank, turn, phase, peer)) != turn + 1; ++spins)
       if (spins % SPINS == 0) came = waits_on(&call, LATE, peer, began);
+    if (!came) *given_up_word(call) = 1;
     if (came && compare && load_relaxed(mark(call, call.rank, turn, peer)) != mine)
       stop(&call, DIFFERS, peer);
   }
@@ -339,10 +350,10 @@ __device__ __forceinline__ u32 one_of(Ranks ranks) {
 // Wait for a unit of every rank in `wanted`, then reset its place in the landing zone. All bits of a unit that does not
 // come because a rank is lost are 1.
 template <bool SPLIT>
-__device__ __forceinline__ void receive(const Call &call, const u8 *own, Ranks wanted, Unit (&got)[WORLD]) {
+__device__ __forceinline__ void receive(const Call &call, const u8 *own, Ranks wanted, Unit (&got)[WORLD], bool over) {
   u64 began = 0;
   Ranks missing = wanted;
-  for (u32 spins = 1;; ++spins) {
+  for (u32 spins = 1; !over; ++spins) {
     // Make all loads before the first check, so that they are in flight together.
 #pragma unroll
     for (u32 r = 0; r < WORLD; ++r)
@@ -355,6 +366,7 @@ __device__ __forceinline__ void receive(const Call &call, const u8 *own, Ranks w
     if (spins % SPINS == 0 && !waits_on(&call, LATE, one_of(missing), began)) break;
   }
   if (missing != 0) {
+    *given_up_word(call) = 1;
 #pragma unroll
     for (u32 r = 0; r < WORLD; ++r)
       if (missing & bit(r)) got[r] = {ONES, ONES};
@@ -507,8 +519,10 @@ __device__ __forceinline__ void begin(const Call &call, Unit mine, Unit (&got)[W
 
 extern "C" __global__ void __launch_bounds__(512) one_shot(const __grid_constant__ Call call) {
   const u64 turn = read_turn(call);
+  const bool over = has_given_up(call);
   const u32 units = u32((call.bytes + 15) / 16);
   const auto give = [&](u32 u) {
+    if (over) return;
     const Unit mine = guard(load(call.source + u64(u) * 16, call.bytes - u64(u) * 16));
 #pragma unroll
     for (u32 k = 1; k < WORLD; ++k) push(slot(call, next(call, k), turn, call.rank) + u64(u) * 16, mine);
@@ -521,7 +535,7 @@ extern "C" __global__ void __launch_bounds__(512) one_shot(const __grid_constant
     const u64 at = u64(u) * 16, left = call.bytes - at;
     Unit got[WORLD];
     begin(call, guard(load(call.source + at, left)), got);
-    receive<false>(call, own + at, all_others(call), got);
+    receive<false>(call, own + at, all_others(call), got, over);
     save(call.out + at, reduce(got), left);
   }
   advance(call, turn, ticket);
@@ -530,11 +544,13 @@ extern "C" __global__ void __launch_bounds__(512) one_shot(const __grid_constant
 template <bool GATHER>
 __device__ __forceinline__ void by_slices(const Call &call) {
   const u64 turn = read_turn(call);
+  const bool over = has_given_up(call);
   const u32 units = u32((call.slice + 15) / 16);
   const Ranks others = all_others(call);
   const u8 *own = slot(call, call.rank, turn, 0);
   // Push one unit of every peer's slice to this peer.
   const auto give = [&](u32 u) {
+    if (over) return;
     if (is_regular(call, u)) {
       Unit units_of[WORLD];
 #pragma unroll
@@ -559,9 +575,9 @@ __device__ __forceinline__ void by_slices(const Call &call) {
     if (left == 0) return;
     Unit got[WORLD];
     begin(call, guard(load(call.source + call.rank * call.stride + at, left)), got);
-    receive<false>(call, own + at, others, got);
+    receive<false>(call, own + at, others, got, over);
     const Unit result = reduce(got);
-    if (GATHER) {
+    if (GATHER && !over) {
 #pragma unroll
       for (u32 k = 1; k < WORLD; ++k)
         push(slot(call, next(call, k), turn, call.rank) + SLOT / 2 + at, result);
@@ -576,7 +592,7 @@ __device__ __forceinline__ void by_slices(const Call &call) {
 #pragma unroll
     for (u32 r = 0; r < WORLD; ++r)
       if (left_of(call, r, u)) wanted |= bit(r);
-    receive<false>(call, own + SLOT / 2 + u64(u) * 16, wanted & others, got);
+    receive<false>(call, own + SLOT / 2 + u64(u) * 16, wanted & others, got, over);
 #pragma unroll
     for (u32 r = 0; r < WORLD; ++r)
       if (wanted & others & bit(r)) save(call.out + r * call.stride + u64(u) * 16, got[r], left_of(call, r, u));
@@ -621,6 +637,10 @@ __device__ __forceinline__ void save_line(u8 *at, u64 data, u64 left) {
 
 extern "C" __global__ void __launch_bounds__(512) exchange(const __grid_constant__ Call call) {
   const u64 turn = read_turn(call);
+  const bool over = has_given_up(call);
+  const auto give = [&](u32 peer, u32 u, u64 data) {
+    if (!over) push(slot(call, peer, turn, call.rank) + u64(u) * 16, split(data));
+  };
   const u32 lines = u32((call.slice + 7) / 8);  // a unit of 16 bytes carries 8 bytes of data
   const bool gives = call.root == NO_ROOT || call.root == call.rank;
   // A rank without data sends one line, which says that it has begun this turn.
@@ -630,7 +650,7 @@ extern "C" __global__ void __launch_bounds__(512) exchange(const __grid_constant
       const u64 data = gives ? load_line(call.source + at, left) : 0;
 #pragma unroll
       for (u32 k = 1; k < WORLD; ++k)
-        push(slot(call, next(call, k), turn, call.rank) + u64(u) * 16, split(data));
+        give(next(call, k), u, data);
       if (gives) save_line(call.out + call.rank * call.out_stride + at, data, left);
       continue;
     }
@@ -641,7 +661,7 @@ extern "C" __global__ void __launch_bounds__(512) exchange(const __grid_constant
         parts[k] = *(const volatile u64 *)(call.source + next(call, k) * call.stride + at);
 #pragma unroll
       for (u32 k = 1; k < WORLD; ++k)
-        push(slot(call, next(call, k), turn, call.rank) + u64(u) * 16, split(parts[k]));
+        give(next(call, k), u, parts[k]);
       save_line(call.out + call.rank * call.out_stride + at, parts[0], left);
       continue;
     }
@@ -651,7 +671,7 @@ extern "C" __global__ void __launch_bounds__(512) exchange(const __grid_constant
       if (k == 0)
         save_line(call.out + peer * call.out_stride + at, data, left);
       else
-        push(slot(call, peer, turn, call.rank) + u64(u) * 16, split(data));
+        give(peer, u, data);
     }
   }
   const u32 ticket = draw_ticket(call);
@@ -662,7 +682,7 @@ extern "C" __global__ void __launch_bounds__(512) exchange(const __grid_constant
     const Ranks wanted = call.root == NO_ROOT || u == 0 ? others : others & bit(call.root);
     Unit got[WORLD];
     clear(got);
-    receive<true>(call, own + u64(u) * 16, wanted, got);
+    receive<true>(call, own + u64(u) * 16, wanted, got, over);
 #pragma unroll
     for (u32 r = 0; r < WORLD; ++r)
       if ((others & bit(r)) && (call.root == NO_ROOT || call.root == r))
@@ -673,6 +693,7 @@ extern "C" __global__ void __launch_bounds__(512) exchange(const __grid_constant
 
 extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ Call call) {
   const u64 turn = read_turn(call);
+  const bool over = has_given_up(call);
   const u32 ticket = draw_ticket(call);
   const u32 units = u32((call.slice + 15) / 16);
   const u64 pitch = call.stride == 0 ? 0 : u64(units) * 16;  // distance between two parts in the stage
@@ -683,11 +704,11 @@ extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ C
       const u32 parts = call.stride == 0 ? 1 : WORLD;
       for (u32 p = 0; p < parts; ++p) {
         const Unit unit = load(call.source + p * call.stride + at, left);
-        save(stage + p * pitch + at, unit, 16);
+        if (!over) save(stage + p * pitch + at, unit, 16);  // peers may still read what is there
         if (call.stride == 0 || p == call.rank) save(call.out + call.rank * call.out_stride + at, unit, left);
       }
     }
-  const bool all_came = meet(call, turn, 0, blockIdx.x == 0);  // mark 0, because other ranks may be about to `put`
+  const bool all_came = meet(call, turn, 0, over, blockIdx.x == 0);  // mark 0: others may be about to `put`
   for (u32 u = FIRST; u < units; u += STEP) {
     const u64 at = u64(u) * 16, left = call.slice - at;
     Unit parts[WORLD];
@@ -710,8 +731,9 @@ extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ C
 
 extern "C" __global__ void __launch_bounds__(512) put(const __grid_constant__ Call call) {
   const u64 turn = read_turn(call);
+  const bool over = has_given_up(call);
   const u32 ticket = draw_ticket(call);
-  bool all_came = meet(call, turn, 0, blockIdx.x == 0, call.mark);
+  bool all_came = meet(call, turn, 0, over, blockIdx.x == 0, call.mark);
   const u32 units = all_came && (call.root == NO_ROOT || call.root == call.rank) ? u32(call.slice / 16) : 0;
   for (u32 u = FIRST; u < units; u += STEP) {
     const u64 at = u64(u) * 16, place = call.rank * call.out_stride + at;
@@ -727,7 +749,7 @@ extern "C" __global__ void __launch_bounds__(512) put(const __grid_constant__ Ca
 #pragma unroll
     for (u32 k = 0; k < WORLD; ++k) save(call.outs[next(call, k)] + place, parts[k], 16);
   }
-  all_came = all_came && meet(call, turn, 1);
+  all_came = all_came && meet(call, turn, 1, over);
   if (!all_came)
     for (u32 u = FIRST; u < u32(call.slice / 16); u += STEP)
       for (u32 r = 0; r < WORLD; ++r)
