@@ -217,13 +217,38 @@ def interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def episode(seed: int, folder: str) -> Told:
-    """Run one episode on this rank."""
-    store, rank, world = rank_store(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    rng = random.Random(~seed)
+class Drawn(NamedTuple):
+    """What the seed of an episode determines, besides the program.
+
+    Attributes:
+        world: Number of ranks.
+        fault: The kind of the fault.
+        culprit: The rank with the fault.
+        steps: Number of steps.
+        at: The step of the fault.
+        delay: Seconds from the beginning of that step, if a timer makes the fault.
+    """
+
+    world: int
+    fault: str
+    culprit: int
+    steps: int
+    at: int
+    delay: float
+
+
+def draw(seed: int) -> Drawn:
+    """Draw an episode."""
+    world, rng = random.Random(seed ^ 0x5EED).randint(2, 4), random.Random(~seed)
     fault, culprit = rng.choice(FAULTS), rng.randrange(world)
     steps = rng.randrange(20, 60)
-    at, delay = rng.randrange(2, steps), rng.random() * 0.003
+    return Drawn(world, fault, culprit, steps, rng.randrange(2, steps), rng.random() * 0.003)
+
+
+def episode(seed: int, folder: str) -> Told:
+    """Run one episode on this rank."""
+    store, rank = rank_store(), int(os.environ["RANK"])
+    world, fault, culprit, steps, at, delay = draw(seed)
     noted = Path(folder, "fault")
     symmem.Group.from_store(0, 1, dist.HashStore()).close()  # opens what a process keeps
     before = open_files()
@@ -298,12 +323,7 @@ def episode(seed: int, folder: str) -> Told:
 
 def run(seed: int) -> tuple[str, int, list[Told | None], list[str]]:
     """Run one episode; returns its fault, the culprit, what every rank saw, and what was found from outside."""
-    rng = random.Random(~seed)
-    fault = rng.choice(FAULTS)
-    world = random.Random(seed ^ 0x5EED).randint(2, 4)
-    culprit = random.Random(~seed)
-    culprit.choice(FAULTS)
-    who = culprit.randrange(world)
+    world, fault, who, *_ = draw(seed)
     found: list[str] = []
     with TemporaryDirectory() as folder, RankPool(world, env={"SYMMEM_ENABLE": SETTINGS}, process_group=None) as pool:
         outcomes = pool.outcomes(episode, seed, folder, timeout=8 * TIMEOUT)

@@ -33,7 +33,7 @@ from symmem.errors import (
     to_wire,
 )
 from symmem.group.call_site import CallSite, caller
-from symmem.group.compare import called_at, differing
+from symmem.group.compare import SAME_CALLS, called_at, differing
 from symmem.group.ledger import Ledger
 from symmem.group.locations import Location, not_connectable
 from symmem.group.presence import Presence
@@ -44,12 +44,11 @@ if TYPE_CHECKING:
 
     from symmem.backends.base import RankGroup
 
-__all__ = ["SAME_CALLS", "AgreedError", "CollectiveOperation", "Rounds", "as_symmem_error"]
+__all__ = ["AgreedError", "CollectiveOperation", "Rounds", "as_symmem_error"]
 
 log = logging.getLogger("symmem.group")
 
 _NOTHING = Contribution(b"")
-SAME_CALLS = "all ranks of a group must make the same calls in the same order"
 
 GRACE = 0.5
 """Seconds that a rank waits for rank 0's verdict after its own timeout, so that all ranks raise the same error."""

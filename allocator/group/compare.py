@@ -11,7 +11,10 @@ from symmem.errors import MismatchError
 if TYPE_CHECKING:
     from symmem.backends.base import Collective, RankGroup
 
-__all__ = ["called_at", "check_equal", "compare", "compare_in_group", "differing", "exchange_json"]
+__all__ = ["SAME_CALLS", "called_at", "check_equal", "compare", "compare_in_group", "differing", "exchange_json"]
+
+SAME_CALLS = "all ranks of a group must make the same calls in the same order"
+"""What errors about ranks at different places advise."""
 
 
 def compare_in_group(group: RankGroup, step: str, values: Mapping[str, object], hint: str) -> None:

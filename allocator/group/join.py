@@ -15,8 +15,8 @@ from typing import Any
 from symmem.backends import descriptors as scm
 from symmem.backends.descriptors import Contribution
 from symmem.errors import PeerLostError
-from symmem.group.agreement import SAME_CALLS, AgreedError, CollectiveOperation, Rounds
-from symmem.group.compare import check_equal, exchange_json
+from symmem.group.agreement import AgreedError, CollectiveOperation, Rounds
+from symmem.group.compare import SAME_CALLS, check_equal, exchange_json
 from symmem.group.ledger import Ledger
 from symmem.group.locations import Location, are_connectable
 from symmem.group.presence import ProcessWatch

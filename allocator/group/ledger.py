@@ -46,7 +46,7 @@ from symmem.backends.memory_files import check_memory_file, memory_file
 from symmem.backends.pending_waits import Wait
 from symmem.errors import DivergenceError, PeerTimeoutError, SymmemError, from_wire, to_wire
 from symmem.group.call_site import program_line
-from symmem.group.compare import differing
+from symmem.group.compare import SAME_CALLS, differing
 from symmem.native.build import load_extension
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ class Ledger:
         ranks = sorted({self.rank: where, **known}.items())
         return DivergenceError(
             f"the ranks wait in different calls: {', '.join(f'{text} on rank {rank}' for rank, text in ranks)}",
-            hint="all ranks of a group must make the same calls in the same order",
+            hint=SAME_CALLS,
             rank=error.rank,
             group=error.group,
             step=error.step,

@@ -25,6 +25,8 @@ from typing import Any
 import pytest
 import torch
 from patience import LONG, SOON, TASK
+from told import Told
+from told import told as told_of_any_group
 
 import symmem
 from symmem.backends import descriptors as scm
@@ -69,20 +71,11 @@ def meet(group: symmem.Group, timeout: float = LONG) -> None:
         pass
 
 
-Told = SimpleNamespace  # the error of an operation on a rank: kind ("" for none), text, rank, peers, took (seconds)
-
-
 def told(operation: Callable[[], object]) -> Told:
-    error, begin = None, time.monotonic()
-    try:
-        operation()
-    except SymmemError as raised:
-        error = raised
-    took = time.monotonic() - begin
-    if error is None:
-        return Told(kind="", text="", rank=None, peers=(), took=took)
-    assert error.group is None or error.group.startswith("faults"), error.group
-    return Told(kind=type(error).__name__, text=str(error), rank=error.rank, peers=error.peers, took=took)
+    """The error of an operation on a rank, which names a group of this file if any."""
+    result = told_of_any_group(operation)
+    assert result.group is None or result.group.startswith("faults"), result.group
+    return result
 
 
 def works(group: symmem.Group, elements: int = 1000) -> None:

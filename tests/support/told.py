@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from symmem.errors import SymmemError
 
-Told = SimpleNamespace  # kind ("" for no error), text, rank, peers, took (seconds)
+Told = SimpleNamespace  # kind ("" for no error), text, rank, group, peers, took (seconds)
 
 
 def told(operation: Callable[[], object]) -> Told:
@@ -19,5 +19,7 @@ def told(operation: Callable[[], object]) -> Told:
         error = raised
     took = time.monotonic() - begin
     if error is None:
-        return Told(kind="", text="", rank=None, peers=(), took=took)
-    return Told(kind=type(error).__name__, text=str(error), rank=error.rank, peers=error.peers, took=took)
+        return Told(kind="", text="", rank=None, group=None, peers=(), took=took)
+    return Told(
+        kind=type(error).__name__, text=str(error), rank=error.rank, group=error.group, peers=error.peers, took=took
+    )

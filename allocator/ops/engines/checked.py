@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from symmem.errors import SymmemError
-from symmem.group.compare import compare_in_group
+from symmem.group.compare import SAME_CALLS, compare_in_group
 from symmem.group.group import Group
 from symmem.ops.engines.base import Engine
 
 __all__ = ["CheckedEngine"]
 
-_HINT = "all ranks of a group must make the same calls in the same order, with the same shapes and dtypes"
+_HINT = f"{SAME_CALLS}, with the same shapes and dtypes"
 
 
 class CheckedEngine:

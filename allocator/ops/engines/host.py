@@ -49,7 +49,7 @@ from symmem.errors import (
 )
 from symmem.group.agreement import as_symmem_error
 from symmem.group.call_site import program_line
-from symmem.group.compare import called_at, differing
+from symmem.group.compare import SAME_CALLS, called_at, differing
 from symmem.group.group import Group
 from symmem.group.ledger import explained
 from symmem.ops.engines.base import REDUCTIONS
@@ -416,7 +416,7 @@ class HostEngine:
         text, peers = differing(texts if len(set(texts)) > 1 else [f"step {line[-1]}" for line in found])
         return MismatchError(
             f"ranks are at different operations: {text}{called_at(self._program_lines(turn))}",
-            hint="all ranks of a group must make the same calls in the same order, with the same shapes and dtypes",
+            hint=f"{SAME_CALLS}, with the same shapes and dtypes",
             rank=self._rank,
             group=self._name,
             step=operation,
