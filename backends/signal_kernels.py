@@ -21,7 +21,7 @@ it, in the memory of any rank.
 
 A rank that is lost: if a process of the group ends, the host sets a word in host memory that waiting threads look at.
 They give up: they write the awaited peer to host memory, and the kernel returns. All later waits of the group end in
-the same way, within a millisecond. The CUDA context and this process's memory stay usable.
+the same way, within milliseconds. The CUDA context and this process's memory stay usable.
 
 Timeout: a kernel that times out writes the awaited peer to host memory and traps. The trap makes the CUDA context of
 this process unusable on purpose: no later kernel, in a graph or not, can continue with data that never came.
@@ -109,6 +109,7 @@ def lateness(operation: str, detail: str) -> str:
     numbers = f"const u32 BEAT = {BEAT}, TICK = {TICK}, PLACES = {PLACES}, GROUP_SPREAD = {GROUP_SPREAD};\n"
     source = r"""
 const u32 SPINS = 64;        // loads between two readings of the clock
+const u32 TURNS = 256;       // readings of the clock between two loads of host memory
 const u64 GIVEN_UP = ~0ull;  // the start of a wait for a group that has lost a rank
 
 __device__ __forceinline__ u64 read_clock() {
@@ -132,9 +133,9 @@ __device__ __forceinline__ void stop(const Call *call, u32 what, u32 peer) {
 // Keeps the compiler from computing values from these before the wait, in the fast path.
 __device__ __forceinline__ void not_before(const Call *&call, u32 &peer) { asm volatile("" : "+l"(call), "+r"(peer)); }
 
-// A waiting thread calls this from time to time, first with began = 0. Returns whether it must wait on. `began` becomes
-// the start of the wait, rounded to 256 ns, with the number of reports in the lowest 8 bits.
-__device__ __forceinline__ bool waits_on(const Call *call, u32 what, u32 peer, u64 &began) {
+// A waiting thread calls this after every SPINS loads, first with began = 0. Returns whether it must wait on. `began`
+// becomes the start of the wait, rounded to 256 ns, with the number of reports in the lowest 8 bits.
+__device__ __forceinline__ bool waits_on(const Call *call, u32 what, u32 peer, u32 spins, u64 &began) {
   const u64 now = read_clock();
   not_before(call, peer);
   u32 *record = call->status + 4 * (1 + PLACES) + 8 * call->group;
@@ -144,8 +145,9 @@ __device__ __forceinline__ bool waits_on(const Call *call, u32 what, u32 peer, u
   }
   if (began == 0) began = now & ~255ull;
   const u64 waited = now - began;
-  // Look at host memory in one sixteenth of the time, since a load takes a microsecond.
-  if ((waited >> (TICK - 4)) % 16 == 0 && *(const volatile u32 *)record != 0) {
+  // Threads look at host memory in turns, because loads of all threads at once would occupy the bus for a millisecond.
+  if (spins / SPINS % TURNS == 1 + (blockIdx.x * blockDim.x + threadIdx.x) % (TURNS - 1) &&
+      *(const volatile u32 *)record != 0) {
     began = GIVEN_UP;
     return true;
   }
@@ -191,14 +193,14 @@ __device__ __forceinline__ void put(const Call &call, u32 operation, u32 peer) {
   u32 *flag = call.pads[peer] + call.channel * WORLD + call.rank;
   u64 began = 0;
   for (u32 spins = 1; swap_release(flag, 0, 1) != 0; ++spins)
-    if (spins % SPINS == 0 && !waits_on(&call, operation, peer, began)) return;
+    if (spins % SPINS == 0 && !waits_on(&call, operation, peer, spins, began)) return;
 }
 
 __device__ __forceinline__ void take(const Call &call, u32 operation, u32 peer) {
   u32 *flag = call.pads[call.rank] + call.channel * WORLD + peer;
   u64 began = 0;
   for (u32 spins = 1; load_acquire(flag) == 0; ++spins)
-    if (spins % SPINS == 0 && !waits_on(&call, operation, peer, began)) return;
+    if (spins % SPINS == 0 && !waits_on(&call, operation, peer, spins, began)) return;
   store_relaxed(flag, 0);  // only the receiver writes the word while it is 1
 }
 
@@ -216,7 +218,7 @@ extern "C" __global__ void barrier(const __grid_constant__ Call call) {
     store_relaxed(arrived(call, peer, call.rank), turn);
     u64 began = 0;
     for (u32 spins = 1; int(load_acquire(arrived(call, call.rank, peer)) - turn) < 0; ++spins)
-      if (spins % SPINS == 0 && !waits_on(&call, BARRIER, peer, began)) break;
+      if (spins % SPINS == 0 && !waits_on(&call, BARRIER, peer, spins, began)) break;
   }
   __syncthreads();  // all threads have loaded the turn before it changes
   if (peer == 0) store_relaxed(turns, turn);

@@ -352,10 +352,11 @@ thread_local u64 clock_shows;
 void probe(Call call) {
   u64 began = 0;
   u32 *place = call.status + 4 * (1 + (call.group * GROUP_SPREAD + 3) %% PLACES);
+  u32 *goes_on = call.goes_on + call.count * (blockIdx.x * blockDim.x + threadIdx.x);
   for (u32 i = 0; i < call.count; ++i) {
     clock_shows = call.times[i];
     place[2] = 0;
-    call.goes_on[i] = waits_on(&call, 5, 3, began);
+    goes_on[i] = waits_on(&call, 5, 3, SPINS * (i + 1), began);
     call.told[i] = place[2];
   }
 }
@@ -408,15 +409,19 @@ def test_a_wait_is_told_after_each_beat(probe: ctypes.CDLL, words: Words) -> Non
     assert len(told_at(probe, words, [*range(0, 60_001, 10)])) == 60_000_000_000 >> BEAT
 
 
-def test_a_lost_rank_is_noticed_within_milliseconds(probe: ctypes.CDLL, words: Words) -> None:
-    memory, begin = words.memory, 4 * (1 + PLACES) + 8 * 700
+def test_threads_look_for_a_lost_rank_in_turns(probe: ctypes.CDLL, words: Words) -> None:
+    """If all threads looked at host memory at once, their loads would occupy the bus for a millisecond."""
+    blocks, threads, count = 3, 100, 600
     words._release(700, 2)
-    for first in range(20):  # at whatever moment of the wait
-        times = [0, first, *(first + later / 25 for later in range(60))]
-        assert told_at(probe, words, times) == []
-        assert 0 in words.goes_on
-        assert words.goes_on.index(0) < 50
-        assert list(memory[begin : begin + 8]) == [3, 0, 0, 0, 2, 5, 3, 0]
+    times, told = (ctypes.c_uint64 * count)(*range(10**9, 10**9 + count)), (ctypes.c_uint32 * count)()
+    goes_on = (ctypes.c_uint32 * (blocks * threads * count))()
+    addresses = ctypes.addressof(times), ctypes.addressof(told), ctypes.addressof(goes_on)
+    call = Probe(ctypes.addressof(words.memory), 10**15, 700, count, *addresses)
+    probe.launch(0, ctypes.byref(call), blocks, threads)
+    ends = [goes_on[thread * count : (thread + 1) * count].index(0) for thread in range(blocks * threads)]
+    assert ends == [1 + thread % 255 for thread in range(blocks * threads)]  # one look, then a last one for its data
+    begin = 4 * (1 + PLACES) + 8 * 700
+    assert list(words.memory[begin : begin + 8]) == [3, 0, 0, 0, 2, 5, 3, 0]
 
 
 def test_a_wait_ends_when_its_time_is_up(probe: ctypes.CDLL, words: Words) -> None:

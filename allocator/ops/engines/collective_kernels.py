@@ -262,14 +262,20 @@ __device__ __forceinline__ u32 lane() {
 
 __device__ __forceinline__ u64 *turn_word(const Call &call) { return (u64 *)call.areas[call.rank]; }
 
-__device__ __forceinline__ u64 read_turn(const Call &call) { return load_relaxed(turn_word(call)); }
-
 __device__ __forceinline__ volatile u32 *given_up_word(const Call &call) {
   return (volatile u32 *)(call.areas[call.rank] + 8);
 }
 
-// Whether a rank is lost, so that this rank must store nothing to peers. The word is beside the turn.
-__device__ __forceinline__ bool has_given_up(const Call &call) { return *given_up_word(call) != 0; }
+struct Start {
+  u64 turn;
+  bool over;  // a rank is lost, so that this rank must store nothing to peers
+};
+
+// One load reads both words.
+__device__ __forceinline__ Start read_start(const Call &call) {
+  const Unit words = peek(call.areas[call.rank]);
+  return {words.a, u32(words.b) != 0};
+}
 
 // Call after all threads of the block have read the turn. The block with the last ticket may change it. The ticket's
 // latency overlaps with the wait for the peers.
@@ -306,7 +312,7 @@ __device__ __forceinline__ bool meet(
     store_relaxed(flag(call, peer, turn, phase, call.rank), turn + 1);
     u64 began = 0;
     for (u32 spins = 1; came && load_acquire(flag(call, call.rank, turn, phase, peer)) != turn + 1; ++spins)
-      if (spins % SPINS == 0) came = waits_on(&call, LATE, peer, began);
+      if (spins % SPINS == 0) came = waits_on(&call, LATE, peer, spins, began);
     if (!came) *given_up_word(call) = 1;
     if (came && compare && load_relaxed(mark(call, call.rank, turn, peer)) != mine)
       stop(&call, DIFFERS, peer);
@@ -347,10 +353,10 @@ __device__ __forceinline__ u32 one_of(Ranks ranks) {
   return __ffsll(later ? later : ranks) - 1;
 }
 
-// Wait for a unit of every rank in `wanted`, then reset its place in the landing zone. All bits of a unit that does not
-// come because a rank is lost are 1.
+// Wait for a unit of every rank in `wanted`, then reset its place in the landing zone. If a rank is lost, the unit and
+// the thread's later ones are `over`: all bits of what does not come are 1.
 template <bool SPLIT>
-__device__ __forceinline__ void receive(const Call &call, const u8 *own, Ranks wanted, Unit (&got)[WORLD], bool over) {
+__device__ __forceinline__ void receive(const Call &call, const u8 *own, Ranks wanted, Unit (&got)[WORLD], bool &over) {
   u64 began = 0;
   Ranks missing = wanted;
   for (u32 spins = 1; !over; ++spins) {
@@ -363,7 +369,7 @@ __device__ __forceinline__ void receive(const Call &call, const u8 *own, Ranks w
       if (SPLIT ? is_split_whole(got[r]) : is_whole(got[r])) missing &= ~bit(r);
     if (missing == 0) break;
     if (call.nap) __nanosleep(call.nap);
-    if (spins % SPINS == 0 && !waits_on(&call, LATE, one_of(missing), began)) break;
+    if (spins % SPINS == 0 && !waits_on(&call, LATE, one_of(missing), spins, began)) over = true;
   }
   if (missing != 0) {
     *given_up_word(call) = 1;
@@ -518,8 +524,9 @@ __device__ __forceinline__ void begin(const Call &call, Unit mine, Unit (&got)[W
 }
 
 extern "C" __global__ void __launch_bounds__(512) one_shot(const __grid_constant__ Call call) {
-  const u64 turn = read_turn(call);
-  const bool over = has_given_up(call);
+  const Start start = read_start(call);
+  const u64 turn = start.turn;
+  bool over = start.over;
   const u32 units = u32((call.bytes + 15) / 16);
   const auto give = [&](u32 u) {
     if (over) return;
@@ -543,8 +550,9 @@ extern "C" __global__ void __launch_bounds__(512) one_shot(const __grid_constant
 
 template <bool GATHER>
 __device__ __forceinline__ void by_slices(const Call &call) {
-  const u64 turn = read_turn(call);
-  const bool over = has_given_up(call);
+  const Start start = read_start(call);
+  const u64 turn = start.turn;
+  bool over = start.over;
   const u32 units = u32((call.slice + 15) / 16);
   const Ranks others = all_others(call);
   const u8 *own = slot(call, call.rank, turn, 0);
@@ -636,8 +644,9 @@ __device__ __forceinline__ void save_line(u8 *at, u64 data, u64 left) {
 }
 
 extern "C" __global__ void __launch_bounds__(512) exchange(const __grid_constant__ Call call) {
-  const u64 turn = read_turn(call);
-  const bool over = has_given_up(call);
+  const Start start = read_start(call);
+  const u64 turn = start.turn;
+  bool over = start.over;
   const auto give = [&](u32 peer, u32 u, u64 data) {
     if (!over) push(slot(call, peer, turn, call.rank) + u64(u) * 16, split(data));
   };
@@ -692,8 +701,9 @@ extern "C" __global__ void __launch_bounds__(512) exchange(const __grid_constant
 }
 
 extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ Call call) {
-  const u64 turn = read_turn(call);
-  const bool over = has_given_up(call);
+  const Start start = read_start(call);
+  const u64 turn = start.turn;
+  bool over = start.over;
   const u32 ticket = draw_ticket(call);
   const u32 units = u32((call.slice + 15) / 16);
   const u64 pitch = call.stride == 0 ? 0 : u64(units) * 16;  // distance between two parts in the stage
@@ -730,8 +740,9 @@ extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ C
 }
 
 extern "C" __global__ void __launch_bounds__(512) put(const __grid_constant__ Call call) {
-  const u64 turn = read_turn(call);
-  const bool over = has_given_up(call);
+  const Start start = read_start(call);
+  const u64 turn = start.turn;
+  bool over = start.over;
   const u32 ticket = draw_ticket(call);
   bool all_came = meet(call, turn, 0, over, blockIdx.x == 0, call.mark);
   const u32 units = all_came && (call.root == NO_ROOT || call.root == call.rank) ? u32(call.slice / 16) : 0;
