@@ -109,7 +109,7 @@ def lateness(operation: str, detail: str) -> str:
     numbers = f"const u32 BEAT = {BEAT}, TICK = {TICK}, PLACES = {PLACES}, GROUP_SPREAD = {GROUP_SPREAD};\n"
     source = r"""
 const u32 SPINS = 64;        // loads between two readings of the clock
-const u32 TURNS = 256;       // readings of the clock between two loads of host memory
+const u32 TURNS = 256;       // readings of the clock between two loads of host memory, if there are as many threads
 const u64 GIVEN_UP = ~0ull;  // the start of a wait for a group that has lost a rank
 
 __device__ __forceinline__ u64 read_clock() {
@@ -133,6 +133,12 @@ __device__ __forceinline__ void stop(const Call *call, u32 what, u32 peer) {
 // Keeps the compiler from computing values from these before the wait, in the fast path.
 __device__ __forceinline__ void not_before(const Call *&call, u32 &peer) { asm volatile("" : "+l"(call), "+r"(peer)); }
 
+// Whether it is this thread's turn to look.
+__device__ __forceinline__ bool is_turn(u32 reading) {
+  const u32 threads = gridDim.x * blockDim.x, turns = threads < TURNS ? threads : TURNS;
+  return reading % turns == (blockIdx.x * blockDim.x + threadIdx.x) % turns;
+}
+
 // A waiting thread calls this after every SPINS loads, first with began = 0. Returns whether it must wait on. `began`
 // becomes the start of the wait, rounded to 256 ns, with the number of reports in the lowest 8 bits.
 __device__ __forceinline__ bool waits_on(const Call *call, u32 what, u32 peer, u32 spins, u64 &began) {
@@ -145,9 +151,9 @@ __device__ __forceinline__ bool waits_on(const Call *call, u32 what, u32 peer, u
   }
   if (began == 0) began = now & ~255ull;
   const u64 waited = now - began;
-  // Threads look at host memory in turns, because loads of all threads at once would occupy the bus for a millisecond.
-  if (spins / SPINS % TURNS == 1 + (blockIdx.x * blockDim.x + threadIdx.x) % (TURNS - 1) &&
-      *(const volatile u32 *)record != 0) {
+  // In long waits threads look at host memory, in turns: loads of all threads at once would take a millisecond, for
+  // which the next kernel of a peer would wait.
+  if (waited >> TICK != 0 && is_turn(spins / SPINS) && *(const volatile u32 *)record != 0) {
     began = GIVEN_UP;
     return true;
   }

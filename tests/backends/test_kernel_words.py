@@ -411,15 +411,20 @@ def test_a_wait_is_told_after_each_beat(probe: ctypes.CDLL, words: Words) -> Non
 
 def test_threads_look_for_a_lost_rank_in_turns(probe: ctypes.CDLL, words: Words) -> None:
     """If all threads looked at host memory at once, their loads would occupy the bus for a millisecond."""
-    blocks, threads, count = 3, 100, 600
+    count, quiet = 600, 5  # readings of the clock, and how many of them are in the first millisecond
     words._release(700, 2)
-    times, told = (ctypes.c_uint64 * count)(*range(10**9, 10**9 + count)), (ctypes.c_uint32 * count)()
-    goes_on = (ctypes.c_uint32 * (blocks * threads * count))()
-    addresses = ctypes.addressof(times), ctypes.addressof(told), ctypes.addressof(goes_on)
-    call = Probe(ctypes.addressof(words.memory), 10**15, 700, count, *addresses)
-    probe.launch(0, ctypes.byref(call), blocks, threads)
-    ends = [goes_on[thread * count : (thread + 1) * count].index(0) for thread in range(blocks * threads)]
-    assert ends == [1 + thread % 255 for thread in range(blocks * threads)]  # one look, then a last one for its data
+    start = 1_700_000_000_000_000_000
+    times = (ctypes.c_uint64 * count)(*(start + (n >= quiet) * 2**TICK for n in range(count)))
+    told = (ctypes.c_uint32 * count)()
+    for blocks, threads, turns in ((1, 1, 1), (1, 8, 8), (3, 100, 256)):
+        goes_on = (ctypes.c_uint32 * (blocks * threads * count))()
+        addresses = ctypes.addressof(times), ctypes.addressof(told), ctypes.addressof(goes_on)
+        call = Probe(ctypes.addressof(words.memory), 10**15, 700, count, *addresses)
+        probe.launch(0, ctypes.byref(call), blocks, threads)
+        for thread in range(blocks * threads):
+            looked = next(n for n in range(quiet, count) if (n + 1) % turns == thread % turns)
+            # After its look, a thread checks once more whether its data came.
+            assert goes_on[thread * count : (thread + 1) * count].index(0) == looked + 1
     begin = 4 * (1 + PLACES) + 8 * 700
     assert list(words.memory[begin : begin + 8]) == [3, 0, 0, 0, 2, 5, 3, 0]
 

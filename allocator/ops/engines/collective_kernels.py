@@ -529,8 +529,8 @@ extern "C" __global__ void __launch_bounds__(512) one_shot(const __grid_constant
   bool over = start.over;
   const u32 units = u32((call.bytes + 15) / 16);
   const auto give = [&](u32 u) {
-    if (over) return;
     const Unit mine = guard(load(call.source + u64(u) * 16, call.bytes - u64(u) * 16));
+    if (over) return;  // after the load, which does not wait for the load of `over`
 #pragma unroll
     for (u32 k = 1; k < WORLD; ++k) push(slot(call, next(call, k), turn, call.rank) + u64(u) * 16, mine);
   };
@@ -558,18 +558,18 @@ __device__ __forceinline__ void by_slices(const Call &call) {
   const u8 *own = slot(call, call.rank, turn, 0);
   // Push one unit of every peer's slice to this peer.
   const auto give = [&](u32 u) {
-    if (over) return;
     if (is_regular(call, u)) {
       Unit units_of[WORLD];
 #pragma unroll
       for (u32 k = 1; k < WORLD; ++k)
         units_of[k] = load_whole(call.source + next(call, k) * call.stride + u64(u) * 16);
+      if (over) return;  // after the loads, which do not wait for the load of `over`
 #pragma unroll
       for (u32 k = 1; k < WORLD; ++k)
         push(slot(call, next(call, k), turn, call.rank) + u64(u) * 16, guard(units_of[k]));
       return;
     }
-    for (u32 k = 1; k < WORLD; ++k) {
+    for (u32 k = 1; k < WORLD && !over; ++k) {
       const u32 peer = next(call, k);
       const u64 left = left_of(call, peer, u);
       if (left == 0) continue;
