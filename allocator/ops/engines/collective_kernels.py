@@ -271,10 +271,10 @@ struct Start {
   bool over;  // a rank is lost, so that this rank must store nothing to peers
 };
 
-// One load reads both words.
+// Two loads in flight together; one load of both words takes longer.
 __device__ __forceinline__ Start read_start(const Call &call) {
-  const Unit words = peek(call.areas[call.rank]);
-  return {words.a, u32(words.b) != 0};
+  const u64 turn = load_relaxed(turn_word(call));
+  return {turn, *given_up_word(call) != 0};
 }
 
 // Call after all threads of the block have read the turn. The block with the last ticket may change it. The ticket's
