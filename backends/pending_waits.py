@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from symmem.backends.base import RankGroup
+from symmem.errors import SymmemError
 
 __all__ = ["Wait", "forget", "note", "waits"]
 
@@ -37,6 +38,9 @@ class Wait(NamedTuple):
 
 publish: Callable[[Wait], Callable[[], None]] | None = None
 """Shows a wait to the other ranks, and returns the function that ends this; see :mod:`symmem.group.ledger`."""
+
+told: Callable[[Wait], SymmemError | None] | None = None
+"""Returns the error with which all ranks end a wait early, if there is one; see :mod:`symmem.group.sync_points`."""
 
 _waits: dict[int, Wait] = {}  # by id of the wait: a signal handler may wait during a wait
 _ends: dict[int, Callable[[], None]] = {}

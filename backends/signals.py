@@ -24,9 +24,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from symmem.backends import pending_waits
 from symmem.backends.base import SIGNAL_CHANNELS, RankGroup
 from symmem.backends.libc import fence, futex_wait, futex_wake
-from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError
+from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError, SymmemError
 
 if TYPE_CHECKING:
     from symmem.backends.pending_waits import Wait
@@ -57,6 +58,7 @@ class SharedSignals:
         self._group = group
         self._owner, self._purpose = owner, purpose
         self.stopped: Callable[[], bool] = bool
+        self._told: SymmemError | None = None  # the error with which all ranks leave a barrier
         self._rank, size = group.rank, group.size
         words = SIGNAL_CHANNELS * (size + 2)
         self._pads = tuple(pads)
@@ -82,9 +84,12 @@ class SharedSignals:
         self._check_abandoned(self._rank, channel)
         try:
             self._arrive(channel)
-            self._complete(channel, timeout)
+            self._complete(channel, timeout, leaves=True)
         except BaseException as error:
-            self._abandon(channel, error)
+            if error is self._told:
+                self._retract(channel)
+            else:
+                self._abandon(channel, error)
             raise
 
     def arrive(self, channel: int) -> None:
@@ -106,7 +111,13 @@ class SharedSignals:
         own[at] = (own[at] + 1) & 0xFFFFFFFF
         futex_wake(self._pads[self._rank] + 4 * at)
 
-    def _complete(self, channel: int, timeout: float) -> None:
+    def _retract(self, channel: int) -> None:
+        """Undo :meth:`_arrive`. The others leave the barrier too, so the next one can follow."""
+        at, own = self._arrived + channel, self._words[self._rank]
+        own[at] = (own[at] - 1) & 0xFFFFFFFF
+        self._told = None
+
+    def _complete(self, channel: int, timeout: float, leaves: bool = False) -> None:
         at = self._arrived + channel
         target = self._words[self._rank][at]
         deadline = time.monotonic() + timeout
@@ -120,6 +131,7 @@ class SharedSignals:
                     deadline,
                     f"barrier on channel {channel}",
                     channel,
+                    leaves,
                 )
             self._check_abandoned(peer, channel)
         fence()
@@ -135,7 +147,7 @@ class SharedSignals:
         """See :meth:`Mapping.put_signal`."""
         at = channel * self._group.size + self._rank
         deadline = time.monotonic() + timeout
-        self._wait(rank, at, lambda word: word == 0, rank, deadline, f"put_signal on channel {channel}")
+        self._wait(rank, at, lambda word: word == 0, rank, deadline, f"put_signal on channel {channel}", leaves=True)
         fence()
         self._words[rank][at] = 1
         futex_wake(self._pads[rank] + 4 * at)
@@ -144,7 +156,9 @@ class SharedSignals:
         """See :meth:`Mapping.wait_signal`."""
         at = channel * self._group.size + rank
         deadline = time.monotonic() + timeout
-        self._wait(self._rank, at, lambda word: word != 0, rank, deadline, f"wait_signal on channel {channel}")
+        self._wait(
+            self._rank, at, lambda word: word != 0, rank, deadline, f"wait_signal on channel {channel}", leaves=True
+        )
         fence()
         self._words[self._rank][at] = 0
         futex_wake(self._pads[self._rank] + 4 * at)
@@ -158,8 +172,12 @@ class SharedSignals:
         deadline: float,
         step: str,
         channel: int | None = None,
+        leaves: bool = False,
     ) -> None:
-        """Wait until ``peer`` has made word ``at`` of ``pad`` ready: spin, then sleep."""
+        """Wait until ``peer`` has made word ``at`` of ``pad`` ready: spin, then sleep.
+
+        With ``leaves``, it ends early if all ranks leave the wait.
+        """
         words = self._words[pad]
         for _ in range(_SPINS):
             if ready(words[at]):
@@ -168,6 +186,10 @@ class SharedSignals:
         wait: Wait | None = None
         try:
             while not ready(word := words[at]):
+                if leaves and wait is not None and pending_waits.told is not None:
+                    self._told = pending_waits.told(wait)
+                    if self._told is not None:
+                        raise self._told
                 if channel is not None:
                     self._check_abandoned(peer, channel)
                 lost = self._group.lost()
@@ -176,8 +198,6 @@ class SharedSignals:
                     raise self._error(peer, step, lost)
                 futex_wait(self._pads[pad] + 4 * at, word, min(_NAP, max(remaining, 0.0)))
                 if wait is None:  # after the first sleep: a short wait costs nothing
-                    from symmem.backends import pending_waits
-
                     missing = functools.partial(self._missing, peer, channel)
                     wait = pending_waits.note(
                         self._group, self._purpose() if self._purpose else step, missing, deadline

@@ -23,6 +23,7 @@ class BufferRecord(NamedTuple):
         groups: Names of the groups that reach the buffer. The first group owns the memory.
         backend: Backend of a separate allocation; None for the group's arena.
         keep: Whether outgrown memory stays allocated, because a captured CUDA graph may still use it.
+        op: An operator and its argument in the buffer, for messages.
     """
 
     number: int
@@ -31,6 +32,7 @@ class BufferRecord(NamedTuple):
     groups: tuple[str, ...]
     backend: str | None
     keep: bool
+    op: str = ""
 
 
 class ArgumentRecord(NamedTuple):

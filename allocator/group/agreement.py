@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
     from symmem.backends.base import RankGroup
+    from symmem.group.sync_points import SyncPoints
 
 __all__ = ["AgreedError", "CollectiveOperation", "Rounds", "as_symmem_error"]
 
@@ -116,6 +117,7 @@ class Rounds:
         identity: A text that is the same on all ranks, once they have joined, and different for every group.
         sockets: The sockets between the ranks; None if messages go over the store.
         ledger: The acts of all ranks; None unless descriptors can pass between all of them.
+        sync_points: The synchronisation points in the ledger.
         closed: Whether this rank has left the group.
     """
 
@@ -139,6 +141,7 @@ class Rounds:
         self.identity: str | None = None
         self.sockets: SocketTransport | None = None
         self.ledger: Ledger | None = None
+        self.sync_points: SyncPoints | None = None
         self.closed = False
 
     @functools.cached_property
@@ -167,7 +170,9 @@ class Rounds:
     def disconnect(self) -> None:
         """Close the sockets, stop watching processes, and release the ledger."""
         self.presence.close()
-        self.ledger = None
+        if self.sync_points is not None:
+            self.sync_points.leave()
+        self.ledger = self.sync_points = None
         if self.sockets is not None:
             self.sockets.close()
             self.sockets = None

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from types import CodeType, FrameType
 from typing import NamedTuple
 
+import torch
+
 __all__ = ["NOWHERE", "CallSite", "caller", "internal", "program_line"]
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 NOWHERE = (compile("", "<no caller>", "exec"), 0)
 
@@ -53,6 +58,10 @@ def caller(frame: FrameType | None) -> CallSite:
 
 def program_line(frame: FrameType | None) -> CallSite:
     """The first frame outside of torch and symmem."""
-    while frame is not None and (internal[name := frame.f_globals.get("__name__", "")] or name.startswith("torch.")):
+    while frame is not None and (
+        internal[frame.f_globals.get("__name__", "")]
+        or frame.f_globals.get("__name__", "").startswith("torch.")
+        or frame.f_code.co_filename.startswith(_TORCH)  # code that torch generates has no module
+    ):
         frame = frame.f_back
     return caller(frame)

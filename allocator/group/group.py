@@ -37,6 +37,7 @@ from symmem.group.join import join
 from symmem.group.ledger import Ledger
 from symmem.group.observers import group_made
 from symmem.group.presence import ProcessWatch
+from symmem.group.sync_points import SyncPoints
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -161,6 +162,11 @@ class Group:
     def ledger(self) -> Ledger | None:
         """The acts of all ranks; None before the ranks have joined, or if they are on several hosts."""
         return self._rounds.ledger
+
+    @property
+    def sync_points(self) -> SyncPoints | None:
+        """The points where ranks wait that may come alone; None if there is no :attr:`ledger`."""
+        return self._rounds.sync_points
 
     def __repr__(self) -> str:
         return f"Group({self.name!r}, rank={self.rank}, size={self.size})"

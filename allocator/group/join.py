@@ -20,6 +20,7 @@ from symmem.group.compare import SAME_CALLS, check_equal, exchange_json
 from symmem.group.ledger import Ledger
 from symmem.group.locations import Location, are_connectable
 from symmem.group.presence import ProcessWatch
+from symmem.group.sync_points import SyncPoints
 from symmem.group.transports import SocketTransport, watch_process
 from symmem.version import VERSION
 
@@ -135,4 +136,4 @@ def _exchange_processes(rounds: Rounds, operation: CollectiveOperation, watch: P
         ledger.attach(memory)
     finally:
         scm.close_all(memory)
-    rounds.ledger = ledger
+    rounds.ledger, rounds.sync_points = ledger, SyncPoints(ledger, group)

@@ -70,7 +70,9 @@ _RINGS = _WAITS + 16 * _SLOTS
 _IDS = _RINGS + 8 * _SEQUENCES * RING
 _TEXTS = _IDS + 4 * _SEQUENCES * RING
 _TEXT_NBYTES = 1 << 18
-_NBYTES = round_up(_TEXTS + _TEXT_NBYTES, PAGE)
+_SYNC = _TEXTS + _TEXT_NBYTES  # the slot of synchronisation points
+_SYNC_NBYTES = 128
+_NBYTES = round_up(_SYNC + _SYNC_NBYTES, PAGE)
 _LOW = 0xFFFFFFFF
 _HIGH = 0xFFFFFFFF << 32
 _FOREVER = (1 << 63) - 1
@@ -113,6 +115,14 @@ class Ledger:
             self.memory.append(memoryview((ctypes.c_uint8 * _NBYTES).from_address(address)).cast("B"))
 
         self._own_waits = self._waits(self.rank)
+
+    def sync_slot(self, rank: int) -> memoryview:
+        """The uint64 words of a rank for :mod:`.sync_points`."""
+        return self.memory[rank][_SYNC : _SYNC + _SYNC_NBYTES].cast("Q")
+
+    def sync_address(self, rank: int) -> int:
+        """The address of :meth:`sync_slot`."""
+        return self._region.address + rank * _NBYTES + _SYNC
 
     def claim(self, index: int, name: str) -> ActSequence | None:
         """The sequence with an index on which all ranks have agreed: the highest :attr:`claimed` of any rank.

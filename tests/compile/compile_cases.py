@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import gc
 import itertools
 import json
@@ -1133,19 +1132,3 @@ def case_without_the_hook() -> None:
         owner._codegen_comm_buffer = known
         logging.getLogger("symmem.compile").removeHandler(handler)
         torch._dynamo.reset()
-
-
-def one_changes() -> str:
-    """Both ranks agree on a tensor. Then rank 1 passes another tensor."""
-    name, known = group(), symmem.resolve_group()
-    torch._dynamo.reset()
-    first, second = (symmem.allocate((4, 6), dtype=torch.float32).tensor.fill_(1) for _ in range(2))
-    run = compiled(lambda x: ct.total(x, name))
-    run(first)
-    known.settings = dataclasses.replace(known.settings, rendezvous_timeout=2.0, signal_timeout=4.0)
-    dist.barrier()
-    try:
-        run(second if dist.get_rank() == 1 else first)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"

@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from compile_operators import POINTERS
 from compile_support import (
+    Deferred,
     case,
     check,
     compiled,
@@ -36,8 +38,11 @@ from patience import LONG
 from torch.utils.checkpoint import checkpoint
 
 import symmem
+from symmem.compile.records import ArgumentRecord
 from symmem.compile.report import COPIED, PLACED
-from symmem.errors import InvalidArgumentError, UnsupportedError
+from symmem.errors import DivergenceError, InvalidArgumentError, UnsupportedError
+
+runtime = Deferred("symmem.compile.run.graph")
 
 # Kinds of tensors.
 
@@ -702,6 +707,89 @@ def case_within_itself() -> None:
         with pytest.raises(UnsupportedError, match="within its own call"):
             outer(order)
     assert outer([]) == outer([1]) == inner([0]) == "done"
+
+
+# Changes on one rank.
+
+
+@case(gpu=False)
+def case_address_changes_on_one_rank() -> None:
+    """All ranks get an error that names the argument, and all later calls are right."""
+    name, rank = group(), dist.get_rank()
+    torch._dynamo.reset()
+    POINTERS.clear()
+    first, other, second, another = (symmem.allocate((3, 3), torch.float32).tensor for _ in range(4))
+    for x, y in ((first, second), (other, another)):
+        x.copy_(values(3, 3)), y.copy_(values(3, 3, seed=1))
+    wanted = summed(first) + 10 * summed(second)
+    run = compiled(lambda x, y: ct.total(x, name) + 10 * ct.total(y, name))
+    torch.testing.assert_close(run(first, second), wanted)
+    changed = (other, second) if rank == 0 else (first, another)
+    for _ in range(2):
+        with pytest.raises(DivergenceError) as caught:
+            run(*changed)
+        assert "rank 0 waits for all ranks in the comparison of ct::total: the argument 'x'" in caught.value.what
+        assert "because its address changed; rank 1 went on without" in caught.value.what
+        assert caught.value.peers == (0,)
+        for _ in range(4):
+            torch.testing.assert_close(run(*changed), wanted)
+        # The tensors in whose barriers a rank waited work too.
+        for _ in range(5):
+            torch.testing.assert_close(run(first, second), wanted)
+        assert POINTERS[-2:] == [first.data_ptr(), second.data_ptr()]
+
+
+@case(gpu=False)
+def case_growth_on_one_rank() -> None:
+    """All ranks get an error that names the argument. Then the memory has room for the largest size."""
+    name, rank, weight = group(), dist.get_rank(), values(8, 8, seed=7)
+    torch._dynamo.reset()
+    run = compiled(lambda x: (ct.heads(x @ weight, name), ct.heads(x, name)), dynamic=True)
+
+    def check_call(rows: tuple[int, int]) -> None:
+        x = values(rows[rank], 8, seed=sum(rows))
+        wanted = [torch.empty(4, 8) for _ in range(2)]
+        for out, part in zip(wanted, ((x @ weight)[:2], x[:2]), strict=True):
+            dist.all_gather(list(out.chunk(2)), part.contiguous())
+        torch.testing.assert_close(list(run(x)), wanted)
+
+    check_call((4, 4))
+    for rows in ((4, 70), (900, 4)):
+        with pytest.raises(DivergenceError, match="the allocation of memory for ct::heads: the argument 'x'") as caught:
+            check_call(rows)
+        assert f"because this rank needs {8 * max(rows)} elements" in caught.value.what
+        for _ in range(3):
+            check_call(rows)
+        check_call((6, 6))
+
+
+@case(gpu=False)
+def case_change_on_one_rank_is_told_outside_of_the_function() -> None:
+    """A rank may have gone on to an eager barrier or operator, or to another function. Those work afterwards."""
+    name, rank = group(), dist.get_rank()
+    record, shape = ArgumentRecord(0, name, None, "agree", False, "op"), ((2, 2), (2, 1))
+    first, second = (symmem.allocate((2, 2), torch.float32).tensor.fill_(1) for _ in range(2))
+    handle = symmem.SymmetricTensor.wrap(first)
+    other = compiled(lambda x: ct.total(x @ x, name))
+    graph = runtime.Graph()
+    for goes_on in (handle.barrier, lambda: symmem.ops.all_reduce(first), lambda: other(first)):
+        for _ in range(2):
+            graph.begin()
+            graph.place(record, first, *shape)
+            goes_on()
+        graph.begin()
+        refused = pytest.raises(DivergenceError, match="rank 0 waits for all ranks in the comparison of op at")
+        if rank:
+            graph.place(record, first, *shape)
+            with refused:
+                goes_on()
+        else:
+            with refused:
+                graph.place(record, second, *shape)
+        for _ in range(2):
+            handle.barrier()
+            assert symmem.ops.all_reduce(first).eq(2).all()
+            torch.testing.assert_close(other(first), torch.full((2, 2), 4.0))
 
 
 # Failures at run time.

@@ -174,7 +174,9 @@ def allocation(line: Any) -> str:
     layout = node.get_output_spec()
     device = node.get_device()
     number, keep = known.next_number(), keeps_outgrown(device)
-    record = BufferRecord(number, node.get_dtype(), str(device), layout.groups, layout.backend, keep)
+    users = (decision for decision in known.decisions if decision.buffer == node.get_name())
+    op = next((f"{user.op}: the argument {user.argument!r}" for user in users), "")
+    record = BufferRecord(number, node.get_dtype(), str(device), layout.groups, layout.backend, keep, op)
     make = "fresh" if layout.escapes else "buffer"
     return f"{node.get_name()} = {emit_header()}.{make}({declare_record(record)}, {shape_of(node)})"
 

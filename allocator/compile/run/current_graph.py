@@ -12,7 +12,8 @@ from weakref import WeakSet
 
 from symmem.backends.kernel_status import raise_failure
 from symmem.compile.run.graph import Graph
-from symmem.errors import UnsupportedError
+from symmem.errors import RendezvousError, UnsupportedError
+from symmem.group.sync_points import is_of_sync_point
 
 __all__ = ["bound", "running"]
 
@@ -72,6 +73,12 @@ class _FunctionGraph(Graph):
         self.given_back: SimpleQueue[None] = SimpleQueue()
         _function_graphs.add(self)
 
+    def has_passed(self, call: int, waits: bool) -> bool:
+        """See :meth:`symmem.group.sync_points.Stateful.has_passed`."""
+        if self._begins or hasattr(self, "idle"):
+            return super().has_passed(call, waits)
+        return waits and self in _running_graphs()
+
     def wait(self) -> None:
         """Wait until another thread ends its turn.
 
@@ -124,6 +131,7 @@ def bound(function: Callable[..., Any]) -> Callable[..., Any]:
         function: The function that generated code defines.
 
     Raises:
+        DivergenceError: From the call: see :meth:`Graph.place` and :meth:`Graph.buffer`.
         UnsupportedError: From the call: an operator within the function calls the function.
         SymmemError: From the call: a kernel of symmem stopped, and torch can no longer use the GPU. Says why.
     """
@@ -143,10 +151,15 @@ def bound(function: Callable[..., Any]) -> Callable[..., Any]:
         graph.outer, here.graph = before, graph
         try:
             graph.begin()
-            return function(inputs)
-        except RuntimeError as error:  # CUDA's error does not say why a kernel stopped
-            raise_failure(error)
-            raise
+            try:
+                return function(inputs)
+            except RendezvousError as error:
+                if not is_of_sync_point(error):
+                    graph.forget()  # other ranks may know other addresses or sizes now
+                raise
+            except RuntimeError as error:  # CUDA's error does not say why a kernel stopped
+                raise_failure(error)
+                raise
         finally:
             graph.outer, here.graph, graph.idle = None, before, True
             if graph.waiting:

@@ -23,6 +23,7 @@ from symmem.compile.run.inputs import Input, PersistentBuffer, block_of, dead_re
 from symmem.errors import NotSymmetricError
 from symmem.group.group import Group
 from symmem.group.resolve import group_named, is_current
+from symmem.group.sync_points import SyncPoints
 from symmem.memory import block as block_module
 from symmem.memory import cuda_graphs
 from symmem.memory.block import Block
@@ -52,11 +53,17 @@ def _allocate(record: BufferRecord, sizes: Sequence[int], strides: Sequence[int]
 
 
 def _allocate_alike(
-    record: BufferRecord, sizes: Sequence[int], strides: Sequence[int], needed: int, spare: int
+    meet: Callable[[Group, str, str], None],
+    record: BufferRecord,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    needed: int,
+    spare: int,
 ) -> tuple[torch.Tensor, int]:
     """Allocate a buffer in which the largest shape of any rank fits. Collective.
 
     Args:
+        meet: See :meth:`Graph._meet`.
         record: The buffer.
         sizes: This rank's sizes. They may differ by rank, for example if ranks have different numbers of tokens.
         strides: This rank's strides, in elements.
@@ -70,7 +77,9 @@ def _allocate_alike(
     shape = repr((max(needed, spare), tuple(sizes), tuple(strides))).encode()
     shapes = [shape]
     if group.size > 1:
-        with group.collective(f"size of a buffer of compiled code ({name})") as collective:
+        step = f"the allocation of memory for {record.op or name}"
+        meet(group, step, f"this rank needs {needed} elements")
+        with group.collective(step) as collective:
             shapes = [answer.payload for answer in collective.exchange("size", shape)]
     capacity = max(ast.literal_eval(each.decode())[0] for each in shapes)
     if capacity == needed and len(set(shapes)) == 1:
@@ -90,7 +99,9 @@ class Graph:
         self._not_in_torchs_memory: set[int] = set()
         self._calls = 0  # the same on all ranks
         self._compares = False  # whether the ranks compare the arguments again that they copy
-        self._groups: list[Group] = []  # groups with a rendezvous for this memory
+        # The groups of this memory, their marks and synchronisation points: see `symmem.group.sync_points`.
+        self._groups: list[tuple[Group, Sequence[int], SyncPoints | None]] = []
+        self._begins = False  # whether this is the beginning of a call
         self._process_groups: list[weakref.ref[Any]] = []  # theirs; they drop the memory when they are collected
 
     def begin(self) -> None:
@@ -101,13 +112,44 @@ class Graph:
 
         Raises:
             GroupError: There is no group of that name any more.
+            DivergenceError: Another rank must compare or allocate in an earlier call. On all ranks.
         """
-        self._calls += 1
-        self._compares = self._calls & (self._calls - 1) == 0
-        for group in self._groups:
+        for group, mark, points in self._groups:
+            if mark[0] and points is not None:
+                self._look(points)
             if not is_current(group):
                 self._drop_all()
-                return
+                break
+        self._calls += 1
+        self._compares = self._calls & (self._calls - 1) == 0
+
+    def _look(self, points: SyncPoints) -> None:
+        self._begins = True
+        try:
+            points.look()
+        finally:
+            self._begins = False
+
+    def has_passed(self, call: int, waits: bool) -> bool:
+        """See :meth:`symmem.group.sync_points.Stateful.has_passed`."""
+        return self._calls >= call
+
+    def forget(self) -> None:
+        """Begin anew after an error. So ranks that knew different addresses or sizes agree in the next call."""
+        for _group, _mark, points in list(self._groups):
+            if points is not None:
+                points.absorb()
+        self._drop_all()
+        self._calls = 0
+
+    def _meet(self, group: Group, step: str, why: str) -> None:
+        """Wait until all ranks have come to a collective step of this graph. Without shared memory, do nothing.
+
+        Raises:
+            DivergenceError: A rank went on without. On all ranks, and the next call is like the first one.
+        """
+        if (points := group.sync_points) is not None:
+            points.meet(self, self._calls, step, why, group.settings.rendezvous_timeout)
 
     def _drop_all(self) -> None:
         """Drop all buffers, except for memory that CUDA graphs may still use, and forget the groups."""
@@ -118,8 +160,13 @@ class Graph:
     def _enter(self, name: str) -> Group:
         """The group of a name. :meth:`begin` checks it from now on."""
         group = group_named(name)
-        if group not in self._groups:
-            self._groups.append(group)
+        points = group.sync_points  # None before the first collective operation of the group
+        entry = group, _UNMARKED if points is None else points.mark, points
+        known = next((index for index, (each, *_) in enumerate(self._groups) if each is group), None)
+        if known is not None:
+            self._groups[known] = entry
+        else:
+            self._groups.append(entry)
             if (process_group := group.process_group) is not None:
                 drop_all = weakref.WeakMethod(self._drop_all)
                 self._process_groups.append(weakref.ref(process_group, lambda _: (drop_all() or dead_reference)()))
@@ -156,7 +203,7 @@ class Graph:
                 tensor, capacity = cuda_graphs.apart(
                     torch.device(record.device),
                     "memory of compiled code cannot be allocated",
-                    lambda: _allocate_alike(record, sizes, strides, needed, spare),
+                    lambda: _allocate_alike(self._meet, record, sizes, strides, needed, spare),
                 )
         for name in record.groups:
             self._enter(name)
@@ -225,8 +272,15 @@ class Graph:
                 # An operator of torch needs torch's memory, which was checked above, so other memory is copied.
                 known = self._inputs[number] = Input(self._enter(name), copying=policy == "copy" or backend is not None)
             again = self._compares and not known.always
-            if (again or not known.copying) and known.agree(x, group_named(name), op):
-                return x
+            if again or not known.copying:
+                group = group_named(name)
+                why = "its address changed" if known.changes else "this rank compares it for the first time"
+                why = "it was copied so far" if known.copying else why
+                self._meet(group, f"the comparison of {op}", why)
+                same = known.agree(x, group, op)
+                self._enter(name)
+                if same:
+                    return x
         elif backend is None and block_of(x, group_named(name)) is not None:
             return x
         if policy == "strict":
@@ -238,7 +292,7 @@ class Graph:
             )
         copy = self._buffers.get(number)
         if copy is None or copy.sizes != sizes or copy.strides != strides:
-            copy = self._make(BufferRecord(number, x.dtype, str(x.device), (name,), backend, keep), sizes, strides)
+            copy = self._make(BufferRecord(number, x.dtype, str(x.device), (name,), backend, keep, op), sizes, strides)
         if known is not None and backend is None:  # with a backend, the next argument may be in torch's memory
             known.copy = copy
         return copy.tensor.copy_(x)
@@ -286,4 +340,5 @@ class Graph:
             block.signals(mapping).barrier(0, resolved.settings.signal_timeout)
 
 
+_UNMARKED = (0,)
 _NONE: tuple[int, Callable[[], Block | None]] = (-1, dead_reference)

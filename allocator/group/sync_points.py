@@ -1,0 +1,279 @@
+"""Synchronisation points: a rank waits here for all others, although it is not certain that they come.
+
+Functions with state that all ranks keep alike, such as compiled functions, run without communication while the state
+stays. Before a rank changes the state together with the others, it comes to a synchronisation point. Either all ranks
+come, or all raise an error at once that names the rank and the point. A point that fails takes no round of the group.
+
+Protocol. Every rank has a slot in the shared memory of the group's :mod:`.ledger`. Points have serial numbers. A rank
+that comes to a point writes it to its slot, sets the mark of all other ranks, and waits until all slots show the point.
+A rank with a mark reads the slots in its next call of such a function, and while it waits for a signal. If it has
+passed the point without coming, it can no longer come: it writes an error to its slot, and raises it. A rank that finds
+such an error raises the same one. So every rank passes or fails every point, or finds that the others are further.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import weakref
+import zlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from symmem.backends import pending_waits
+from symmem.backends.libc import fence, futex_wait, futex_wake
+from symmem.backends.pending_waits import Wait
+from symmem.errors import DivergenceError, PeerTimeoutError
+from symmem.group.call_site import program_line
+
+if TYPE_CHECKING:
+    from symmem.backends.base import RankGroup
+    from symmem.group.ledger import Ledger
+
+__all__ = ["Stateful", "SyncPoints", "is_of_sync_point"]
+
+# The uint64 words of a slot. A rank writes its own, except that all ranks set its mark.
+_MARK, _CHANGES = 0, 1
+_COMING = 2  # the latest point to which the rank has come
+_KEYS = slice(3, 6), slice(7, 10)  # its function, call and step; by parity, because others still read the point before
+_TEXTS = 6, 10
+_FAILED, _FUNCTION, _CAUSE, _ERROR = 11, 12, 13, 14  # the latest point that failed here, and the text of the error
+_LEFT = 15  # whether the rank has left the group
+
+_NAP = 0.05  # seconds between two checks that the awaited ranks are alive
+_SPINS = 20  # loads, with a yield after every load, before it sleeps
+
+_HINT = (
+    "addresses of symmetric arguments and sizes must change on all ranks in the same call. All ranks have forgotten "
+    "what they had agreed on for this function, so its next call works"
+)
+
+
+class Stateful(Protocol):
+    """A function of which all ranks make the same calls."""
+
+    def has_passed(self, call: int, waits: bool) -> bool:
+        """Whether this rank can no longer come to a point in a call.
+
+        Args:
+            call: The number of the call.
+            waits: Whether this thread waits for the rank that has come to the point.
+        """
+
+    def forget(self) -> None:
+        """Forget the state. The next call is the first one."""
+
+
+class SyncPoints:
+    """The synchronisation points of one group.
+
+    Args:
+        ledger: The ledger of the group.
+        group: The group.
+
+    Attributes:
+        mark: A word that is not 0 if this rank should :meth:`look`.
+    """
+
+    def __init__(self, ledger: Ledger, group: RankGroup) -> None:
+        self._ledger, self._group = ledger, weakref.ref(group)
+        self._rank, self._process = group.rank, os.getpid()
+        self._slots = [ledger.sync_slot(rank) for rank in range(group.size)]
+        self._address = [ledger.sync_address(rank) + 8 * _CHANGES for rank in range(group.size)]
+        self._own = self._slots[group.rank]
+        self._others = [rank for rank in range(group.size) if rank != group.rank]
+        self.mark = self._own[:1]
+        self._serial = 0  # of the last point that this rank has passed or failed
+        self._count = 0  # number of functions that have passed a point
+        self._functions: weakref.WeakValueDictionary[int, Stateful] = weakref.WeakValueDictionary()
+        self._indices: weakref.WeakKeyDictionary[Stateful, int] = weakref.WeakKeyDictionary()
+        self._lock = threading.RLock()
+
+    def meet(self, function: Stateful, call: int, step: str, why: str, timeout: float) -> None:
+        """Wait until all ranks have come to the same point. Collective. A round of the group must follow.
+
+        It returns early if a rank has ended or left the group, because the round raises for that.
+
+        Args:
+            function: The function that needs the point.
+            call: The number of its call.
+            step: The step that all ranks do next; the same on all ranks.
+            why: Why this rank does it, for the error.
+            timeout: Seconds.
+
+        Raises:
+            DivergenceError: A rank has passed the point without coming, or is at another one. On all ranks.
+            PeerTimeoutError: A rank did not come in time.
+        """
+        if os.getpid() != self._process:
+            return  # the round raises
+        with self._lock:
+            serial = max(self._serial + 1, *(self._slots[rank][_COMING] for rank in self._others))
+            index = self._indices.get(function, self._count)
+            key = index, call, zlib.crc32(step.encode())
+            text = f"{step} at {program_line(sys._getframe(1))}"
+            own = self._own
+            try:
+                own[_KEYS[serial & 1]] = _words(key)
+                own[_TEXTS[serial & 1]] = self._ledger.add_text(f"{text}, because {why}")
+                self._publish(_COMING, serial)
+                self._wait(serial, key, step, text, timeout)
+            except BaseException as error:
+                if self._serial < serial:
+                    self._fail(serial, index, self._rank, f"rank {self._rank} gave up {text}: {error}")
+                raise
+            self._serial = serial
+            if index == self._count:
+                self._count += 1
+                self._functions[index], self._indices[function] = function, index
+
+    def _wait(self, serial: int, key: tuple[int, int, int], step: str, text: str, timeout: float) -> None:
+        deadline, end = time.monotonic() + timeout, None
+        try:
+            for rank in self._others:
+                slot, spins = self._slots[rank], 0
+                while True:
+                    changes = slot[_CHANGES]
+                    if slot[_FAILED] >= serial:
+                        raise self._told(rank)
+                    if slot[_COMING] >= serial:
+                        break
+                    if (spins := spins + 1) < _SPINS:
+                        os.sched_yield()
+                        continue
+                    if end is None:
+                        end = self._ledger.show_wait(text, deadline)
+                    group, remaining = self._group(), deadline - time.monotonic()
+                    if group is None or group.lost() or slot[_LEFT] or self._own[_LEFT]:
+                        return
+                    if remaining <= 0:
+                        raise self._late(serial, step, timeout)
+                    futex_wait(self._address[rank], changes & 0xFFFFFFFF, min(_NAP, remaining))
+                if slot[_COMING] == serial and tuple(slot[_KEYS[serial & 1]]) != key:
+                    ranks = sorted((self._rank, rank))
+                    texts = ", ".join(f"{self._text(each, _TEXTS[serial & 1])} on rank {each}" for each in ranks)
+                    raise self._fail(serial, key[0], rank, f"the ranks are at different steps: {texts}")
+            fence()
+        finally:
+            if end is not None:
+                end()
+
+    def look(self, missing: Callable[[], Sequence[int]] = tuple) -> None:
+        """Raise if another rank has come to a point that this rank has passed, or has failed a point. Local.
+
+        Args:
+            missing: Returns the ranks that this thread waits for.
+
+        Raises:
+            DivergenceError: It is so. On all ranks.
+        """
+        if os.getpid() != self._process or not self._lock.acquire(blocking=False):
+            return  # another thread is at a point, and looks itself
+        try:
+            self._own[_MARK] = 0
+            fence()
+            undecided = False
+            for rank in self._others:
+                slot = self._slots[rank]
+                if slot[_FAILED] > self._serial:
+                    raise self._told(rank)
+                serial = slot[_COMING]
+                if serial <= self._serial:
+                    continue
+                index, call, _step = slot[_KEYS[serial & 1]]
+                text = self._text(rank, _TEXTS[serial & 1])
+                function = self._functions.get(index)
+                passed = index < self._count and (function is None or function.has_passed(call, rank in missing()))
+                if passed and slot[_COMING] == serial:
+                    line = program_line(sys._getframe(1))
+                    what = f"rank {rank} waits for all ranks in {text}; rank {self._rank} went on without, to {line}"
+                    raise self._fail(serial, index, rank, what)
+                undecided = True
+            if undecided:
+                self._own[_MARK] = 1
+        finally:
+            self._lock.release()
+
+    def absorb(self) -> None:
+        """Note that this rank has raised an error, so that the failures of others so far do not concern it any more."""
+        with self._lock:
+            for rank in self._others:
+                slot = self._slots[rank]
+                if slot[_FAILED] > self._serial:
+                    self._serial = slot[_FAILED]
+                    self._forget(slot[_FUNCTION])
+
+    def leave(self) -> None:
+        """Let no rank wait for this one any more."""
+        if os.getpid() == self._process:
+            self._publish(_LEFT, 1)
+
+    def _publish(self, word: int, value: int) -> None:
+        fence()
+        self._own[word] = value
+        self._own[_CHANGES] += 1
+        fence()
+        futex_wake(self._address[self._rank])
+        for rank in self._others:
+            self._slots[rank][_MARK] = 1
+
+    def _fail(self, serial: int, index: int, cause: int, what: str) -> DivergenceError:
+        """Fail a point, and let the other ranks raise the same error, which is returned."""
+        self._serial = serial
+        self._own[_FUNCTION], self._own[_CAUSE] = index, cause
+        self._own[_ERROR] = self._ledger.add_text(what)
+        self._publish(_FAILED, serial)
+        self._forget(index)
+        error = DivergenceError(what, hint=_HINT, rank=self._rank, group=self._ledger.name, peers=(cause,))
+        error.propagated_to = self._ledger.name
+        error.of_sync_point = True  # type: ignore[attr-defined]
+        return error
+
+    def _told(self, rank: int) -> DivergenceError:
+        slot = self._slots[rank]
+        return self._fail(slot[_FAILED], slot[_FUNCTION], slot[_CAUSE], self._text(rank, _ERROR))
+
+    def _forget(self, index: int) -> None:
+        if (function := self._functions.get(index)) is not None:
+            function.forget()
+
+    def _late(self, serial: int, step: str, timeout: float) -> PeerTimeoutError:
+        late = tuple(rank for rank in self._others if self._slots[rank][_COMING] < serial)
+        waits = "".join(f"; rank {rank} waits in {text}" for rank, text in self._ledger.waits_of(late).items())
+        return PeerTimeoutError(
+            f"ranks {list(late)} did not come in time (timeout {timeout:g} s){waits}",
+            hint=f"see what ranks {list(late)} do. If they are only slow, raise rendezvous_timeout",
+            rank=self._rank,
+            group=self._ledger.name,
+            step=step,
+            peers=late,
+        )
+
+    def _text(self, rank: int, word: int) -> str:
+        return self._ledger.text_of(rank, self._slots[rank][word])
+
+
+def is_of_sync_point(error: BaseException) -> bool:
+    """Whether a point has failed with this error, so that its function has forgotten its state on this rank."""
+    return getattr(error, "of_sync_point", False)
+
+
+def _words(values: Sequence[int]) -> memoryview:
+    return memoryview(b"".join(value.to_bytes(8, sys.byteorder) for value in values)).cast("Q")
+
+
+def _told(wait: Wait) -> DivergenceError | None:
+    """The error with which a wait must end, because a rank that it waits for does not come."""
+    points = getattr(wait.group, "sync_points", None)
+    if points is not None and points.mark[0]:
+        try:
+            points.look(wait.missing)
+        except DivergenceError as error:
+            error.step = wait.step
+            return error
+    return None
+
+
+pending_waits.told = _told
