@@ -34,6 +34,7 @@ _libc.mmap.argtypes = [
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def _mmap(address: int | None, nbytes: int, flags: int, descriptor: int) -> int:
@@ -151,7 +152,8 @@ class FakeDriver(Driver):
             raise driver_error("CUDA_ERROR_NOT_PERMITTED", "create: CUDA_ERROR_NOT_PERMITTED")
         descriptor = os.memfd_create("symmem-fake", os.MFD_CLOEXEC)
         os.ftruncate(descriptor, nbytes)
-        os.pwrite(descriptor, b"\xa5" * nbytes, 0)  # the driver does not promise zeros
+        for start in range(0, nbytes, GRANULARITY):  # the driver does not promise zeros
+            os.pwrite(descriptor, b"\xa5" * mmap.PAGESIZE, start)
         return self._enter(descriptor)
 
     def _enter(self, descriptor: int) -> int:
@@ -207,7 +209,10 @@ class FakeDriver(Driver):
         assert _libc.mprotect(address, nbytes, 3) == 0
 
     def zero(self, ordinal: int, address: int, nbytes: int) -> None:
-        ctypes.memset(address, 0, nbytes)
+        if (address | nbytes) % mmap.PAGESIZE:
+            ctypes.memset(address, 0, nbytes)
+        else:  # the file gives its pages back, which then read as zeros: an arena's would take long to write
+            assert _libc.madvise(address, nbytes, mmap.MADV_REMOVE) == 0, os.strerror(ctypes.get_errno())
 
     # Multicast: a separate file, which shows the order of calls; stores do not reach the ranks.
 
