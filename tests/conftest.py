@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 from hypothesis import HealthCheck, settings
 from patience import OPTIONS
@@ -22,16 +21,12 @@ HERE = Path(__file__).parent
 MODULES = {path.stem for path in HERE.glob("*/*.py") if not path.stem.startswith("test_")}
 pytest.register_assert_rewrite(*(MODULES - {"patience"}))
 
-# The machine may be busy, so nothing that Hypothesis does has a time limit.
+# The machine may be busy, and no test depends on its speed, so nothing that Hypothesis does has a time limit.
 settings.register_profile("symmem", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("symmem")
 
 POOLS = {"pools", "living_pool", "new_pool", "pool", "pools_of", "frail"}
 """The fixtures that start processes of ranks. The tests that use them are marked with ``ranks``."""
-
-# No test depends on the speed of the machine.
-hypothesis.settings.register_profile("no deadline", deadline=None)
-hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -112,6 +107,7 @@ def own_folders() -> Iterator[None]:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{folder}/inductor")
         patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes beside the ranks
         patch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")  # do not compile a program per instruction set to find out
+        patch.setenv("ATEN_CPU_CAPABILITY", "default")  # Inductor's headers are shorter without vectors
         server.begin()
         yield
         server.end()
