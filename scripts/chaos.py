@@ -35,12 +35,11 @@ import torch.distributed as dist
 import symmem
 from symmem import ops
 from symmem.errors import InvalidArgumentError, SymmemError
-from symmem.tools.ranks import PRELOAD, RankPool, rank_store
+from symmem.tools.ranks import RankPool, rank_store
 
 FAULTS = ("kill", "kill in a wait", "interrupt", "exception", "stop", "exit", "none")
 TIMEOUT = 10.0  # seconds, of every wait in the ranks
 SETTINGS = f"rendezvous_timeout({TIMEOUT:g}s),signal_timeout({TIMEOUT:g}s),arena_size(1MiB)"
-PRELOAD += ["symmem.ops.functions", "symmem.arena.reclaim", "symmem.backends.host", "symmem.redirect.context"]
 
 
 class Told(NamedTuple):

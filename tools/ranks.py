@@ -35,7 +35,7 @@ from symmem.tools.outcomes import Outcome, RanksFailedError
 
 __all__ = ["PRELOAD", "Outcome", "RankPool", "RanksFailedError", "resolve_function"]
 
-PRELOAD = [__name__]
+PRELOAD = [__name__, "symmem.ops.functions", "symmem.backends.host", "symmem.redirect.context"]
 """Modules that are imported before the first rank is forked, so that ranks share them. The first pool reads it."""
 
 _context = multiprocessing.get_context("forkserver")

@@ -38,9 +38,9 @@ FAKED = ("nvshmem", "pytorch_cuda", "pytorch_nccl", "pytorch_nvshmem")
 
 def forget_arenas() -> None:
     """Drop the default group's arenas, because their memory belongs to an earlier fake."""
-    os.environ["SYMMEM_ENABLE"] = "arena_size(4MiB)"  # the memory of the fakes is host memory, and zeroed
+    os.environ["SYMMEM_ENABLE"] = "arena_size(1MiB)"  # the memory of the fakes is host memory, and zeroed
     group = symmem.resolve_group()
-    group.settings = dataclasses.replace(group.settings, arena_size=4 << 20)
+    group.settings = dataclasses.replace(group.settings, arena_size=1 << 20)
     group.extension(Arenas).clear()
     group.extension(Requests).clear()
     _warm.clear()
