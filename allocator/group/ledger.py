@@ -71,7 +71,8 @@ _IDS = _RINGS + 8 * _SEQUENCES * RING
 _TEXTS = _IDS + 4 * _SEQUENCES * RING
 _TEXT_NBYTES = 1 << 18
 _SYNC = _TEXTS + _TEXT_NBYTES  # the slot of synchronisation points
-_SYNC_NBYTES = 128
+_SYNC_WORDS = _SYNC + 12 * RING  # after a ring of acts and their ids
+_SYNC_NBYTES = 12 * RING + 256
 _NBYTES = round_up(_SYNC + _SYNC_NBYTES, PAGE)
 _LOW = 0xFFFFFFFF
 _HIGH = 0xFFFFFFFF << 32
@@ -106,6 +107,11 @@ class Ledger:
         self._sequences: weakref.WeakSet[ActSequence] = weakref.WeakSet()
         self._lock = threading.RLock()  # of the texts and the waits; a signal handler may wait during a wait
 
+    @property
+    def neighbours(self) -> list[int]:
+        """The ranks before and after this one."""
+        return sorted({(self.rank - 1) % self.size, (self.rank + 1) % self.size} - {self.rank})
+
     def attach(self, descriptors: Sequence[int]) -> None:
         """Map the memory of all ranks, in rank order. The descriptors stay open, and belong to the caller."""
         self._region = Region(self.size * _NBYTES)
@@ -118,11 +124,18 @@ class Ledger:
 
     def sync_slot(self, rank: int) -> memoryview:
         """The uint64 words of a rank for :mod:`.sync_points`."""
-        return self.memory[rank][_SYNC : _SYNC + _SYNC_NBYTES].cast("Q")
+        return self.memory[rank][_SYNC_WORDS : _SYNC + _SYNC_NBYTES].cast("Q")
 
     def sync_address(self, rank: int) -> int:
         """The address of :meth:`sync_slot`."""
-        return self._region.address + rank * _NBYTES + _SYNC
+        return self._region.address + rank * _NBYTES + _SYNC_WORDS
+
+    def sync_rings(self, head: memoryview, mark: memoryview) -> tuple[list[memoryview], Any]:
+        """The rings of all ranks for acts between :mod:`.sync_points`, and this rank's object that enters them."""
+        rings = [memory[_SYNC : _SYNC + 8 * RING].cast("Q") for memory in self.memory]
+        ids = self.memory[self.rank][_SYNC + 8 * RING : _SYNC_WORDS].cast("I")
+        neighbours = tuple(rings[peer] for peer in self.neighbours)
+        return rings, _ring_type()(rings[self.rank], ids, head, mark, neighbours)
 
     def claim(self, index: int, name: str) -> ActSequence | None:
         """The sequence with an index on which all ranks have agreed: the highest :attr:`claimed` of any rank.
@@ -321,8 +334,7 @@ class ActSequence:
         at, ids = _RINGS + 8 * RING * index, _IDS + 4 * RING * index
         self._rings = [memory[at : at + 8 * RING].cast("Q") for memory in ledger.memory]
         self._ids = [memory[ids : ids + 4 * RING].cast("I") for memory in ledger.memory]
-        rank, size = ledger.rank, ledger.size
-        neighbours = sorted({(rank - 1) % size, (rank + 1) % size} - {rank})
+        rank, neighbours = ledger.rank, ledger.neighbours
         self._own = self._rings[rank]
         ring = _ring_type()(
             self._own, self._ids[rank], self._heads[rank], self.mark, tuple(self._rings[peer] for peer in neighbours)

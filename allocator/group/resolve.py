@@ -132,7 +132,8 @@ def is_current(group: Group) -> bool:
     Raises:
         GroupError: No group has that name any more.
     """
-    in_use = not group.closed and _c10d is not None and group.process_group in _c10d._world.pg_map
+    # Not `group.process_group`, because compiled code asks at every call.
+    in_use = not group.closed and _c10d is not None and group._process_group() in _c10d._world.pg_map
     return in_use or group_named(group.name) is group
 
 

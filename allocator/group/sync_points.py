@@ -27,10 +27,10 @@ from symmem.backends.libc import fence, futex_wait, futex_wake
 from symmem.backends.pending_waits import Wait
 from symmem.errors import DivergenceError, PeerTimeoutError
 from symmem.group.call_site import program_line
+from symmem.group.ledger import RING, Ledger
 
 if TYPE_CHECKING:
     from symmem.backends.base import RankGroup
-    from symmem.group.ledger import Ledger
 
 __all__ = ["Stateful", "SyncPoints", "is_of_sync_point"]
 
@@ -41,7 +41,10 @@ _KEYS = slice(3, 6), slice(7, 10)  # its function, call and step; by parity, bec
 _TEXTS = 6, 10
 _FAILED, _FUNCTION, _CAUSE, _ERROR = 11, 12, 13, 14  # the latest point that failed here, and the text of the error
 _LEFT = 15  # whether the rank has left the group
+_ACTS = 16, 17  # number of its latest act when it came, by parity
+_HEAD = 18
 
+_LOW = 0xFFFFFFFF
 _NAP = 0.05  # seconds between two checks that the awaited ranks are alive
 _SPINS = 20  # loads, with a yield after every load, before it sleeps
 
@@ -75,6 +78,7 @@ class SyncPoints:
 
     Attributes:
         mark: A word that is not 0 if this rank should :meth:`look`.
+        acts_left: How many acts may follow before the next point.
     """
 
     def __init__(self, ledger: Ledger, group: RankGroup) -> None:
@@ -85,6 +89,11 @@ class SyncPoints:
         self._own = self._slots[group.rank]
         self._others = [rank for rank in range(group.size) if rank != group.rank]
         self.mark = self._own[:1]
+        self._neighbours = ledger.neighbours
+        self._rings, ring = ledger.sync_rings(self._own[_HEAD : _HEAD + 1], self.mark)
+        self._enter: Callable[[int, int, int], bool] = ring.enter
+        self._acts = 0  # number of the latest act; the same on all ranks
+        self.acts_left = 0
         self._serial = 0  # of the last point that this rank has passed or failed
         self._count = 0  # number of functions that have passed a point
         self._functions: weakref.WeakValueDictionary[int, Stateful] = weakref.WeakValueDictionary()
@@ -118,6 +127,7 @@ class SyncPoints:
             try:
                 own[_KEYS[serial & 1]] = _words(key)
                 own[_TEXTS[serial & 1]] = self._ledger.add_text(f"{text}, because {why}")
+                own[_ACTS[serial & 1]] = self._acts
                 self._publish(_COMING, serial)
                 self._wait(serial, key, step, text, timeout)
             except BaseException as error:
@@ -125,6 +135,9 @@ class SyncPoints:
                     self._fail(serial, index, self._rank, f"rank {self._rank} gave up {text}: {error}")
                 raise
             self._serial = serial
+            # Beyond all acts of any rank, so that words in the rings that are older never count.
+            self._acts = max(slot[_ACTS[serial & 1]] for slot in self._slots) + RING
+            self.acts_left = RING // 2
             if index == self._count:
                 self._count += 1
                 self._functions[index], self._indices[function] = function, index
@@ -159,6 +172,31 @@ class SyncPoints:
         finally:
             if end is not None:
                 end()
+
+    def act(self, function: Stateful, value: int, step: str) -> None:
+        """Compare a value between points, without a wait: the second rank of two finds a difference. Local.
+
+        Args:
+            function: The function that compares.
+            value: 32 bits; the same on all ranks.
+            step: What the value stands for, for the error.
+
+        Raises:
+            DivergenceError: The values differ. On all ranks: here, or as in :meth:`look`.
+        """
+        with self._lock:
+            self._acts = number = self._acts + 1
+            self.acts_left -= 1
+            if not self._enter(number, value, 0):
+                return
+            for rank in self._neighbours:
+                word = self._rings[rank][number % RING]
+                if word >> 32 == number & _LOW and word & _LOW != value:
+                    line = program_line(sys._getframe(1))
+                    what = f"rank {rank} uses {step} differently than rank {self._rank} at {line}"
+                    serial = max(self._serial + 1, *(self._slots[other][_COMING] for other in self._others))
+                    raise self._fail(serial, self._indices.get(function, self._count), rank, what)
+            self.look()
 
     def look(self, missing: Callable[[], Sequence[int]] = tuple) -> None:
         """Raise if another rank has come to a point that this rank has passed, or has failed a point. Local.
@@ -202,7 +240,7 @@ class SyncPoints:
             for rank in self._others:
                 slot = self._slots[rank]
                 if slot[_FAILED] > self._serial:
-                    self._serial = slot[_FAILED]
+                    self._serial, self.acts_left = slot[_FAILED], 0
                     self._forget(slot[_FUNCTION])
 
     def leave(self) -> None:
@@ -221,7 +259,7 @@ class SyncPoints:
 
     def _fail(self, serial: int, index: int, cause: int, what: str) -> DivergenceError:
         """Fail a point, and let the other ranks raise the same error, which is returned."""
-        self._serial = serial
+        self._serial, self.acts_left = serial, 0  # not all ranks have made the same acts
         self._own[_FUNCTION], self._own[_CAUSE] = index, cause
         self._own[_ERROR] = self._ledger.add_text(what)
         self._publish(_FAILED, serial)

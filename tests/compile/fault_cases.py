@@ -764,6 +764,39 @@ def case_growth_on_one_rank() -> None:
 
 
 @case(gpu=False)
+def case_symmetric_inputs_take_turns() -> None:
+    """They are used in place. If the ranks take different ones, all ranks get an error, and the next call works."""
+    name, rank = group(), dist.get_rank()
+    torch._dynamo.reset()
+    tensors = [symmem.allocate((3, 3), torch.float32).tensor for _ in range(10)]
+    run = compiled(lambda x: ct.total(x, name))
+    for _ in range(2):
+        for step in range(40):
+            POINTERS.clear()
+            x = tensors[step % 10].copy_(values(3, 3, seed=step))
+            torch.testing.assert_close(run(x), summed(x))
+            assert x.data_ptr() == POINTERS[0]
+        with pytest.raises(DivergenceError, match="uses ct::total: the argument 'x' differently than rank") as caught:
+            run(tensors[rank])
+        assert caught.value.rank == rank
+
+
+@case(gpu=False)
+def case_many_turns() -> None:
+    """Ranks compare which of several tensors they use. From time to time they wait for each other."""
+    record, shape = ArgumentRecord(0, group(), None, "agree", False, "op"), ((2, 2), (2, 1))
+    tensors = [symmem.allocate((2, 2), torch.float32).tensor for _ in range(3)]
+    graph, points = runtime.Graph(), symmem.resolve_group().sync_points
+    assert points is not None
+    serials = set()
+    for step in range(1500):
+        graph.begin()
+        assert graph.place(record, tensors[step % 3], *shape) is tensors[step % 3]
+        serials.add(points._serial)
+    assert len(serials) < 8
+
+
+@case(gpu=False)
 def case_change_on_one_rank_is_told_outside_of_the_function() -> None:
     """A rank may have gone on to an eager barrier or operator, or to another function. Those work afterwards."""
     name, rank = group(), dist.get_rank()

@@ -172,6 +172,27 @@ def test_ranks_behind_come_later() -> None:
     assert first.function.calls == second.function.calls == 3
 
 
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_acts_between_points(size: int) -> None:
+    """Acts that differ are an error on all ranks, with the next act or look. Numbers need not match after a failure."""
+    ranks = ranks_of(size)
+    for turn in range(3):
+        assert all_call(ranks) == [None] * size
+        for value in range(ranks[0].points.acts_left):
+            for each in ranks:
+                each.points.act(each.function, value, "x")
+        assert not any(each.points.acts_left for each in ranks)
+        assert all_call(ranks) == [None] * size
+        told = 0
+        for each in [*ranks, *ranks]:
+            if each.points.acts_left:  # otherwise this rank comes to a point next
+                value = 7 if each is ranks[turn % size] else 8
+                (error,) = errors_of([partial(each.points.act, each.function, value, "x")])
+                told += error is not None and "uses x differently than rank" in error.what
+        assert told == size
+        assert [each.points.acts_left for each in ranks] == [0] * size
+
+
 @pytest.mark.parametrize("leaver", [0, 1])
 def test_no_rank_waits_after_one_has_left(leaver: int) -> None:
     ranks = ranks_of(2)

@@ -1,6 +1,6 @@
 """Arguments of compiled code in memory that the compiler did not allocate.
 
-An argument is used in place while all ranks agree on it and its address stays the same. Otherwise it is copied.
+An argument is used in place at every address on which all ranks have agreed. Otherwise it is copied.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from symmem.config.settings import load_settings
 from symmem.group.group import Group
+from symmem.group.sync_points import SyncPoints
 from symmem.memory.block import Block
 from symmem.memory.registry import block_at
 
@@ -21,8 +22,11 @@ __all__ = ["MAX_ADDRESS_CHANGES", "Input", "PersistentBuffer", "block_of", "dead
 
 log = logging.getLogger("symmem.compile")
 
-MAX_ADDRESS_CHANGES = 8
-"""An input in symmetric memory is copied, until the ranks compare again, once its address has changed more often."""
+MAX_ADDRESS_CHANGES = 32
+"""An input in symmetric memory is copied, until the ranks compare again, if more calls in a row pass new addresses."""
+
+MAX_ADDRESSES = 32
+"""Addresses that are remembered per input."""
 
 
 class PersistentBuffer(NamedTuple):
@@ -50,17 +54,34 @@ class Input:
         copying: Whether the argument is copied: always, or until the ranks agree when they compare again.
         always: Whether it is always copied.
         copy: The buffer for the copy, once nothing has to be checked before copying.
-        address: The address that all ranks agreed on last. An argument at this address is used in place.
+        address: The only address on which all ranks agreed. An argument at this address is used in place. 0 if there
+            are several addresses, or none.
         block: Weak reference to the block at that address. It is dead if the ranks compare at every call.
-        changes: How often the ranks have compared since the argument was copied last.
+        agreed: All addresses on which the ranks agreed, oldest first: weak references to the blocks, and numbers that
+            are the same on all ranks.
+        points: The synchronisation points of the group; None before the ranks agreed first, or on several hosts.
+        changes: In how many calls in a row the ranks have compared.
         compare_always: Whether the ranks compare at every call.
     """
 
-    __slots__ = ("address", "always", "block", "changes", "compare_always", "copy", "copying")
+    __slots__ = (
+        "address",
+        "agreed",
+        "always",
+        "block",
+        "changes",
+        "compare_always",
+        "copy",
+        "copying",
+        "count",
+        "points",
+    )
 
     def __init__(self, group: Group, copying: bool) -> None:
         self.copying = self.always = copying
-        self.address = self.changes = 0
+        self.address = self.changes = self.count = 0
+        self.agreed: dict[int, tuple[Callable[[], object], int]] = {}
+        self.points: SyncPoints | None = None
         self.copy: PersistentBuffer | None = None
         self.block: Callable[[], object] = dead_reference
         self.compare_always = load_settings(group=group.name).allocation_check == "each"
@@ -74,15 +95,28 @@ class Input:
         self.changes = 1 if self.copying else self.changes + 1
         same = block is not None and len(set(received)) == 1
         if not same or (self.changes > MAX_ADDRESS_CHANGES and not self.compare_always):
-            self.copying, self.block = True, dead_reference
+            self.copying, self.address, self.block = True, 0, dead_reference
+            self.agreed.clear()
             why = "its address keeps changing" if same else "it is not the same on all ranks"
             log.debug("%s: copied until the ranks compare again, because %s", label, why)
             return False
         assert block is not None
         self.copying, self.copy = False, None
         if not self.compare_always:
-            self.address, self.block = tensor.data_ptr(), weakref.ref(block)
+            self.points = group.sync_points
+            self._remember(tensor.data_ptr(), weakref.ref(block))
         return True
+
+    def _remember(self, address: int, block: Callable[[], object]) -> None:
+        """Remember an address. Ranks that cannot compare without a message remember only one."""
+        if self.points is None:
+            self.agreed.clear()
+        self.agreed.pop(address, None)
+        self.count += 1
+        self.agreed[address] = block, self.count
+        if len(self.agreed) > MAX_ADDRESSES:
+            del self.agreed[next(iter(self.agreed))]
+        self.address, self.block = (address, block) if len(self.agreed) == 1 else (0, dead_reference)
 
 
 def dead_reference() -> None:
