@@ -50,10 +50,14 @@ ONE_SIDED = ("put", "get", "get_out", "put_signal", "wait_signal", "barrier")
 numbers = itertools.count()
 
 
-@pytest.fixture
-def group() -> symmem.Group:
+def one() -> symmem.Group:
     """A group of one rank."""
     return symmem.Group.from_store(0, 1, dist.HashStore(), f"one {next(numbers)}")
+
+
+@pytest.fixture
+def group() -> symmem.Group:
+    return one()
 
 
 @pytest.fixture
@@ -203,11 +207,14 @@ def program(x: torch.Tensor, weight: torch.Tensor, name: str) -> torch.Tensor:
     return ops.all_reduce(z * room, name) + x.sum()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_programs_are_right(backend: str, group: symmem.Group) -> None:
+# What Inductor compiles runs in a rank, because ranks share what Inductor loads.
+
+
+def compiled_programs_are_right(backend: str) -> None:
+    group = one()
     torch._dynamo.reset()
-    compiled = torch.compile(program, fullgraph=True, backend=backend)
+    dynamic = True if backend == "inductor" else None  # one set of C++ kernels, for all shapes
+    compiled = torch.compile(program, fullgraph=True, backend=backend, dynamic=dynamic)
     x, weight = torch.randn(4, 8), torch.randn(8, 8)
     results = []
     for function in (program, compiled):
@@ -218,6 +225,12 @@ def test_compiled_programs_are_right(backend: str, group: symmem.Group) -> None:
     for wanted, found in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted)
     compiled(torch.randn(5, 8), weight, group.name)  # another shape: dynamic from here on
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_programs_are_right(backend: str, pools: Any) -> None:
+    pools.get(1).run(compiled_programs_are_right, backend)
 
 
 @pytest.mark.slow
@@ -247,10 +260,10 @@ def test_compiled_code_changes_its_arguments_in_place(group: symmem.Group) -> No
     assert x.tolist() == [2] * 7
 
 
-@pytest.mark.slow
-def test_no_copy_is_made_for_forms_that_return_nothing(group: symmem.Group) -> None:
-    """Inductor passes the tensors themselves to the operators."""
+def no_copy_is_made_for_forms_that_return_nothing() -> None:
     from torch._inductor.utils import run_and_get_code
+
+    group = one()
 
     def chain(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         y = x * 2
@@ -269,8 +282,14 @@ def test_no_copy_is_made_for_forms_that_return_nothing(group: symmem.Group) -> N
 
 
 @pytest.mark.slow
-def test_one_sided_operators_compile_with_inductor(symmetric: torch.Tensor, group: symmem.Group) -> None:
-    name = group.name
+def test_no_copy_is_made_for_forms_that_return_nothing(pools: Any) -> None:
+    """Inductor passes the tensors themselves to the operators."""
+    pools.get(1).run(no_copy_is_made_for_forms_that_return_nothing)
+
+
+def one_sided_operators_compile_with_inductor() -> None:
+    group = one()
+    name, symmetric = group.name, symmem.allocate(6, backend="host", arena=False).rendezvous(group)
 
     def exchange(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         torch.ops.symmem.put(x, source * 2, 0, name)
@@ -280,8 +299,14 @@ def test_one_sided_operators_compile_with_inductor(symmetric: torch.Tensor, grou
         return x + torch.ops.symmem.get(x, 0, name)
 
     torch._dynamo.reset()
-    result = torch.compile(exchange, fullgraph=True)(symmetric, torch.arange(6.0))
+    result = torch.compile(exchange, fullgraph=True)(symmetric.tensor, torch.arange(6.0))
     assert result.tolist() == [0, 4, 8, 12, 16, 20]
+    symmetric.close()
+
+
+@pytest.mark.slow
+def test_one_sided_operators_compile_with_inductor(pools: Any) -> None:
+    pools.get(1).run(one_sided_operators_compile_with_inductor)
 
 
 # Invalid calls.

@@ -403,17 +403,19 @@ def test_upstream_is_told_where_it_can_place(define: Define) -> None:
     assert not held.is_registered()
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_operators_on_the_cpu_compile_without_the_hook(
-    lib: ops.Library, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+def compile_without_the_hook() -> list[float]:
+    lib = ops.Library("symmem_test_rank", "FRAGMENT")
     lib.define("op(symm Tensor x, str group_name) -> Tensor")
     lib.impl("op", lambda x, group: x * 2, "CPU")
-    torch.library.register_fake(f"{lib.ns}::op", lambda x, group: torch.empty_like(x), lib=lib)
-    op = getattr(torch.ops, lib.ns).op
-    assert torch.compile(lambda x: op(x + 1, "any"))(torch.ones(3)).tolist() == [4] * 3
+    torch.library.register_fake("symmem_test_rank::op", lambda x, group: torch.empty_like(x), lib=lib)
+    op = torch.ops.symmem_test_rank.op
+    return torch.compile(lambda x: op(x + 1, "any"))(torch.ones(3)).tolist()
+
+
+@pytest.mark.slow
+def test_operators_on_the_cpu_compile_without_the_hook(new_pool: Callable[[int], RankPool]) -> None:
+    """In a rank, because ranks share what Inductor loads."""
+    assert new_pool(1).run(compile_without_the_hook) == [[4] * 3]
 
 
 @needs_upstream
