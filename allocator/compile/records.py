@@ -10,7 +10,22 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ArgumentRecord", "BufferRecord"]
+__all__ = ["ArgumentRecord", "BufferRecord", "Usage"]
+
+
+class Usage:
+    """How often an argument that compiled code checks was used in place or copied.
+
+    Attributes:
+        in_place: Number of calls that used it in place.
+        copied: Number of calls that copied it.
+        nbytes: Bytes of all these copies.
+    """
+
+    __slots__ = ("copied", "in_place", "nbytes")
+
+    def __init__(self) -> None:
+        self.in_place = self.copied = self.nbytes = 0
 
 
 class BufferRecord(NamedTuple):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from symmem.compile.records import BufferRecord
+from symmem.compile.records import BufferRecord, Usage
 
 __all__ = [
     "AT_RUN_TIME",
@@ -61,6 +61,9 @@ class Decision:
         advice: A change that avoids the copy; empty if there is no copy or no such change.
         where: The source line that calls the operator.
         barrier: Whether compiled code adds a barrier after the operator, because it has no exit barrier.
+        number: Number of the argument within the graph, if compiled code checks it at every call.
+        copied_back: Bytes that the graph copies to one of its inputs afterwards, because the operator wrote to a buffer
+            of the graph instead of the input.
     """
 
     op: str
@@ -75,6 +78,8 @@ class Decision:
     advice: str = ""
     where: str = ""
     barrier: bool = False
+    number: int | None = None
+    copied_back: int = 0
 
     def line(self) -> str:
         """Return the decision as one line of JSON."""
@@ -112,11 +117,13 @@ class GraphReport:
         name: Name of the graph.
         decisions: One per registered argument, in the order of the calls.
         buffers: The symmetric memory that the graph allocates for its buffers.
+        usage: How often the arguments with a number were used in place and copied until now. It goes on counting.
     """
 
     name: str
     decisions: tuple[Decision, ...]
     buffers: tuple[Buffer, ...]
+    usage: Mapping[int, Usage] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def copies(self) -> int:
@@ -139,7 +146,16 @@ class GraphReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report for ``json.dumps``."""
-        return {**asdict(self), "copies": self.copies, "reuses": self.reuses, "peak": self.peak}
+        known = {
+            "name": self.name,
+            "decisions": [asdict(each) for each in self.decisions],
+            "buffers": [asdict(each) for each in self.buffers],
+            "usage": {
+                number: {"in_place": each.in_place, "copied": each.copied, "nbytes": each.nbytes}
+                for number, each in self.usage.items()
+            },
+        }
+        return {**known, "copies": self.copies, "reuses": self.reuses, "peak": self.peak}
 
     def __str__(self) -> str:
         lines = [
@@ -149,7 +165,15 @@ class GraphReport:
         for each in self.decisions:
             size = f"[{', '.join(each.shape)}] {each.dtype}, {_bytes(each.nbytes)}"
             lines.append(f"  {each.op}({each.argument}: {size}): {each.outcome}: {each.why}")
-            if each.advice:
+            usage = self.usage.get(-1 if each.number is None else each.number)
+            if usage is not None:
+                lines.append(f"    {_calls(usage)}")
+            if each.copied_back:
+                lines.append(
+                    f"    the graph writes to an input before the operator: {_bytes(each.copied_back)} are copied back "
+                    "to the input at every call"
+                )
+            if each.advice and (usage is None or usage.copied):
                 lines.append(f"    to avoid the copy: {each.advice}")
             if each.barrier:
                 lines.append("    a barrier follows: the operator is registered without exit_barrier=True")
@@ -186,6 +210,12 @@ class Report:
         return "\n".join(str(each) for each in self.graphs)
 
 
+def _calls(usage: Usage) -> str:
+    times = f"in {usage.in_place} call{'s' * (usage.in_place != 1)}"
+    copied = f"copied in {usage.copied}" + f" ({_bytes(usage.nbytes)} in all)" * bool(usage.copied)
+    return f"used in place {times} until now, {copied}"
+
+
 def _bytes(nbytes: int | None) -> str:
     if nbytes is None:
         return "dynamic size"
@@ -212,10 +242,10 @@ def name_in(source: str) -> str | None:
     return found and found.group(1)
 
 
-def report_of(name: str, source: str) -> GraphReport:
+def report_of(name: str, source: str, usage: Mapping[int, Usage] | None = None) -> GraphReport:
     """Read the report of a graph from its generated code, so that code from a cache is reported too."""
     decisions = tuple(Decision.from_line(line) for line in _DECISION.findall(source))
-    return GraphReport(name, decisions, tuple(_buffers(source, decisions)))
+    return GraphReport(name, decisions, tuple(_buffers(source, decisions)), {} if usage is None else usage)
 
 
 def _buffers(source: str, decisions: Sequence[Decision]) -> list[Buffer]:

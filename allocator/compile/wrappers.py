@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ from symmem.ops.registry import registry
 from symmem.ops.registry.built_in import NAMESPACE
 
 __all__ = ["OPTIONAL", "WRAPPED"]
+
+log = logging.getLogger("symmem.compile")
 
 _state = threading.local()
 
@@ -172,8 +176,9 @@ def _post_compile(original: Any) -> Any:
             result = original(self, *args, **kwargs)
         if name is not None:
             self.current_callable = bound(self.current_callable)
-            report = report_of(name, self.source_code)
-            _write(report)
+            graph = self.current_callable.graph
+            report = report_of(name, self.source_code, graph.usage)
+            _write(report, graph)
             for listener in tuple(listeners):
                 listener(report)
         return result
@@ -242,14 +247,31 @@ def _partition_signature(original: Any) -> Any:
     return get_graph_partition_signature
 
 
-def _write(report: GraphReport) -> None:
-    """Append a report to the file of the setting ``compile_report``; with ranks, to that name with ``.rankN`` added."""
+def _write(report: GraphReport, graph: Any) -> None:
+    """Append a report to the file of the setting ``compile_report``; with ranks, to that name with ``.rankN`` added.
+
+    Once the function is deleted, and at the latest when the process ends, a line with the usage follows.
+    """
     path = load_settings().compile_report
     if path == "off":
         return
     rank = f".rank{dist.get_rank()}" if dist.is_available() and dist.is_initialized() else ""
-    with Path(path + rank).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(report.to_json()) + "\n")
+    _append(path + rank, report.to_json())
+    if any(each.number is not None for each in report.decisions):
+        weakref.finalize(graph, _append_usage, path + rank, report)
+
+
+def _append(path: str, line: Mapping[str, Any]) -> None:
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _append_usage(path: str, report: GraphReport) -> None:
+    known = report.to_json()
+    try:
+        _append(path, {"name": known["name"], "usage": known["usage"]})
+    except OSError as error:  # a finalizer cannot raise
+        log.warning("the usage of graph %s could not be added to the report: %s", report.name, error)
 
 
 WRAPPED: tuple[tuple[Any, str, tuple[str, ...], Callable[[Any], Any]], ...] = (

@@ -836,6 +836,63 @@ def case_explain() -> None:
 
 
 @case()
+def case_reports_tell_what_happened() -> None:
+    """A report counts the calls that used an argument in place and those that copied it, and goes on counting."""
+    name, nbytes = group(), 24 * 4
+    mine, plain = symmem.allocate((4, 6), torch.float32).tensor.fill_(1), torch.ones(4, 6, device=device())
+    report = symmem.compile.explain(lambda x: ct.total(x, name), plain)
+    assert f"used in place in 0 calls until now, copied in 1 ({nbytes} B in all)" in str(report)
+    assert "to avoid the copy: allocate it with symmem.allocate" in str(report)
+    report = symmem.compile.explain(lambda x: ct.total(x, name), mine)
+    assert "used in place in 1 call until now, copied in 0\n" in str(report)
+    assert "to avoid the copy" not in str(report)
+    torch._dynamo.reset()
+    with explanation.reporting() as report:
+        run = compiled(lambda x: (ct.total(x, name), ct.total(x, name), ct.total(x + 1, name)))
+        for x in (plain, mine, mine, mine, plain, plain):  # call 4 compares again, as do calls 2 and 8
+            run(x)
+    (graph,) = report.graphs
+    first, second, third = (each.number for each in graph.decisions)
+    assert first == second
+    assert third is None
+    counted = {"in_place": 3, "copied": 3, "nbytes": 3 * nbytes}
+    assert graph.to_json()["usage"] == {first: counted}
+    run(plain)
+    assert graph.usage[first].copied == 4
+
+
+@case()
+def case_written_and_sliced_inputs() -> None:
+    """A slice of a symmetric input is used in place. If an operator writes to it, the report tells the copied bytes."""
+    name = group()
+    mine = symmem.allocate((8, 4), torch.float32).tensor.zero_()
+
+    def read(buffer: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        buffer[:3].copy_(x)
+        return ct.total(buffer[:3], name)
+
+    def write(buffer: torch.Tensor, x: torch.Tensor) -> None:
+        buffer[:3].copy_(x)
+        ct.add_peer_(buffer[:3], name)
+
+    for function in (read, write):
+        torch._dynamo.reset()
+        POINTERS.clear()
+        with explanation.reporting() as report:
+            run = compiled(function)
+            for step in range(2):
+                x = values(3, 4, seed=step)
+                made = run(mine, x)
+                torch.testing.assert_close(mine[:3] if made is None else made, summed(x))
+                assert mine[3:].eq(0).all()
+        (decision,) = report.graphs[0].decisions
+        assert decision.outcome == (AT_RUN_TIME if function is read else PLACED)
+        assert decision.copied_back == (0 if function is read else mine.nbytes)
+        assert (set(POINTERS) == {mine.data_ptr()}) == (function is read)
+    assert "the graph writes to an input before the operator: 128 B are copied back to the input" in str(report)
+
+
+@case()
 def case_report_file() -> None:
     """SYMMEM_ENABLE=compile_report(path): every rank writes one line per compiled graph."""
     name = group()
@@ -847,6 +904,14 @@ def case_report_file() -> None:
         assert file.name == f"report.rank{dist.get_rank()}"
         (line,) = file.read_text().splitlines()
         assert json.loads(line)["decisions"][0]["outcome"] == PLACED
+        run = compiled(lambda x: ct.total(x, name))
+        run(values(2, 2))
+        del run
+        torch._dynamo.reset()
+        gc.collect()
+        *_, report, usage = map(json.loads, file.read_text().splitlines())
+        number = str(report["decisions"][0]["number"])
+        assert usage == {"name": report["name"], "usage": {number: {"in_place": 0, "copied": 1, "nbytes": 16}}}
 
 
 # Bad input, and lifetimes.

@@ -24,7 +24,7 @@ from torch._ops import OpOverload
 
 from symmem.compile.plan import symmetric_layout
 from symmem.compile.plan.out_variants import OutCall, out_variant
-from symmem.compile.plan.reasons import producer_name, source_line, verdict
+from symmem.compile.plan.reasons import copied_back, producer_name, source_line, verdict
 from symmem.compile.plan.symmetric_layout import GraphPlan, SymmetricLayout, can_place, nbytes_of, root_of
 from symmem.compile.records import ArgumentRecord
 from symmem.compile.report import PLACED, Decision
@@ -137,7 +137,7 @@ class _Call:
         self._checked[key] = buffer, x, label
         # An argument that is passed twice in one call stays one tensor, even if an earlier operator wrote to it.
         if memo is not None and (repeated or name not in V.graph.mutated_buffers):
-            self._note(x, memo[0], label, memo[1], "as for an earlier operator of this graph")
+            self._note(x, memo[0], label, memo[1], "as for an earlier operator of this graph", number=memo[2])
             return memo[0]
         described, keep = f"{self._known.op}: the argument {label!r}", symmetric_layout.keeps_outgrown(x.get_device())
         number = self._plan.next_number()
@@ -155,8 +155,8 @@ class _Call:
             return f"{kernel.get_name()} = {symmetric_layout.emit_header()}.place({variable}, {args[0]}, {shape})"
 
         _write_as(kernel, code)
-        self._note(x, placed, label, decision.outcome, decision.why, decision.advice)
-        self._plan.memo[key] = placed, decision.outcome
+        self._note(x, placed, label, decision.outcome, decision.why, decision.advice, number)
+        self._plan.memo[key] = placed, decision.outcome, number
         return placed
 
     def _check_no_overlap(self, x: Any, buffer: Any, label: str) -> None:
@@ -174,10 +174,23 @@ class _Call:
                     step=self._known.op,
                 )
 
-    def _note(self, x: ir.TensorBox, buffer: Any, label: str, outcome: str, why: str, advice: str = "") -> None:
+    def _note(
+        self,
+        x: ir.TensorBox,
+        buffer: Any,
+        label: str,
+        outcome: str,
+        why: str,
+        advice: str = "",
+        number: int | None = None,
+    ) -> None:
         nbytes = nbytes_of(x.get_size(), x.get_dtype())
+        back = 0
         if outcome == PLACED:
             nbytes = nbytes_of([buffer.get_layout().storage_size()], x.get_dtype())
+            if self._known.parameters[label.partition("[")[0]].mutated:
+                back = copied_back(self._known.value_of, label)
+                advice = "write to the input outside of the compiled function" if back else ""
         self._plan.decisions.append(
             Decision(
                 op=self._known.op,
@@ -192,6 +205,8 @@ class _Call:
                 advice=advice,
                 where=source_line(),
                 barrier=self._needs_barrier(),
+                number=number,
+                copied_back=back,
             )
         )
 

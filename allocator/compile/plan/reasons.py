@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch._inductor import config as inductor
 from torch._inductor import ir
 from torch._inductor.virtualized import V
@@ -93,6 +95,48 @@ def _why_copied(buffer: Any, name: str) -> tuple[str, str]:
     if isinstance(op, OpOverload) and is_builtin(op):
         return why, "call it in an operator of your own with one result, which has a variant with out="
     return why, "give that operator a variant with out= that takes the same arguments"
+
+
+_SCATTERS = {
+    getattr(torch.ops.aten, name).default
+    for name in ("slice_scatter", "select_scatter", "diagonal_scatter", "as_strided_scatter", "copy", "clone")
+}
+
+
+def copied_back(value_of: Callable[..., Any], label: str) -> int:
+    """Bytes that the graph copies to its inputs after the operator being lowered has written to an argument.
+
+    Args:
+        value_of: Returns an argument of the operator by name.
+        label: Name of the argument, with an index if it is a list.
+    """
+    node, (name, _, index) = V.graph.current_node, label.partition("[")
+    value = value_of(name, node.args, node.kwargs)
+    value = value[int(index[:-1])] if index else value
+    while isinstance(value, torch.fx.Node) and _is_part(value):
+        value = value.args[0]
+    found, todo, seen = 0, [value], set()
+    while todo:
+        for user in getattr(todo.pop(), "users", ()):
+            if user in seen:
+                continue
+            seen.add(user)
+            if user.target is torch.ops.aten.copy_.default:
+                into = user.args[0]
+                example = into.meta.get("val")
+                if into.op == "placeholder" and isinstance(example, torch.Tensor):
+                    elements: Any = example.numel()
+                    if isinstance(elements, torch.SymInt):  # as in the example call
+                        elements = V.graph.sizevars.optimization_hint(elements.node.expr)
+                    found += elements * example.dtype.itemsize
+            elif _is_part(user) or user.target in _SCATTERS:
+                todo.append(user)
+    return found
+
+
+def _is_part(node: torch.fx.Node) -> bool:
+    """Whether a node is a view."""
+    return isinstance(node.target, OpOverload) and node.target.is_view
 
 
 def source_line() -> str:

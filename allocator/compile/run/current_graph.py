@@ -130,6 +130,9 @@ def bound(function: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         function: The function that generated code defines.
 
+    Returns:
+        The wrapped function; its attribute ``graph`` is the graph.
+
     Raises:
         DivergenceError: From the call: see :meth:`Graph.place` and :meth:`Graph.buffer`.
         UnsupportedError: From the call: an operator within the function calls the function.
@@ -165,4 +168,5 @@ def bound(function: Callable[..., Any]) -> Callable[..., Any]:
             if graph.waiting:
                 graph.given_back.put(None)
 
+    call.graph = graph  # type: ignore[attr-defined]
     return call

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from symmem.compile.records import ArgumentRecord, BufferRecord
+from symmem.compile.records import ArgumentRecord, BufferRecord, Usage
 from symmem.compile.run.inputs import Input, PersistentBuffer, block_of, dead_reference
 from symmem.errors import NotSymmetricError
 from symmem.group.group import Group
@@ -97,6 +97,7 @@ class Graph:
         self._kept: list[torch.Tensor] = []  # outgrown memory that CUDA graphs may still use
         self._in_torchs_memory: dict[int, int] = {}  # address by number of the argument
         self._not_in_torchs_memory: set[int] = set()
+        self.usage: dict[int, Usage] = {}  # by number of the argument; reports show it
         self._calls = 0  # the same on all ranks
         self._compares = False  # whether the ranks compare the arguments again that they copy
         # The groups of this memory, their marks and synchronisation points: see `symmem.group.sync_points`.
@@ -246,10 +247,23 @@ class Graph:
             copy = known.copy
             if copy is None:
                 if x.data_ptr() == known.address and known.block() is not None:
+                    known.usage.in_place += 1
                     return x
             elif copy.sizes == sizes and copy.strides == strides and not (self._compares and not known.always):
+                known.usage.copied += 1
+                known.usage.nbytes += x.nbytes
                 return copy.tensor.copy_(x)
-        return self._check(record, known, x, sizes, strides)
+        placed = self._check(record, known, x, sizes, strides)
+        usage = self._usage_of(record.number)
+        if placed is x:
+            usage.in_place += 1
+        else:
+            usage.copied += 1
+            usage.nbytes += x.nbytes
+        return placed
+
+    def _usage_of(self, number: int) -> Usage:
+        return self.usage.setdefault(number, Usage())
 
     def _check(
         self,
@@ -272,7 +286,9 @@ class Graph:
         if policy in ("agree", "copy"):
             if known is None:
                 # An operator of torch needs torch's memory, which was checked above, so other memory is copied.
-                known = self._inputs[number] = Input(self._enter(name), copying=policy == "copy" or backend is not None)
+                known = self._inputs[number] = Input(
+                    self._enter(name), policy == "copy" or backend is not None, self._usage_of(number)
+                )
             again = self._compares and not known.always
             if again or not known.copying:
                 group = group_named(name)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from symmem.compile.records import Usage
 from symmem.config.settings import load_settings
 from symmem.group.group import Group
 from symmem.group.sync_points import SyncPoints
@@ -60,6 +61,7 @@ class Input:
         agreed: All addresses on which the ranks agreed, oldest first: weak references to the blocks, and numbers that
             are the same on all ranks.
         points: The synchronisation points of the group; None before the ranks agreed first, or on several hosts.
+        usage: Counts how often it was used in place and copied.
         changes: In how many calls in a row the ranks have compared.
         compare_always: Whether the ranks compare at every call.
     """
@@ -75,9 +77,11 @@ class Input:
         "copying",
         "count",
         "points",
+        "usage",
     )
 
-    def __init__(self, group: Group, copying: bool) -> None:
+    def __init__(self, group: Group, copying: bool, usage: Usage) -> None:
+        self.usage = usage
         self.copying = self.always = copying
         self.address = self.changes = self.count = 0
         self.agreed: dict[int, tuple[Callable[[], object], int]] = {}
