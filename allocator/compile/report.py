@@ -6,7 +6,7 @@ import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from symmem.compile.records import BufferRecord, Usage
@@ -61,6 +61,7 @@ class Decision:
         advice: A change that avoids the copy; empty if there is no copy or no such change.
         where: The source line that calls the operator.
         barrier: Whether compiled code adds a barrier after the operator, because it has no exit barrier.
+        call: Number of the operator's call within the graph.
         number: Number of the argument within the graph, if compiled code checks it at every call.
         copied_back: Bytes that the graph copies to one of its inputs afterwards, because the operator wrote to a buffer
             of the graph instead of the input.
@@ -78,6 +79,7 @@ class Decision:
     advice: str = ""
     where: str = ""
     barrier: bool = False
+    call: int = 0
     number: int | None = None
     copied_back: int = 0
 
@@ -242,10 +244,34 @@ def name_in(source: str) -> str | None:
     return found and found.group(1)
 
 
-def report_of(name: str, source: str, usage: Mapping[int, Usage] | None = None) -> GraphReport:
-    """Read the report of a graph from its generated code, so that code from a cache is reported too."""
+def report_of(
+    name: str,
+    source: str,
+    usage: Mapping[int, Usage] | None = None,
+    lines: Sequence[tuple[str, str]] | None = None,
+) -> GraphReport:
+    """Read the report of a graph from its generated code, so that code from a cache is reported too.
+
+    Args:
+        name: Name of the graph.
+        source: The generated code. Another program may have made it, and it contains the lines of that program.
+        usage: See :class:`GraphReport`.
+        lines: The operators that this program's graph calls, in order, and the source lines. None if this program has
+            made the code, so that the lines in it are right.
+    """
     decisions = tuple(Decision.from_line(line) for line in _DECISION.findall(source))
+    if lines is not None:
+        decisions = tuple(replace(each, where=_line_of(each, decisions, lines)) for each in decisions)
     return GraphReport(name, decisions, tuple(_buffers(source, decisions)), {} if usage is None else usage)
+
+
+def _line_of(decision: Decision, decisions: Sequence[Decision], lines: Sequence[tuple[str, str]]) -> str:
+    """The line of this program that makes a call; empty if it is not known."""
+    calls = sorted({each.call for each in decisions if each.op == decision.op})
+    found = [line for op, line in lines if op == decision.op]
+    if len(found) == len(calls):
+        return found[calls.index(decision.call)]
+    return decision.where if decision.where in found else ""
 
 
 def _buffers(source: str, decisions: Sequence[Decision]) -> list[Buffer]:

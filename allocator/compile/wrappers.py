@@ -26,6 +26,7 @@ from torch._ops import OpOverload
 
 from symmem.compile.cache_keys import key_of, operators
 from symmem.compile.plan import graph_outputs, lowering, mutable_ops, producers, symmetric_layout
+from symmem.compile.plan.reasons import source_line
 from symmem.compile.plan.symmetric_layout import SymmetricLayout
 from symmem.compile.report import GraphReport, name_in, report_of
 from symmem.compile.run import calls  # noqa: F401  # defines the operators that lowerings call
@@ -164,6 +165,8 @@ def _hash_details(original: Any) -> Any:
             called = list(operators(args[0] if args else kwargs["gm"]))
             seen.update(op._name for op, _node in called)  # code from a cache is not lowered
             self.symmem = key_of(called)
+            # Torch's caches ignore source lines, so the code may come from another program.
+            _state.lines = [(op._name, source_line(node)) for op, node in called if registry.lookup(op) is not None]
 
     return init
 
@@ -176,11 +179,14 @@ def _post_compile(original: Any) -> Any:
             result = original(self, *args, **kwargs)
         if name is not None:
             self.current_callable = bound(self.current_callable)
-            graph = self.current_callable.graph
-            report = report_of(name, self.source_code, graph.usage)
+            graph, lines = self.current_callable.graph, getattr(_state, "lines", None)
+            if lines is None and name not in symmetric_layout.planned:
+                lines = []
+            report = report_of(name, self.source_code, graph.usage, lines)
             _write(report, graph)
             for listener in tuple(listeners):
                 listener(report)
+        _state.lines = None
         return result
 
     return post_compile

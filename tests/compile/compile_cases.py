@@ -37,7 +37,7 @@ from compile_support import (
 import symmem
 from symmem.backends import kernel_status, kernel_words
 from symmem.compile.records import ArgumentRecord, BufferRecord
-from symmem.compile.report import AT_RUN_TIME, COPIED, IN_PLACE, PLACED
+from symmem.compile.report import AT_RUN_TIME, COPIED, IN_PLACE, PLACED, Decision, report_of
 from symmem.errors import GroupError, InvalidArgumentError, NotSymmetricError, PeerTimeoutError, UnsupportedError
 from symmem.group.resolve import name_of
 from symmem.ops.engines.base import Engines
@@ -859,6 +859,27 @@ def case_reports_tell_what_happened() -> None:
     assert graph.to_json()["usage"] == {first: counted}
     run(plain)
     assert graph.usage[first].copied == 4
+
+
+@case()
+def case_reports_show_the_lines_of_this_program() -> None:
+    """Torch's caches ignore source lines. Code that another program has left there is reported with our lines."""
+    name, source = group(), "def f(x):\n    y = total(x * 3, name)\n    return total(y * y, name) + y\n"
+    for program, blank in (("first", 0), ("second", 3), ("third", 5)):
+        space: dict[str, Any] = {"total": ct.total, "name": name}
+        exec(compile("\n" * blank + source, f"/{program}/program.py", "exec"), space)
+        torch._dynamo.reset()
+        with explanation.reporting() as report:
+            compiled(space["f"])(values(2, 5))
+        (graph,) = report.graphs
+        shown = [each.where.partition(",") for each in graph.decisions]
+        assert [file for file, *_ in shown] == [f'File "/{program}/program.py"'] * 2
+        lines = [int(rest.split()[1].strip(",")) for *_, rest in shown]
+        assert lines == [blank + 2, blank + 3]
+    call = Decision("ct::total", "x", PLACED, "buf0", name, (), "float32", 4, "", where="theirs:1")
+    others = f"# symmem decision: {call.line()}\n"
+    assert report_of("g", others, lines=[]).decisions[0].where == ""
+    assert report_of("g", others, lines=[("ct::total", "ours:1")] * 2).decisions[0].where == ""
 
 
 @case()

@@ -78,6 +78,7 @@ class _Call:
         self._group = name_of(known.group_of(args, kwargs))
         self._backend = backend_of(op.namespace)
         self._plan: GraphPlan = symmetric_layout.current_plan() or symmetric_layout.begin_plan(uuid.uuid4().hex[:12])
+        self._number = self._plan.next_call()
         self._placed: list[ir.TensorBox] = []
         self._mutated: list[tuple[ir.TensorBox, ir.TensorBox]] = []  # originals and their copies
         self._checked: dict[Any, tuple[Any, Any, str]] = {}  # run-time checks by key: buffer, view and argument
@@ -203,8 +204,9 @@ class _Call:
                 nbytes=nbytes,
                 why=why,
                 advice=advice,
-                where=source_line(),
+                where=source_line(V.graph.current_node),
                 barrier=self._needs_barrier(),
+                call=self._number,
                 number=number,
                 copied_back=back,
             )

@@ -139,9 +139,9 @@ def _is_part(node: torch.fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target.is_view
 
 
-def source_line() -> str:
-    """The source line that calls the operator being lowered."""
-    trace = (V.graph.current_node.meta.get("stack_trace") or "") if V.graph.current_node is not None else ""
+def source_line(node: torch.fx.Node | None) -> str:
+    """The source line that a node comes from; empty if it is not known."""
+    trace = (node.meta.get("stack_trace") or "") if node is not None else ""
     lines = [line.strip() for line in trace.strip().splitlines()]
     places = [index for index, line in enumerate(lines) if line.startswith("File ")]
     return ": ".join(lines[places[-1] : places[-1] + 2]) if places else ""

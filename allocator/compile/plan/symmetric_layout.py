@@ -34,6 +34,7 @@ __all__ = [
     "is_part",
     "keeps_outgrown",
     "nbytes_of",
+    "planned",
     "root_of",
     "shape_of",
 ]
@@ -91,6 +92,10 @@ def is_part(part: str, whole: str) -> bool:
     return set(inner) <= set(outer)
 
 
+planned: set[str] = set()
+"""Names of the graphs that this process has compiled itself, instead of loading them from a cache."""
+
+
 @dataclass
 class GraphPlan:
     """The plan of a graph that is being compiled, with its subgraphs.
@@ -101,6 +106,7 @@ class GraphPlan:
         memo: The results for arguments that are checked at run time, by graph, buffer, view and group.
         uncaptured_inputs: Names of inputs that are checked outside of CUDA graphs.
         count: Number of buffers and arguments so far.
+        calls: Number of calls of registered operators so far.
         header_written: Whether the generated code contains the decisions.
     """
 
@@ -109,12 +115,18 @@ class GraphPlan:
     memo: dict[Any, Any] = field(default_factory=dict)
     uncaptured_inputs: set[str] = field(default_factory=set)
     count: int = 0
+    calls: int = 0
     header_written: bool = False
 
     def next_number(self) -> int:
         """Return the number of the next buffer or argument of the graph."""
         self.count += 1
         return self.count - 1
+
+    def next_call(self) -> int:
+        """Return the number of the next call of a registered operator."""
+        self.calls += 1
+        return self.calls - 1
 
 
 def _root(graph: Any) -> Any:
@@ -132,6 +144,7 @@ def current_plan() -> GraphPlan | None:
 def begin_plan(name: str) -> GraphPlan:
     """Begin a plan, at the first registered operator of a graph."""
     made = _root(V.graph)._symmem = GraphPlan(name)
+    planned.add(name)
     return made
 
 
