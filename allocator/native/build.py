@@ -17,6 +17,9 @@ from symmem.config.owned_files import private_folder
 
 __all__ = ["load_extension"]
 
+# Python fills this dictionary without a lock, so a second thread could read None from it. An import holds a lock.
+sysconfig.get_config_vars()
+
 
 def load_extension(name: str, source: Path) -> Any:
     """Compile a C file and load it as the module ``name``. Local. Takes a second the first time on a machine.
