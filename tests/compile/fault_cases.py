@@ -764,6 +764,33 @@ def case_growth_on_one_rank() -> None:
 
 
 @case(gpu=False)
+def case_results_of_uneven_sizes() -> None:
+    """The graph returns a symmetric buffer with another size on every rank; also if only one is large."""
+    name, rank = group(), dist.get_rank()
+
+    def f(x: torch.Tensor) -> Any:
+        y = x + 1
+        return ct.heads(y, name), y
+
+    for rows in ((600, 900), (5, 700), (800, 6)):
+        torch._dynamo.reset()
+        run, kept = compiled(f, dynamic=False), []
+        for step in range(3):
+            x = values(rows[rank], 512, seed=step)
+            heads = torch.empty(4, 512)
+            dist.all_gather(list(heads.chunk(2)), x[:2] + 1)
+            kept.append((run(x), (heads, x + 1)))
+        for results, wanted in kept:
+            torch.testing.assert_close(results, wanted)
+            assert (symmem.find(results[1]) is not None) == (rows[rank] >= 512)
+    handle = symmem.allocate(4, torch.float32)
+    handle.tensor.fill_(rank)
+    handle.barrier()
+    assert handle.remote_tensor(1 - rank).tolist() == [1 - rank] * 4
+    handle.barrier()
+
+
+@case(gpu=False)
 def case_symmetric_inputs_take_turns() -> None:
     """They are used in place. If the ranks take different ones, all ranks get an error, and the next call works."""
     name, rank = group(), dist.get_rank()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ast
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,39 +52,62 @@ def _allocate(record: BufferRecord, sizes: Sequence[int], strides: Sequence[int]
     return handle.tensor
 
 
-def _allocate_alike(
+class _Room(NamedTuple):
+    """The memory of a buffer, as all ranks have agreed on it.
+
+    Attributes:
+        sizes: This rank's sizes when they agreed. They may differ by rank, for example the numbers of tokens.
+        strides: This rank's strides, in elements.
+        capacity: Number of elements that fit into the memory; the same on all ranks.
+        alike: Whether all ranks have the same sizes and strides, and need the whole memory.
+        is_returned: Whether the graph of any rank returns the buffer, so that all ranks allocate it at every call.
+    """
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    capacity: int
+    alike: bool
+    is_returned: bool
+
+    def allocate(self, record: BufferRecord) -> torch.Tensor:
+        """Allocate the memory; returns a tensor with this rank's shape. Collective if an arena grows."""
+        name = "compiled result" if self.is_returned else f"compiled {record.number}"
+        if self.alike:
+            return _allocate(record, self.sizes, self.strides, name)
+        return _allocate(record, (self.capacity,), (1,), name).as_strided(self.sizes, self.strides)
+
+
+def _agree_on_room(
     meet: Callable[[Group, str, str], None],
     record: BufferRecord,
     sizes: Sequence[int],
     strides: Sequence[int],
     needed: int,
     spare: int,
-) -> tuple[torch.Tensor, int]:
-    """Allocate a buffer in which the largest shape of any rank fits. Collective.
+    is_returned: bool,
+) -> _Room:
+    """Agree on memory in which the largest shape of any rank fits. Collective.
 
     Args:
         meet: See :meth:`Graph._meet`.
         record: The buffer.
-        sizes: This rank's sizes. They may differ by rank, for example if ranks have different numbers of tokens.
+        sizes: This rank's sizes.
         strides: This rank's strides, in elements.
         needed: Number of elements that this rank needs.
         spare: Number of elements to allocate if no rank needs more; the same on all ranks.
-
-    Returns:
-        The tensor with this rank's shape, and the number of elements that fit into its memory.
+        is_returned: Whether this rank's graph returns the buffer.
     """
-    group, name = group_named(record.groups[0]), f"compiled {record.number}"
-    shape = repr((max(needed, spare), tuple(sizes), tuple(strides))).encode()
-    shapes = [shape]
+    group, shape = group_named(record.groups[0]), (tuple(sizes), tuple(strides))
+    answers = [(max(needed, spare), is_returned, shape)]
     if group.size > 1:
-        step = f"the allocation of memory for {record.op or name}"
+        step = f"the allocation of memory for {record.op or f'compiled {record.number}'}"
         meet(group, step, f"this rank needs {needed} elements")
         with group.collective(step) as collective:
-            shapes = [answer.payload for answer in collective.exchange("size", shape)]
-    capacity = max(ast.literal_eval(each.decode())[0] for each in shapes)
-    if capacity == needed and len(set(shapes)) == 1:
-        return _allocate(record, sizes, strides, name), capacity
-    return _allocate(record, (capacity,), (1,), name).as_strided(sizes, strides), capacity
+            received = collective.exchange("size", repr(answers[0]).encode())
+            answers = [ast.literal_eval(answer.payload.decode()) for answer in received]
+    capacity = max(answer[0] for answer in answers)
+    alike = capacity == needed and len({answer[2] for answer in answers}) == 1
+    return _Room(*shape, capacity, alike, any(answer[1] for answer in answers))
 
 
 class Graph:
@@ -92,6 +115,7 @@ class Graph:
 
     def __init__(self) -> None:
         self._buffers: dict[int, PersistentBuffer] = {}
+        self._returned: dict[int, _Room] = {}
         self._inputs: dict[int, Input] = {}
         self._finished: dict[int, tuple[int, weakref.ref[Block]]] = {}
         self._kept: list[torch.Tensor] = []  # outgrown memory that CUDA graphs may still use
@@ -155,7 +179,7 @@ class Graph:
     def _drop_all(self) -> None:
         """Drop all buffers, except for memory that CUDA graphs may still use, and forget the groups."""
         self._kept += [buffer.tensor for buffer in self._buffers.values() if buffer.keep]
-        for known in (self._buffers, self._inputs, self._finished, self._groups, self._process_groups):
+        for known in (self._buffers, self._returned, self._inputs, self._finished, self._groups, self._process_groups):
             known.clear()
 
     def _enter(self, name: str) -> Group:
@@ -186,9 +210,13 @@ class Graph:
         known = self._buffers.get(record.number)
         if known is not None and known.sizes == sizes and known.strides == strides:
             return known.tensor
+        if record.number in self._returned:  # by the graph of another rank
+            return self.fresh(record, sizes, strides)
         return self._make(record, sizes, strides).tensor
 
-    def _make(self, record: BufferRecord, sizes: Sequence[int], strides: Sequence[int]) -> PersistentBuffer:
+    def _make(
+        self, record: BufferRecord, sizes: Sequence[int], strides: Sequence[int], is_returned: bool = False
+    ) -> PersistentBuffer:
         reach = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         needed = 0 if 0 in sizes else 1 + reach
         # Calls in and outside of inference mode share the tensor. Outside, nothing can write to an inference tensor.
@@ -201,20 +229,33 @@ class Graph:
                     self._kept.append(known.tensor)
                 # Dynamic sizes grow often, so that more than needed saves growth, which is collective.
                 spare = 0 if known is None else known.capacity + known.capacity // 2
-                tensor, capacity = cuda_graphs.apart(
-                    torch.device(record.device),
-                    "memory of compiled code cannot be allocated",
-                    lambda: _allocate_alike(self._meet, record, sizes, strides, needed, spare),
+
+                def allocate() -> tuple[torch.Tensor, _Room]:
+                    room = _agree_on_room(self._meet, record, sizes, strides, needed, spare, is_returned)
+                    return room.allocate(record), room
+
+                tensor, room = cuda_graphs.apart(
+                    torch.device(record.device), "memory of compiled code cannot be allocated", allocate
                 )
+                capacity = room.capacity
+                if room.is_returned:
+                    self._returned[record.number] = room
         for name in record.groups:
             self._enter(name)
         made = PersistentBuffer(tuple(sizes), tuple(strides), tensor, capacity, record.keep)
-        self._buffers[record.number] = made
+        if record.number not in self._returned:
+            self._buffers[record.number] = made
         return made
 
     def fresh(self, record: BufferRecord, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
-        """Allocate a tensor that the graph returns: see :meth:`buffer`. Collective if an arena grows."""
-        return _allocate(record, sizes, strides, "compiled result")
+        """Allocate a tensor that the graph returns. Collective at the first call, if a size changes or an arena grows.
+
+        The arguments are as for :meth:`buffer`. The sizes may differ by rank too.
+        """
+        room = self._returned.get(record.number)
+        if room is not None and room.sizes == sizes and room.strides == strides:
+            return room.allocate(record)
+        return self._make(record, sizes, strides, is_returned=True).tensor
 
     def within(self, group: str, op: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap an operator so that it runs within :func:`symmem.use_symmetric_memory` of a group."""
