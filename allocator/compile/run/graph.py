@@ -271,7 +271,7 @@ class Graph:
     ) -> torch.Tensor:
         """Return an argument in symmetric memory: the argument itself if it is symmetric on all ranks, else a copy.
 
-        Collective over the group at the first call, and when the address of a symmetric argument changes.
+        Collective over the group at the first call, and when the address of a symmetric argument is new.
 
         Args:
             record: The argument.
@@ -281,7 +281,9 @@ class Graph:
 
         Raises:
             NotSymmetricError: The argument is plain memory, and its operator does not work on a copy.
-            PeerTimeoutError: The address changed on this rank but not on a peer, so the peer did not compare. Names it.
+            DivergenceError: The address changed on some ranks only, or ranks use different ones of several tensors that
+                take turns. On all ranks, and the next call works.
+            PeerTimeoutError: The same if the ranks are on several hosts; names a rank that did not come.
         """
         known = self._inputs.get(record.number)
         if known is not None:
