@@ -121,13 +121,21 @@ class CudaSignals:
         return self._pads[rank], 4 * SIGNAL_CHANNELS * self._group.size
 
     def check(self) -> None:
-        """See :meth:`Mapping.check`. Raises for a signal that has stopped the kernels on this GPU, of any group."""
+        """See :meth:`Mapping.check`. Raises for a signal that has stopped the kernels on this GPU, of any group.
+
+        It also raises the error of collective operations of this group that gave up, once.
+        """
+        self._check_usable()
+        if error := self._device.take_error(self._number):
+            raise error
+
+    def _check_usable(self) -> None:
         if error := self._device.failure() or self._device.loss(self._number):
             raise error
 
     def _run(self, operation: str, peer: int, channel: int, timeout: float) -> None:
         if self._status[0] or self._given_up[0]:
-            self.check()
+            self._check_usable()  # signals work while collective operations do not
         key = (operation, peer, channel, timeout)
         launch = self._launches.get(key) or self._prepare(key)
         try:

@@ -228,6 +228,17 @@ class Driver:
         self._call("cuMemsetD8Async", address, 0, nbytes, stream)
         self._call("cuStreamSynchronize", stream)
 
+    def fill(self, address: int, word: int, nbytes: int, stream: int) -> None:
+        """Set memory, a multiple of 4 bytes, to copies of a word of 32 bits, on a stream. Call it within :meth:`on`."""
+        self._call("cuMemsetD32Async", address, word, nbytes // 4, stream)
+
+    def read(self, address: int, nbytes: int, stream: int) -> bytes:
+        """The content of memory when the stream comes to it. Waits for that. Call it within :meth:`on`."""
+        content = bytearray(nbytes)
+        self._call("cuMemcpyDtoHAsync", content, address, nbytes, stream)
+        self._call("cuStreamSynchronize", stream)
+        return bytes(content)
+
     @functools.cache  # noqa: B019  # a process has one driver
     def _own_stream(self, ordinal: int) -> Any:
         return self._call("cuStreamCreate", _NON_BLOCKING)

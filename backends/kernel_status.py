@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 from symmem.errors import SymmemError
 
 if TYPE_CHECKING:
+    from symmem.backends.base import RankGroup
     from symmem.backends.pending_waits import Wait
 
-__all__ = ["devices", "failure", "gpu_waits", "named", "raise_failure"]
+__all__ = ["devices", "failure", "gpu_waits", "named", "raise_failure", "take_error"]
 
 
 class Reports(Protocol):
@@ -22,6 +23,9 @@ class Reports(Protocol):
 
     def failure(self) -> SymmemError | None:
         """The error of the kernel that stopped, if one did."""
+
+    def take_error_of(self, group: RankGroup) -> SymmemError | None:
+        """The error of collective operations of a group that gave up; every error is returned once."""
 
     def waits(self) -> list[Wait]:
         """The waits in progress."""
@@ -39,6 +43,11 @@ def gpu_waits() -> list[Wait]:
 def failure() -> SymmemError | None:
     """The error of the kernel of this process that stopped, on any GPU, if one did."""
     return next((error for device in list(devices) if (error := device.failure())), None)
+
+
+def take_error(group: RankGroup) -> SymmemError | None:
+    """The error of collective operations of a group that gave up, on any GPU; every error is returned once."""
+    return next((error for device in list(devices) if (error := device.take_error_of(group))), None)
 
 
 def raise_failure(error: BaseException) -> None:

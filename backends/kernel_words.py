@@ -13,17 +13,18 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from symmem.backends.base import RankGroup
 from symmem.backends.kernel_status import devices
 from symmem.backends.pending_waits import Wait
-from symmem.backends.signal_kernels import BAD_CHANNEL, BEAT, GROUPS, OPERATIONS, PLACES, TICK
+from symmem.backends.signal_kernels import BAD_CHANNEL, BEAT, GROUPS, LATE, OPERATIONS, PLACES, REFUSED, TICK
 from symmem.errors import (
     InvalidArgumentError,
     MismatchError,
     PeerLostError,
     PeerTimeoutError,
+    RendezvousError,
     ResourceLimitError,
     SymmemError,
 )
@@ -35,6 +36,8 @@ _RECORDS = _NBYTES * (1 + PLACES)  # offset of the records of groups
 _RECORD = 32  # bytes of a record
 NBYTES = _RECORDS + _RECORD * GROUPS
 """Bytes of the memory: the status, the places of waiting threads, then the records of groups."""
+
+_UNFINISHED = "What they could not finish is NaN in reductions; in results that are only moved, all bits are 1"
 
 _PERIOD = 2.2 * 2**BEAT / 1e9  # seconds within which a waiting thread reports again
 
@@ -79,6 +82,8 @@ class KernelWords:
         self._last = _Reading(0.0, {})
         self._groups: list[tuple[str, int, weakref.ref[RankGroup]]] = []
         self._groups_lock = threading.Lock()
+        self._seen: set[int] = set()  # the groups whose record this process has read
+        self._errors: dict[int, SymmemError] = {}  # of groups; not raised yet
         devices.append(self)
 
     def enter(self, group: RankGroup) -> int:
@@ -113,19 +118,19 @@ class KernelWords:
         self._record(number)[0] = 1 + lost
 
     def given_up(self, number: int) -> ctypes.Array[ctypes.c_uint32]:
-        """Return {operation, channel, peer, 0} of the first kernels of a group that gave up, or zeros."""
+        """Return {operation, channel, peer, cause} of kernels of a group that gave up, or zeros."""
         return (ctypes.c_uint32 * 4).from_address(self._records + _RECORD * number + 16)
 
     def loss(self, number: int) -> PeerLostError | None:
-        """The error of the kernels of a group that gave up; None if none did."""
-        operation, channel, _awaited, _unused = self.given_up(number)
-        if not operation:
+        """The error of the kernels of a group that gave up because a rank is lost; None if none did."""
+        operation, channel, _awaited, _cause = self.given_up(number)
+        lost = self._record(number)[0] - 1
+        if not operation or lost < 0:
             return None
         name, rank, _group = self._groups[number]
-        lost = self._record(number)[0] - 1
         return PeerLostError(
             f"rank {lost}'s process ended before it came. This operation and the group's later ones gave up. "
-            "What they could not finish is NaN in reductions; in results that are only moved, all bits are 1",
+            + _UNFINISHED,
             hint=f"look in the log of rank {lost} for the first error. This process can still use its memory and "
             f"cuda:{self.ordinal}: make a new group of the ranks that are left",
             rank=rank,
@@ -133,6 +138,66 @@ class KernelWords:
             step=_step(operation, channel),
             peers=(lost,),
         )
+
+    # Kernels of collective operations that gave up because a rank came late, or refused the call.
+
+    def abandonment(self, number: int) -> SymmemError | None:
+        """The error of collective operations of a group that gave up, until :meth:`resume`; None if none did."""
+        operation, channel, peer, cause = self.given_up(number)
+        if not operation or self._record(number)[0]:
+            return None
+        name, rank, _group = self._groups[number]
+        kind, by, about = (cause >> 16, cause >> 8 & 0xFF, cause & 0xFF) if cause else (LATE, rank, peer)
+        located: dict[str, Any] = {"rank": rank, "group": name, "step": _step(operation, channel), "peers": (about,)}
+        gave_up = f"This operation and the group's later ones gave up. {_UNFINISHED}"
+        if kind == REFUSED:
+            return RendezvousError(
+                f"rank {by} refused a call. {gave_up}",
+                hint=f"the log of rank {by} names the reason. The next calls of all ranks work again",
+                **located,
+            )
+        came = "did not come in time" if by == rank else f"did not come while rank {by} waited for it"
+        return PeerTimeoutError(
+            f"rank {about} {came}. {gave_up}",
+            hint=f"see what rank {about} did. The next calls of all ranks work again. If it is only slow, raise "
+            "signal_timeout",
+            **located,
+        )
+
+    def take_error(self, number: int, kind: type[SymmemError] = SymmemError) -> SymmemError | None:
+        """Return the error of collective operations that gave up, if it has this type. Every error is returned once."""
+        self._read_record(number)
+        return self._errors.pop(number) if isinstance(self._errors.get(number), kind) else None
+
+    def _read_record(self, number: int) -> None:
+        if number not in self._seen and (error := self.abandonment(number)):
+            self._seen.add(number)
+            self._errors[number] = error
+
+    def take_error_of(self, group: RankGroup) -> SymmemError | None:
+        """The same, for a group."""
+        numbers = [number for number, (_name, _rank, known) in enumerate(self._groups) if known() is group]
+        return self.take_error(numbers[0]) if numbers else None
+
+    def refuse(self, number: int, operation: int, rank: int) -> int:
+        """Record that this rank has refused a call, as if its kernels gave up; returns the cause for the peers."""
+        cause = REFUSED << 16 | rank << 8 | rank
+        self._seen.add(number)  # the caller raises the error
+        self.given_up(number)[:] = [operation, 0, rank, cause]
+        return cause
+
+    def resume(self, number: int, error: SymmemError) -> None:
+        """Forget that kernels gave up, because no kernel of the group runs and their workspaces are reset.
+
+        Args:
+            number: The group.
+            error: Why they gave up. It replaces an error that :meth:`take_error` has not returned yet.
+        """
+        self._read_record(number)
+        if number in self._errors:
+            self._errors[number] = error
+        self._seen.discard(number)
+        self.given_up(number)[:] = [0] * 4
 
     # Stopped kernels.
 

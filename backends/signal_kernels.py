@@ -23,8 +23,9 @@ A rank that is lost: if a process of the group ends, the host sets a word in hos
 They give up: they write the awaited peer to host memory, and the kernel returns. All later waits of the group end in
 the same way, within milliseconds. The CUDA context and this process's memory stay usable.
 
-Timeout: a kernel that times out writes the awaited peer to host memory and traps. The trap makes the CUDA context of
-this process unusable on purpose: no later kernel, in a graph or not, can continue with data that never came.
+Timeout: such a kernel writes the awaited peer to host memory and traps. The trap makes the CUDA context of this process
+unusable on purpose: no later kernel, in a graph or not, can continue with data that never came. Collective operations
+give up instead, because they can replace the data by NaNs.
 
 Long waits: a waiting thread writes a report to the same memory, and again after every beat. It never removes the
 report. A reader that finds it unchanged in two readings knows that the wait is over
@@ -37,7 +38,7 @@ from __future__ import annotations
 from symmem.backends.base import SIGNAL_CHANNELS
 
 __all__ = [
-    *("BAD_CHANNEL", "BEAT", "GROUPS", "GROUP_SPREAD", "OPERATIONS", "PLACES", "SOURCE", "TICK"),
+    *("BAD_CHANNEL", "BEAT", "GROUPS", "GROUP_SPREAD", "LATE", "OPERATIONS", "PLACES", "REFUSED", "SOURCE", "TICK"),
     *("lateness", "memory_access", "pad_words"),
 ]
 
@@ -57,7 +58,11 @@ do. In a shared place, the last report remains."""
 
 GROUPS = 2048
 """Records of 32 bytes behind the places, one per group: {1 + a lost rank, or 0, from the host; 3 unused words;
-operation, detail and peer of a thread that gave up, from kernels; 1 unused word}."""
+operation, detail, peer and cause of a thread that gave up, from kernels}. The cause is 0 if a rank is lost, else
+{LATE or REFUSED (16 bits), the rank that made the others give up (8), the rank that it waited for (8)}."""
+
+LATE, REFUSED = 1, 2
+"""Why kernels of collective operations gave up: a rank did not come in time, or it refused the call."""
 
 
 def pad_words(world: int) -> int:
@@ -95,7 +100,7 @@ __device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.sys;" : : 
     )
 
 
-def lateness(operation: str, detail: str) -> str:
+def lateness(operation: str, detail: str, timeout: str = "stop(call, what, peer);") -> str:
     """CUDA source: timeouts and reports of waiting threads, and the end of their wait if a rank is lost.
 
     The source uses ``status``, ``limit`` and ``group`` of a ``struct Call``.
@@ -105,6 +110,7 @@ def lateness(operation: str, detail: str) -> str:
         operation: C++ expression for the number of the operation. It may use the pointer ``call``, and ``what``, an
             argument of the waiting code.
         detail: C++ expression for the second word of the status, with the same variables.
+        timeout: C++ statements for a thread that has waited for ``limit``. By default it traps.
     """
     numbers = f"const u32 BEAT = {BEAT}, TICK = {TICK}, PLACES = {PLACES}, GROUP_SPREAD = {GROUP_SPREAD};\n"
     source = r"""
@@ -130,6 +136,11 @@ __device__ __forceinline__ void stop(const Call *call, u32 what, u32 peer) {
   __trap();
 }
 
+// What the host and the kernels of this process write about the group.
+__device__ __forceinline__ u32 *record_of(const Call *call) {
+  return call->status + 4 * (1 + PLACES) + 8 * call->group;
+}
+
 // Keeps the compiler from computing values from these before the wait, in the fast path.
 __device__ __forceinline__ void not_before(const Call *&call, u32 &peer) { asm volatile("" : "+l"(call), "+r"(peer)); }
 
@@ -144,7 +155,7 @@ __device__ __forceinline__ bool is_turn(u32 reading) {
 __device__ __forceinline__ bool waits_on(const Call *call, u32 what, u32 peer, u32 spins, u64 &began) {
   const u64 now = read_clock();
   not_before(call, peer);
-  u32 *record = call->status + 4 * (1 + PLACES) + 8 * call->group;
+  u32 *record = record_of(call);
   if (began == GIVEN_UP) {  // the rank's last stores have not come since either
     leave_word(record + 4, OPERATION, DETAIL, peer, 0);
     return false;
@@ -157,7 +168,7 @@ __device__ __forceinline__ bool waits_on(const Call *call, u32 what, u32 peer, u
     began = GIVEN_UP;
     return true;
   }
-  if (waited >= call->limit) stop(call, what, peer);
+  if (waited >= call->limit) { TIMEOUT }
   if (((u32(waited >> BEAT) ^ u32(began)) & 255) == 0) return true;
   leave_word(call->status + 4 * (1 + (call->group * GROUP_SPREAD + peer) % PLACES), OPERATION << 24 | call->group,
              DETAIL << 16 | peer, u32(waited >> TICK), u32((call->limit - waited) >> TICK));
@@ -165,7 +176,7 @@ __device__ __forceinline__ bool waits_on(const Call *call, u32 what, u32 peer, u
   return true;
 }
 """
-    return numbers + source.replace("OPERATION", operation).replace("DETAIL", detail)
+    return numbers + source.replace("OPERATION", operation).replace("DETAIL", detail).replace("TIMEOUT", timeout)
 
 
 SOURCE = (

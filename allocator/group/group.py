@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
+from symmem.backends.kernel_status import take_error
 from symmem.backends.neutral import neutral_mode
 from symmem.backends.untraced import untraced
 from symmem.config import Settings, load_settings
@@ -258,8 +259,13 @@ class Group:
     def check(self) -> None:
         """Raise if the process of a rank has ended, as far as this rank knows. Local; takes a few microseconds.
 
+        Also raises, once, the error of collective operations on CUDA that gave up since the last check: see
+        :mod:`symmem.ops.collectives`. It does not wait for operations that still run.
+
         Raises:
             PeerLostError: Names the ranks. Only ranks of the same host are watched.
+            PeerTimeoutError: A rank came too late to an operation on CUDA.
+            SymmemError: A rank refused an operation on CUDA; on the other ranks.
         """
         if lost := self.lost():
             named = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}"
@@ -272,6 +278,8 @@ class Group:
                 step="check",
                 peers=lost,
             )
+        if error := take_error(self):
+            raise error
 
     @untraced
     def status(self) -> dict[str, Any]:

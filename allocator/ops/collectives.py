@@ -35,12 +35,18 @@ Errors:
   next call works. The same holds for any other error of a rank before it waits for the others, for example one of
   autograd, or an interrupt. After an interrupt during a wait, the group cannot run collective operations any more.
   Calls with meta or fake tensors are local.
+* On CUDA the other ranks have launched the call already, or soon will. It ends within milliseconds. Its results are
+  NaNs; if elements are only moved, all their bits are 1. ``group.check()`` or ``SymmetricTensor.synchronize()`` of a
+  tensor of the group raises the error once, and a line in the log has it. The next call of every rank first waits for
+  all ranks, and then works. If a rank has launched further calls before it knew, they gave up too, and the other ranks
+  raise the error in these calls. Until the next call that is neither captured nor replayed, replays of graphs give up.
 * If ranks make different calls, all of them raise MismatchError on the CPU. On CUDA ranks compare nothing, because a
   comparison takes longer than the operation.
 * With the setting ``collective_check: each``, ranks compare their calls on any device before the operation starts. If
   the calls differ, all ranks raise MismatchError. If a rank refuses its arguments, the others raise its error.
 * If a rank does not come within the setting ``signal_timeout``, or dies, the others raise PeerTimeoutError or
-  PeerLostError, which names it.
+  PeerLostError, which names it. On CUDA the results are NaNs as above, also on the late rank, and the next call raises
+  the PeerTimeoutError once. The calls after it wait for all ranks once, and then work.
 """
 
 from __future__ import annotations
@@ -58,7 +64,7 @@ from symmem.group.resolve import group_named
 from symmem.ops.engines.base import REDUCTIONS, Engine
 from symmem.ops.engines.select import engine_for
 from symmem.ops.gradients import with_gradient, without_gradient
-from symmem.ops.refusals import refuse
+from symmem.ops.refusals import refuse, refusing
 from symmem.tensor.arguments import check_dense, check_integer, check_written
 
 __all__ = ["KINDS", "LIBRARY", "OperatorKind", "functional", "in_place", "into"]
@@ -162,17 +168,22 @@ def _check_root(root: int, world: int) -> None:
 
 
 def _gather(engine: Engine, group: Group, x: torch.Tensor) -> None:
-    engine.all_gather(x[group.rank].clone(), x)
+    with refusing(group, x.device, "all_gather"):
+        source = x[group.rank].clone()
+    engine.all_gather(source, x)
 
 
 def _scatter(engine: Engine, group: Group, x: torch.Tensor, reduction: str) -> None:
-    out = torch.empty_like(x[group.rank])
+    with refusing(group, x.device, "reduce_scatter"):
+        out = torch.empty_like(x[group.rank])
     engine.reduce_scatter(x, out, reduction)
     x[group.rank].copy_(out)
 
 
 def _transpose(engine: Engine, group: Group, x: torch.Tensor) -> None:
-    engine.all_to_all(x.clone(), x)
+    with refusing(group, x.device, "all_to_all"):
+        source = x.clone()
+    engine.all_to_all(source, x)
 
 
 def _as_x(shape: Shape, world: int) -> Shape:

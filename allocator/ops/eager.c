@@ -15,6 +15,7 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <structmember.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -82,6 +83,7 @@ typedef struct Calls {
   int32_t ordinal;
   void *context;                    // the CUDA context of its launches
   const volatile uint32_t *status, *given_up;  // not 0 after a kernel has failed, or has given up
+  unsigned long long launches;                 // how many there were
   Entry *entries[SLOTS];
 } Calls;
 
@@ -335,7 +337,7 @@ static int are_apart(const Entry *entry, const char *x, const char *out) {
 }
 
 // Launch on the current stream. Returns 0 if the stream is being captured, or another CUDA context is current.
-static int launch(const Calls *calls, const Entry *entry, const void *source, const void *out) {
+static int launch(Calls *calls, const Entry *entry, const void *source, const void *out) {
   void *context = NULL, *stream = NULL;
   int capturing = 1;
   if (*calls->status || *calls->given_up || torch.context(&context) || context != calls->context) return 0;
@@ -355,7 +357,9 @@ static int launch(const Calls *calls, const Entry *entry, const void *source, co
   Py_BEGIN_ALLOW_THREADS  // the launch waits if the stream is full
   code = torch.launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, pointers, NULL);
   Py_END_ALLOW_THREADS
-  return code == 0;
+  if (code) return 0;
+  ++calls->launches;
+  return 1;
 }
 
 // Tell autograd, so that a backward pass that needs the old values raises.
@@ -368,7 +372,7 @@ static int note_written(PyObject *tensor) {
 }
 
 // Repeat a call. Returns the result, or NULL if a check fails or torch has no memory for the result.
-static PyObject *repeat(const Calls *calls, const Entry *entry, PyObject *x, const Tensor *source, PyObject *out) {
+static PyObject *repeat(Calls *calls, const Entry *entry, PyObject *x, const Tensor *source, PyObject *out) {
   if (!is_plain(x, &entry->x)) return NULL;
   PyObject *result = entry->form != NEW ? Py_NewRef(out)
                      : entry->new_shape ? PyObject_CallMethodOneArg(x, s_new_empty, entry->new_shape)
@@ -380,7 +384,8 @@ static PyObject *repeat(const Calls *calls, const Entry *entry, PyObject *x, con
                     (read_tensor(result, &target, &shape) && !memcmp(&shape, &entry->out, sizeof shape) &&
                      target.device.ordinal == source->device.ordinal && are_apart(entry, source->data, target.data) &&
                      (entry->form == NEW || is_plain(result, &shape)));
-  if (!sound || !launch(calls, entry, source->data, target.data) || (entry->form != NEW && !note_written(result)))
+  // The launch comes last, so that a call with an error has launched nothing.
+  if (!sound || (entry->form != NEW && !note_written(result)) || !launch(calls, entry, source->data, target.data))
     Py_CLEAR(result);
   return result;
 }
@@ -447,6 +452,11 @@ static PyMethodDef calls_methods[] = {
     {NULL},
 };
 
+static PyMemberDef calls_members[] = {
+    {"launches", T_ULONGLONG, offsetof(Calls, launches), READONLY, "How many calls were repeated."},
+    {NULL},
+};
+
 static PyTypeObject calls_type = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "_eager.Calls",
     .tp_doc = "The calls of one group on one device.",
@@ -455,6 +465,7 @@ static PyTypeObject calls_type = {
     .tp_new = calls_new,
     .tp_dealloc = calls_dealloc,
     .tp_methods = calls_methods,
+    .tp_members = calls_members,
 };
 
 static PyMethodDef functions[] = {

@@ -76,7 +76,11 @@ def _call(
         _check_kinds(kind, x, out, option)
         return _dispatched(kind, x, group, out, option)
     try:
-        made: torch.Tensor | None = eager.run(kind, x, group, option, out)
+        try:
+            made: torch.Tensor | None = eager.run(kind, x, group, option, out)
+        except BaseException as error:  # it has launched nothing
+            refuse_in(group, kind.name, error, x, out)
+            raise
         if made is None and is_usual(x, out):
             resolved, options = open_group(group), (option,) if kind.option else ()
             if out is None:

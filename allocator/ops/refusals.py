@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from symmem.group.group import Group
 from symmem.group.resolve import GroupLike, resolve_group
 from symmem.ops.engines.base import Engines
 
-__all__ = ["refuse", "refuse_in"]
+__all__ = ["refuse", "refuse_in", "refusing"]
 
 
 def refuse(group: Group, device: torch.device | None, operation: str, error: BaseException) -> None:
@@ -44,6 +45,16 @@ def refuse(group: Group, device: torch.device | None, operation: str, error: Bas
     elif hasattr(engine, "refuse"):
         with contextlib.suppress(SymmemError):  # the caller raises its own error
             engine.refuse(operation, reported)
+
+
+@contextlib.contextmanager
+def refusing(group: Group, device: torch.device, operation: str) -> Iterator[None]:
+    """Call :func:`refuse` for an error of the block."""
+    try:
+        yield
+    except BaseException as error:
+        refuse(group, device, operation, error)
+        raise
 
 
 def refuse_in(group: GroupLike, operation: str, error: BaseException, *values: object) -> None:

@@ -374,8 +374,11 @@ class SymmetricTensor(BlockHandle):
         The process cannot use that GPU any more. If a rank's process ended, kernels give up instead, and the process
         can go on without the rank. On the CPU there is nothing to wait for.
 
+        Also raises, once, the error of operators on CUDA that gave up: see :mod:`symmem.ops.collectives`.
+
         Raises:
             PeerTimeoutError, PeerLostError: A barrier or signal failed; names the rank, its peer and the channel.
+            SymmemError: A rank came too late to an operator of the group, or refused it.
         """
         signals = self._block.signals(self._mapping("synchronize", group))
         signals.check()

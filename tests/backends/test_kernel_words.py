@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import threading
 import time
 import weakref
@@ -24,8 +25,26 @@ from symmem.backends.cuda_signals import _call_type
 from symmem.backends.driver_errors import driver_error
 from symmem.backends.kernel_status import failure, gpu_waits
 from symmem.backends.kernel_words import NBYTES, KernelWords
-from symmem.backends.signal_kernels import BEAT, GROUP_SPREAD, OPERATIONS, PLACES, SOURCE, TICK, lateness
-from symmem.errors import OutOfMemoryError, PeerLostError, PeerTimeoutError, ResourceLimitError, UnsupportedError
+from symmem.backends.signal_kernels import (
+    BEAT,
+    GROUP_SPREAD,
+    LATE,
+    OPERATIONS,
+    PLACES,
+    REFUSED,
+    SOURCE,
+    TICK,
+    lateness,
+)
+from symmem.errors import (
+    InvalidArgumentError,
+    OutOfMemoryError,
+    PeerLostError,
+    PeerTimeoutError,
+    RendezvousError,
+    ResourceLimitError,
+    UnsupportedError,
+)
 from symmem.group.agreement import as_symmem_error
 from symmem.memory import cuda_graphs
 from symmem.ops.engines.collective_kernels import STEPS
@@ -440,6 +459,59 @@ def test_a_wait_ends_when_its_time_is_up(probe: ctypes.CDLL, words: Words) -> No
         ]
     finally:
         probe.restart()
+
+
+# Collective operations that gave up.
+
+
+def test_an_operation_that_gave_up_is_told_once(words: Words) -> None:
+    groups = [stub_group(), stub_group("other")]
+    number, other = (words.enter(group) for group in groups)
+    record = 4 * (1 + PLACES) + 8 * number + 4
+    assert kernel_status.take_error(groups[0]) is None
+    for cause, kind, text in (
+        (LATE << 16 | 0 << 8 | 2, PeerTimeoutError, "rank 2 did not come in time. This operation and .* NaN"),
+        (LATE << 16 | 1 << 8 | 2, PeerTimeoutError, "rank 2 did not come while rank 1 waited for it. This operation"),
+        (REFUSED << 16 | 2 << 8 | 2, RendezvousError, "rank 2 refused a call. This operation"),
+    ):
+        words.memory[record : record + 4] = [16, 0, 1, cause]
+        assert words.loss(number) is None
+        error = kernel_status.take_error(groups[0])
+        assert type(error) is kind
+        assert re.search(text, str(error))
+        assert (error.rank, error.group, error.step, error.peers) == (0, "g", "all_reduce", (2,))
+        assert kernel_status.take_error(groups[0]) is None
+        assert words.abandonment(number) is not None
+        words.resume(number, error)
+        assert words.abandonment(number) is None
+        assert kernel_status.take_error(groups[0]) is None
+    assert words.take_error(other) is None
+
+
+def test_the_full_error_replaces_one_that_is_not_raised_yet(words: Words) -> None:
+    known = stub_group()
+    number = words.enter(known)
+    record = 4 * (1 + PLACES) + 8 * number + 4
+    words.memory[record : record + 4] = [16, 0, 1, REFUSED << 16 | 1 << 8 | 1]
+    assert words.take_error(number, PeerTimeoutError) is None
+    full = InvalidArgumentError("no")
+    words.resume(number, full)
+    assert list(words.given_up(number)) == [0] * 4
+    assert words.take_error(number) is full
+    assert words.refuse(number, 16, 0) == REFUSED << 16
+    assert list(words.given_up(number)) == [16, 0, 0, REFUSED << 16]
+    assert words.take_error(number) is None  # the caller has raised it
+
+
+def test_a_lost_rank_comes_first(words: Words) -> None:
+    known = StubGroup()
+    number = words.enter(cast(RankGroup, known))
+    record = 4 * (1 + PLACES) + 8 * number + 4
+    words.memory[record : record + 4] = [16, 0, 1, LATE << 16 | 1]
+    known.lose(2)
+    assert words.abandonment(number) is None
+    assert words.take_error(number) is None
+    assert isinstance(words.loss(number), PeerLostError)
 
 
 # A stopped kernel, seen by the next call of CUDA.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import itertools
 import math
@@ -29,13 +30,20 @@ from symmem.backends import cuda_signals, kernel_status
 from symmem.backends.kernel_status import gpu_waits
 from symmem.backends.kernel_words import NBYTES
 from symmem.config.kernel_tables import KERNELS as CONFIGURED
-from symmem.errors import InvalidArgumentError, MismatchError, PeerLostError, PeerTimeoutError, UnsupportedError
+from symmem.errors import (
+    InvalidArgumentError,
+    MismatchError,
+    PeerLostError,
+    PeerTimeoutError,
+    RendezvousError,
+    UnsupportedError,
+)
 from symmem.group.group import Group
 from symmem.ops import functions as ops
 from symmem.ops.engines import cuda
 from symmem.ops.engines.base import Engines
 from symmem.ops.engines.checked import CheckedEngine
-from symmem.ops.engines.collective_kernels import KERNELS, OPERATORS, SOURCE, STEPS, TYPES, WorkspaceLayout
+from symmem.ops.engines.collective_kernels import END, KERNELS, OPERATORS, SOURCE, STEPS, TYPES, WorkspaceLayout
 from symmem.ops.engines.cuda import Chunk, CudaEngine, call_type, chunks
 from symmem.ops.engines.cuda_tuning import BLOCKS, OPERATIONS, Choice, Row, Table, built_in, grid
 from symmem.ops.engines.select import engine_for
@@ -173,6 +181,12 @@ class EmulatedDriver:
     def on(self, ordinal: int) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    def fill(self, address: int, word: int, nbytes: int, stream: int) -> None:
+        ctypes.memmove(address, word.to_bytes(4, "little") * (nbytes // 4), nbytes)
+
+    def read(self, address: int, nbytes: int, stream: int) -> bytes:
+        return ctypes.string_at(address, nbytes)
+
     def pinned(self, nbytes: int) -> tuple[int, int]:
         return ctypes.addressof(self._memory), ctypes.addressof(self._memory)
 
@@ -190,6 +204,9 @@ class StubGroup:
     def when_lost(self, function: Callable[[int], None]) -> None:
         self.lose = function
 
+    def fail(self, operation: str, error: BaseException) -> None:
+        """There are no other ranks."""
+
 
 WORLD = 3
 SMALL = WorkspaceLayout.make(WORLD, 3 * 4096, 3 * 2048, 8)
@@ -202,6 +219,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedDriver]:
     monkeypatch.setattr("torch._C._cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr("torch._C._cuda_getCurrentRawStream", lambda ordinal: 70 + ordinal, raising=False)
     monkeypatch.setattr("torch._C._cuda_isCurrentStreamCapturing", lambda: False, raising=False)
+    monkeypatch.setattr(cuda, "finish_stream", lambda device: None)  # a launch returns when the kernel does
     cuda_signals.device_of.cache_clear()
     yield stub
     cuda_signals.device_of.cache_clear()
@@ -217,12 +235,12 @@ def memory(nbytes: int) -> torch.Tensor:
 class Ranks:
     """One engine per rank in this process. An operation runs in one thread per rank."""
 
-    def __init__(self, world: int, layout: WorkspaceLayout) -> None:
-        self.engines = [CudaEngine(StubGroup(rank, world), torch.device("cuda", 0)) for rank in range(world)]  # type: ignore[arg-type]
-        self.areas = [memory(layout.nbytes) for _ in range(world)]
+    def __init__(self, groups: list[Any], layout: WorkspaceLayout) -> None:
+        self.engines = [CudaEngine(group, torch.device("cuda", 0)) for group in groups]
+        self.areas = [memory(layout.nbytes) for _ in groups]
         for engine, area in zip(self.engines, self.areas, strict=True):
-            area[layout.landing : layout.stages] = 255
             engine.layout, engine._areas = layout, tuple(each.data_ptr() for each in self.areas)
+            engine._clear(area.data_ptr())
 
     def use(self, **rows: tuple[Row, ...]) -> None:
         """Let all engines use these rows, for one operation or several."""
@@ -248,7 +266,7 @@ class Ranks:
 
 
 @pytest.fixture
-def ranks(driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch, libraries: dict[str, Any]) -> Ranks:
+def kernels(driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch, libraries: dict[str, Any]) -> None:
     def program(_state: Any, kind: str, _macros: dict[str, str]) -> Any:
         functions = {name: (libraries[kind], number) for number, name in enumerate(KERNELS[kind])}
         return SimpleNamespace(functions=functions)
@@ -256,7 +274,11 @@ def ranks(driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch, libraries: di
     monkeypatch.setattr(cuda, "program", program)
     for library in libraries.values():
         library.restart()
-    return Ranks(WORLD, SMALL)
+
+
+@pytest.fixture
+def ranks(kernels: None) -> Ranks:
+    return Ranks([StubGroup(rank, WORLD) for rank in range(WORLD)], SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -550,17 +572,6 @@ def test_results_outside_of_symmetric_memory_are_named(
     assert caught.value.step == "all_gather"
 
 
-def test_a_missing_rank_is_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, libraries: dict[str, Any]) -> None:
-    monkeypatch.setattr(StubGroup, "settings", SimpleNamespace(signal_timeout=0.3, algorithms="built-in"))
-    tensors = [torch.ones(10) for _ in range(WORLD)]
-    errors = ranks.run(lambda e, rank: e.all_gather(tensors[rank], torch.empty(WORLD, 10)) if rank != 2 else None)
-    assert [type(error) for error in errors] == [RuntimeError, RuntimeError, type(None)]
-    for use in (ranks.engines[0].check, lambda: ranks.engines[1].all_reduce(tensors[1], tensors[1], "sum")):
-        with pytest.raises(PeerTimeoutError, match=r"step all_gather. rank 2 did not come") as caught:
-            use()
-        assert caught.value.peers == (2,)
-
-
 @pytest.mark.parametrize(
     ("step", "kernel", "late"),
     [
@@ -699,6 +710,321 @@ def test_a_rank_that_gave_up_overwrites_nothing_of_a_rank_that_is_behind(
         assert torch.isnan(behind[LOST]).all()
 
 
+# A rank refuses a call, or comes too late.
+
+EVERY_KERNEL = [
+    *(("all_reduce", kernel) for kernel in ("one_shot", "two_shot")),
+    ("reduce_scatter", "reduce_scatter"),
+    *((step, kernel) for step in ("all_gather", "all_to_all") for kernel in ("exchange", "pull", "put")),
+    *(("broadcast", kernel) for kernel in ("exchange", "pull", "put")),
+]
+ABSENT = 2
+
+
+def operation_of(
+    step: str, kernel: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Callable[[CudaEngine, int], None], list[torch.Tensor], torch.Tensor]:
+    """An operation by that kernel; the result of every rank, and the right one."""
+    rooms = [memory(1 << 13) for _ in range(WORLD)]
+    if kernel == "put":
+        in_symmetric_memory(ranks, rooms, monkeypatch)
+    row = (Row(WORLD, None, kernel, 32, 2), Row(WORLD, None, "pull", 32, 2))
+    ranks.use(**{"move" if step in ("all_gather", "all_to_all", "broadcast") else step: row})
+    n = 96
+    given = {"reduce_scatter": (WORLD, n), "all_to_all": (WORLD, n)}.get(step, (n,))
+    made = (WORLD, n) if step in ("all_gather", "all_to_all") else (n,)
+    sources = [torch.full(given, float(rank + 1)) for rank in range(WORLD)]
+    outs = [room.view(torch.float32)[: torch.Size(made).numel()].view(made) for room in rooms]
+    option = {"broadcast": ABSENT, "all_reduce": "sum", "reduce_scatter": "sum"}.get(step)
+
+    def operation(engine: CudaEngine, rank: int) -> None:
+        outs[rank].fill_(-1)
+        getattr(engine, step)(sources[rank], outs[rank], *([] if option is None else [option]))
+
+    right = torch.full(made, 6.0 if step in ("all_reduce", "reduce_scatter") else ABSENT + 1.0)
+    if step in ("all_gather", "all_to_all"):
+        right = torch.arange(1.0, WORLD + 1).view(-1, 1).expand(made)
+    return operation, outs, right
+
+
+def unfinished(out: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether some elements are NaNs, and all others are right."""
+    return bool(torch.isnan(out).any() and torch.all(torch.isnan(out) | (out == right)))
+
+
+def all_gave_up(step: str, kernel: str, outs: list[torch.Tensor]) -> bool:
+    """Whether all ranks gave up an operation. The root of a broadcast has the result already, unless peers store it."""
+    has_result = ABSENT if step == "broadcast" and kernel != "put" else None
+    return all(bool(torch.isnan(out).any()) != (rank == has_result) for rank, out in enumerate(outs))
+
+
+@pytest.mark.parametrize(("step", "kernel"), EVERY_KERNEL)
+def test_a_refusal_releases_the_others(step: str, kernel: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    operation, outs, right = operation_of(step, kernel, ranks, monkeypatch)
+    assert ranks.run(operation) == [None] * WORLD
+    assert all(torch.equal(out, right) for out in outs)
+
+    def run(engine: CudaEngine, rank: int) -> None:
+        if rank == ABSENT:
+            time.sleep(0.01)
+            engine.refuse(step, InvalidArgumentError("no"))
+        else:
+            operation(engine, rank)
+
+    assert ranks.run(run) == [None] * WORLD
+    for rank in range(WORLD):
+        assert ranks.areas[rank][END].item() == 3  # the first operation has turn 0
+        assert ranks.engines[rank].gave_up
+        assert rank == ABSENT or unfinished(outs[rank], right)
+    for rank in range(ABSENT):
+        with pytest.raises(RendezvousError, match=f"step {step}. rank {ABSENT} refused a call. .* is NaN in") as caught:
+            ranks.engines[rank].check()
+        assert caught.value.peers == (ABSENT,)
+        ranks.engines[rank].check()  # raised once
+    for engine in ranks.engines:  # a graph would launch the kernel again
+        engine._state.given_up(engine._number)[0] = 0
+    assert ranks.run(operation) == [None] * WORLD
+    assert all_gave_up(step, kernel, outs)
+    assert all(engine.gave_up for engine in ranks.engines)
+
+
+@pytest.mark.parametrize(("step", "kernel"), EVERY_KERNEL)
+def test_operations_before_the_refused_one_end_as_usual(
+    step: str, kernel: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operation, outs, right = operation_of(step, kernel, ranks, monkeypatch)
+    for area in ranks.areas:
+        area[END] = 2 * 2 + 1
+    for _ in range(2):
+        assert ranks.run(operation) == [None] * WORLD
+        assert all(torch.equal(out, right) for out in outs)
+    assert ranks.run(operation) == [None] * WORLD
+    assert all_gave_up(step, kernel, outs)
+
+
+@pytest.mark.parametrize(("step", "kernel"), EVERY_KERNEL)
+def test_a_timeout_ends_the_operation_on_all_ranks(
+    step: str, kernel: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StubGroup, "settings", SimpleNamespace(signal_timeout=0.2, algorithms="built-in"))
+    for engine in ranks.engines:
+        engine._plans.clear()
+    operation, outs, right = operation_of(step, kernel, ranks, monkeypatch)
+    assert ranks.run(lambda engine, rank: operation(engine, rank) if rank != ABSENT else None) == [None] * WORLD
+    assert all(unfinished(outs[rank], right) for rank in range(ABSENT))
+    began = time.monotonic()
+    late = ranks.engines[ABSENT]
+    late._group.settings = SimpleNamespace(signal_timeout=1000.0, algorithms="built-in")  # type: ignore[assignment]
+    operation(late, ABSENT)  # it would wait for ever
+    assert time.monotonic() - began < LONG
+    assert all_gave_up(step, kernel, outs)
+    for rank, engine in enumerate(ranks.engines):
+        came = "did not come in time" if rank != ABSENT else r"did not come while rank \d waited for it"
+        with pytest.raises(PeerTimeoutError, match=f"step {step}. rank {ABSENT} {came}|while rank") as caught:
+            operation(engine, rank)
+        assert caught.value.peers == (ABSENT,)
+        engine.check()  # raised once
+
+
+class Job:
+    """Groups whose operators on the CPU run on emulated GPUs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 20.0) -> None:
+        monkeypatch.setenv("SYMMEM_ENABLE", f"signal_timeout({seconds}s)")
+        self.groups = make_groups(WORLD, name="job")
+        self.ranks = Ranks(list(self.groups), SMALL)
+        self.engines = self.ranks.engines
+        for group, engine in zip(self.groups, self.engines, strict=True):
+            group.extension(Engines)[torch.device("cpu")] = engine
+
+    def reduce(self, rank: int, value: float, **options: Any) -> float:
+        return float(ops.all_reduce(torch.full((8,), value), self.groups[rank], **options)[0])
+
+    def refuse(self, rank: int) -> None:
+        with pytest.raises(InvalidArgumentError, match="out must have"):
+            self.reduce(rank, 9.0, out=torch.ones(8, dtype=torch.float64))
+
+    def notices(self, rank: int, at_once: bool) -> None:
+        """Let the host of a rank notice at once that kernels gave up, or as if it were ahead of its GPU."""
+        words = self.engines[rank]._state.given_up(self.engines[rank]._number)
+        self.engines[rank]._given_up = words if at_once else (ctypes.c_uint32 * 4)()
+
+
+def test_the_next_call_after_a_refusal_works(
+    kernels: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = Job(monkeypatch)
+
+    def work(rank: int) -> None:
+        for value in (1.0, 2.0):
+            assert job.reduce(rank, value) == 3 * value
+            if rank == ABSENT:
+                job.refuse(rank)
+            else:
+                assert math.isnan(job.reduce(rank, 5.0))
+            assert job.reduce(rank, 10 * value) == 30 * value
+            if rank == ABSENT:
+                job.groups[rank].check()
+                continue
+            with pytest.raises(InvalidArgumentError, match=r"rank 2, group job, step all_reduce. out must"):
+                job.groups[rank].check()
+            job.groups[rank].check()
+
+    succeed(WORLD, work)
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(messages) == 4
+    for message in messages:
+        assert "gave up, because a rank refused it: [rank 2, group job, step all_reduce] out must have" in message
+
+
+def test_a_rank_may_be_ahead_of_its_gpu_when_another_refuses(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 launches two more operations before it notices. The other ranks raise in these calls."""
+    job = Job(monkeypatch)
+
+    def work(rank: int) -> None:
+        assert job.reduce(rank, 1.0) == 3
+        job.notices(rank, rank != 0)
+        if rank == ABSENT:
+            job.refuse(rank)
+        else:
+            assert math.isnan(job.reduce(rank, 5.0))
+        for value in (6.0, 7.0):
+            if rank == 0:
+                assert math.isnan(job.reduce(rank, value))
+            else:
+                with pytest.raises(InvalidArgumentError, match=r"out must have.* This call gave up too"):
+                    job.reduce(rank, value)
+        job.notices(rank, True)
+        for value in (8.0, 9.0):
+            assert job.reduce(rank, value) == 3 * value
+
+    succeed(WORLD, work)
+
+
+def test_calls_work_after_a_timeout_when_the_late_rank_is_back(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(monkeypatch, 0.5)
+    gave_up = threading.Barrier(WORLD)
+
+    def work(rank: int) -> None:
+        assert job.reduce(rank, 1.0) == 3
+        if rank == ABSENT:
+            gave_up.wait(LONG)
+        assert math.isnan(job.reduce(rank, 2.0))
+        if rank != ABSENT:
+            gave_up.wait(LONG)
+        with pytest.raises(PeerTimeoutError, match=r"step all_reduce. rank 2 did not come"):
+            job.reduce(rank, 3.0)
+        job.groups[rank].check()
+
+    succeed(WORLD, work)
+    for group in job.groups:
+        group.settings = dataclasses.replace(group.settings, signal_timeout=LONG)
+    for engine in job.engines:
+        engine._plans.clear()
+    assert succeed(WORLD, lambda rank: [job.reduce(rank, value) for value in (4.0, 5.0)]) == [[12, 15]] * WORLD
+
+
+def test_a_rank_that_stays_away_is_named_again(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(monkeypatch, 0.5)
+    assert succeed(WORLD, lambda rank: job.reduce(rank, 1.0)) == [3] * WORLD
+
+    def alone(rank: int) -> None:
+        if rank != ABSENT:
+            assert math.isnan(job.reduce(rank, 2.0))
+            for step in ("all_reduce", "resumption of collective operations"):
+                with pytest.raises(PeerTimeoutError, match=f"step {step}") as caught:
+                    job.reduce(rank, 3.0)
+                assert caught.value.peers == (ABSENT,) or rank != 0
+
+    succeed(WORLD, alone)
+
+    def together(rank: int) -> list[float]:
+        seen = []
+        for value in range(7 if rank == ABSENT else 10, 20):  # it has made three calls less
+            try:
+                seen.append(job.reduce(rank, float(value)))
+            except PeerTimeoutError:
+                seen.append(-1.0)
+        return seen
+
+    for group in job.groups:
+        group.settings = dataclasses.replace(group.settings, signal_timeout=LONG)
+    for engine in job.engines:
+        engine._plans.clear()
+    results = succeed(WORLD, together)
+    assert math.isnan(results[ABSENT][0])
+    assert results[ABSENT][1:3] == [-1, -1]
+    assert results[0] == results[1] == results[ABSENT][3:]
+    assert results[0][1:] == [3 * value for value in range(11, 20)]
+
+
+def test_a_launch_that_fails_on_one_rank_is_refused(
+    kernels: None, driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(monkeypatch)
+    launch = job.engines[ABSENT]._launch_kernel
+
+    def work(rank: int) -> None:
+        assert job.reduce(rank, 1.0) == 3
+        if rank == ABSENT:
+            job.engines[rank]._launch_kernel = lambda *_: (SimpleNamespace(name="CUDA_ERROR_NOT_PERMITTED"),)
+            with pytest.raises(UnsupportedError, match="cannot be launched"):
+                job.reduce(rank, 2.0)
+            job.engines[rank]._launch_kernel = launch
+        else:
+            assert math.isnan(job.reduce(rank, 2.0))
+        assert job.reduce(rank, 3.0) == 9
+
+    succeed(WORLD, work)
+
+
+def test_a_refusal_in_a_capture_is_local(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(monkeypatch)
+    assert succeed(WORLD, lambda rank: job.reduce(rank, 1.0)) == [3] * WORLD
+    monkeypatch.setattr("torch._C._cuda_isCurrentStreamCapturing", lambda: True)
+    job.refuse(0)
+    monkeypatch.setattr("torch._C._cuda_isCurrentStreamCapturing", lambda: False)
+    assert [engine._calls() for engine in job.engines] == [1] * WORLD
+    assert succeed(WORLD, lambda rank: job.reduce(rank, 1.0)) == [3] * WORLD
+
+
+def test_empty_calls_count(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(monkeypatch)
+
+    def work(rank: int) -> None:
+        assert job.reduce(rank, 1.0) == 3
+        nothing = torch.empty(0)
+        if rank == ABSENT:
+            with pytest.raises(InvalidArgumentError, match="out must have"):
+                ops.all_reduce(nothing, job.groups[rank], out=torch.empty(1))
+        else:
+            ops.all_reduce(nothing, job.groups[rank])
+        assert [engine._calls() for engine in job.engines][rank] == 2
+
+    succeed(WORLD, work)
+    # The kernels of the others begin after the refusal.
+    found = succeed(WORLD, lambda rank: [job.reduce(rank, value) for value in (2.0,)] if rank == ABSENT + 1 else [])
+    assert found == [[]] * WORLD
+
+
+def test_a_first_call_that_is_refused_fails_on_all_ranks(
+    kernels: None, driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("symmem.memory.cuda_graphs.is_capturing", lambda device: False)
+    job = Job(monkeypatch)
+    for engine in job.engines:
+        engine._areas = ()
+
+    def work(rank: int) -> object:
+        x = torch.ones(4, dtype=torch.int32 if rank == ABSENT else torch.float32)
+        return ops.all_reduce(x, job.groups[rank])
+
+    for error in run_ranks(WORLD, work):
+        assert isinstance(error, UnsupportedError)
+        assert error.rank == ABSENT
+    assert driver.launched == []
+
+
 # Work of the host.
 
 
@@ -707,7 +1033,9 @@ def alone(driver: EmulatedDriver, monkeypatch: pytest.MonkeyPatch) -> CudaEngine
     functions = {name: (None, name) for names in KERNELS.values() for name in names}
     monkeypatch.setattr(cuda, "program", lambda *_: SimpleNamespace(functions=functions))
     engine = CudaEngine(StubGroup(1, 8), torch.device("cuda", 0))  # type: ignore[arg-type]
-    engine._areas = tuple(range(4096, 4096 * 9, 4096))
+    area = memory(4096)
+    engine._areas = tuple(area.data_ptr() + 64 * rank for rank in range(8))
+    monkeypatch.setattr(engine, "area", area, raising=False)  # keeps the memory
     return engine
 
 
@@ -757,6 +1085,7 @@ def test_integers_are_refused(alone: CudaEngine) -> None:
     with pytest.raises(UnsupportedError, match=r"all_reduce of torch\.int32") as caught:
         alone.all_reduce(x, x, "sum")
     assert caught.value.rank == 1
+    alone._state.resume(alone._number, caught.value)
     alone.all_gather(x, torch.zeros(8, 10, dtype=torch.int32))
 
 
@@ -803,6 +1132,7 @@ def checked(ranks: Ranks) -> list[Group]:
     groups = make_groups(WORLD, name="checked")
     for group, engine in zip(groups, ranks.engines, strict=True):
         group.extension(Engines)[torch.device("cpu")] = CheckedEngine(engine, group)
+        engine._group = group
     return groups
 
 
@@ -849,6 +1179,24 @@ def test_a_refusal_reaches_the_others_at_once(checked: list[Group], driver: Emul
     assert all(
         result.tolist() == [3] for result in succeed(WORLD, lambda rank: ops.all_reduce(torch.ones(1), checked[rank]))
     )
+
+
+def test_checked_ranks_all_raise_what_one_of_them_saw(checked: list[Group], ranks: Ranks) -> None:
+    def work(rank: int) -> object:
+        if rank == 2:  # an error between the comparison and the launch
+            ranks.engines[rank].refuse("all_reduce", InvalidArgumentError("no", rank=2))
+        else:
+            ranks.engines[rank].all_reduce(torch.ones(4), torch.empty(4), "sum")
+        return None
+
+    succeed(WORLD, work)
+    ranks.engines[0]._state.given_up(ranks.engines[0]._number)[0] = 0  # its host does not know yet
+    for error in run_ranks(WORLD, lambda rank: ops.all_reduce(torch.ones(4), checked[rank])):
+        assert isinstance(error, InvalidArgumentError)
+        assert error.rank == 2
+    assert succeed(WORLD, lambda rank: ops.all_reduce(torch.ones(1), checked[rank]).tolist()) == [[3]] * WORLD
+    for group in checked:
+        group.check()
 
 
 @pytest.mark.parametrize("check", ["each", "off"])

@@ -151,6 +151,12 @@ class Gpu:
         self._note("Python", arguments[0], arguments[1], arguments[4], arguments[8], arguments[9])
         return (SimpleNamespace(name="CUDA_ERROR_NOT_PERMITTED") if self.code else 0,)
 
+    def fill(self, address: int, word: int, nbytes: int, stream: int) -> None:
+        """There are no workspaces."""
+
+    def read(self, address: int, nbytes: int, stream: int) -> bytes:
+        return bytes(nbytes)  # there are no workspaces
+
     def on(self, ordinal: int) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
@@ -173,6 +179,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr("torch._C._cuda_getCurrentRawStream", lambda ordinal: STREAM, raising=False)
     monkeypatch.setattr("torch._C._cuda_isCurrentStreamCapturing", lambda: bool(gpu.capturing), raising=False)
     functions = {name: 1000 + number for number, name in enumerate(itertools.chain(*KERNELS.values()))}
+    monkeypatch.setattr(cuda, "finish_stream", lambda device: None)
     monkeypatch.setattr(cuda, "program", lambda *_: SimpleNamespace(functions=functions))
     _KEPT.append(gpu)
     cuda_signals.device_of.cache_clear()
@@ -205,7 +212,8 @@ class StubGroup:
 
 
 def with_engine(group: Any) -> Any:
-    engine = CudaEngine(group, torch.device("cuda", 0))
+    engine: Any = CudaEngine(group, torch.device("cuda", 0))
+    engine.resume = lambda: engine._given_up.__setitem__(0, 0)  # after a refusal; there are no other ranks
     engine._areas = tuple(range(4096, 4096 * (WORLD + 1), 4096))
     group.extension(Engines)[CPU] = engine
     return group
@@ -442,6 +450,7 @@ def test_results_are_not_written_over_what_is_read(group: Any, gpu: Gpu) -> None
     with pytest.raises(InvalidArgumentError, match="x and out share memory"):
         ops.all_reduce(room[:8], group, out=room[4:12])
     assert gpu.launched == []
+    ops.all_reduce(torch.ones(8), group, out=torch.ones(8))  # brings the group back in step
     same = room[:8]
     ops.all_reduce(same, group, out=room[:8])  # two tensors over the same memory
     ops.all_gather(room[WORLD * 4 :], group, out=room[: WORLD * 4].view(WORLD, 4))
@@ -574,6 +583,27 @@ def test_an_interrupt_is_not_lost(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> 
         eager.run(KINDS["all_reduce"], torch.ones(4), None, "sum", None)
     assert gpu.launched == []
     del held
+
+
+def test_a_call_without_memory_for_its_result_is_refused(group: Any, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks must know, because they launch it."""
+    allocate, is_full = torch.empty_like, False
+
+    def empty_like(x: torch.Tensor) -> torch.Tensor:
+        if is_full:
+            raise torch.OutOfMemoryError("there is no memory")
+        return allocate(x)
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    monkeypatch.setattr("symmem.ops.refusals.resolve_group", lambda group: group)
+    engine = group.extension(Engines)[CPU]
+    for _ in range(3):
+        ops.all_reduce(torch.ones(4), group)
+    assert (engine.calls.launches, engine._calls(), engine.gave_up) == (2, 3, False)
+    is_full = True
+    with pytest.raises(torch.OutOfMemoryError):
+        ops.all_reduce(torch.ones(4), group)
+    assert (engine.calls.launches, engine._calls(), engine.gave_up) == (2, 4, True)
 
 
 def test_a_group_stays_while_it_is_used(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

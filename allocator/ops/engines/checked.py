@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from symmem.errors import SymmemError
-from symmem.group.compare import SAME_CALLS, compare_in_group
+from symmem.group.compare import SAME_CALLS, compare
 from symmem.group.group import Group
 from symmem.ops.engines.base import Engine
 
@@ -18,7 +20,8 @@ class CheckedEngine:
     """A :class:`symmem.ops.engines.base.Engine` whose ranks compare operation, options, shape and dtype first.
 
     Every operation begins with a round of messages, and the host waits for it. For a CUDA graph this happens at the
-    capture. If ranks differ, all raise MismatchError, which names them, and nothing is launched.
+    capture. If ranks differ, all raise MismatchError, which names them, and nothing is launched. If the kernels of an
+    earlier operation gave up, all ranks raise its error.
 
     Args:
         engine: The engine that runs the operations.
@@ -29,8 +32,16 @@ class CheckedEngine:
         self.engine, self._group = engine, group
 
     def _compare(self, operation: str, source: torch.Tensor, **options: object) -> None:
+        if self._group.size == 1:
+            return
         call = {**options, "shape of x": list(source.shape), "dtype": source.dtype, "device": source.device.type}
-        compare_in_group(self._group, operation, call, _HINT)
+        gave_up = getattr(self.engine, "gave_up", False)
+        with self._group.collective("comparison", self._group.settings.signal_timeout) as collective:
+            values, state = {"operation": operation, **call}, {"line": collective.line, "gave_up": gave_up}
+            ranks = compare(collective, values, state, hint=_HINT, step=operation)
+        if any(rank["gave_up"] for rank in ranks):  # in an earlier operation; all ranks are here
+            resume: Callable[[], None] = self.engine.resume_and_raise  # type: ignore[attr-defined]
+            resume()
 
     def all_reduce(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.all_reduce`."""

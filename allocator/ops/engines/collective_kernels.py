@@ -3,7 +3,8 @@
 Every rank has a workspace. All other ranks can load from it and store to it::
 
     control    turn         uint64: how many operations the owner has finished. Counts all of one engine, from 0.
-               given_up     uint32: 1 after a kernel of the owner gave up, because a rank is lost
+               end          uint32: 2 * turn + 1, modulo 2**32, if the owner's kernels give up from this turn on; else 0
+               cause        uint32: why, from the rank that set it; see :data:`symmem.backends.signal_kernels.GROUPS`
                ticket       uint32: how many blocks of the running kernel have read the turn
                marks        [2 parities, source]: identifies the memory that `source` passes; 0 in `pull`
                flags        uint64 [2 parities, 2 phases, block, source]: the turn in which this block of `source` came
@@ -41,10 +42,16 @@ result is rounded before it is passed on.
 
 **In place.** A thread reads all it needs of the elements that it overwrites before it overwrites them.
 
-**Failures and long waits.** As in :mod:`symmem.backends.signal_kernels`. After the time limit a thread writes the rank
-it waited for into the status, and traps. During a long wait it publishes that it waits. If a rank is lost, the kernel
-returns. Sums that it could not finish are NaNs; of elements that it only moves, all bits are 1. A word of the control
-area keeps that: later kernels of this rank store nothing to peers, which may be several turns behind.
+**Giving up.** A kernel gives up if a rank is lost, if a peer does not come within the time limit, or if a rank refuses
+the call and therefore launches no kernel. It returns. Sums that it could not finish are NaNs; of elements that it only
+moves, all bits are 1. It writes a record to host memory. The word `end` keeps that: later kernels of this rank give up
+at their start. They store nothing to peers, which may be several turns behind, and do not advance the turn. A thread
+that has waited for the time limit sets the `end` of all ranks. A rank that refuses a call does so when its earlier
+kernels are done; the peers still finish those. If a rank is lost, every other rank sets its own `end`. The host resets
+the workspaces when the kernels of all ranks have returned; see :mod:`.cuda`.
+
+A kernel traps only if a rank passes other memory to `put`: peers may have stored to wrong places by then. During a long
+wait a thread publishes that it waits, as in :mod:`symmem.backends.signal_kernels`.
 
 An engine runs its operations one after the other: from one stream, or from several that events order. Blocks wait only
 for the block of the same number on other ranks, so kernels cannot block one another by occupying the GPU.
@@ -56,9 +63,9 @@ from typing import NamedTuple
 
 import torch
 
-from symmem.backends.signal_kernels import lateness, memory_access
+from symmem.backends.signal_kernels import LATE, lateness, memory_access
 
-__all__ = ["KERNELS", "OPERATORS", "SOURCE", "STEPS", "TYPES", "WorkspaceLayout"]
+__all__ = ["CAUSE", "END", "KERNELS", "OPERATORS", "SOURCE", "STEPS", "TYPES", "WorkspaceLayout"]
 
 STEPS = {16: "all_reduce", 17: "all_gather", 18: "reduce_scatter", 19: "all_to_all", 20: "broadcast"}
 """Numbers of the operations in a kernel's status. Smaller numbers belong to the signals."""
@@ -81,6 +88,9 @@ KERNELS = {
     "move": ("exchange", "pull", "put"),
 }
 """The kernels of the two modules. `reduce` is compiled per dtype and reduction; `move` copies plain bytes."""
+
+END, CAUSE = 8, 16
+"""Offsets of these words of the control area."""
 
 _MARKS = 128  # offset of the marks; before them are the turn and, in a separate cache line, the ticket
 
@@ -130,6 +140,8 @@ class WorkspaceLayout(NamedTuple):
         numbers = {
             "WORLD": self.world,
             "BLOCKS": self.blocks,
+            "END": END,
+            "CAUSE": CAUSE,
             "MARKS": _MARKS,
             "FLAGS": self.flags,
             "LANDING": self.landing,
@@ -163,10 +175,14 @@ struct Call {
   u32 nap, unused;      // nanoseconds to sleep between two polls
 };
 
-enum Reason { LATE = 0, DIFFERS = 1 };
+enum Detail { WAITS = 0, DIFFERS = 1 };
 
 const u32 NO_ROOT = 0xffffffffu;
 const u64 ONES = ~0ull;
+
+"""
+    + f"const u32 LATE = {LATE};"
+    + r"""
 
 struct Unit { u64 a, b; };
 
@@ -252,7 +268,7 @@ __device__ __forceinline__ void save(u8 *at, Unit unit, u64 left) {
 
 // Waiting.
 """
-    + lateness("call->step", "what")
+    + lateness("call->step", "what", "return false;")
     + r"""
 __device__ __forceinline__ u32 lane() {
   u32 number;
@@ -260,21 +276,66 @@ __device__ __forceinline__ u32 lane() {
   return number;
 }
 
+// Giving up.
+
 __device__ __forceinline__ u64 *turn_word(const Call &call) { return (u64 *)call.areas[call.rank]; }
 
-__device__ __forceinline__ volatile u32 *given_up_word(const Call &call) {
-  return (volatile u32 *)(call.areas[call.rank] + 8);
+__device__ __forceinline__ volatile u32 *word(const Call &call, u32 rank, u32 offset) {
+  return (volatile u32 *)(call.areas[rank] + offset);
+}
+
+__device__ __forceinline__ u32 end_at(u64 turn) { return u32(turn) * 2 + 1; }
+
+// Not inline: else the compiler computes with the turn at the start, so that loads of the source wait for its load.
+__device__ __noinline__ bool has_come(u64 turn, u32 end) {
+  return int(end_at(turn) - end) >= 0;  // modulo 2**32
+}
+
+// Whether a kernel gives up, and must store nothing to peers.
+__device__ __forceinline__ bool is_over(u64 turn, u32 end) {
+  asm volatile("" : "+r"(end));  // not before earlier loads of the source, which must not wait for the load of `end`
+  return end != 0 && has_come(turn, end);
+}
+
+__device__ __forceinline__ u32 load_end(const Call &call) { return *word(call, call.rank, END); }
+
+const u32 PATIENCE = 16 * SPINS;  // loads before a thread looks whether a peer has ended its wait, about 0.5 ms
+
+// A waiting thread calls this after every SPINS loads. Returns whether it must wait on.
+__device__ __forceinline__ bool stays(const Call &call, u64 turn, u32 peer, u32 spins, u64 &began) {
+  return waits_on(&call, WAITS, peer, spins, began) && (spins < PATIENCE || !is_over(turn, load_end(call)));
+}
+
+// End a rank from this turn on.
+__device__ __forceinline__ void end_rank(const Call &call, u32 rank, u64 turn, u32 cause) {
+  *word(call, rank, CAUSE) = cause;
+  fence();
+  *word(call, rank, END) = end_at(turn);
+}
+
+// Record that a thread has given up its wait for a peer. If the time was up, the first thread ends all ranks.
+__device__ __forceinline__ void give_up(const Call &call, u64 turn, u32 peer, u64 began) {
+  if (!is_over(turn, load_end(call))) {
+    const bool is_late = began != GIVEN_UP;  // else a rank is lost, which all ranks notice
+    const u32 cause = is_late ? LATE << 16 | call.rank << 8 | peer : 0;
+    end_rank(call, call.rank, turn, cause);
+#pragma unroll 1
+    for (u32 rank = 0; is_late && rank < WORLD; ++rank)
+      if (rank != call.rank) end_rank(call, rank, turn, cause);
+  }
+  fence();  // the cause was stored before the end
+  leave_word(record_of(&call) + 4, call.step, WAITS, peer, *word(call, call.rank, CAUSE));
 }
 
 struct Start {
   u64 turn;
-  bool over;  // a rank is lost, so that this rank must store nothing to peers
+  u32 end;
 };
 
 // Two loads in flight together; one load of both words takes longer.
 __device__ __forceinline__ Start read_start(const Call &call) {
   const u64 turn = load_relaxed(turn_word(call));
-  return {turn, *given_up_word(call) != 0};
+  return {turn, load_end(call)};
 }
 
 // Call after all threads of the block have read the turn. The block with the last ticket may change it. The ticket's
@@ -285,10 +346,10 @@ __device__ __forceinline__ u32 draw_ticket(const Call &call) {
   return atomicAdd((u32 *)(call.areas[call.rank] + 64), 1u);
 }
 
-__device__ __forceinline__ void advance(const Call &call, u64 turn, u32 ticket) {
+__device__ __forceinline__ void advance(const Call &call, u64 turn, u32 ticket, bool over) {
   if (threadIdx.x != 0 || ticket != gridDim.x - 1) return;
   *(volatile u32 *)(call.areas[call.rank] + 64) = 0;
-  store_relaxed(turn_word(call), turn + 1);
+  if (!over) store_relaxed(turn_word(call), turn + 1);
 }
 
 __device__ __forceinline__ u64 *flag(const Call &call, u32 at, u64 turn, u32 phase, u32 source) {
@@ -300,20 +361,21 @@ __device__ __forceinline__ u64 *mark(const Call &call, u32 at, u64 turn, u32 sou
 }
 
 // Wait for the same block of all ranks. Stores that these blocks made before are visible afterwards. With `compare`,
-// stop if a rank passes another number. Returns false if a rank is lost.
+// stop if a rank passes another number. Returns false if this kernel gives up.
 __device__ __forceinline__ bool meet(
     const Call &call, u64 turn, u32 phase, bool over, bool compare = false, u64 mine = 0) {
-  bool came = !over;
-  __syncthreads();
+  bool came = __syncthreads_and(!over);  // no flag for data that a thread has not stored
   const u32 peer = threadIdx.x;
-  if (came && peer < WORLD && peer != call.rank) {
-    if (compare) store_relaxed(mark(call, peer, turn, call.rank), mine);
-    fence();
-    store_relaxed(flag(call, peer, turn, phase, call.rank), turn + 1);
+  if (peer < WORLD && peer != call.rank) {
+    if (came) {
+      if (compare) store_relaxed(mark(call, peer, turn, call.rank), mine);
+      fence();
+      store_relaxed(flag(call, peer, turn, phase, call.rank), turn + 1);
+    }
     u64 began = 0;
     for (u32 spins = 1; came && load_acquire(flag(call, call.rank, turn, phase, peer)) != turn + 1; ++spins)
-      if (spins % SPINS == 0) came = waits_on(&call, LATE, peer, spins, began);
-    if (!came) *given_up_word(call) = 1;
+      if (spins % SPINS == 0) came = stays(call, turn, peer, spins, began);
+    if (!came) give_up(call, turn, peer, began);
     if (came && compare && load_relaxed(mark(call, call.rank, turn, peer)) != mine)
       stop(&call, DIFFERS, peer);
   }
@@ -353,12 +415,14 @@ __device__ __forceinline__ u32 one_of(Ranks ranks) {
   return __ffsll(later ? later : ranks) - 1;
 }
 
-// Wait for a unit of every rank in `wanted`, then reset its place in the landing zone. If a rank is lost, the unit and
-// the thread's later ones are `over`: all bits of what does not come are 1.
+// Wait for a unit of every rank in `wanted`, then reset its place in the landing zone. If the kernel gives up, the unit
+// and the thread's later ones are over: all bits of what does not come are 1.
 template <bool SPLIT>
-__device__ __forceinline__ void receive(const Call &call, const u8 *own, Ranks wanted, Unit (&got)[WORLD], bool &over) {
+__device__ __forceinline__ void receive(
+    const Call &call, u64 turn, const u8 *own, Ranks wanted, Unit (&got)[WORLD], u32 &end) {
   u64 began = 0;
   Ranks missing = wanted;
+  bool over = is_over(turn, end);
   for (u32 spins = 1; !over; ++spins) {
     // Make all loads before the first check, so that they are in flight together.
 #pragma unroll
@@ -369,10 +433,11 @@ __device__ __forceinline__ void receive(const Call &call, const u8 *own, Ranks w
       if (SPLIT ? is_split_whole(got[r]) : is_whole(got[r])) missing &= ~bit(r);
     if (missing == 0) break;
     if (call.nap) __nanosleep(call.nap);
-    if (spins % SPINS == 0 && !waits_on(&call, LATE, one_of(missing), spins, began)) over = true;
+    if (spins % SPINS == 0 && !stays(call, turn, one_of(missing), spins, began)) over = true;
   }
   if (missing != 0) {
-    *given_up_word(call) = 1;
+    give_up(call, turn, one_of(missing), began);
+    end = end_at(turn);
 #pragma unroll
     for (u32 r = 0; r < WORLD; ++r)
       if (missing & bit(r)) got[r] = {ONES, ONES};
@@ -526,11 +591,11 @@ __device__ __forceinline__ void begin(const Call &call, Unit mine, Unit (&got)[W
 extern "C" __global__ void __launch_bounds__(512) one_shot(const __grid_constant__ Call call) {
   const Start start = read_start(call);
   const u64 turn = start.turn;
-  bool over = start.over;
+  u32 end = start.end;
   const u32 units = u32((call.bytes + 15) / 16);
   const auto give = [&](u32 u) {
     const Unit mine = guard(load(call.source + u64(u) * 16, call.bytes - u64(u) * 16));
-    if (over) return;  // after the load, which does not wait for the load of `over`
+    if (is_over(turn, end)) return;
 #pragma unroll
     for (u32 k = 1; k < WORLD; ++k) push(slot(call, next(call, k), turn, call.rank) + u64(u) * 16, mine);
   };
@@ -542,17 +607,17 @@ extern "C" __global__ void __launch_bounds__(512) one_shot(const __grid_constant
     const u64 at = u64(u) * 16, left = call.bytes - at;
     Unit got[WORLD];
     begin(call, guard(load(call.source + at, left)), got);
-    receive<false>(call, own + at, all_others(call), got, over);
+    receive<false>(call, turn, own + at, all_others(call), got, end);
     save(call.out + at, reduce(got), left);
   }
-  advance(call, turn, ticket);
+  advance(call, turn, ticket, is_over(turn, end));
 }
 
 template <bool GATHER>
 __device__ __forceinline__ void by_slices(const Call &call) {
   const Start start = read_start(call);
   const u64 turn = start.turn;
-  bool over = start.over;
+  u32 end = start.end;
   const u32 units = u32((call.slice + 15) / 16);
   const Ranks others = all_others(call);
   const u8 *own = slot(call, call.rank, turn, 0);
@@ -563,13 +628,13 @@ __device__ __forceinline__ void by_slices(const Call &call) {
 #pragma unroll
       for (u32 k = 1; k < WORLD; ++k)
         units_of[k] = load_whole(call.source + next(call, k) * call.stride + u64(u) * 16);
-      if (over) return;  // after the loads, which do not wait for the load of `over`
+      if (is_over(turn, end)) return;
 #pragma unroll
       for (u32 k = 1; k < WORLD; ++k)
         push(slot(call, next(call, k), turn, call.rank) + u64(u) * 16, guard(units_of[k]));
       return;
     }
-    for (u32 k = 1; k < WORLD && !over; ++k) {
+    for (u32 k = 1; k < WORLD && !is_over(turn, end); ++k) {
       const u32 peer = next(call, k);
       const u64 left = left_of(call, peer, u);
       if (left == 0) continue;
@@ -583,9 +648,9 @@ __device__ __forceinline__ void by_slices(const Call &call) {
     if (left == 0) return;
     Unit got[WORLD];
     begin(call, guard(load(call.source + call.rank * call.stride + at, left)), got);
-    receive<false>(call, own + at, others, got, over);
+    receive<false>(call, turn, own + at, others, got, end);
     const Unit result = reduce(got);
-    if (GATHER && !over) {
+    if (GATHER && !is_over(turn, end)) {
 #pragma unroll
       for (u32 k = 1; k < WORLD; ++k)
         push(slot(call, next(call, k), turn, call.rank) + SLOT / 2 + at, result);
@@ -600,7 +665,7 @@ __device__ __forceinline__ void by_slices(const Call &call) {
 #pragma unroll
     for (u32 r = 0; r < WORLD; ++r)
       if (left_of(call, r, u)) wanted |= bit(r);
-    receive<false>(call, own + SLOT / 2 + u64(u) * 16, wanted & others, got, over);
+    receive<false>(call, turn, own + SLOT / 2 + u64(u) * 16, wanted & others, got, end);
 #pragma unroll
     for (u32 r = 0; r < WORLD; ++r)
       if (wanted & others & bit(r)) save(call.out + r * call.stride + u64(u) * 16, got[r], left_of(call, r, u));
@@ -613,7 +678,7 @@ __device__ __forceinline__ void by_slices(const Call &call) {
     if (GATHER && u >= STEP) fetch(u - STEP);
   }
   if (GATHER && FIRST < units) fetch(FIRST + (units - 1 - FIRST) / STEP * STEP);
-  advance(call, turn, ticket);
+  advance(call, turn, ticket, is_over(turn, end));
 }
 
 extern "C" __global__ void __launch_bounds__(512) two_shot(const __grid_constant__ Call call) {
@@ -646,9 +711,9 @@ __device__ __forceinline__ void save_line(u8 *at, u64 data, u64 left) {
 extern "C" __global__ void __launch_bounds__(512) exchange(const __grid_constant__ Call call) {
   const Start start = read_start(call);
   const u64 turn = start.turn;
-  bool over = start.over;
+  u32 end = start.end;
   const auto give = [&](u32 peer, u32 u, u64 data) {
-    if (!over) push(slot(call, peer, turn, call.rank) + u64(u) * 16, split(data));
+    if (!is_over(turn, end)) push(slot(call, peer, turn, call.rank) + u64(u) * 16, split(data));
   };
   const u32 lines = u32((call.slice + 7) / 8);  // a unit of 16 bytes carries 8 bytes of data
   const bool gives = call.root == NO_ROOT || call.root == call.rank;
@@ -691,19 +756,19 @@ extern "C" __global__ void __launch_bounds__(512) exchange(const __grid_constant
     const Ranks wanted = call.root == NO_ROOT || u == 0 ? others : others & bit(call.root);
     Unit got[WORLD];
     clear(got);
-    receive<true>(call, own + u64(u) * 16, wanted, got, over);
+    receive<true>(call, turn, own + u64(u) * 16, wanted, got, end);
 #pragma unroll
     for (u32 r = 0; r < WORLD; ++r)
       if ((others & bit(r)) && (call.root == NO_ROOT || call.root == r))
         save_line(call.out + r * call.out_stride + at, got[r].a | got[r].b << 32, left);
   }
-  advance(call, turn, ticket);
+  advance(call, turn, ticket, is_over(turn, end));
 }
 
 extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ Call call) {
   const Start start = read_start(call);
   const u64 turn = start.turn;
-  bool over = start.over;
+  u32 end = start.end;
   const u32 ticket = draw_ticket(call);
   const u32 units = u32((call.slice + 15) / 16);
   const u64 pitch = call.stride == 0 ? 0 : u64(units) * 16;  // distance between two parts in the stage
@@ -714,11 +779,11 @@ extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ C
       const u32 parts = call.stride == 0 ? 1 : WORLD;
       for (u32 p = 0; p < parts; ++p) {
         const Unit unit = load(call.source + p * call.stride + at, left);
-        if (!over) save(stage + p * pitch + at, unit, 16);  // peers may still read what is there
+        if (!is_over(turn, end)) save(stage + p * pitch + at, unit, 16);  // peers may still read what is there
         if (call.stride == 0 || p == call.rank) save(call.out + call.rank * call.out_stride + at, unit, left);
       }
     }
-  const bool all_came = meet(call, turn, 0, over, blockIdx.x == 0);  // mark 0: others may be about to `put`
+  const bool all_came = meet(call, turn, 0, is_over(turn, end), blockIdx.x == 0);  // others may `put`
   for (u32 u = FIRST; u < units; u += STEP) {
     const u64 at = u64(u) * 16, left = call.slice - at;
     Unit parts[WORLD];
@@ -736,15 +801,15 @@ extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ C
       if (call.root == NO_ROOT || call.root == peer) save(call.out + peer * call.out_stride + at, parts[k], left);
     }
   }
-  advance(call, turn, ticket);
+  advance(call, turn, ticket, !all_came);
 }
 
 extern "C" __global__ void __launch_bounds__(512) put(const __grid_constant__ Call call) {
   const Start start = read_start(call);
   const u64 turn = start.turn;
-  bool over = start.over;
+  u32 end = start.end;
   const u32 ticket = draw_ticket(call);
-  bool all_came = meet(call, turn, 0, over, blockIdx.x == 0, call.mark);
+  bool all_came = meet(call, turn, 0, is_over(turn, end), blockIdx.x == 0, call.mark);
   const u32 units = all_came && (call.root == NO_ROOT || call.root == call.rank) ? u32(call.slice / 16) : 0;
   for (u32 u = FIRST; u < units; u += STEP) {
     const u64 at = u64(u) * 16, place = call.rank * call.out_stride + at;
@@ -760,13 +825,13 @@ extern "C" __global__ void __launch_bounds__(512) put(const __grid_constant__ Ca
 #pragma unroll
     for (u32 k = 0; k < WORLD; ++k) save(call.outs[next(call, k)] + place, parts[k], 16);
   }
-  all_came = all_came && meet(call, turn, 1, over);
+  all_came = all_came && meet(call, turn, 1, false);
   if (!all_came)
     for (u32 u = FIRST; u < u32(call.slice / 16); u += STEP)
       for (u32 r = 0; r < WORLD; ++r)
         if (call.root == NO_ROOT || call.root == r)
           save(call.out + r * call.out_stride + u64(u) * 16, {ONES, ONES}, 16);
-  advance(call, turn, ticket);
+  advance(call, turn, ticket, !all_came);
 }
 #endif
 """

@@ -6,21 +6,29 @@ dtype, size and operation; later calls change only the addresses.
 
 All ranks call the same operations in the same order. They must also agree on the following:
 
-* Calls of one engine on several streams must be ordered by events. The replay of a graph counts as a call.
+* Calls of one engine on several streams must be ordered by events. The replay of a graph counts as a call here.
 * All-gather, all-to-all and broadcast store large parts directly into the peers' results, if the results are in
   symmetric memory. So the results must be in symmetric memory on all ranks, at the same offset of the same allocation,
   or in other memory on all ranks. Anything else ends in a MismatchError, or in a PeerTimeoutError if the table runs
   `exchange` for such sizes.
+
+Kernels give up if a rank refuses the call, or comes too late. From then on, the group's operations give up on all
+ranks. A rank that knows it begins its next call with a collective operation: see :meth:`CudaEngine.resume`. Every rank
+counts its calls on the host, launched and refused ones; captured calls and replays do not count. Ranks may learn of it
+in different calls, because the host of a rank can be ahead of its GPU. So the earlier calls of the rank that is
+furthest ahead have given up already, and raise on the other ranks. In its next call, every rank resets its workspace
+while no kernel of the group runs.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
@@ -28,19 +36,24 @@ from symmem.backends.cuda_signals import device_of, name_steps
 from symmem.backends.driver_errors import driver_error
 from symmem.backends.gpu import finish_stream
 from symmem.backends.kernel_status import raise_failure
-from symmem.errors import SymmemError, UnsupportedError
-from symmem.group.compare import compare_in_group
+from symmem.errors import PeerTimeoutError, SymmemError, UnsupportedError, from_wire, to_wire
+from symmem.group.agreement import as_symmem_error
+from symmem.group.compare import compare_in_group, exchange_json
 from symmem.group.group import Group
 from symmem.memory import cuda_graphs
 from symmem.memory.block import Block
 from symmem.memory.registry import block_at
-from symmem.ops.engines.collective_kernels import OPERATORS, STEPS, TYPES, WorkspaceLayout
+from symmem.ops.engines.collective_kernels import CAUSE, END, OPERATORS, STEPS, TYPES, WorkspaceLayout
 from symmem.ops.engines.cuda_programs import program
 from symmem.ops.engines.cuda_tuning import BLOCKS, Choice, Table, grid, table_for
 from symmem.redirect.cuda_pool import is_pooled
 from symmem.tensor.tensor import SymmetricTensor
 
+log = logging.getLogger("symmem.ops")
+
 __all__ = ["CudaEngine", "Chunk", "chunks"]
+
+_Method = TypeVar("_Method", bound=Callable[..., None])
 
 _LANDING = 64 << 20  # bytes per parity that an operation can push to a rank
 _STAGE = 8 << 20  # bytes per parity that a rank can publish
@@ -49,6 +62,7 @@ _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not used C
 _REMEMBERED = 4096  # maximum number of plans in the cache
 _NO_ROOT = 0xFFFFFFFF
 _UNIT = 16
+_ONES = 0xFFFFFFFF
 
 name_steps(STEPS)
 _NUMBERS = {name: number for number, name in STEPS.items()}
@@ -91,6 +105,23 @@ class _PreparedKernel:
         self.arguments = ctypes.addressof(self._pointers)
 
 
+def _operation(method: _Method) -> _Method:
+    """Make a method report an error to the other ranks, unless it has launched its kernels."""
+
+    @functools.wraps(method)
+    def run(self: CudaEngine, *arguments: Any, **options: Any) -> None:
+        before = self._calls_here
+        try:
+            method(self, *arguments, **options)
+        except BaseException as error:
+            if self._calls_here == before:
+                reason = as_symmem_error(error).located(rank=self._rank, group=self._group.name, step=method.__name__)
+                self.refuse(method.__name__, reason)
+            raise
+
+    return cast("_Method", run)
+
+
 class CudaEngine:
     """See :class:`symmem.ops.engines.base.Engine`. The constructor is local. The first operation waits for all ranks.
 
@@ -121,6 +152,10 @@ class CudaEngine:
         self._plans: dict[Any, list[_PreparedKernel]] = {}
         self._memories: dict[tuple[int, int], _SymmetricOut] = {}
         self.calls: Any = None  # calls that symmem.ops.eager can repeat
+        self._calls_here = 0  # calls since the workspace was made, without those that eager repeated
+        self._resume_at = 0  # the first call that all ranks can launch, as far as this rank knows
+        self._refusal: SymmemError | None = None  # why this rank let the others' kernels give up
+        self._reason: SymmemError | None = None  # why they gave up, as all ranks know
         self.use(table_for(self._world, group.settings.algorithms))
 
     def use(self, table: Table) -> None:
@@ -138,6 +173,7 @@ class CudaEngine:
 
     # Operations.
 
+    @_operation
     def all_reduce(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.all_reduce`."""
         nbytes = source.nbytes
@@ -151,6 +187,7 @@ class CudaEngine:
         address = source.data_ptr()
         self._run(plan, address, address if out is source else out.data_ptr())
 
+    @_operation
     def reduce_scatter(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.reduce_scatter`."""
         nbytes = out.nbytes
@@ -163,15 +200,18 @@ class CudaEngine:
             self._remember(key, plan)
         self._run(plan, source.data_ptr(), out.data_ptr())
 
+    @_operation
     def all_gather(self, source: torch.Tensor, out: torch.Tensor) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.all_gather`."""
         self._move("all_gather", source, out, source.nbytes, 0, source.nbytes)
 
+    @_operation
     def all_to_all(self, source: torch.Tensor, out: torch.Tensor) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.all_to_all`."""
         part = source.nbytes // self._world
         self._move("all_to_all", source, out, part, part, part)
 
+    @_operation
     def broadcast(self, source: torch.Tensor, out: torch.Tensor, root: int) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.broadcast`."""
         self._move("broadcast", source, out, source.nbytes, 0, 0, root)
@@ -194,11 +234,141 @@ class CudaEngine:
         """Raise the error of a failed kernel of this process, if any. Local and quick; does not wait.
 
         Raises:
-            PeerTimeoutError, PeerLostError: Names the missing rank and the operation.
+            PeerTimeoutError, PeerLostError: Names the missing rank and the operation. A timeout is raised once.
             MismatchError: A rank passed other memory.
+            SymmemError: A rank refused a call. Raised once.
         """
+        self._check_usable()
+        if error := self._state.take_error(self._number):
+            raise error
+
+    def _check_usable(self) -> None:
         if error := self._state.failure() or self._state.loss(self._number):
             raise error
+
+    # Calls that gave up.
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether this rank knows that kernels of the group have given up. Reads memory of the host only."""
+        return bool(self._given_up[0])
+
+    def refuse(self, operation: str, error: SymmemError) -> None:
+        """Let the kernels of the other ranks give up, which wait for this rank in a call that it refuses.
+
+        Waits for this rank's earlier operations on the current stream. Does nothing during the capture of a graph.
+
+        Args:
+            operation: The name of the operation or operator.
+            error: What this rank raises. An error that a collective of the group raised is known to all ranks already.
+        """
+        if self._world == 1:
+            return
+        known = error.propagated_to == self._group.name
+        if not self._areas:  # the others are about to make the workspace
+            if not known:
+                self._group.fail(operation, error)
+            return
+        try:
+            if torch._C._cuda_isCurrentStreamCapturing():
+                return
+            self._calls_here += 1
+            if not known and not self._is_broken():
+                finish_stream(self.device)
+                if not self._is_broken():
+                    self._end_peers(operation, error)
+        except (SymmemError, RuntimeError) as reason:  # the caller raises its own error
+            log.warning("the other ranks do not know that this rank refused %s: %s", operation, reason)
+
+    def _is_broken(self) -> bool:
+        return bool(self._status[0] or self._given_up[0])
+
+    def _end_peers(self, operation: str, error: SymmemError) -> None:
+        """End all ranks from this rank's turn on."""
+        step = next(number for name, number in _NUMBERS.items() if operation.startswith(name))
+        cause = self._state.refuse(self._number, step, self._rank)
+        self._refusal = error
+        stream = torch._C._cuda_getCurrentRawStream(self._ordinal)
+        driver = self._state.driver
+        with self._lock, driver.on(self._ordinal):
+            turn = int.from_bytes(driver.read(self._areas[self._rank], 8, stream), "little")
+            for area in self._areas:
+                driver.fill(area + CAUSE, cause, 4, stream)
+                driver.fill(area + END, (2 * turn + 1) & _ONES, 4, stream)
+        finish_stream(self.device)
+
+    def _calls(self) -> int:
+        return self._calls_here + (self.calls.launches if self.calls is not None else 0)
+
+    def _before_launch(self) -> None:
+        """Bring the group back in step if its kernels gave up. Collective then, unless a graph is being captured."""
+        self._check_usable()
+        if torch._C._cuda_isCurrentStreamCapturing():
+            return
+        if error := self._state.take_error(self._number, PeerTimeoutError):
+            raise error
+        self.resume()
+
+    def resume(self) -> SymmemError | None:
+        """Bring the group back in step after its kernels gave up. Collective over the group.
+
+        Returns:
+            Why they gave up; None during the capture of a graph, when this method does nothing.
+
+        Raises:
+            SymmemError: Other ranks have launched the current call already, and it gave up. Raised once per such call.
+            PeerTimeoutError, PeerLostError: A rank did not come. The next call tries again.
+        """
+        if torch._C._cuda_isCurrentStreamCapturing():
+            return None
+        calls = self._calls()
+        while calls >= self._resume_at:
+            if self._reset_if_in_step(calls):
+                assert self._reason is not None
+                return self._reason
+        assert self._reason is not None
+        self._state.take_error(self._number)  # this rank raises it here
+        error = from_wire(to_wire(self._reason))
+        error.what += ". This call gave up too, because other ranks had launched it before they knew"
+        raise error
+
+    def resume_and_raise(self) -> None:
+        """The same, but raise why they gave up. For ranks that are all in the same call. Collective over the group."""
+        if error := self.resume():
+            self._state.take_error(self._number)
+            raise error
+
+    def _reset_if_in_step(self, calls: int) -> bool:
+        """Reset the workspaces if all ranks are at the same call. Returns whether they are. Collective."""
+        own = self._refusal or self._state.abandonment(self._number)
+        timeout = self._group.settings.signal_timeout
+        with self._group.collective("resumption of collective operations", timeout) as collective:
+            told = {"calls": calls, "error": to_wire(own) if own else None, "refused": self._refusal is not None}
+            states = exchange_json(collective, "calls", told)
+            self._resume_at = max(state["calls"] for state in states)
+            in_step = all(state["calls"] == self._resume_at for state in states)
+            if in_step:
+                finish_stream(self.device)
+                collective.exchange("no kernel runs").close()
+                self._clear(self._areas[self._rank])
+        first = max(states, key=lambda state: (state["refused"], state["error"] is not None))
+        self._reason = from_wire(first["error"])
+        if in_step:
+            self._state.resume(self._number, self._reason)
+            if first["refused"] and self._refusal is None:
+                log.error("an operation of rank %d gave up, because a rank refused it: %s", self._rank, self._reason)
+            self._refusal = None
+            self._resume_at = 0
+        return in_step
+
+    def _clear(self, area: int) -> None:
+        """Bring this rank's workspace to its first state. No kernel of the group may run."""
+        layout, driver = self.layout, self._state.driver
+        with driver.on(self._ordinal):
+            stream = torch._C._cuda_getCurrentRawStream(self._ordinal)
+            driver.fill(area, 0, layout.landing, stream)
+            driver.fill(area + layout.landing, _ONES, layout.stages - layout.landing, stream)
+        finish_stream(self.device)
 
     # Plans: the launches of an operation, by shape.
 
@@ -322,8 +492,7 @@ class CudaEngine:
         workspace = SymmetricTensor.allocate(
             (layout.nbytes,), torch.uint8, self.device, group=self._group, arena=False, name="collective operations"
         )
-        workspace.tensor[layout.landing : layout.stages].fill_(255)
-        finish_stream(self.device)  # peers may store there once the ranks have met
+        self._clear(workspace.tensor.data_ptr())  # peers may store there once the ranks have met
         workspace.rendezvous(self._group)
         areas = tuple(int(pointer) for pointer in workspace.pointers_of(self._group).tolist())
         unreachable = tuple(rank for rank, area in enumerate(areas) if not area)
@@ -336,7 +505,7 @@ class CudaEngine:
                 step=step,
                 peers=unreachable,
             )
-        self._workspace, self._areas = workspace, areas
+        self._workspace, self._areas, self._calls_here = workspace, areas, 0
 
     def _memory(self, out: torch.Tensor) -> _SymmetricOut | None:
         """All ranks' results, if they are in symmetric memory that this group has rendezvoused."""
@@ -367,6 +536,7 @@ class CudaEngine:
     def _is_trivial(self, source: torch.Tensor, out: torch.Tensor, nbytes: int) -> bool:
         """Handle empty tensors and groups of one rank. True if the call is complete."""
         if nbytes == 0:
+            self._calls_here += 1
             return True
         if self._world == 1 and source.data_ptr() != out.data_ptr():
             out.view(-1).copy_(source.reshape(-1))
@@ -375,7 +545,7 @@ class CudaEngine:
     def _run(self, plan: Sequence[_PreparedKernel], source: int, out: int, memory: _SymmetricOut | None = None) -> None:
         # One long function, because a Python call costs as much as a step of it.
         if self._status[0] or self._given_up[0]:
-            self.check()
+            self._before_launch()
         try:
             device, capturing = torch._C._cuda_getDevice(), torch._C._cuda_isCurrentStreamCapturing()
         except RuntimeError as error:
@@ -400,6 +570,7 @@ class CudaEngine:
                 )
                 if code:
                     self._failed(launch, stream, code)
+            self._calls_here += not capturing
 
     def _keep(self, memory: _SymmetricOut | None) -> None:
         """Let the captured graph keep the memory of its kernels alive. It may outlive this engine and the tensors."""
