@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from patience import LONG, SETTINGS, SOON, TASK
 import symmem
 from symmem import ops
 from symmem.errors import InvalidArgumentError, PeerTimeoutError, RendezvousError, SymmemError, UnsupportedError
+from symmem.ops.engines.base import Engines
 from symmem.tools.commands.doctor import examine
 from symmem.tools.ranks import RankPool, rank_store
 
@@ -26,13 +28,6 @@ pytestmark = pytest.mark.skipif(not FOUND.available, reason=FOUND.why_not)
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
     with RankPool(WORLD, env={"SYMMEM_ENABLE": SETTINGS}, timeout=TASK) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def impatient_pool() -> Iterator[RankPool]:
-    settings = f"rendezvous_timeout({LONG:g}s),signal_timeout(3s)"
-    with RankPool(WORLD, env={"SYMMEM_ENABLE": settings}, timeout=TASK) as made:
         yield made
 
 
@@ -173,7 +168,14 @@ def is_late(operation: str, count: int) -> None:
         assert ok or bool(torch.isnan(result).any())
         return ok
 
+    def wait_for(seconds: float) -> None:
+        """The time limit of later operations."""
+        group.settings = dataclasses.replace(group.settings, signal_timeout=seconds)
+        engine = group.extension(Engines)[x.device]
+        engine.use(engine.table)  # type: ignore[attr-defined]
+
     assert call()
+    wait_for(1.0)
     key = f"gave up {operation} {count}"
     if rank == ABSENT:
         rank_store().wait([key])
@@ -183,6 +185,7 @@ def is_late(operation: str, count: int) -> None:
     with pytest.raises(PeerTimeoutError, match=f"step {operation}. rank 1 did not come") as caught:
         call()
     assert caught.value.peers == (ABSENT,)
+    wait_for(LONG)
     for _ in range(3):
         assert call()
     group.check()
@@ -190,5 +193,5 @@ def is_late(operation: str, count: int) -> None:
 
 @pytest.mark.parametrize("count", [8, 1 << 20])
 @pytest.mark.parametrize("operation", ["all_reduce", "all_gather"])
-def test_operations_work_again_after_a_timeout(operation: str, count: int, impatient_pool: RankPool) -> None:
-    impatient_pool.run(is_late, operation, count, timeout=LONG)
+def test_operations_work_again_after_a_timeout(operation: str, count: int, pool: RankPool) -> None:
+    pool.run(is_late, operation, count, timeout=LONG)
