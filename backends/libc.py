@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 import sys
+import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = [
     "available_memory",
     "duplicate",
     "fence",
+    "full_fence",
     "futex_wait",
     "futex_wake",
     "is_limit",
@@ -241,6 +243,15 @@ def _fence_by_kernel() -> None:
 
 
 fence = _fence_by_hardware if platform.machine() == "x86_64" else _fence_by_kernel
+
+
+def full_fence() -> None:
+    """Order stores before loads too: to take a lock is an atomic exchange, a full fence on x86-64.
+
+    The lock is new, because a signal handler may come here while this thread is here.
+    """
+    threading.Lock().acquire()
+    fence()
 
 
 def require_signals() -> None:

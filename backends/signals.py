@@ -4,8 +4,7 @@ A rank's pad holds uint32 words, all 0 at first::
 
     flag[channel, source]    1 while a signal from `source` has not been taken; `source` sets it, the owner clears it
     arrived[channel]         number of barriers on this channel that the owner has reached, modulo 2**32
-    abandoned[channel]       1 + the rank that made the owner give up a barrier; the highest bit is set if that rank
-                             came, but was interrupted
+    mark[channel, parity]    why the owner gave up the barrier of that parity: a reason, and 1 + the rank that caused it
 
 A word has one writer at a time: the value of a flag says which side may write it. So no atomic read-modify-write is
 needed, only aligned 32-bit stores, a fence between data and word, and futex(2). A futex compares the word and sleeps
@@ -13,6 +12,15 @@ in one step, so no wake-up is lost.
 
 A barrier is one store and world - 1 loads per rank (all-to-all, one round). It counts instead of setting and clearing,
 so a rank may enter the next barrier while others still read the words of this one.
+
+**Giving up.** A barrier is given up by all ranks or by none. A rank that wants to give up, because of a timeout or an
+interrupt, sets its mark to `DOUBT` and then looks once more whether all ranks have arrived. If so, it withdraws the
+mark: all ranks pass. If not, it sets its mark to the reason. A rank that has arrived looks at the marks. Because both
+sides store before they load, the rank that is late finds the mark.
+
+**Back in step.** After a timeout, the rank that did not come may be late, or may have skipped the call. It raises when
+it arrives. The next call of every other rank waits for that, and then raises too. So before any rank passes a barrier
+again, every rank has raised, and all make their next call together.
 """
 
 from __future__ import annotations
@@ -26,7 +34,7 @@ from typing import TYPE_CHECKING
 
 from symmem.backends import pending_waits
 from symmem.backends.base import SIGNAL_CHANNELS, RankGroup
-from symmem.backends.libc import fence, futex_wait, futex_wake
+from symmem.backends.libc import fence, full_fence, futex_wait, futex_wake
 from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError, SymmemError
 
 if TYPE_CHECKING:
@@ -35,8 +43,12 @@ if TYPE_CHECKING:
 __all__ = ["SharedSignals"]
 
 _SPINS = 20  # loads, with a yield after every load, before it sleeps
-_INTERRUPTED = 0x80000000  # in the word `abandoned`
 _NAP = 0.05  # seconds between two checks that the awaited process is alive
+
+# The lower 8 bits of a mark.
+_DOUBT, _LATE, _INTERRUPTED, _REFUSED = 1, 2, 3, 4
+
+_AFTER_TIMEOUT = "every rank's next call fails until all ranks have come, and then all go on together"
 
 
 class SharedSignals:
@@ -47,30 +59,39 @@ class SharedSignals:
         pads: Address of every rank's pad.
         owner: The object that keeps the pads mapped. It is kept alive.
         purpose: Returns the name of the operation that a wait is part of, if it is not just a signal.
+        refusal: ``refusal(rank, number)`` returns the error with which a rank has refused barrier ``number``.
 
     Attributes:
         stopped: If this returns true, waits end early, as if they had timed out. The caller knows the reason.
+        told: The error with which all ranks have left their last wait, if they have.
     """
 
     def __init__(
-        self, group: RankGroup, pads: Sequence[int], owner: object, purpose: Callable[[], str] | None = None
+        self,
+        group: RankGroup,
+        pads: Sequence[int],
+        owner: object,
+        purpose: Callable[[], str] | None = None,
+        refusal: Callable[[int, int], SymmemError] | None = None,
     ) -> None:
         self._group = group
-        self._owner, self._purpose = owner, purpose
+        self._owner, self._purpose, self._refusal = owner, purpose, refusal
         self.stopped: Callable[[], bool] = bool
-        self._told: SymmemError | None = None  # the error with which all ranks leave a barrier
+        self.told: SymmemError | None = None
         self._rank, size = group.rank, group.size
-        words = SIGNAL_CHANNELS * (size + 2)
+        words = SIGNAL_CHANNELS * (size + 3)
         self._pads = tuple(pads)
         self._words = [(ctypes.c_uint32 * words).from_address(pad) for pad in pads]
         self._arrived = SIGNAL_CHANNELS * size
-        self._abandoned = SIGNAL_CHANNELS * (size + 1)
+        self._marks = SIGNAL_CHANNELS * (size + 1)
         self._peers = [(self._rank + i) % size for i in range(1, size)]
+        # Channels with a barrier that this rank has arrived at, but perhaps not all others.
+        self._unfinished: set[int] = set()
 
     @staticmethod
     def nbytes(size: int) -> int:
         """Bytes of one pad in a group of ``size`` ranks."""
-        return 4 * SIGNAL_CHANNELS * (size + 2)
+        return 4 * SIGNAL_CHANNELS * (size + 3)
 
     def signal_pad(self, rank: int) -> tuple[int, int]:
         """See :meth:`Mapping.signal_pad`. The words behind the flags are private."""
@@ -80,68 +101,191 @@ class SharedSignals:
         """See :meth:`Mapping.check`. Nothing to do: a signal on the host fails in its call."""
 
     def barrier(self, channel: int, timeout: float) -> None:
-        """See :meth:`Mapping.barrier`. After a rank gives up, no rank can use the barrier of this channel again."""
-        self._check_abandoned(self._rank, channel)
+        """See :meth:`Mapping.barrier`."""
+        deadline = time.monotonic() + timeout
+        if channel in self._unfinished:
+            self.prepare(channel, timeout)
+        self._unfinished.add(channel)
+        self._arrive(channel)
+        if self._is_missing(channel):
+            error = self._given_up(channel)
+            if error is None:
+                error = self._wait_for_all(channel, deadline) or self._given_up(channel)
+                if error is not None:
+                    raise error
+            elif self._late(channel) is None:
+                raise error
+            else:  # the others gave up because of this rank
+                self._wait_for_all(channel, deadline, heeds_marks=False)
+        else:
+            error = self._given_up(channel)
+        self._unfinished.discard(channel)
+        if error is not None:
+            raise error
+
+    def prepare(self, channel: int, timeout: float) -> None:
+        """Wait for a barrier that this rank has left early, so that it may arrive at the next one.
+
+        Raises:
+            PeerTimeoutError, PeerLostError: The barrier was given up for a rank that was late. Every rank that waited
+                in it raises here, as soon as all ranks have arrived, and again after another timeout.
+        """
+        if channel not in self._unfinished:
+            return
         try:
-            self._arrive(channel)
-            self._complete(channel, timeout, leaves=True)
+            self._wait_for_all(channel, time.monotonic() + timeout, heeds_marks=False)
+        finally:
+            if not self._is_missing(channel):  # an interrupt may be the error of this call
+                self._unfinished.discard(channel)
+        late = self._late(channel)
+        if late is not None:
+            error = PeerTimeoutError(
+                f"rank {late} did not come to the last barrier on this channel in time. It has come now, so the next "
+                "call works",
+                hint=f"find out why rank {late} was late or skipped a call; {_AFTER_TIMEOUT}",
+                peers=(late,),
+            )
+            raise error.located(rank=self._rank, group=self._group.name, step=f"barrier on channel {channel}")
+
+    def refuse(self, channel: int, timeout: float) -> None:
+        """Arrive at the next barrier, in which all other ranks raise this rank's error. Does not wait for them."""
+        self.prepare(channel, timeout)
+        self._unfinished.add(channel)
+        self._arrive(channel, _REFUSED | (1 + self._rank) << 8)
+
+    def is_unfinished(self, channel: int) -> bool:
+        """Whether this rank has left the last barrier of a channel, perhaps before all others had arrived."""
+        return channel in self._unfinished
+
+    def is_given_up(self, channel: int) -> bool:
+        """Whether the last barrier of a channel that this rank has arrived at was given up by all ranks."""
+        return bool(self._words[self._rank][self._mark_of(channel)]) or self._given_up(channel) is not None
+
+    def number(self, channel: int) -> int:
+        """How many barriers of a channel this rank has arrived at, modulo 2**32."""
+        number: int = self._words[self._rank][self._arrived + channel]
+        return number
+
+    def _mark_of(self, channel: int) -> int:
+        return self._marks + 2 * channel + self.number(channel) % 2
+
+    def _arrive(self, channel: int, mark: int = 0) -> None:
+        at, own = self._arrived + channel, self._words[self._rank]
+        number = (own[at] + 1) & 0xFFFFFFFF
+        own[self._marks + 2 * channel + number % 2] = mark
+        fence()
+        own[at] = number
+        futex_wake(self._pads[self._rank] + 4 * at)  # the kernel makes a full fence in it
+
+    def _is_missing(self, channel: int) -> bool:
+        """Whether a peer has not arrived at this rank's latest barrier."""
+        at = self._arrived + channel
+        target = self._words[self._rank][at]
+        for peer in self._peers:  # noqa: SIM110 (a generator takes longer)
+            if (self._words[peer][at] - target) & 0x80000000:
+                return True
+        return False
+
+    def _wait_for_all(self, channel: int, deadline: float, heeds_marks: bool = True) -> SymmemError | None:
+        """Wait until all ranks have arrived. If this fails, give up the barrier, unless they have arrived meanwhile.
+
+        Args:
+            channel: The channel.
+            deadline: The end of the wait.
+            heeds_marks: Whether to return the error of a peer that gives up the barrier.
+        """
+        at = self._arrived + channel
+        target = self._words[self._rank][at]
+        try:
+            for peer in self._peers:
+                if (self._words[peer][at] - target) & 0x80000000:
+                    error = self._wait(
+                        peer,
+                        at,
+                        lambda word: (word - target) & 0x80000000 == 0,
+                        peer,
+                        deadline,
+                        f"barrier on channel {channel}",
+                        channel,
+                        leaves=heeds_marks,
+                    )
+                    if error is not None:
+                        return error
+        except (PeerLostError, PeerTimeoutError) as late:
+            if self._give_up(channel, _LATE | (1 + late.peers[0]) << 8):
+                raise
         except BaseException as error:
-            if error is self._told:
+            if error is self.told:
                 self._retract(channel)
             else:
-                self._abandon(channel, error)
+                self._give_up(channel, _INTERRUPTED | (1 + self._rank) << 8)
             raise
-
-    def arrive(self, channel: int) -> None:
-        """The first half of a barrier: the others no longer wait for this rank. :meth:`complete` must follow."""
-        self._check_abandoned(self._rank, channel)
-        self._arrive(channel)
-
-    def complete(self, channel: int, timeout: float) -> None:
-        """The second half of a barrier: wait for the others. Errors are the same as in :meth:`barrier`."""
-        try:
-            self._complete(channel, timeout)
-        except BaseException as error:
-            self._abandon(channel, error)
-            raise
-
-    def _arrive(self, channel: int) -> None:
-        at, own = self._arrived + channel, self._words[self._rank]
         fence()
-        own[at] = (own[at] + 1) & 0xFFFFFFFF
-        futex_wake(self._pads[self._rank] + 4 * at)
+        return None
 
     def _retract(self, channel: int) -> None:
         """Undo :meth:`_arrive`. The others leave the barrier too, so the next one can follow."""
         at, own = self._arrived + channel, self._words[self._rank]
         own[at] = (own[at] - 1) & 0xFFFFFFFF
-        self._told = None
+        self._unfinished.discard(channel)
 
-    def _complete(self, channel: int, timeout: float, leaves: bool = False) -> None:
-        at = self._arrived + channel
-        target = self._words[self._rank][at]
-        deadline = time.monotonic() + timeout
-        for peer in self._peers:
-            if (self._words[peer][at] - target) & 0x80000000:
-                self._wait(
-                    peer,
-                    at,
-                    lambda word: (word - target) & 0x80000000 == 0,
-                    peer,
-                    deadline,
-                    f"barrier on channel {channel}",
-                    channel,
-                    leaves,
-                )
-            self._check_abandoned(peer, channel)
-        fence()
-
-    def _abandon(self, channel: int, error: BaseException) -> None:
-        """Make the channel unusable. This rank already counted in the barrier, so a retry would count twice."""
-        cause = error.peers[0] if isinstance(error, RendezvousError) else self._rank
-        interrupted = not isinstance(error, PeerLostError | PeerTimeoutError)
-        self._words[self._rank][self._abandoned + channel] = (1 + cause) | (_INTERRUPTED if interrupted else 0)
+    def _give_up(self, channel: int, mark: int) -> bool:
+        """Set this rank's mark, unless all ranks have arrived. Returns whether the barrier is given up."""
+        own, at = self._words[self._rank], self._mark_of(channel)
+        decided = before = own[at]
+        try:
+            own[at] = _DOUBT
+            full_fence()
+            missing = self._is_missing(channel)
+            if missing and (not before or mark & 0xFF == _LATE):
+                decided = mark
+        finally:  # an exception of a signal handler must leave no doubt
+            own[at] = decided
         futex_wake(self._pads[self._rank] + 4 * (self._arrived + channel))
+        return missing
+
+    def _decided_mark(self, rank: int, channel: int) -> int:
+        """The mark of a rank for this rank's latest barrier, once it is no longer in doubt."""
+        words, at = self._words[rank], self._mark_of(channel)
+        if (words[self._arrived + channel] - self.number(channel)) & 0x80000000:
+            return 0  # it has not arrived, and the mark is of the barrier before the last one
+        while (mark := words[at]) == _DOUBT and rank not in self._group.lost():
+            os.sched_yield()
+        return 0 if mark == _DOUBT else int(mark)
+
+    def _late(self, channel: int) -> int | None:
+        """The rank for which ranks have given up the latest barrier, because it was late; None if there is none."""
+        marks = (self._decided_mark(rank, channel) for rank in range(self._group.size))
+        return next(((mark >> 8) - 1 for mark in marks if mark & 0xFF == _LATE), None)
+
+    def _given_up(self, channel: int) -> SymmemError | None:
+        """The error of a peer that has given up the latest barrier."""
+        at = self._mark_of(channel)
+        for peer in self._peers:
+            if self._words[peer][at] and (mark := self._decided_mark(peer, channel)):
+                return self._error_of(peer, mark, channel)
+        return None
+
+    def _error_of(self, rank: int, mark: int, channel: int) -> SymmemError:
+        reason, cause = mark & 0xFF, (mark >> 8) - 1
+        if reason == _REFUSED and self._refusal is not None:
+            return self._refusal(rank, self.number(channel))
+        kind: type[RendezvousError] = PeerTimeoutError
+        what, hint = "did not come in time", f"find out why rank {cause} was late or skipped a call; {_AFTER_TIMEOUT}"
+        if reason != _LATE:
+            kind, what, hint = RendezvousError, "was interrupted in it", "the next call works"
+        elif cause in self._group.lost():
+            kind, what = PeerLostError, "died"
+            hint = f"look in the log of rank {cause} for the first error; then restart the job"
+        who = "it" if cause == rank else "this rank" if cause == self._rank else f"rank {cause}"
+        return kind(
+            f"rank {rank} gave up a barrier on this channel when {who} {what}",
+            hint=hint,
+            peers=(cause,),
+            rank=self._rank,
+            group=self._group.name,
+            step=f"barrier on channel {channel}",
+        )
 
     def put_signal(self, rank: int, channel: int, timeout: float) -> None:
         """See :meth:`Mapping.put_signal`."""
@@ -173,25 +317,28 @@ class SharedSignals:
         step: str,
         channel: int | None = None,
         leaves: bool = False,
-    ) -> None:
+    ) -> SymmemError | None:
         """Wait until ``peer`` has made word ``at`` of ``pad`` ready: spin, then sleep.
 
-        With ``leaves``, it ends early if all ranks leave the wait.
+        With ``leaves``, it ends early if all ranks leave the wait, or a peer gives up the barrier of the channel.
+
+        Returns:
+            None; or the error of a peer that gives up the barrier of the channel.
         """
         words = self._words[pad]
         for _ in range(_SPINS):
             if ready(words[at]):
-                return
+                return None
             os.sched_yield()  # the awaited rank may need this processor
         wait: Wait | None = None
         try:
             while not ready(word := words[at]):
                 if leaves and wait is not None and pending_waits.told is not None:
-                    self._told = pending_waits.told(wait)
-                    if self._told is not None:
-                        raise self._told
-                if channel is not None:
-                    self._check_abandoned(peer, channel)
+                    self.told = pending_waits.told(wait)
+                    if self.told is not None:
+                        raise self.told
+                if leaves and channel is not None and (error := self._given_up(channel)):
+                    return error
                 lost = self._group.lost()
                 remaining = 0.0 if self.stopped() else deadline - time.monotonic()
                 if (peer in lost or remaining <= 0) and not ready(words[at]):
@@ -205,6 +352,7 @@ class SharedSignals:
         finally:
             if wait is not None:
                 pending_waits.forget(wait)
+        return None
 
     def _missing(self, peer: int, channel: int | None) -> tuple[int, ...]:
         """The ranks that a wait for ``peer`` waits for: in a barrier, all ranks that have not come."""
@@ -230,23 +378,3 @@ class SharedSignals:
             )
         error.located(rank=self._rank, group=self._group.name, step=step)
         return error
-
-    def _check_abandoned(self, rank: int, channel: int) -> None:
-        word = self._words[rank][self._abandoned + channel]
-        if not word:
-            return
-        cause = (word & ~_INTERRUPTED) - 1
-        kind: type[RendezvousError] = PeerTimeoutError
-        reason = "did not come in time"
-        if cause in self._group.lost():
-            kind, reason = PeerLostError, "died"
-        elif word & _INTERRUPTED:
-            kind, reason = RendezvousError, "was interrupted in it"
-        raise kind(
-            f"rank {rank} gave up a barrier on this channel when {'it' if cause == rank else f'rank {cause}'} {reason}",
-            hint="fix the cause; then use another channel, or allocate the tensor again",
-            peers=(cause,),
-            rank=self._rank,
-            group=self._group.name,
-            step=f"barrier on channel {channel}",
-        )

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from symmem.backends import pending_waits
-from symmem.backends.libc import PAGE, Region, fence, round_up
+from symmem.backends.libc import PAGE, Region, full_fence, round_up
 from symmem.backends.memory_files import check_memory_file, memory_file
 from symmem.backends.pending_waits import Wait
 from symmem.errors import DivergenceError, PeerTimeoutError, SymmemError, from_wire, to_wire
@@ -279,9 +279,9 @@ class Ledger:
             data = json.dumps(wire, ensure_ascii=False).encode()
         own, begin = self.memory[self.rank], _ERROR * index
         own[begin + 4 : begin + 4 + len(data)] = data
-        _full_fence()  # others may read as soon as the length is there
+        full_fence()  # others may read as soon as the length is there
         own[begin : begin + 4] = len(data).to_bytes(4, "little")
-        _full_fence()
+        full_fence()
         for memory in self.memory:
             mark = _word(memory, _MARKS, index)
             if not mark[0]:
@@ -451,22 +451,12 @@ class PythonRing:
         at, word = number % RING, (number & _LOW) << 32 | digest & _LOW
         self._ids[at] = text_id
         self._own[at] = self._head[0] = word
-        _full_fence()
+        full_fence()
         look = not number % (RING // 2) or self._mark[0] != 0
         for ring in self._neighbours:
             other = ring[at]
             look |= other != word and other >> 32 == word >> 32
         return look
-
-
-_fence_lock = threading.Lock()
-
-
-def _full_fence() -> None:
-    """Order stores before loads: a lock is an atomic exchange, a full fence on x86-64; elsewhere by membarrier(2)."""
-    with _fence_lock:
-        pass
-    fence()
 
 
 @functools.cache

@@ -1,15 +1,19 @@
-"""A barrier that is interrupted, with ranks as threads over the pads of one process."""
+"""Barriers that ranks give up, with ranks as threads over the pads of one process."""
 
 from __future__ import annotations
 
 import ctypes
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from patience import LONG
 
-from symmem.backends import signals
+from symmem.backends import libc, signals
 from symmem.backends.signals import SharedSignals
 from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError
 
@@ -38,25 +42,65 @@ def interrupt(one: SharedSignals, monkeypatch: pytest.MonkeyPatch, kind: type[Ba
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, ZeroDivisionError])
-def test_an_interrupted_barrier_is_not_counted_twice(
+def test_an_interrupted_barrier_fails_on_all_ranks_and_the_next_one_works(
     kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All ranks raise, at their first call or a later call, and name the cause."""
-    (first, second, third), lost = make()
+    (first, second, third), _lost = make()
     interrupt(first, monkeypatch, kind)
-    texts = []
-    for one in (first, third, second, third, first):
-        with pytest.raises(RendezvousError) as caught:
+    for one in (third, second):
+        with pytest.raises(
+            RendezvousError, match="rank 0 gave up a barrier on this channel when it was interr"
+        ) as caught:
             one.barrier(5, 10.0)
         assert type(caught.value) is RendezvousError
         assert caught.value.peers == (0,)
-        texts.append(str(caught.value))
-    assert "rank 0 gave up a barrier on this channel when it was interrupted in it" in texts[0]
-    assert "rank 0 gave up a barrier on this channel when it was interrupted in it" in texts[1]
-    assert "rank 2 gave up a barrier on this channel when rank 0 was interrupted in it" in texts[2]
-    lost.append(0)
-    with pytest.raises(PeerLostError, match="when it died"):
+    with ThreadPoolExecutor(SIZE) as threads:
+        assert list(threads.map(lambda one: one.barrier(5, 20.0), (first, second, third))) == [None] * SIZE
+
+
+def test_a_rank_that_died_is_named_in_every_barrier() -> None:
+    (first, _, third), lost = make()
+    lost.append(1)
+    with pytest.raises(PeerLostError, match="rank 1's process ended"):
         first.barrier(5, 10.0)
+    for one in (third, first, third):
+        with pytest.raises(PeerLostError, match="rank 1's process ended"):
+            one.barrier(5, 10.0)
+
+
+@given(st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, 3), st.booleans()), max_size=4))
+@settings(max_examples=40)
+def test_ranks_go_on_together_after_a_rank_skipped_calls(episodes: list[tuple[int, int, bool]]) -> None:
+    """Programs that call a barrier in every step. In an episode, one rank skips some calls; then a step fails on all.
+
+    In some episodes, a rank is interrupted later, before the others come.
+    """
+    everyone, _lost = make()
+    with ThreadPoolExecutor(SIZE) as threads:
+
+        def step(*skipped: int) -> set[str]:
+            for one in everyone:
+                one.stopped = lambda: bool(skipped)  # waits for a rank that does not come end at once
+            callers = [one for rank, one in enumerate(everyone) if rank not in skipped]
+            return set(threads.map(error_of, callers))
+
+        def error_of(one: SharedSignals) -> str:
+            try:
+                one.barrier(5, LONG)
+            except RendezvousError as error:
+                return type(error).__name__
+            return "passed"
+
+        assert step() == {"passed"}
+        for skips, times, interrupts in episodes:
+            for _ in range(times):
+                assert step(skips) == {"PeerTimeoutError"}
+            assert step() == {"PeerTimeoutError"}
+            if interrupts:
+                with pytest.MonkeyPatch.context() as patch:
+                    interrupt(everyone[skips], patch, KeyboardInterrupt)
+                assert step(skips) == {"RendezvousError"}
+            assert step() == step() == {"passed"}
 
 
 def test_all_that_wait_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,9 +122,46 @@ def test_all_that_wait_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert raised == [RendezvousError, RendezvousError]
 
 
-def test_a_timeout_is_still_told_as_one() -> None:
-    (first, second, _), _lost = make()
-    with pytest.raises(PeerTimeoutError):
+def test_a_rank_that_comes_while_another_gives_up_lets_all_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A barrier is given up by all ranks or by none."""
+    (first, second, third), _lost = make()
+    third._arrive(5)
+    third._unfinished.add(5)
+
+    def arrive_late() -> None:  # between the first rank's doubt and its second look
+        second._arrive(5)
+        second._unfinished.add(5)
+        libc.full_fence()
+
+    monkeypatch.setattr(signals, "full_fence", arrive_late)
+    first.barrier(5, 0.0)
+    for one in (second, third):
+        one.prepare(5, LONG)
+        assert one._given_up(5) is None
+
+
+def test_what_is_refused_is_raised_by_the_others() -> None:
+    (first, second, third), _lost = make()
+    for one in (second, third):
+        one._refusal = lambda rank, number: RendezvousError(f"rank {rank} refused {number}")
+    first.refuse(5, LONG)
+    for one in (second, third):
+        with pytest.raises(RendezvousError, match="rank 0 refused 1"):
+            one.barrier(5, LONG)
+    with ThreadPoolExecutor(SIZE) as threads:
+        assert list(threads.map(lambda one: one.barrier(5, LONG), (first, second, third))) == [None] * SIZE
+
+
+def test_a_timeout_is_an_error_on_all_ranks_once() -> None:
+    (first, second, third), _lost = make()
+    with pytest.raises(PeerTimeoutError, match="rank 1 did not come in time"):
         first.barrier(5, 0.05)
     with pytest.raises(PeerTimeoutError, match="did not come in time"):
-        second.barrier(5, 0.05)
+        third.barrier(5, 0.05)
+    with pytest.raises(PeerTimeoutError, match="gave up a barrier on this channel when this rank did not come"):
+        second.barrier(5, LONG)
+    for one in (first, third):
+        with pytest.raises(PeerTimeoutError, match="rank 1 did not come to the last barrier on this channel in time"):
+            one.barrier(5, LONG)
+    with ThreadPoolExecutor(SIZE) as threads:
+        assert list(threads.map(lambda one: one.barrier(5, LONG), (first, second, third))) == [None] * SIZE

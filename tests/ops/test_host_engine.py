@@ -600,18 +600,28 @@ def late() -> list[Outcome]:
     ops.all_reduce(x, group)
     if group.rank == 2:
         rank_store().wait(["rank 0 gave up", "rank 1 gave up"])
-    errors = [error_of(lambda: ops.all_reduce(x, group)) for _ in range(2)]
-    rank_store().set(f"rank {group.rank} gave up", "")
+        errors = []
+    else:
+        errors = [error_of(lambda: ops.all_reduce(x, group))]
+        rank_store().set(f"rank {group.rank} gave up", "")
+    (engine,) = group.extension(Engines).values()
+    engine._timeout = LONG  # type: ignore[attr-defined]
+    errors.append(error_of(lambda: ops.all_reduce(x, group)))
+    for nbytes in (4, 1000, 5 << 20):
+        x = torch.full((nbytes // 4,), group.rank + 1.0)
+        assert ops.all_reduce(x, group).eq(6).all()
     return errors
 
 
-def test_a_rank_that_does_not_come_is_named_on_all(new_pool: Callable[..., RankPool]) -> None:
-    results = new_pool(3, process_group=None).run(late)
-    for result in results:
-        assert [kind for kind, _peers, _text in result] == ["PeerTimeoutError"] * 2
-    assert results[0][0][1] == results[1][0][1] == (2,)
-    assert "step all_reduce] rank 2 did not come in time" in results[0][0][2] + results[1][0][2]
-    assert "make another group" in results[2][0][2]
+def test_a_rank_that_skips_an_operation_is_named_on_all_and_all_go_on_together(
+    new_pool: Callable[..., RankPool],
+) -> None:
+    first, second, late_one = new_pool(3, process_group=None).run(late)
+    assert [kind for kind, _peers, _text in first + second + late_one] == ["PeerTimeoutError"] * 5
+    assert [peers for _kind, peers, _text in first + second + late_one] == [(2,)] * 5
+    assert "step all_reduce] rank 2 did not come in time" in first[0][2] + second[0][2]
+    assert "rank 2 did not come to the last collective operation in time. It has come now" in first[1][2]
+    assert "gave up a collective operation when this rank did not come in time" in late_one[0][2]
 
 
 def forked() -> str:

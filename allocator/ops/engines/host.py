@@ -10,7 +10,8 @@ Larger operations pass through the regions in pieces. A piece fits a cache, and 
 
 After the barrier of a step, all ranks compare their lines (operation, dtype, elements, piece). If the lines differ, all
 ranks raise before they read a region. The comparison needs no message. A rank that refuses an operation, or is
-interrupted in it, says so in its line, and leaves its error in the workspace: all ranks raise that error.
+interrupted in it, leaves its error in the workspace and refuses the barrier: all ranks raise that error. After any
+error but a death, the ranks are in step again (see :mod:`symmem.backends.signals`).
 
 Elements are combined in rank order, for all sizes and algorithms. So results are bitwise equal on all ranks, and from
 run to run.
@@ -73,8 +74,7 @@ _LINE_STRIDE = 64  # bytes: one cache line
 _ERROR_NBYTES = 1024  # for the text of an error; zeros follow the text
 _MAX_KNOWN = 512
 
-_REFUSED = "refused"
-_OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", _REFUSED)
+_OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 _REDUCTIONS = ("", *REDUCTIONS)
 _DTYPES = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
 _OPERATION_CODES, _REDUCTION_CODES, _DTYPE_CODES = (
@@ -101,12 +101,10 @@ def _operation(method: _Method) -> _Method:
     def run(self: HostEngine, *arguments: Any) -> None:
         with self._turn:
             try:
-                if self._owes_wait:
-                    self._begin()
-                self._is_last = self._steps_left = True
+                self._begin()
                 method(self, *arguments)
             except BaseException as error:
-                if self._steps_left:
+                if self._is_awaited():
                     reason = as_symmem_error(error)
                     self._refuse(reason.located(rank=self._rank, group=self._name, step=method.__name__))
                 raise
@@ -118,8 +116,7 @@ class HostEngine:
     """The :class:`symmem.ops.engines.base.Engine` of one group on the CPU.
 
     The constructor is collective over the group. The operations of a group run one after the other, from any thread.
-    After a PeerLostError or PeerTimeoutError, or an interrupt during a wait, the group cannot run collective operations
-    any more. After any other error it can.
+    After a PeerLostError the group cannot run collective operations any more. After any other error it can.
 
     Args:
         group: All its ranks must be on one host.
@@ -134,9 +131,8 @@ class HostEngine:
         self._timeout = group.settings.signal_timeout
         self._turn = _Turn(group)
         self._number = 0  # number of the next step
-        self._owes_wait = False  # whether this rank has not completed the last barrier that it came to
-        self._is_last = True  # whether the piece is the last one of the operation
-        self._steps_left = False  # whether the others wait for this rank again in this operation
+        self._prepared: int | None = None  # number of the step that this rank prepares, or was in last
+        self._is_last = True  # whether that is the last step of the operation
         lines = round_up(SharedSignals.nbytes(group.size), _LINE_STRIDE)
         errors = lines + 2 * _LINE_STRIDE
         begin = round_up(errors + 2 * _ERROR_NBYTES, PAGE)
@@ -156,7 +152,7 @@ class HostEngine:
         ]
         own = [lines_of_turn[group.rank] for lines_of_turn in self._lines]
         self._describe = functools.partial(_describe_latest, own)
-        self._signals = SharedSignals(group, pointers, mapping, self._describe)
+        self._signals = SharedSignals(group, pointers, mapping, self._describe, self._refusal)
         self._region_offsets = [begin, begin + REGION]
         self._pointers = pointers
         self._side_by_side, self._stride = mapping.contiguous()
@@ -226,21 +222,22 @@ class HostEngine:
     def refuse(self, operation: str, error: SymmemError) -> None:
         """Make the matching operation fail on the other ranks with this rank's error. Does not wait for them."""
         with self._turn:
-            if self._owes_wait:
-                self._begin()
+            self._begin()
             self._refuse(error)
 
     def _refuse(self, error: SymmemError) -> None:
         if self._world > 1:
             self._errors[self._number & 1][self._rank][:] = _packed(error)
-            self._write((_OPERATION_CODES[_REFUSED], 0, 0, 0, 0), 0)
-            self._owes_wait = True
+            self._signals.refuse(_CHANNEL, self._timeout)
             self._number += 1
-            self._signals.arrive(_CHANNEL)
+
+    def _refusal(self, rank: int, number: int) -> SymmemError:
+        """The error with which a rank has refused barrier ``number`` of the workspace."""
+        return from_wire(json.loads(bytes(self._errors[number - 1 & 1][rank]).rstrip(b"\0")))
 
     def _pieces(self, total: int, most: int) -> Iterator[tuple[int, slice]]:
         for piece, at in _pieces(total, most):
-            self._is_last = at.stop == total
+            self._prepare(is_last=at.stop == total)
             yield piece, at
 
     # One piece of an operation. Only `_two_shot` handles all pieces itself.
@@ -260,7 +257,7 @@ class HostEngine:
         before = nothing
         pieces = [at for _, at in _pieces(source.numel(), min(half // source.itemsize, _most(dtype)))]
         for piece, at in enumerate((*pieces, nothing)):
-            self._is_last = piece == len(pieces)
+            self._prepare(is_last=piece == len(pieces))
             following = self._parts(dtype, 0, (at.stop - at.start,))
             following[self._rank].copy_(source[at])
             results = self._parts(dtype, half, (before.stop - before.start,))
@@ -350,9 +347,21 @@ class HostEngine:
 
     def _begin(self) -> None:
         """Wait for the others first, or this rank could overwrite a region that they still read."""
-        self._steps_left = False
-        self._wait(self._signals.complete, "a collective operation")
-        self._owes_wait = False
+        self._prepared = None
+        if self._signals.is_unfinished(_CHANNEL):
+            self._wait(self._signals.prepare, "a collective operation")
+        self._prepare(is_last=True)
+
+    def _prepare(self, *, is_last: bool) -> None:
+        self._prepared = self._number  # first: from now on the others wait for this rank, whatever is_last was
+        self._is_last = is_last
+
+    def _is_awaited(self) -> bool:
+        """Whether the others wait for this rank again in this operation."""
+        if self._prepared is None:
+            return False
+        has_arrived = self._signals.number(_CHANNEL) != self._prepared
+        return not has_arrived or not (self._is_last or self._signals.is_given_up(_CHANNEL))
 
     def _step(self, key: _Key, piece: int) -> None:
         """Publish that the own region is filled, and wait until the others are.
@@ -363,38 +372,30 @@ class HostEngine:
         """
         if self._world == 1:
             return
-        line = self._write(key, piece)
-        self._wait(self._signals.barrier, _OPERATIONS[key[0]])
         turn = self._number & 1
-        self._number += 1
-        self._steps_left = not self._is_last
+        line = self._lines[turn][self._rank][:] = _LINE.pack(*key, piece, self._number)
+        self._wait(self._signals.barrier, _OPERATIONS[key[0]])
         for other in self._lines[turn]:
             if other != line:
-                self._steps_left = False  # all ranks raise
+                self._is_last = True  # all ranks raise
                 raise self._mismatch(turn, _OPERATIONS[key[0]])
-
-    def _write(self, key: _Key, piece: int) -> bytes:
-        line = self._lines[self._number & 1][self._rank][:] = _LINE.pack(*key, piece, self._number)
-        return line
 
     def _wait(self, wait: Callable[[int, float], None], operation: str) -> None:
         try:
             wait(_CHANNEL, self._timeout)
         except BaseException as raised:
-            self._steps_left = False  # all ranks give up the step
+            if raised is self._signals.told:
+                self._prepared = None  # all ranks have left the step
             if not isinstance(raised, RendezvousError):
                 raise
             error: SymmemError = raised
             if isinstance(raised, PeerTimeoutError):
                 error = explained(self._group, raised, self._describe())
             error.step = operation
-            what = error.what.replace("a barrier on this channel", "a collective operation")
-            if what != error.what:
-                error.what = what
-                error.hint = (
-                    "this group cannot run collective operations any more: restart the job, or make another group"
-                )
+            error.what = error.what.replace("barrier on this channel", "collective operation")
             raise error from None
+        finally:
+            self._number = self._signals.number(_CHANNEL)
 
     def _program_lines(self, turn: int) -> list[str]:
         """The line of the program that every rank called. All ranks are here; empty if one is late."""
@@ -409,9 +410,6 @@ class HostEngine:
     def _mismatch(self, turn: int, operation: str) -> SymmemError:
         """Make the error for a step in which the ranks' lines differ."""
         found = [_LINE.unpack(line) for line in self._lines[turn]]
-        for rank, line in enumerate(found):
-            if _OPERATIONS[line[0]] == _REFUSED:
-                return from_wire(json.loads(bytes(self._errors[turn][rank]).rstrip(b"\0")))
         texts = [_describe(*line) for line in found]
         text, peers = differing(texts if len(set(texts)) > 1 else [f"step {line[-1]}" for line in found])
         return MismatchError(
