@@ -5,6 +5,11 @@ messages or one error (see :mod:`symmem.group.transports`).
 
 A rank that fails outside an exchange submits its error to the next round, so the other ranks raise it at once. A rank
 that runs out of time withdraws its message.
+
+A rank that did not come in time may be late, or may have skipped the call. When it comes, it gets the error of that
+round at once, and tells the others which call it made. The next call of every rank that waited in the round waits for
+that. If it is another call, the rank was late: all ranks go on. If it is the same call, the rank may have skipped one:
+this call fails too, and all ranks make their next call together.
 """
 
 from __future__ import annotations
@@ -51,6 +56,8 @@ log = logging.getLogger("symmem.group")
 
 _NOTHING = Contribution(b"")
 
+_BACK_IN_STEP = "back in step"  # the step of the round after one that was given up for a rank that was late
+
 GRACE = 0.5
 """Seconds that a rank waits for rank 0's verdict after its own timeout, so that all ranks raise the same error."""
 
@@ -80,6 +87,11 @@ class CollectiveOperation:
     def line(self) -> str:
         """The line of the program that called the operation."""
         return _text_of(self._site)
+
+    @property
+    def call(self) -> bytes:
+        """The operation and the line, to compare them with those of another rank."""
+        return f"{self.name} at {self.line}".encode()
 
     @property
     def serial(self) -> int:
@@ -135,6 +147,7 @@ class Rounds:
         self._prefix = f"symmem/{job}/{name}"
         self.presence = Presence(store, self._prefix, rank, size, lost_elsewhere)
         self.number = 0
+        self._late: tuple[int, ...] = ()  # the ranks for which the last round was given up, if this rank waited in it
         self.waiting: tuple[str, int, float, float] | None = None
         self.joined = size == 1
         self.locations: tuple[Location, ...] = ()
@@ -183,6 +196,8 @@ class Rounds:
         operation = CollectiveOperation(group, self, name, timeout)
         before = self.number
         try:
+            if self._late:
+                self._get_back_in_step(operation)
             yield operation
             self.exchange(operation, "agree")
         except AgreedError as agreed:
@@ -208,6 +223,7 @@ class Rounds:
         reported = as_symmem_error(error)
         reported.located(rank=self._rank, group=self._name, step=operation.name)
         message = self._message(operation, operation.name, error=reported)
+        self._late = ()
         if self._size > 1:
             try:
                 if self._rank == 0:
@@ -229,6 +245,9 @@ class Rounds:
         message = self._message(operation, f"{operation.name}: {step}", [contribution])
         if self._size == 1:
             return Received([Contribution(contribution.payload, duplicate(contribution.descriptors))])
+        return self._exchange(operation, message)
+
+    def _exchange(self, operation: CollectiveOperation, message: Message) -> Received:
         self.waiting = message.step, message.sequence, time.monotonic(), message.deadline
         end, ledger = None, self.ledger  # another thread may close the group
         if ledger is not None:
@@ -243,8 +262,56 @@ class Rounds:
             ledger.passed = message.sequence
         if verdict.error:
             verdict.close()
+            if self._rank in verdict.late:
+                self._catch_up(operation)
+            else:
+                self._late = verdict.late
             raise AgreedError(from_wire(verdict.error))
+        if verdict.step == _BACK_IN_STEP != message.step:  # from rank 0, which catches up
+            raise self._skipped((0,), operation)
         return Received(verdict.contributions)
+
+    def _get_back_in_step(self, operation: CollectiveOperation) -> None:
+        """Wait for the ranks for which the last round was given up.
+
+        Raises:
+            AgreedError: They make the same call as this rank, so they may have skipped one.
+        """
+        late, self._late = self._late, ()
+        call = operation.call
+        with self._exchange(operation, self._message(operation, _BACK_IN_STEP, [Contribution(call)])) as received:
+            if any(received[rank].payload == call for rank in late):
+                raise self._skipped(late, operation)
+
+    def _skipped(self, late: tuple[int, ...], operation: CollectiveOperation) -> AgreedError:
+        error = PeerTimeoutError(
+            f"ranks {list(late)} did not come to the last call in time. They have come now, so the next call works",
+            hint=f"find out why ranks {list(late)} were late or skipped a call; {SAME_CALLS}",
+            peers=late,
+        )
+        error.located(rank=self._rank, group=self._name, step=operation.name)
+        return AgreedError(error)
+
+    def _catch_up(self, operation: CollectiveOperation) -> None:
+        """Take part in the next rounds of the others, who gave up a round because of this rank. Does not wait."""
+        gave_up = True
+        while gave_up:  # this round too
+            call = Contribution(operation.call)
+            message, now = self._message(operation, _BACK_IN_STEP, [call] * self._size), time.monotonic()
+            found: list[Message] = []
+            with contextlib.suppress(SymmemError, RuntimeError, OSError):
+                if self._rank == 0:
+                    found += self.transport.collect(message.sequence, now).values()
+                else:
+                    found.append(self.transport.verdict(message.sequence, now))
+            for each in found:
+                each.close()
+            gave_up = any(self._rank in each.late for each in found)
+            with contextlib.suppress(SymmemError, RuntimeError, OSError):
+                if self._rank == 0:
+                    self.transport.publish(message)
+                elif not found:
+                    self.transport.submit(message.replace([call], None))
 
     def _message(
         self,
@@ -271,7 +338,8 @@ class Rounds:
         except BaseException as error:
             reason = as_symmem_error(error)
             self._complete(reason, message, operation)
-            verdict = self._publish(message, error=reason)
+            late = error.peers if isinstance(error, PeerTimeoutError) else ()
+            verdict = self._publish(message, error=reason, late=late)
             if isinstance(error, Exception):
                 return verdict
             operation.propagated = True  # an interrupt keeps its type on this rank
@@ -280,7 +348,8 @@ class Rounds:
             wrong = _judge({0: message} | messages)
             if wrong is not None:
                 wrong.located(rank=self._rank, group=self._name, step=message.step)
-                return self._publish(message, error=wrong)
+                late = tuple({rank for each in messages.values() for rank in each.late})
+                return self._publish(message, error=wrong, late=late)
             others = [messages[rank].contributions[0] for rank in range(1, self._size)]
             try:
                 verdict = self._publish(message, [*message.contributions, *others])
@@ -299,9 +368,13 @@ class Rounds:
                 unused.close()
 
     def _publish(
-        self, message: Message, contributions: Sequence[Contribution] = (), error: SymmemError | None = None
+        self,
+        message: Message,
+        contributions: Sequence[Contribution] = (),
+        error: SymmemError | None = None,
+        late: Iterable[int] = (),
     ) -> Message:
-        verdict = message.replace(contributions, to_wire(error) if error else None)
+        verdict = message.replace(contributions, to_wire(error) if error else None, late)
         self.transport.publish(verdict)
         return verdict
 
@@ -313,7 +386,8 @@ class Rounds:
             return self.transport.verdict(message.sequence, operation.deadline + GRACE)
         except PeerTimeoutError as error:
             self._complete(error, message, operation)
-            self._withdraw(message, error)
+            self._withdraw(message, error, error.peers)
+            self._late = error.peers
             raise AgreedError(error) from None
         except NotComingError as error:
             self._complete(error.error, message, operation)
@@ -339,10 +413,10 @@ class Rounds:
             operation.propagated = True
             raise
 
-    def _withdraw(self, message: Message, error: SymmemError) -> None:
+    def _withdraw(self, message: Message, error: SymmemError, late: Iterable[int] = ()) -> None:
         """Replace a submitted message by an error. Too late if rank 0 has decided the round."""
         with contextlib.suppress(SymmemError, RuntimeError, OSError):
-            self.transport.submit(message.replace((), to_wire(error)))
+            self.transport.submit(message.replace((), to_wire(error), late))
 
     def _outcome(self, sequence: int) -> Message | None:
         """Return the verdict on a round from which this rank has withdrawn; None if rank 0 is gone or late.

@@ -83,6 +83,7 @@ class Message:
     ``sequence`` is the number of the round, so that messages of earlier rounds can be dropped. ``deadline`` is by
     the clock of this process. The header carries the seconds until then, because other processes may have other clocks:
     on other hosts, or in another time namespace. ``line`` is the line of the program that called the operation.
+    ``late`` names the ranks that did not come in time, if the sender gave up the round for them.
     """
 
     sequence: int
@@ -91,10 +92,13 @@ class Message:
     contributions: list[Contribution] = field(default_factory=list)
     error: dict[str, Any] | None = None
     line: str = ""
+    late: tuple[int, ...] = ()
 
-    def replace(self, contributions: Iterable[Contribution], error: dict[str, Any] | None) -> Message:
+    def replace(
+        self, contributions: Iterable[Contribution], error: dict[str, Any] | None, late: Iterable[int] = ()
+    ) -> Message:
         """Return a message of the same round with other contents."""
-        return Message(self.sequence, self.step, self.deadline, list(contributions), error)
+        return Message(self.sequence, self.step, self.deadline, list(contributions), error, late=tuple(late))
 
     def header(self) -> dict[str, Any]:
         """Return everything except the payloads and descriptors, as plain data."""
@@ -106,6 +110,7 @@ class Message:
             "counts": [len(c.descriptors) for c in self.contributions],
             "error": self.error,
             "line": self.line,
+            "late": self.late,
         }
 
     @classmethod
@@ -123,7 +128,8 @@ class Message:
             contributions.append(Contribution(body[at : at + size], descriptors[first : first + count]))
             at, first = at + size, first + count
         deadline = time.monotonic() + header["seconds"]
-        return cls(header["sequence"], header["step"], deadline, contributions, header["error"], header["line"])
+        late = tuple(header["late"])
+        return cls(header["sequence"], header["step"], deadline, contributions, header["error"], header["line"], late)
 
     def body(self) -> bytes:
         """Return all payloads in order."""
@@ -150,7 +156,7 @@ def _is_sound(header: dict[str, Any], nbytes: int, descriptors: int) -> bool:
             and isinstance(header["line"], str)
             and math.isfinite(header["seconds"])
             and len(sizes) == len(counts)
-            and all(isinstance(number, int) and number >= 0 for number in (*sizes, *counts))
+            and all(isinstance(number, int) and number >= 0 for number in (*sizes, *counts, *header["late"]))
             and (sum(sizes), sum(counts)) == (nbytes, descriptors)
         )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
@@ -424,7 +430,7 @@ class SocketTransport:
                 message = inbox[0]
                 if message.sequence == sequence:
                     # Set first, so that this rank knows the outcome of the round even after an interrupt.
-                    self._last_verdict = Message(sequence, message.step, message.deadline, error=message.error)
+                    self._last_verdict = message.replace((), message.error, message.late)
                     return inbox.popleft()
                 inbox.popleft().close()
             if self._last_verdict is not None and self._last_verdict.sequence == sequence:

@@ -50,6 +50,49 @@ def met(size: int, **kwargs: Any) -> list[Group]:
     return groups
 
 
+# Skipped calls.
+
+
+@pytest.mark.parametrize("skips", range(3))
+@pytest.mark.parametrize("over_the_store", [False, True])
+def test_ranks_go_on_together_after_a_rank_skipped_calls(
+    skips: int, over_the_store: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program makes a collective call in every step. In some steps a rank skips it: then one more step fails."""
+    if over_the_store:
+        monkeypatch.setattr("symmem.group.join.are_connectable", lambda _locations: False)
+    groups = met(3)
+    assert groups[0].status()["wire"] == ("store" if over_the_store else "sockets")
+
+    def step(timeout: float, *skipped: int) -> set[str]:
+        ranks = [rank for rank in range(3) if rank not in skipped]
+        results = run_ranks(len(ranks), lambda number: exchange(groups[ranks[number]], timeout))
+        return {result if isinstance(result, str) else type(result).__name__ for result in results}
+
+    def exchange(group: Group, timeout: float) -> str:
+        with group.collective("work", timeout) as collective:
+            received = collective.exchange("step", str(group.rank).encode())
+        return " ".join(contribution.payload.decode() for contribution in received)
+
+    for times in (1, 2):
+        for _ in range(times):
+            assert step(0.2, skips) == {"PeerTimeoutError"}
+        assert step(LONG) == {"PeerTimeoutError"}
+        assert step(LONG) == step(LONG) == {"0 1 2"}
+    assert len({group._rounds.number for group in groups}) == 1
+
+
+def test_a_failure_of_its_own_takes_the_place_of_the_step_after_a_late_rank() -> None:
+    groups = met(3)
+    results = run_ranks(2, lambda rank: meet(groups[rank], timeout=0.2))
+    assert {type(result) for result in results} == {PeerTimeoutError}
+    groups[1].fail("work", OutOfMemoryError("(meant)"))
+    results = run_ranks(2, lambda number: meet(groups[(0, 2)[number]]))
+    assert type(results[0]) is OutOfMemoryError
+    assert type(results[1]) is PeerTimeoutError
+    succeed(3, lambda rank: meet(groups[rank]))
+
+
 # Interrupts.
 
 
