@@ -335,11 +335,11 @@ class SymmetricTensor(BlockHandle):
             group: See the class.
 
         Raises:
-            PeerTimeoutError: Names the rank that did not come. The barrier of this channel is then abandoned: the
-                other ranks raise as well, now or when they come to it.
+            PeerTimeoutError: Names the rank that did not come. On the CPU it raises as well, when it comes. The next
+                barrier of the others on this channel waits for that, and then raises too: it may have skipped a call.
             PeerLostError: Names the rank that died.
             RendezvousError: Names the rank that was interrupted in it (on the CPU) by an exception from a signal
-                handler, such as KeyboardInterrupt. That rank raises the exception itself; the barrier is abandoned.
+                handler, such as KeyboardInterrupt. That rank raises the exception itself. The next barrier works.
         """
         mapping, channel, seconds = self._signals("barrier", channel, timeout, group)
         self._wait(mapping, self._block.signals(mapping).barrier, channel, seconds)
