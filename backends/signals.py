@@ -4,7 +4,8 @@ A rank's pad holds uint32 words, all 0 at first::
 
     flag[channel, source]    1 while a signal from `source` has not been taken; `source` sets it, the owner clears it
     arrived[channel]         number of barriers on this channel that the owner has reached, modulo 2**32
-    mark[channel, parity]    why the owner gave up the barrier of that parity: a reason, and 1 + the rank that caused it
+    marks[channel]           why the owner gave up barriers: 16 bits for those of each parity, the reason in the lower 3
+                             bits, above it the rank that caused it
 
 A word has one writer at a time: the value of a flag says which side may write it. So no atomic read-modify-write is
 needed, only aligned 32-bit stores, a fence between data and word, and futex(2). A futex compares the word and sleeps
@@ -45,8 +46,7 @@ __all__ = ["SharedSignals"]
 _SPINS = 20  # loads, with a yield after every load, before it sleeps
 _NAP = 0.05  # seconds between two checks that the awaited process is alive
 
-# The lower 8 bits of a mark.
-_DOUBT, _LATE, _INTERRUPTED, _REFUSED = 1, 2, 3, 4
+_DOUBT, _LATE, _INTERRUPTED, _REFUSED = 1, 2, 3, 4  # the reason in a mark
 
 _AFTER_TIMEOUT = "every rank's next call fails until all ranks have come, and then all go on together"
 
@@ -79,7 +79,8 @@ class SharedSignals:
         self.stopped: Callable[[], bool] = bool
         self.told: SymmemError | None = None
         self._rank, size = group.rank, group.size
-        words = SIGNAL_CHANNELS * (size + 3)
+        assert size <= 1 << 13, "a mark has 13 bits for a rank"
+        words = SIGNAL_CHANNELS * (size + 2)
         self._pads = tuple(pads)
         self._words = [(ctypes.c_uint32 * words).from_address(pad) for pad in pads]
         self._arrived = SIGNAL_CHANNELS * size
@@ -91,7 +92,7 @@ class SharedSignals:
     @staticmethod
     def nbytes(size: int) -> int:
         """Bytes of one pad in a group of ``size`` ranks."""
-        return 4 * SIGNAL_CHANNELS * (size + 3)
+        return 4 * SIGNAL_CHANNELS * (size + 2)
 
     def signal_pad(self, rank: int) -> tuple[int, int]:
         """See :meth:`Mapping.signal_pad`. The words behind the flags are private."""
@@ -151,7 +152,7 @@ class SharedSignals:
         """Arrive at the next barrier, in which all other ranks raise this rank's error. Does not wait for them."""
         self.prepare(channel, timeout)
         self._unfinished.add(channel)
-        self._arrive(channel, _REFUSED | (1 + self._rank) << 8)
+        self._arrive(channel, _REFUSED | self._rank << 3)
 
     def is_unfinished(self, channel: int) -> bool:
         """Whether this rank has left the last barrier of a channel, perhaps before all others had arrived."""
@@ -159,20 +160,26 @@ class SharedSignals:
 
     def is_given_up(self, channel: int) -> bool:
         """Whether the last barrier of a channel that this rank has arrived at was given up by all ranks."""
-        return bool(self._words[self._rank][self._mark_of(channel)]) or self._given_up(channel) is not None
+        return bool(self._mark(self._rank, channel)) or self._given_up(channel) is not None
 
     def number(self, channel: int) -> int:
         """How many barriers of a channel this rank has arrived at, modulo 2**32."""
         number: int = self._words[self._rank][self._arrived + channel]
         return number
 
-    def _mark_of(self, channel: int) -> int:
-        return self._marks + 2 * channel + self.number(channel) % 2
+    def _mark(self, rank: int, channel: int) -> int:
+        """The mark of a rank for barriers of the parity of this rank's latest one."""
+        word: int = self._words[rank][self._marks + channel]
+        return word >> 16 if self.number(channel) & 1 else word & 0xFFFF
+
+    def _set_mark(self, channel: int, number: int, mark: int) -> None:
+        at, own = self._marks + channel, self._words[self._rank]
+        own[at] = own[at] & 0xFFFF | mark << 16 if number & 1 else own[at] & 0xFFFF0000 | mark
 
     def _arrive(self, channel: int, mark: int = 0) -> None:
         at, own = self._arrived + channel, self._words[self._rank]
         number = (own[at] + 1) & 0xFFFFFFFF
-        own[self._marks + 2 * channel + number % 2] = mark
+        self._set_mark(channel, number, mark)
         fence()
         own[at] = number
         futex_wake(self._pads[self._rank] + 4 * at)  # the kernel makes a full fence in it
@@ -212,13 +219,13 @@ class SharedSignals:
                     if error is not None:
                         return error
         except (PeerLostError, PeerTimeoutError) as late:
-            if self._give_up(channel, _LATE | (1 + late.peers[0]) << 8):
+            if self._give_up(channel, _LATE | late.peers[0] << 3):
                 raise
         except BaseException as error:
             if error is self.told:
                 self._retract(channel)
             else:
-                self._give_up(channel, _INTERRUPTED | (1 + self._rank) << 8)
+                self._give_up(channel, _INTERRUPTED | self._rank << 3)
             raise
         fence()
         return None
@@ -231,43 +238,42 @@ class SharedSignals:
 
     def _give_up(self, channel: int, mark: int) -> bool:
         """Set this rank's mark, unless all ranks have arrived. Returns whether the barrier is given up."""
-        own, at = self._words[self._rank], self._mark_of(channel)
-        decided = before = own[at]
+        number = self.number(channel)
+        decided = before = self._mark(self._rank, channel)
         try:
-            own[at] = _DOUBT
+            self._set_mark(channel, number, _DOUBT)
             full_fence()
             missing = self._is_missing(channel)
-            if missing and (not before or mark & 0xFF == _LATE):
+            if missing and (not before or mark & 7 == _LATE):
                 decided = mark
         finally:  # an exception of a signal handler must leave no doubt
-            own[at] = decided
+            self._set_mark(channel, number, decided)
         futex_wake(self._pads[self._rank] + 4 * (self._arrived + channel))
         return missing
 
     def _decided_mark(self, rank: int, channel: int) -> int:
         """The mark of a rank for this rank's latest barrier, once it is no longer in doubt."""
-        words, at = self._words[rank], self._mark_of(channel)
-        if (words[self._arrived + channel] - self.number(channel)) & 0x80000000:
+        if (self._words[rank][self._arrived + channel] - self.number(channel)) & 0x80000000:
             return 0  # it has not arrived, and the mark is of the barrier before the last one
-        while (mark := words[at]) == _DOUBT and rank not in self._group.lost():
+        while (mark := self._mark(rank, channel)) == _DOUBT and rank not in self._group.lost():
             os.sched_yield()
-        return 0 if mark == _DOUBT else int(mark)
+        return 0 if mark == _DOUBT else mark
 
     def _late(self, channel: int) -> int | None:
         """The rank for which ranks have given up the latest barrier, because it was late; None if there is none."""
         marks = (self._decided_mark(rank, channel) for rank in range(self._group.size))
-        return next(((mark >> 8) - 1 for mark in marks if mark & 0xFF == _LATE), None)
+        return next((mark >> 3 for mark in marks if mark & 7 == _LATE), None)
 
     def _given_up(self, channel: int) -> SymmemError | None:
         """The error of a peer that has given up the latest barrier."""
-        at = self._mark_of(channel)
+        at = self._marks + channel
         for peer in self._peers:
             if self._words[peer][at] and (mark := self._decided_mark(peer, channel)):
                 return self._error_of(peer, mark, channel)
         return None
 
     def _error_of(self, rank: int, mark: int, channel: int) -> SymmemError:
-        reason, cause = mark & 0xFF, (mark >> 8) - 1
+        reason, cause = mark & 7, mark >> 3
         if reason == _REFUSED and self._refusal is not None:
             return self._refusal(rank, self.number(channel))
         kind: type[RendezvousError] = PeerTimeoutError

@@ -34,9 +34,10 @@ Errors:
 * A rank with invalid arguments raises InvalidArgumentError. On the CPU the other ranks raise the same error, and the
   next call works. The same holds for any other error of a rank, for example one of autograd, or an interrupt. Calls
   with meta or fake tensors are local.
-* If a rank does not come in time, the ranks that wait raise PeerTimeoutError. That rank may be late, or may have skipped
-  a call: nobody can tell. On the CPU it raises PeerTimeoutError in its next call of the group. The next call of the
-  others waits for that, and then raises PeerTimeoutError too. So all have raised, and make their next call together.
+* If a rank does not come in time, the ranks that wait raise PeerTimeoutError. That rank may be late, or may have
+  skipped a call: nobody can tell. On the CPU it raises PeerTimeoutError in its next call of the group. The next call of
+  the others waits for that, and then raises PeerTimeoutError too. So all have raised, and make their next call
+  together.
 * On CUDA the other ranks have launched the call already, or soon will. It ends within milliseconds. Its results are
   NaNs; if elements are only moved, all their bits are 1. ``group.check()`` or ``SymmetricTensor.synchronize()`` of a
   tensor of the group raises the error once, and a line in the log has it. The next call of every rank first waits for

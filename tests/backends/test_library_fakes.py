@@ -134,8 +134,7 @@ def a_bad_allocation_is_told_before_the_library_is_called(backend: str) -> None:
     finally:
         group.settings = dataclasses.replace(group.settings, rendezvous_timeout=300.0)
     dist.barrier()
-    if rank == 1:
-        caught(PeerTimeoutError, allocate, backend, 8)  # the others' withdrawal
+    caught(PeerTimeoutError, allocate, backend, 8)  # rank 1 may have skipped a call
     assert library.calls == calls
     st = allocate(backend, 8).rendezvous()
     st.barrier()

@@ -533,9 +533,11 @@ def test_any_store_will_do(kind: str, tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(PeerTimeoutError, match=r"timeout 0[.]2 s") as caught:
             meet(groups[lonely], timeout=0.2)
         assert caught.value.peers == (1 - lonely,)
-        with pytest.raises(PeerTimeoutError):
+        with pytest.raises(PeerTimeoutError, match=r"timeout 0[.]2 s"):
             meet(groups[1 - lonely], timeout=0.2)
-    succeed(2, lambda rank: meet(groups[rank]))
+        with pytest.raises(PeerTimeoutError, match="They have come now"):
+            meet(groups[lonely])
+        succeed(2, lambda rank: meet(groups[rank]))
 
 
 def test_a_broken_store_is_told_by_name(caplog: pytest.LogCaptureFixture) -> None:

@@ -215,7 +215,8 @@ def compiled_programs_are_right(backend: str) -> None:
     torch._dynamo.reset()
     dynamic = True if backend == "inductor" else None  # one set of C++ kernels, for all shapes
     compiled = torch.compile(program, fullgraph=True, backend=backend, dynamic=dynamic)
-    x, weight = torch.randn(4, 8), torch.randn(8, 8)
+    # In float64, because a compiler may add in another order.
+    x, weight = torch.randn(4, 8, dtype=torch.float64), torch.randn(8, 8, dtype=torch.float64)
     results = []
     for function in (program, compiled):
         leaves = [each.clone().requires_grad_() for each in (x, weight)]
@@ -224,7 +225,7 @@ def compiled_programs_are_right(backend: str) -> None:
         results.append([result, *(each.grad for each in leaves)])
     for wanted, found in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted)
-    compiled(torch.randn(5, 8), weight, group.name)  # another shape: dynamic from here on
+    compiled(torch.randn(5, 8, dtype=torch.float64), weight, group.name)  # another shape: dynamic from here on
 
 
 @pytest.mark.slow

@@ -665,10 +665,13 @@ def test_nothing_is_left_behind(group: Any, gpu: Gpu) -> None:
         gc.collect()
 
     many()
-    counts, blocks = [sys.getrefcount(each) for each in values], sys.getallocatedblocks()
-    many()
+    counts, blocks = [sys.getrefcount(each) for each in values], [sys.getallocatedblocks()]
+    for _ in range(3):
+        many()
+        blocks.append(sys.getallocatedblocks())
     assert [sys.getrefcount(each) for each in values] == pytest.approx(counts, abs=50)
-    assert sys.getallocatedblocks() - blocks < 300
+    # 500 blocks or more each time, if a call leaves one. Other threads of the process allocate too, but not each time.
+    assert min(later - earlier for earlier, later in itertools.pairwise(blocks)) < 300
     held = sys.getrefcount(option)
     group.extension(Engines)[CPU].calls.clear()
     assert sys.getrefcount(option) < held
