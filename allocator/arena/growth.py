@@ -15,6 +15,7 @@ from symmem.arena.segment import GRANULE, SPARE
 from symmem.backends.base import Capability
 from symmem.backends.libc import round_up
 from symmem.errors import DivergenceError, MismatchError, OutOfMemoryError, PeerTimeoutError, ResourceLimitError
+from symmem.group.compare import exchange_json
 from symmem.memory import cuda_graphs
 
 if TYPE_CHECKING:
@@ -178,7 +179,8 @@ class Growth:
         """Agree on the sequence of the ledger for this arena, at its first growth. Collective."""
         log, ledger = self._log, self._log.group.ledger
         if ledger is not None and not log.segments:
-            log.acts = ledger.claim(ledger.next_index(collective), f"the arena of {log.backend.name!r}")
+            index = max(exchange_json(collective, "ledger", ledger.claimed))
+            log.acts = ledger.claim(index, f"the arena of {log.backend.name!r}")
 
     @contextlib.contextmanager
     def _collective(self, operation: str, proposed: AllocationRecord) -> Iterator[CollectiveOperation]:

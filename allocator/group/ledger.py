@@ -1,8 +1,8 @@
 """The ledger: compare what all ranks of a group must do alike, without a message and without a wait.
 
-Acts, such as allocations from an arena or calls of an operator, belong to sequences. All ranks must make the acts of a
-sequence in the same order. Every rank publishes its acts in memory that the other ranks of the group map. Act n is one
-word in a ring: the low 32 bits of n, and 32 bits of a rolling hash of the acts 1 to n.
+Acts, such as allocations from an arena, belong to sequences. All ranks must make the acts of a sequence in the same
+order. Every rank publishes its acts in memory that the other ranks of the group map. Act n is one word in a ring: the
+low 32 bits of n, and 32 bits of a rolling hash of the acts 1 to n.
 
 Protocol (as in Dekker's mutual exclusion). A rank stores its word of act n, executes a full fence, and then loads
 word n of its two neighbours, the ranks before and after it. Because every rank stores before it loads, at least one
@@ -13,8 +13,6 @@ of two neighbours sees the other's word. There are three cases:
   Before that can happen, and with every use of peers' memory while it is that far ahead, this rank compares the
   neighbour's latest act with its own record of the same act. Because the hash is rolling, that covers all acts before.
 - The neighbour is ahead by more than the ring, so its word n is overwritten. It compares, as in the second case.
-
-That is the protocol of allocations. Calls of operators need only the first case: see :class:`CallSequence`.
 
 The hot path is in C (``symmem/native/ledger.c``). Without a compiler, Python does the same, and takes four times as
 long.
@@ -37,11 +35,10 @@ import sys
 import threading
 import time
 import weakref
-import zlib
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from symmem.backends import pending_waits
 from symmem.backends.libc import PAGE, Region, full_fence, round_up
@@ -49,15 +46,15 @@ from symmem.backends.memory_files import check_memory_file, memory_file
 from symmem.backends.pending_waits import Wait
 from symmem.errors import DivergenceError, PeerTimeoutError, SymmemError, from_wire, to_wire
 from symmem.group.call_site import program_line
-from symmem.group.compare import SAME_CALLS, differing, exchange_json
+from symmem.group.compare import SAME_CALLS, differing
 from symmem.native.build import load_extension
 
 if TYPE_CHECKING:
-    from symmem.backends.base import Collective, RankGroup
+    from symmem.backends.base import RankGroup
 
 log = logging.getLogger("symmem.group")
 
-__all__ = ["RING", "ActSequence", "CallSequence", "Ledger", "explained"]
+__all__ = ["RING", "ActSequence", "Ledger", "explained"]
 
 RING = 1024
 """Acts of a sequence that the other ranks can see: the latest ones."""
@@ -107,7 +104,7 @@ class Ledger:
         self._end, self._generation = 0, 1  # of the texts; id 0 is no text
         self._own_waits: list[memoryview] = []
         self._wait_texts: dict[str, int] = {}
-        self._sequences: weakref.WeakSet[_Sequence] = weakref.WeakSet()
+        self._sequences: weakref.WeakSet[ActSequence] = weakref.WeakSet()
         self._lock = threading.RLock()  # of the texts and the waits; a signal handler may wait during a wait
 
     @property
@@ -140,28 +137,16 @@ class Ledger:
         neighbours = tuple(rings[peer] for peer in self.neighbours)
         return rings, _ring_type()(rings[self.rank], ids, head, mark, neighbours)
 
-    def next_index(self, collective: Collective) -> int:
-        """The index of the next sequence, for :meth:`claim` or :meth:`claim_calls`. Collective."""
-        claimed: list[int] = exchange_json(collective, "ledger", self.claimed)
-        return max(claimed)
-
     def claim(self, index: int, name: str) -> ActSequence | None:
-        """The sequence of an arena, with an index on which all ranks have agreed: see :meth:`next_index`.
+        """The sequence with an index on which all ranks have agreed: the highest :attr:`claimed` of any rank.
 
         Returns:
             None if there is no room for another sequence. Its acts are compared when the ranks meet.
         """
-        return self._add(ActSequence(self, index, name)) if self._has_room(index) else None
-
-    def claim_calls(self, index: int) -> CallSequence | None:
-        """The same for the calls of an engine. None if there is no room; then they are not compared."""
-        return self._add(CallSequence(self, index)) if self._has_room(index) else None
-
-    def _has_room(self, index: int) -> bool:
         self.claimed = index + 1
-        return index < _SEQUENCES
-
-    def _add(self, sequence: _AnySequence) -> _AnySequence:
+        if index >= _SEQUENCES:
+            return None
+        sequence = ActSequence(self, index, name)
         self._sequences.add(sequence)
         return sequence
 
@@ -184,7 +169,7 @@ class Ledger:
     def add_text(self, text: str) -> int:
         """Write a text into this rank's memory; returns its id.
 
-        If the memory is full, all texts are forgotten, and so are the ids that sequences know.
+        If the memory is full, all texts are forgotten, and so are the ids in :attr:`ActSequence.known`.
         """
         with self._lock:
             data = text.encode()[:_LONGEST]
@@ -330,63 +315,38 @@ def _publish(wait: Wait) -> Callable[[], None]:
 pending_waits.publish = _publish
 
 
-class _Sequence:
-    """The rings of one sequence, and the texts of its acts.
+class ActSequence:
+    """One sequence of acts; made by :meth:`Ledger.claim`. The owner's lock must be held during every call.
 
     Attributes:
         mark: One word: 0, or 1 + the rank that has found a difference.
-        enter: ``enter(number, digest, text_id)`` publishes act ``number`` (from 1) with the rolling hash ``digest``.
-            It returns True if a neighbour's word of the same act differs, and in some other cases.
+        enter: ``enter(number, digest, text_id)`` publishes act ``number`` (from 1) with the rolling hash ``digest``,
+            and compares. It returns whether :meth:`look` must be called.
         add_text: See :meth:`Ledger.add_text`.
-        known: Ids of texts that the owner remembers, by anything.
+        known: Ids of texts that the owner remembers, by the call sites.
+        is_ahead: Whether a neighbour was so far behind at the last look that its acts may not find this rank's words.
     """
 
-    def __init__(self, ledger: Ledger, index: int) -> None:
-        self._ledger, self._index = ledger, index
+    def __init__(self, ledger: Ledger, index: int, name: str) -> None:
+        self._ledger, self._index, self._name = ledger, index, name
         self.mark = _word(ledger.memory[ledger.rank], _MARKS, index)
         self._heads = [_word(memory, _HEADS, index) for memory in ledger.memory]
         at, ids = _RINGS + 8 * RING * index, _IDS + 4 * RING * index
         self._rings = [memory[at : at + 8 * RING].cast("Q") for memory in ledger.memory]
         self._ids = [memory[ids : ids + 4 * RING].cast("I") for memory in ledger.memory]
-        rank, self._neighbours = ledger.rank, ledger.neighbours
+        rank, neighbours = ledger.rank, ledger.neighbours
         self._own = self._rings[rank]
-        others = tuple(self._rings[peer] for peer in self._neighbours)
-        self._ring = _ring_type()(self._own, self._ids[rank], self._heads[rank], self.mark, others)
-        self.enter: Callable[[int, int, int], bool] = self._ring.enter
+        ring = _ring_type()(
+            self._own, self._ids[rank], self._heads[rank], self.mark, tuple(self._rings[peer] for peer in neighbours)
+        )
+        self.enter: Callable[[int, int, int], bool] = ring.enter
         self.add_text = ledger.add_text
         self.known: dict[Any, Any] = {}
-
-    def _text(self, rank: int, number: int) -> str | None:
-        """The text of a rank's act; None if its ring does not have the act."""
-        at = number % RING
-        text_id, word = self._ids[rank][at], self._rings[rank][at]
-        return self._ledger.text_of(rank, text_id) if word >> 32 == number & _LOW else None
-
-    def _absence(self, rank: int, number: int) -> str:
-        before = (self._heads[rank][0] >> 32) - number & _LOW >= 0x80000000
-        return "nothing yet" if before else "one that is forgotten"
-
-
-_AnySequence = TypeVar("_AnySequence", bound=_Sequence)
-
-
-class ActSequence(_Sequence):
-    """The allocations of an arena; made by :meth:`Ledger.claim`. The owner's lock must be held during every call.
-
-    :meth:`look` must be called if :attr:`enter` returns True.
-
-    Attributes:
-        is_ahead: Whether a neighbour was so far behind at the last look that its acts may not find this rank's words.
-    """
-
-    def __init__(self, ledger: Ledger, index: int, name: str) -> None:
-        super().__init__(ledger, index)
-        self._name = name
         self.is_ahead = False
         # Hashes of the acts after `_before` that the ring may have lost, but that a neighbour may not have made yet.
         self._history = array("I")
         self._before = 0
-        self._compared = dict.fromkeys(self._neighbours, 0)  # the latest act of a neighbour that was found equal
+        self._compared = dict.fromkeys(neighbours, 0)  # the latest act of a neighbour that was found equal
 
     def take_round(self) -> bool:
         """See :meth:`Ledger.take_round`."""
@@ -462,77 +422,15 @@ class ActSequence(_Sequence):
         word = self._rings[neighbour][number % RING]
         return word >> 32 == number & _LOW and self._history[number - self._before - 1] != word & _LOW
 
+    def _text(self, rank: int, number: int) -> str | None:
+        """The text of a rank's act; None if its ring does not have the act."""
+        at = number % RING
+        text_id, word = self._ids[rank][at], self._rings[rank][at]
+        return self._ledger.text_of(rank, text_id) if word >> 32 == number & _LOW else None
 
-class CallSequence(_Sequence):
-    """The calls of one engine; made by :meth:`Ledger.claim_calls`.
-
-    A call is compared before its kernel is launched. The rank that finds a difference raises, and refuses the call. The
-    engine tells the other ranks, as it does for any refusal, so this sequence needs neither mark nor history: a rank
-    that is ahead does not look back. If it is ahead by more than the ring, the rank behind cannot compare a call with
-    it. But its own later calls differ too, because the hash is rolling. If there are none, the kernels of the rank that
-    is ahead give up at their timeout.
-
-    Attributes:
-        capsule: The function that enters a call from C, see ``symmem/native/ledger.c``; None without a compiler.
-    """
-
-    def __init__(self, ledger: Ledger, index: int) -> None:
-        super().__init__(ledger, index)
-        self.capsule: object = self._ring.capsule()
-        self._restarted = 0
-
-    def describe(self, key: Any, call: str) -> tuple[int, int]:
-        """Two numbers for a call: its part of the digest, and the id of its text. Remembered in :attr:`known`.
-
-        Args:
-            key: Identifies the call.
-            call: What all ranks must call. The line that calls it here is added for errors.
-        """
-        text = f"{call}, first made at {program_line(sys._getframe(1))}"
-        described = self.known[key] = zlib.crc32(call.encode()), self.add_text(text)
-        return described
-
-    @staticmethod
-    def mixed(digest: int, part: int) -> int:
-        """The rolling hash after a call (FNV-1). Other parts give other hashes. ``symmem/ops/eager.c`` has the same."""
-        return (digest * 0x01000193 & _LOW) ^ part
-
-    def compare(self, number: int) -> None:
-        """Compare this rank's latest call, because :attr:`enter` returned True.
-
-        Raises:
-            DivergenceError: A neighbour's call with this number differs, or one before.
-        """
-        for neighbour in self._neighbours:
-            if self._differs(neighbour, number):
-                raise self._diverged(neighbour, number)
-
-    def restart(self, number: int) -> None:
-        """Compare nothing up to call ``number`` any more; the hash begins at 0. All ranks do this between two calls."""
-        self._restarted = number
-
-    def _differs(self, neighbour: int, number: int) -> bool:
-        own, other = self._own[number % RING], self._rings[neighbour][number % RING]
-        return own != other and own >> 32 == other >> 32 == number & _LOW
-
-    def _diverged(self, neighbour: int, number: int) -> DivergenceError:
-        first = number
-        while first - 1 > self._restarted and self._differs(neighbour, first - 1):
-            first -= 1
-        acts = {rank: self._text(rank, first) for rank in range(self._ledger.size)}
-        acted = [rank for rank, text in acts.items() if text is not None]
-        text, _ = differing([text or self._absence(rank, first) for rank, text in acts.items()])
-        if len({acts[rank] for rank in acted}) == 1:
-            text += "; these calls are the same, but earlier ones differ"
-        _, others = differing([self._rings[rank][first % RING] for rank in acted])
-        return DivergenceError(
-            f"the ranks call different operators; the first difference is call {first}: {text}; rank "
-            f"{self._ledger.rank} came to call {number} at {program_line(sys._getframe(1))}"[:_LONGEST],
-            hint=f"{SAME_CALLS}, with the same shapes and dtypes",
-            rank=self._ledger.rank,
-            group=self._ledger.name,
-            peers=tuple(acted[other] for other in others),
-        )
+    def _absence(self, rank: int, number: int) -> str:
+        before = (self._heads[rank][0] >> 32) - number & _LOW >= 0x80000000
+        return "nothing yet" if before else "one that is forgotten"
 
 
 class PythonRing:
@@ -560,14 +458,11 @@ class PythonRing:
             look |= other != word and other >> 32 == word >> 32
         return look
 
-    def capsule(self) -> None:
-        """Nothing: there is no function in C."""
-
 
 @functools.cache
 def _ring_type() -> Any:
     try:
         return load_extension("_ledger", Path(__file__).parents[1] / "native" / "ledger.c").Ring
     except Exception as error:
-        log.warning("allocations and operators are compared by slower code in Python: %s", error)
+        log.warning("allocations are compared by slower code in Python: %s", error)
         return PythonRing

@@ -3,51 +3,20 @@
 // Ring(own, ids, head, mark, neighbours).enter(number, digest, text_id) stores this rank's word, executes a full fence,
 // and loads the same word of the neighbours. It returns False if there is nothing else to do, and True if a word of the
 // same act differs, if a mark is set, or if it is time to look at neighbours that are behind.
-//
-// Ring.capsule() is for other modules in C, which enter acts without Python. Their function returns whether a word of the
-// same act differs.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdatomic.h>
-#include <stddef.h>
 #include <stdint.h>
 
 enum { RING = 1024, MOST_NEIGHBOURS = 2 };
 
-// The content of a capsule "symmem.enter", which keeps its ring alive. symmem/ops/eager.c declares the same.
-typedef struct Enter {
-  int (*enter)(struct Enter *self, uint64_t number, uint64_t digest, uint64_t text_id);
-} Enter;
-
 typedef struct {
   PyObject_HEAD
-  Enter entrance;
   Py_buffer own, ids, head, mark;          // of this rank
   Py_buffer neighbours[MOST_NEIGHBOURS];   // rings
   int count;
 } Ring;
-
-// Publish an act. Returns whether a neighbour's word of the same act differs.
-static int publish(Ring *self, uint64_t number, uint64_t digest, uint64_t text_id) {
-  const uint64_t word = number << 32 | (digest & 0xFFFFFFFF);
-  const size_t at = number % RING;
-  atomic_store_explicit((_Atomic uint32_t *)self->ids.buf + at, (uint32_t)text_id, memory_order_relaxed);
-  atomic_store_explicit((_Atomic uint64_t *)self->own.buf + at, word, memory_order_release);
-  atomic_store_explicit((_Atomic uint64_t *)self->head.buf, word, memory_order_release);
-  atomic_thread_fence(memory_order_seq_cst);
-  int differs = 0;
-  for (int i = 0; i < self->count; ++i) {
-    const uint64_t other =
-        atomic_load_explicit((_Atomic uint64_t *)self->neighbours[i].buf + at, memory_order_acquire);
-    differs |= other != word && other >> 32 == word >> 32;
-  }
-  return differs;
-}
-
-static int enter_from_c(Enter *self, uint64_t number, uint64_t digest, uint64_t text_id) {
-  return publish((Ring *)((char *)self - offsetof(Ring, entrance)), number, digest, text_id);
-}
 
 static void release(Ring *self) {
   Py_buffer *all[] = {&self->own, &self->ids, &self->head, &self->mark};
@@ -68,7 +37,6 @@ static int ring_init(PyObject *object, PyObject *arguments, PyObject *keywords) 
   Ring *self = (Ring *)object;
   PyObject *own, *ids, *head, *mark, *neighbours;
   (void)keywords;
-  self->entrance.enter = enter_from_c;
   if (!PyArg_ParseTuple(arguments, "OOOOO!", &own, &ids, &head, &mark, &PyTuple_Type, &neighbours)) return -1;
   if (PyTuple_GET_SIZE(neighbours) > MOST_NEIGHBOURS) {
     PyErr_SetString(PyExc_ValueError, "a rank has two neighbours at most");
@@ -101,24 +69,24 @@ static PyObject *ring_enter(PyObject *object, PyObject *const *arguments, Py_ssi
   const uint64_t digest = PyLong_AsUnsignedLongLongMask(arguments[1]);
   const uint64_t id = PyLong_AsUnsignedLongLongMask(arguments[2]);
   if (PyErr_Occurred()) return NULL;
-  const int differs = publish(self, number, digest, id);
-  return PyBool_FromLong(differs || !(number % (RING / 2)) ||
-                         atomic_load_explicit((_Atomic uint64_t *)self->mark.buf, memory_order_relaxed));
-}
-
-static void capsule_end(PyObject *capsule) { Py_XDECREF((PyObject *)PyCapsule_GetContext(capsule)); }
-
-static PyObject *ring_capsule(PyObject *object, PyObject *nothing) {
-  (void)nothing;
-  PyObject *capsule = PyCapsule_New(&((Ring *)object)->entrance, "symmem.enter", capsule_end);
-  if (capsule && !PyCapsule_SetContext(capsule, object)) Py_INCREF(object);
-  return capsule;
+  const uint64_t word = number << 32 | (digest & 0xFFFFFFFF);
+  const size_t at = number % RING;
+  atomic_store_explicit((_Atomic uint32_t *)self->ids.buf + at, (uint32_t)id, memory_order_relaxed);
+  atomic_store_explicit((_Atomic uint64_t *)self->own.buf + at, word, memory_order_release);
+  atomic_store_explicit((_Atomic uint64_t *)self->head.buf, word, memory_order_release);
+  atomic_thread_fence(memory_order_seq_cst);
+  int look = !(at & (RING / 2 - 1)) || atomic_load_explicit((_Atomic uint64_t *)self->mark.buf, memory_order_relaxed);
+  for (int i = 0; i < self->count; ++i) {
+    const uint64_t other =
+        atomic_load_explicit((_Atomic uint64_t *)self->neighbours[i].buf + at, memory_order_acquire);
+    look |= other != word && other >> 32 == word >> 32;
+  }
+  return PyBool_FromLong(look);
 }
 
 static PyMethodDef ring_methods[] = {
     {"enter", (PyCFunction)(void (*)(void))ring_enter, METH_FASTCALL,
      "Publish an act: number, digest, text_id. Returns whether the caller has to look closer."},
-    {"capsule", ring_capsule, METH_NOARGS, "The function that publishes an act, for other modules in C."},
     {0}};
 
 static PyType_Slot ring_slots[] = {{Py_tp_init, ring_init},

@@ -43,10 +43,8 @@ Errors:
   tensor of the group raises the error once, and a line in the log has it. The next call of every rank first waits for
   all ranks, and then works. If a rank has launched further calls before it knew, they gave up too, and the other ranks
   raise the error in these calls. Until the next call that is neither captured nor replayed, replays of graphs give up.
-* If ranks make different calls, all of them raise MismatchError on the CPU. On CUDA, ranks on one host compare
-  operation, option, dtype and number of elements in the group's ledger (:mod:`symmem.group.ledger`), without a message
-  and without a wait. A rank that finds a difference raises DivergenceError before it launches anything. For the other
-  ranks it has refused the call, as above. Captured calls, replays, and ranks on several hosts are not compared.
+* If ranks make different calls, all of them raise MismatchError on the CPU. On CUDA ranks compare nothing, because a
+  comparison takes longer than the operation.
 * With the setting ``collective_check: each``, ranks compare their calls on any device before the operation starts. If
   the calls differ, all ranks raise MismatchError. If a rank refuses its arguments, the others raise its error.
 * If a rank does not come within the setting ``signal_timeout``, or dies, the others raise PeerTimeoutError or

@@ -12,12 +12,10 @@
 // The DLPack C exchange API reads tensors and returns the current stream. It is torch's table of C functions for this
 // purpose (dlpack.h 1.3; torch.Tensor.__dlpack_c_exchange_api__). For tensors without memory, such as fake, batched and
 // functional tensors, it returns an error or no address.
-//
-// Before a launch, the call is entered in the ledger of the group, where the ranks compare their calls. If a neighbour's
-// call differs, run() returns None, and Python enters the call again and raises.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <structmember.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -53,18 +51,6 @@ typedef int (*LaunchKernel)(void *function, unsigned grid_x, unsigned grid_y, un
 typedef int (*StreamIsCapturing)(void *stream, int *status);
 typedef int (*GetCurrentContext)(void **context);
 
-// From symmem/native/ledger.c: the content of a capsule "symmem.enter".
-
-typedef struct Enter {
-  int (*enter)(struct Enter *self, uint64_t number, uint64_t digest, uint64_t text_id);
-} Enter;
-
-// From symmem/ops/engines/cuda.py.
-
-typedef struct {
-  uint64_t calls, digest;
-} Progress;
-
 enum { CUDA = 2, COMPLEX = 5, MOST_DIMS = 8, MOST_ARGUMENTS = 4096, SLOTS = 1024, PROBES = 4 };
 enum { NEW, SAME, OTHER, FORMS };  // the result's destination: a new tensor, x itself, another tensor given as out
 
@@ -85,7 +71,6 @@ typedef struct {
   void *function;
   unsigned blocks, threads;
   size_t nbytes, source_at, out_at;  // size of the arguments; offsets of the two addresses in them
-  uint32_t part, text_id;            // for the ledger: the call's part of the digest, and the id of its text
   char arguments[];
 } Entry;
 
@@ -98,9 +83,7 @@ typedef struct Calls {
   int32_t ordinal;
   void *context;                    // the CUDA context of its launches
   const volatile uint32_t *status, *given_up;  // not 0 after a kernel has failed, or has given up
-  Progress *progress;                          // of the engine; it counts calls from Python too
-  PyObject *capsule;                           // NULL if nothing is compared
-  Enter *ledger;                               // its content
+  unsigned long long launches;                 // how many there were
   Entry *entries[SLOTS];
 } Calls;
 
@@ -230,21 +213,17 @@ static void calls_dealloc(PyObject *self) {
   Py_XDECREF(calls->group);
   Py_XDECREF(calls->process_group);
   Py_XDECREF(calls->name);
-  Py_XDECREF(calls->capsule);
   Py_TYPE(self)->tp_free(self);
 }
 
 static PyObject *calls_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"group",  "process_group", "name",     "ordinal", "context",
-                          "status", "given_up",      "progress", "enter",   NULL};
-  PyObject *group, *process_group, *name, *capsule;
+  static char *names[] = {"group", "process_group", "name", "ordinal", "context", "status", "given_up", NULL};
+  PyObject *group, *process_group, *name;
   int ordinal;
-  unsigned long long context, status, given_up, progress;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OUiKKKKO", names, &_PyWeakref_RefType, &group, &process_group,
-                                   &name, &ordinal, &context, &status, &given_up, &progress, &capsule))
+  unsigned long long context, status, given_up;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OUiKKK", names, &_PyWeakref_RefType, &group, &process_group, &name,
+                                   &ordinal, &context, &status, &given_up))
     return NULL;
-  Enter *ledger = capsule == Py_None ? NULL : PyCapsule_GetPointer(capsule, "symmem.enter");
-  if (!ledger && capsule != Py_None) return NULL;
   if (process_group != Py_None && !PyWeakref_CheckRef(process_group))
     return PyErr_Format(PyExc_TypeError, "a process group is given as a weak reference, or None");
   Calls *calls = (Calls *)type->tp_alloc(type, 0);
@@ -255,9 +234,6 @@ static PyObject *calls_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
   calls->ordinal = ordinal, calls->context = (void *)(uintptr_t)context;
   calls->status = (const volatile uint32_t *)(uintptr_t)status;
   calls->given_up = (const volatile uint32_t *)(uintptr_t)given_up;
-  calls->progress = (Progress *)(uintptr_t)progress;
-  calls->capsule = ledger ? Py_NewRef(capsule) : NULL;
-  calls->ledger = ledger;
   calls->before = newest;
   newest = calls;
   return (PyObject *)calls;
@@ -291,17 +267,16 @@ static Entry **slot_of(Calls *calls, uint32_t hash, PyObject *kind, uint32_t for
 
 static PyObject *calls_add(PyObject *self, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"kind",     "option", "x",       "form",      "out",       "new_shape", "may_be_same",
-                          "function", "blocks", "threads", "arguments", "source_at", "out_at",    "part",
-                          "text_id",  NULL};
+                          "function", "blocks", "threads", "arguments", "source_at", "out_at",    NULL};
   PyObject *kind, *option, *x, *out, *new_shape;
   int form, may_be_same;
-  unsigned blocks, threads, part, text_id;
+  unsigned blocks, threads;
   unsigned long long function;
   const char *arguments;
   Py_ssize_t nbytes, source_at, out_at;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOiOOpKIIy#nnII", names, &kind, &option, &x, &form, &out,
-                                   &new_shape, &may_be_same, &function, &blocks, &threads, &arguments, &nbytes,
-                                   &source_at, &out_at, &part, &text_id))
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOiOOpKIIy#nn", names, &kind, &option, &x, &form, &out, &new_shape,
+                                   &may_be_same, &function, &blocks, &threads, &arguments, &nbytes, &source_at,
+                                   &out_at))
     return NULL;
   const Py_ssize_t last = nbytes - (Py_ssize_t)sizeof(void *);
   if (form < 0 || form >= FORMS || nbytes > MOST_ARGUMENTS || source_at < 0 || source_at > last || out_at < 0 ||
@@ -321,7 +296,6 @@ static PyObject *calls_add(PyObject *self, PyObject *args, PyObject *kwargs) {
   entry->may_be_same = may_be_same;
   entry->function = (void *)(uintptr_t)function, entry->blocks = blocks, entry->threads = threads;
   entry->nbytes = nbytes, entry->source_at = source_at, entry->out_at = out_at;
-  entry->part = part, entry->text_id = text_id;
   memcpy(entry->arguments, arguments, nbytes);
   Entry **slot = slot_of((Calls *)self, entry->hash, kind, form, &shape, option), *before = *slot;
   *slot = entry;
@@ -362,22 +336,13 @@ static int are_apart(const Entry *entry, const char *x, const char *out) {
   return x == out && entry->may_be_same;
 }
 
-// The rolling hash after a call, as in symmem/group/ledger.py.
-static uint32_t mixed(uint32_t digest, uint32_t part) {
-  return digest * 0x01000193u ^ part;
-}
-
-// Launch on the current stream. Returns 0 if the stream is being captured, another CUDA context is current, or another
-// rank's call differs.
+// Launch on the current stream. Returns 0 if the stream is being captured, or another CUDA context is current.
 static int launch(Calls *calls, const Entry *entry, const void *source, const void *out) {
   void *context = NULL, *stream = NULL;
   int capturing = 1;
   if (*calls->status || *calls->given_up || torch.context(&context) || context != calls->context) return 0;
   if (torch.exchange->stream(CUDA, calls->ordinal, &stream)) return no();
   if (torch.is_capturing(stream, &capturing) || capturing) return 0;
-  Progress *const progress = calls->progress;
-  const uint32_t digest = mixed((uint32_t)progress->digest, entry->part);
-  if (calls->ledger && calls->ledger->enter(calls->ledger, progress->calls + 1, digest, entry->text_id)) return 0;
   union {
     uint64_t aligned;
     char bytes[MOST_ARGUMENTS];
@@ -393,7 +358,7 @@ static int launch(Calls *calls, const Entry *entry, const void *source, const vo
   code = torch.launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, pointers, NULL);
   Py_END_ALLOW_THREADS
   if (code) return 0;
-  ++progress->calls, progress->digest = digest;
+  ++calls->launches;
   return 1;
 }
 
@@ -487,6 +452,11 @@ static PyMethodDef calls_methods[] = {
     {NULL},
 };
 
+static PyMemberDef calls_members[] = {
+    {"launches", T_ULONGLONG, offsetof(Calls, launches), READONLY, "How many calls were repeated."},
+    {NULL},
+};
+
 static PyTypeObject calls_type = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "_eager.Calls",
     .tp_doc = "The calls of one group on one device.",
@@ -495,6 +465,7 @@ static PyTypeObject calls_type = {
     .tp_new = calls_new,
     .tp_dealloc = calls_dealloc,
     .tp_methods = calls_methods,
+    .tp_members = calls_members,
 };
 
 static PyMethodDef functions[] = {

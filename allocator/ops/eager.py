@@ -63,8 +63,6 @@ def learn(
     engine: Any = group.extension(Engines).get(x.device)
     if not hasattr(engine, "sole_launch") or (out is x and kind.in_place is not None):
         return
-    if engine.sequence is not None and engine.sequence.capsule is None:
-        return  # calls in C could not be compared
     launch = engine.sole_launch(kind.name, x, result, option)
     if launch is None or (module := _begun()) is None:
         return
@@ -78,10 +76,7 @@ def learn(
             context=engine.context,
             status=engine.failure_words[0],
             given_up=engine.failure_words[1],
-            progress=ctypes.addressof(engine.progress),
-            enter=None if engine.sequence is None else engine.sequence.capsule,
         )
-    part, text_id = engine.describe(kind.name, x, option)
     call = type(launch.call)
     engine.calls.add(
         kind=kind,
@@ -97,8 +92,6 @@ def learn(
         arguments=bytes(launch.call),
         source_at=call.source.offset,
         out_at=call.out.offset,
-        part=part,
-        text_id=text_id,
     )
 
 

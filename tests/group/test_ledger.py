@@ -13,7 +13,7 @@ from thread_ranks import descriptors
 
 from symmem.errors import DivergenceError
 from symmem.group import ledger as module
-from symmem.group.ledger import RING, ActSequence, CallSequence, Ledger, PythonRing
+from symmem.group.ledger import RING, ActSequence, Ledger, PythonRing
 from symmem.native.build import load_extension
 
 SOURCE = Path(module.__file__).parents[1] / "native" / "ledger.c"
@@ -25,20 +25,15 @@ def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(module, "_ring_type", lambda: kind)
 
 
-def ledgers_of(size: int) -> list[Ledger]:
-    """One ledger, as every rank of a group sees it."""
+def sequences(size: int, index: int = 0) -> list[ActSequence]:
+    """One sequence, as every rank of a group sees it."""
     ledgers = [Ledger(rank, size, "g") for rank in range(size)]
     descriptors = [each.descriptor for each in ledgers]
     for each in ledgers:
         each.attach(descriptors)
     for descriptor in descriptors:
         os.close(descriptor)
-    return ledgers
-
-
-def sequences(size: int, index: int = 0) -> list[ActSequence]:
-    """One sequence, as every rank of a group sees it."""
-    found = [each.claim(index, "the arena") for each in ledgers_of(size)]
+    found = [each.claim(index, "the arena") for each in ledgers]
     return [each for each in found if each is not None]
 
 
@@ -174,108 +169,6 @@ def _rank(rank: int, ledgers: list[Ledger], barrier: Any, found: Any) -> None:
         except DivergenceError:
             with found.get_lock():
                 found[index] += 1
-
-
-# Calls of operators.
-
-
-class Caller:
-    """A rank that calls operators."""
-
-    def __init__(self, sequence: CallSequence | None) -> None:
-        assert sequence is not None
-        self.sequence, self.number, self.digest = sequence, 0, 0
-
-    def call(self, what: str = "A") -> None:
-        part, text_id = self.sequence.known.get(what) or self.sequence.describe(what, what)
-        digest = self.sequence.mixed(self.digest, part)
-        self.number += 1  # also if it is refused
-        if self.sequence.enter(self.number, digest, text_id):
-            self.sequence.compare(self.number)
-        self.digest = digest
-
-    def restart(self, number: int) -> None:
-        self.number, self.digest = number, 0
-        self.sequence.restart(number)
-
-
-def callers(size: int) -> list[Caller]:
-    return [Caller(each.claim_calls(0)) for each in ledgers_of(size)]
-
-
-@pytest.mark.parametrize("size", [2, 3, 5])
-def test_equal_calls_raise_nothing_whatever_the_order(size: int) -> None:
-    ranks, chance = callers(size), random.Random(size)
-    while min(each.number for each in ranks) < 3 * RING:
-        rank = chance.choice(ranks)
-        for _ in range(chance.randrange(1, 2 * RING)):
-            rank.call("AB"[rank.number % 7 == 0])
-
-
-def test_who_makes_a_different_call_as_the_second_is_told() -> None:
-    ranks = callers(3)
-    for rank in ranks:
-        rank.call("A")
-    for rank in ranks[:2]:
-        rank.call("B")
-    here = rf"first made at {__file__}:\d+ in call on"
-    with pytest.raises(DivergenceError, match=rf"call 2: B, {here} ranks 0-1, C, {here} rank 2; rank 2 came") as caught:
-        ranks[2].call("C")
-    assert caught.value.peers == (2,)
-    ranks[0].call()  # the engine tells the others
-
-
-@pytest.mark.parametrize("lead", [1, RING - 1, RING, RING + 1, 3 * RING + 7])
-def test_who_is_far_behind_is_told_as_soon_as_it_can_be(lead: int) -> None:
-    ahead, behind = callers(2)
-    for _ in range(lead):
-        ahead.call()
-
-    def follow() -> None:
-        behind.call("B")
-        for _ in range(lead - 1):
-            behind.call()
-
-    with pytest.raises(DivergenceError, match="the first difference is call "):
-        follow()
-    assert behind.number == max(1, lead - RING + 1)
-
-
-def test_two_calls_in_another_order_differ() -> None:
-    first, second = callers(2)
-    first.call("A")
-    first.call("B")
-    with pytest.raises(DivergenceError, match=r"call 1: A, .* on rank 0, B, .* on rank 1"):
-        second.call("B")
-
-
-def test_after_a_restart_only_later_calls_count() -> None:
-    first, second = callers(2)
-    for _ in range(3):
-        first.call("A")
-    with pytest.raises(DivergenceError, match="call 1:"):
-        second.call("B")
-    for turn in range(3, 3 + 2 * RING):  # call 3 differs, and is no longer compared
-        if turn % 100 == 3:
-            first.restart(turn)
-            second.restart(turn)
-        first.call("A")
-        second.call("A")
-    first.call("A")
-    with pytest.raises(DivergenceError, match=rf"call {first.number}:"):
-        second.call("B")
-
-
-def test_calls_and_allocations_are_apart() -> None:
-    first, second = ledgers_of(2)
-    arenas, engines = (first.claim(0, "arena"), second.claim(0, "arena")), (first.claim_calls(1), second.claim_calls(1))
-    assert arenas[0] is not None
-    assert arenas[1] is not None
-    enter(arenas[0], 1, 5)
-    for engine in engines:
-        Caller(engine).call()
-    enter(arenas[1], 1, 5)
-    assert first.claim_calls(module._SEQUENCES) is None
 
 
 def test_nothing_is_left_open() -> None:

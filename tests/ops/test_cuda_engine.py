@@ -24,14 +24,13 @@ import pytest
 import torch
 from emulated_gpu import COMPILER, compile_kernels
 from patience import LONG, TASK
-from thread_ranks import make_groups, meet, run_ranks, succeed
+from thread_ranks import make_groups, run_ranks, succeed
 
 from symmem.backends import cuda_signals, kernel_status
 from symmem.backends.kernel_status import gpu_waits
 from symmem.backends.kernel_words import NBYTES
 from symmem.config.kernel_tables import KERNELS as CONFIGURED
 from symmem.errors import (
-    DivergenceError,
     InvalidArgumentError,
     MismatchError,
     PeerLostError,
@@ -840,13 +839,6 @@ class Job:
         self.engines = self.ranks.engines
         for group, engine in zip(self.groups, self.engines, strict=True):
             group.extension(Engines)[torch.device("cpu")] = engine
-        succeed(WORLD, self._join)
-
-    def _join(self, rank: int) -> None:
-        meet(self.groups[rank])
-        engine = self.engines[rank]
-        engine.sequence = engine.claim()
-        assert engine.sequence is not None
 
     def wait_for(self, seconds: float) -> None:
         """The time limit of later operations."""
@@ -997,7 +989,7 @@ def test_a_refusal_in_a_capture_is_local(kernels: None, monkeypatch: pytest.Monk
     monkeypatch.setattr("torch._C._cuda_isCurrentStreamCapturing", lambda: True)
     job.refuse(0)
     monkeypatch.setattr("torch._C._cuda_isCurrentStreamCapturing", lambda: False)
-    assert [engine.progress.calls for engine in job.engines] == [1] * WORLD
+    assert [engine._calls() for engine in job.engines] == [1] * WORLD
     assert succeed(WORLD, lambda rank: job.reduce(rank, 1.0)) == [3] * WORLD
 
 
@@ -1012,7 +1004,7 @@ def test_empty_calls_count(kernels: None, monkeypatch: pytest.MonkeyPatch) -> No
                 ops.all_reduce(nothing, job.groups[rank], out=torch.empty(1))
         else:
             ops.all_reduce(nothing, job.groups[rank])
-        assert [engine.progress.calls for engine in job.engines][rank] == 2
+        assert [engine._calls() for engine in job.engines][rank] == 2
 
     succeed(WORLD, work)
     # The kernels of the others begin after the refusal.
@@ -1036,94 +1028,6 @@ def test_a_first_call_that_is_refused_fails_on_all_ranks(
         assert isinstance(error, UnsupportedError)
         assert error.rank == ABSENT
     assert driver.launched == []
-
-
-# Ranks make different calls.
-
-
-@pytest.mark.parametrize(
-    ("call", "usual", "odd"),
-    [
-        (lambda g, odd: ops.all_reduce(torch.ones(8 + odd), g), "all_reduce(sum) of 8 ", "all_reduce(sum) of 9 "),
-        (lambda g, odd: ops.all_reduce(torch.ones(8), g, ("sum", "max")[odd]), "all_reduce(sum)", "all_reduce(max)"),
-        (
-            lambda g, odd: ops.all_gather(torch.ones(4, dtype=(torch.float32, torch.int32)[odd]), g),
-            "all_gather of 4 torch.float32",
-            "all_gather of 4 torch.int32",
-        ),
-        (
-            lambda g, odd: (ops.all_to_all if odd else ops.reduce_scatter)(torch.ones(3, 2), g),
-            "reduce_scatter(sum) of 6",
-            "all_to_all of 6",
-        ),
-        (lambda g, odd: (ops.all_gather if odd else ops.all_reduce)(torch.ones(8), g), "all_reduce(sum)", "all_gather"),
-    ],
-)
-def test_ranks_that_make_different_calls_are_told_and_go_on(
-    call: Callable[[Group, bool], torch.Tensor],
-    usual: str,
-    odd: str,
-    kernels: None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    job = Job(monkeypatch)
-
-    def check(error: DivergenceError) -> None:
-        assert usual in str(error)
-        assert odd in str(error)
-        assert error.peers == (ABSENT,)
-
-    def work(rank: int) -> list[bool]:
-        told = []
-        for turn in range(2):
-            assert job.reduce(rank, 1.0) == 3
-            try:
-                result = call(job.groups[rank], rank == ABSENT)
-            except DivergenceError as error:
-                check(error)
-                told.append(True)
-            else:
-                assert bool(torch.isnan(result.view(torch.float32)).any())
-                told.append(False)
-            assert job.reduce(rank, 10.0) == 30
-            if not told[turn]:
-                with pytest.raises(DivergenceError) as caught:
-                    job.groups[rank].check()
-                check(caught.value)
-            job.groups[rank].check()
-        return told
-
-    told = succeed(WORLD, work)
-    assert all(any(turn) for turn in zip(*told, strict=True))
-
-
-def test_without_a_ledger_nothing_is_compared(driver: EmulatedDriver) -> None:
-    (group,) = make_groups(1, name="alone")
-    assert group.ledger is None
-    assert CudaEngine(group, torch.device("cuda", 0)).claim() is None
-
-
-def test_a_rank_that_skips_a_call_is_told_of_it(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = Job(monkeypatch)
-
-    def work(rank: int) -> list[str]:
-        told = []
-        for count in range(16, 19):
-            try:
-                result = ops.all_reduce(torch.ones(count + (rank == ABSENT)), job.groups[rank])
-            except DivergenceError as error:
-                told.append(str(error))
-            else:
-                assert torch.isnan(result).any()
-                told.append("")
-        assert job.reduce(rank, 1.0) == 3
-        return told
-
-    for count, errors in enumerate(zip(*succeed(WORLD, work), strict=True), 16):
-        assert any(errors)
-        for error in filter(None, errors):
-            assert f"all_reduce(sum) of {count} " in error
-            assert f"all_reduce(sum) of {count + 1} " in error
 
 
 # Work of the host.

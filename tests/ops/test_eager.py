@@ -16,7 +16,6 @@ import sys
 import sysconfig
 import threading
 import weakref
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,10 +28,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from symmem.backends import cuda_signals, kernel_status, kernel_words
-from symmem.errors import DivergenceError, GroupError, InvalidArgumentError, PeerTimeoutError, SymmemError
-from symmem.group import ledger
+from symmem.errors import GroupError, InvalidArgumentError, PeerTimeoutError, SymmemError
 from symmem.group.group import Group
-from symmem.group.ledger import RING, CallSequence, Ledger
 from symmem.ops import eager
 from symmem.ops import functions as ops
 from symmem.ops.collectives import KINDS
@@ -602,11 +599,11 @@ def test_a_call_without_memory_for_its_result_is_refused(group: Any, gpu: Gpu, m
     engine = group.extension(Engines)[CPU]
     for _ in range(3):
         ops.all_reduce(torch.ones(4), group)
-    assert (gpu.by.count("C"), engine.progress.calls, engine.gave_up) == (2, 3, False)
+    assert (engine.calls.launches, engine._calls(), engine.gave_up) == (2, 3, False)
     is_full = True
     with pytest.raises(torch.OutOfMemoryError):
         ops.all_reduce(torch.ones(4), group)
-    assert (gpu.by.count("C"), engine.progress.calls, engine.gave_up) == (2, 4, True)
+    assert (engine.calls.launches, engine._calls(), engine.gave_up) == (2, 4, True)
 
 
 def test_a_group_stays_while_it_is_used(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -640,132 +637,17 @@ def test_another_device_of_the_group(group: Any, gpu: Gpu, monkeypatch: pytest.M
     assert gpu.by == ["Python", "C"]
     group.extension(Engines)[CPU].calls.clear()
     group.extension(Engines)[CPU].calls = eager._begun().Calls(
-        group=weakref.ref(group),
-        process_group=None,
-        name="g",
-        ordinal=1,
-        context=CONTEXT,
-        status=0,
-        given_up=0,
-        progress=0,
-        enter=None,
+        group=weakref.ref(group), process_group=None, name="g", ordinal=1, context=CONTEXT, status=0, given_up=0
     )
     for _ in range(2):  # learnt for the GPU 1; the tensors say that they are on 0
         ops.all_reduce(x, group)
     assert gpu.by == ["Python", "C", "Python", "Python"]
 
 
-# The ranks compare their calls.
-
-
-def with_sequence(group: Any) -> list[CallSequence]:
-    """Let the engine compare its calls; returns the sequences of all ranks."""
-    ledgers = [Ledger(rank, WORLD, "g") for rank in range(WORLD)]
-    descriptors = [each.descriptor for each in ledgers]
-    for each in ledgers:
-        each.attach(descriptors)
-    for descriptor in descriptors:
-        os.close(descriptor)
-    found = [each.claim_calls(0) for each in ledgers]
-    group.extension(Engines)[CPU].sequence = found[RANK]
-    return [each for each in found if each is not None]
-
-
-def entered(sequences: list[CallSequence], number: int) -> tuple[int, str | None]:
-    """The word and the text of a call, as the next rank sees them."""
-    sequence = sequences[RANK + 1]
-    return sequence._rings[RANK][number % RING], sequence._text(RANK, number)
-
-
-def test_calls_are_entered_alike_by_c_and_by_python(group: Any, gpu: Gpu) -> None:
-    sequences, rng = with_sequence(group), random.Random(2)
-    digest = 0
-    for number in range(1, 3 * RING):
-        name, options = rng.choice(CASES)
-        x = torch.empty(shape_of(name, rng.choice((2, 3))), dtype=rng.choice((torch.bfloat16, torch.float32)))
-        call(name, x, group, **options)
-        option = {"all_reduce": "(sum)", "broadcast": "(root 0)"}.get(name, "")
-        if options:
-            option = f"({'root ' if name == 'broadcast' else ''}{next(iter(options.values()))})"
-        text = f"{name}{option} of {x.numel()} {x.dtype}"
-        digest = CallSequence.mixed(digest, zlib.crc32(text.encode()))
-        word, made = entered(sequences, number)
-        assert word == number << 32 | digest
-        assert made is not None
-        assert made.startswith(f"{text}, first made at {__file__}:")
-    assert gpu.by.count("C") > 2 * RING
-
-
-@pytest.mark.parametrize("learned", [True, False])
-@pytest.mark.parametrize("neighbour", [RANK - 1, RANK + 1])
-def test_a_call_that_differs_is_not_launched(learned: bool, neighbour: int, group: Any, gpu: Gpu) -> None:
-    sequences, engine = with_sequence(group), group.extension(Engines)[CPU]
-    x = torch.ones(4)
-    for _ in range(2):
-        ops.all_reduce(x, group)
-    if not learned:
-        engine.calls.clear()
-    part, text_id = sequences[neighbour].describe("other", "other")
-    sequences[neighbour].enter(3, part, text_id)
-    with pytest.raises(DivergenceError, match=r"call 3: .*all_reduce\(sum\) of 4 torch.float32, first made") as caught:
-        ops.all_reduce(x, group)
-    assert f"other, first made at {__file__}" in str(caught.value)
-    assert (caught.value.rank, caught.value.step) == (RANK, "all_reduce")
-    assert (gpu.by, engine.progress.calls, engine.gave_up) == (["Python", "C"], 3, True)
-    engine._restart(3)  # as after the resumption, which brings all ranks to the same call
-    for _ in range(3):
-        ops.all_reduce(x, group)
-    assert gpu.by[2:] == ["Python", "C", "C"]
-
-
-def test_an_empty_call_is_compared_too(group: Any, gpu: Gpu) -> None:
-    sequences, engine = with_sequence(group), group.extension(Engines)[CPU]
-    ops.all_reduce(torch.ones(0), group)
-    sequences[RANK + 1].enter(2, *sequences[RANK + 1].describe("other", "other"))
-    with pytest.raises(DivergenceError, match=r"call 2: .*all_reduce\(max\) of 0 torch.float32, first made"):
-        ops.all_reduce(torch.ones(0), group, "max")
-    assert (engine.progress.calls, engine.gave_up) == (2, True)
-    ops.all_reduce(torch.ones(0), group)  # is not entered, because the ranks are not in step
-    assert engine.progress.calls == 3
-    assert entered(sequences, 3)[1] is None
-
-
-def test_captured_calls_are_not_entered(group: Any, gpu: Gpu) -> None:
-    sequences = with_sequence(group)
-    x = torch.ones(4)
-    for gpu.capturing in (0, 0, 1, 1, 0):
-        ops.all_reduce(x, group)
-    assert gpu.by == ["Python", "C", "Python", "Python", "C"]
-    assert group.extension(Engines)[CPU].progress.calls == 3
-    assert entered(sequences, 3)[1] is not None
-    assert entered(sequences, 4)[1] is None
-
-
-def test_calls_that_c_cannot_compare_are_not_made_by_c(group: Any, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "_ring_type", lambda: ledger.PythonRing)
-    sequences = with_sequence(group)
-    for _ in range(3):
-        ops.all_reduce(torch.ones(4), group)
-    assert gpu.by == ["Python"] * 3
-    assert entered(sequences, 3)[1] is not None
-
-
-def test_calls_whose_texts_are_forgotten_are_described_again(group: Any, gpu: Gpu) -> None:
-    sequences = with_sequence(group)
-    ops.all_reduce(torch.ones(4), group)
-    while sequences[RANK].known:
-        sequences[RANK].add_text("filling" * 20)
-    ops.all_reduce(torch.ones(5), group)
-    ops.all_reduce(torch.ones(4), group)
-    assert gpu.by == ["Python"] * 3
-    assert "of 4 torch.float32, first made" in str(entered(sequences, 3)[1])
-
-
 # References.
 
 
 def test_nothing_is_left_behind(group: Any, gpu: Gpu) -> None:
-    with_sequence(group)
     x, out = torch.ones(4), torch.ones(4)
     option = "".join(["s", "um"])
     for given in (None, x, out):
@@ -817,17 +699,13 @@ def test_arguments_that_are_not_sound(gpu: Gpu) -> None:
     module = eager._begun()
     with pytest.raises(TypeError, match="takes 5 arguments, not 2"):
         module.run(1, 2)
-    made: dict[str, Any] = {"name": "g", "ordinal": 0, "context": 1, "status": 0, "given_up": 0, "progress": 0}
-    with pytest.raises(ValueError, match="PyCapsule"):
-        module.Calls(group=weakref.ref(StubGroup), process_group=None, enter=gpu.capsule, **made)
-    made["enter"] = None
+    made = {"name": "g", "ordinal": 0, "context": 1, "status": 0, "given_up": 0}
     for groups in ((StubGroup, None), (weakref.ref(StubGroup), StubGroup)):
         with pytest.raises(TypeError, match="weak"):
             module.Calls(group=groups[0], process_group=groups[1], **made)
     calls = module.Calls(group=weakref.ref(StubGroup), process_group=None, **made)
     given = {"kind": 1, "option": None, "x": torch.ones(1), "form": 0, "out": torch.ones(1), "new_shape": None}
     given |= {"may_be_same": True, "function": 1, "blocks": 1, "threads": 1, "arguments": b"1" * 24}  # type: ignore[dict-item]
-    given |= {"part": 0, "text_id": 0}
     for wrong in ({"form": 3}, {"source_at": 17}, {"out_at": 17}, {"source_at": -1}, {"arguments": b"1" * 5000}):
         with pytest.raises(ValueError, match="outside of the arguments"):
             calls.add(**{**given, "source_at": 0, "out_at": 8, **wrong})

@@ -14,14 +14,7 @@ from patience import LONG, SETTINGS, SOON, TASK
 
 import symmem
 from symmem import ops
-from symmem.errors import (
-    DivergenceError,
-    InvalidArgumentError,
-    PeerTimeoutError,
-    RendezvousError,
-    SymmemError,
-    UnsupportedError,
-)
+from symmem.errors import InvalidArgumentError, PeerTimeoutError, RendezvousError, SymmemError, UnsupportedError
 from symmem.ops.engines.base import Engines
 from symmem.tools.commands.doctor import examine
 from symmem.tools.ranks import RankPool, rank_store
@@ -93,56 +86,6 @@ def refuses(way: Callable[[torch.Tensor], torch.Tensor], count: int) -> None:
 @pytest.mark.parametrize("way", [wrong_dtype, a_leaf, integers], ids=lambda way: way.__name__)
 def test_the_next_operation_after_a_refusal_works(way: Any, count: int, pool: RankPool) -> None:
     pool.run(refuses, way, count, timeout=LONG)
-
-
-def all_reduce(x: torch.Tensor) -> torch.Tensor:
-    return ops.all_reduce(x)
-
-
-def all_gather(x: torch.Tensor) -> torch.Tensor:
-    return ops.all_gather(x)
-
-
-def half(x: torch.Tensor) -> torch.Tensor:
-    return ops.all_reduce(x[: len(x) // 2])
-
-
-def maximum(x: torch.Tensor) -> torch.Tensor:
-    return ops.all_reduce(x, reduction="max")
-
-
-def differs(other: Callable[[torch.Tensor], torch.Tensor], count: int) -> None:
-    rank, group = rank_and_group()
-    x = torch.ones(count, device="cuda")
-    for turn in range(4):  # from the second turn on, C repeats the calls
-        assert reduce(1.0) == 2
-        told: DivergenceError | None = None
-        try:
-            result = (other if rank == ABSENT else all_reduce)(x)
-        except DivergenceError as error:
-            told = error
-        else:
-            torch.cuda.synchronize()
-            assert bool(torch.isnan(result).any())
-        assert reduce(100.0) == 200
-        rank_store().set(f"told {other.__name__} {count} {turn} {rank}", str(told is not None))
-        if told is None:
-            with pytest.raises(DivergenceError) as caught:
-                group.check()
-            told = caught.value
-        assert f"all_reduce(sum) of {count} torch.float32, first made at" in str(told)
-        assert told.peers == (ABSENT,)
-        group.check()
-        answers = [rank_store().get(f"told {other.__name__} {count} {turn} {each}") for each in range(WORLD)]
-        assert b"True" in answers
-        for way in (other, all_reduce):
-            way(x)
-
-
-@pytest.mark.parametrize("count", [8, 1 << 20])
-@pytest.mark.parametrize("other", [all_gather, half, maximum], ids=lambda way: way.__name__)
-def test_ranks_that_make_different_calls_are_told_and_go_on(other: Any, count: int, pool: RankPool) -> None:
-    pool.run(differs, other, count, timeout=LONG)
 
 
 def is_ahead() -> None:

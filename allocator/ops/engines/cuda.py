@@ -6,23 +6,18 @@ dtype, size and operation; later calls change only the addresses.
 
 All ranks call the same operations in the same order. They must also agree on the following:
 
-* Calls of one engine on several streams must be ordered by events. The replay of a graph counts as a call here. If a
-  rank replays a call, all ranks replay it.
+* Calls of one engine on several streams must be ordered by events. The replay of a graph counts as a call here.
 * All-gather, all-to-all and broadcast store large parts directly into the peers' results, if the results are in
   symmetric memory. So the results must be in symmetric memory on all ranks, at the same offset of the same allocation,
   or in other memory on all ranks. Anything else ends in a MismatchError, or in a PeerTimeoutError if the table runs
   `exchange` for such sizes.
-
-On one host, ranks compare their calls in the ledger of the group before they launch them
-(:class:`symmem.group.ledger.CallSequence`): operation, option, dtype and number of elements, but neither captured calls
-nor replays. A rank that finds a difference raises a DivergenceError, and refuses the call.
 
 Kernels give up if a rank refuses the call, or comes too late. From then on, the group's operations give up on all
 ranks. A rank that knows it begins its next call with a collective operation: see :meth:`CudaEngine.resume`. Every rank
 counts its calls on the host, launched and refused ones; captured calls and replays do not count. Ranks may learn of it
 in different calls, because the host of a rank can be ahead of its GPU. So the earlier calls of the rank that is
 furthest ahead have given up already, and raise on the other ranks. In its next call, every rank resets its workspace
-while no kernel of the group runs. The comparison starts again too, because ranks do not enter calls that they refuse.
+while no kernel of the group runs.
 """
 
 from __future__ import annotations
@@ -45,7 +40,6 @@ from symmem.errors import PeerTimeoutError, SymmemError, UnsupportedError, from_
 from symmem.group.agreement import as_symmem_error
 from symmem.group.compare import compare_in_group, exchange_json
 from symmem.group.group import Group
-from symmem.group.ledger import CallSequence
 from symmem.memory import cuda_graphs
 from symmem.memory.block import Block
 from symmem.memory.registry import block_at
@@ -98,19 +92,6 @@ def call_type(world: int) -> type[ctypes.Structure]:
     return type("Call", (ctypes.Structure,), {"_fields_": [*arrays, *longs, *words]})
 
 
-class Progress(ctypes.Structure):
-    """The calls of an engine since its workspace was made, for Python and ``symmem/ops/eager.c``.
-
-    Attributes:
-        calls: How many there were: launched and refused ones, but neither captured calls nor replays.
-        digest: The rolling hash of the launched ones, since the ranks last had to get back in step.
-    """
-
-    _fields_ = (("calls", ctypes.c_uint64), ("digest", ctypes.c_uint64))
-    calls: int
-    digest: int
-
-
 class _PreparedKernel:
     """A kernel with its arguments. A launch adds the offsets ``source`` and ``out`` to the addresses of the tensors."""
 
@@ -129,11 +110,11 @@ def _operation(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def run(self: CudaEngine, *arguments: Any, **options: Any) -> None:
-        before = self.progress.calls
+        before = self._calls_here
         try:
             method(self, *arguments, **options)
         except BaseException as error:
-            if self.progress.calls == before:
+            if self._calls_here == before:
                 reason = as_symmem_error(error).located(rank=self._rank, group=self._group.name, step=method.__name__)
                 self.refuse(method.__name__, reason)
             raise
@@ -171,8 +152,7 @@ class CudaEngine:
         self._plans: dict[Any, list[_PreparedKernel]] = {}
         self._memories: dict[tuple[int, int], _SymmetricOut] = {}
         self.calls: Any = None  # calls that symmem.ops.eager can repeat
-        self.progress = Progress()
-        self.sequence: CallSequence | None = None  # where the ranks compare their calls
+        self._calls_here = 0  # calls since the workspace was made, without those that eager repeated
         self._resume_at = 0  # the first call that all ranks can launch, as far as this rank knows
         self._refusal: SymmemError | None = None  # why this rank let the others' kernels give up
         self._reason: SymmemError | None = None  # why they gave up, as all ranks know
@@ -200,26 +180,25 @@ class CudaEngine:
         key = ("all_reduce", nbytes, source.dtype, reduction)
         plan = self._plans.get(key)
         if plan is None:
-            if self._is_trivial("all_reduce", source, out, nbytes, reduction):
+            if self._is_trivial(source, out, nbytes):
                 return
             plan = self._plan_all_reduce(nbytes, source.dtype, reduction)
             self._remember(key, plan)
         address = source.data_ptr()
-        call = self.describe("all_reduce", source, reduction)
-        self._run(call, plan, address, address if out is source else out.data_ptr())
+        self._run(plan, address, address if out is source else out.data_ptr())
 
     @_operation
     def reduce_scatter(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.reduce_scatter`."""
         nbytes = out.nbytes
-        if self._is_trivial("reduce_scatter", source, out, nbytes, reduction):
+        if self._is_trivial(source, out, nbytes):
             return
         key = ("reduce_scatter", nbytes, out.dtype, reduction)
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plan_reduce_scatter(nbytes, out.dtype, reduction)
             self._remember(key, plan)
-        self._run(self.describe("reduce_scatter", source, reduction), plan, source.data_ptr(), out.data_ptr())
+        self._run(plan, source.data_ptr(), out.data_ptr())
 
     @_operation
     def all_gather(self, source: torch.Tensor, out: torch.Tensor) -> None:
@@ -250,31 +229,6 @@ class CudaEngine:
             key = (operation, nbytes, _NO_ROOT if option is None else option, True)
         plan = self._plans.get(key, ())
         return plan[0] if len(plan) == 1 else None
-
-    def describe(self, operation: str, source: torch.Tensor, option: Any) -> tuple[int, int]:
-        """What the ranks compare of a call; see :meth:`symmem.group.ledger.CallSequence.describe`."""
-        sequence = self.sequence
-        if sequence is None:
-            return 0, 0
-        key = operation, source.numel(), source.dtype, option
-        described = sequence.known.get(key)
-        if described is None:
-            if self.calls is not None and not sequence.known:
-                self.calls.clear()  # the ledger has forgotten their texts
-            options = "" if option is None else f"({'root ' if operation == 'broadcast' else ''}{option})"
-            described = sequence.describe(key, f"{operation}{options} of {key[1]} {key[2]}")
-        return described
-
-    def _enter(self, call: tuple[int, int]) -> int:
-        """Compare a call with the neighbours' calls; returns the digest with this call."""
-        sequence, progress = self.sequence, self.progress
-        if sequence is None:
-            return 0
-        part, text_id = call
-        number, digest = progress.calls + 1, sequence.mixed(progress.digest, part)
-        if sequence.enter(number, digest, text_id):
-            sequence.compare(number)
-        return digest
 
     def check(self) -> None:
         """Raise the error of a failed kernel of this process, if any. Local and quick; does not wait.
@@ -318,7 +272,7 @@ class CudaEngine:
         try:
             if torch._C._cuda_isCurrentStreamCapturing():
                 return
-            self.progress.calls += 1
+            self._calls_here += 1
             if not known and not self._is_broken():
                 finish_stream(self.device)
                 if not self._is_broken():
@@ -343,6 +297,9 @@ class CudaEngine:
                 driver.fill(area + END, (2 * turn + 1) & _ONES, 4, stream)
         finish_stream(self.device)
 
+    def _calls(self) -> int:
+        return self._calls_here + (self.calls.launches if self.calls is not None else 0)
+
     def _before_launch(self) -> None:
         """Bring the group back in step if its kernels gave up. Collective then, unless a graph is being captured."""
         self._check_usable()
@@ -364,7 +321,7 @@ class CudaEngine:
         """
         if torch._C._cuda_isCurrentStreamCapturing():
             return None
-        calls = self.progress.calls
+        calls = self._calls()
         while calls >= self._resume_at:
             if self._reset_if_in_step(calls):
                 assert self._reason is not None
@@ -394,7 +351,6 @@ class CudaEngine:
                 finish_stream(self.device)
                 collective.exchange("no kernel runs").close()
                 self._clear(self._areas[self._rank])
-                self._restart(calls)
         first = max(states, key=lambda state: (state["refused"], state["error"] is not None))
         self._reason = from_wire(first["error"])
         if in_step:
@@ -404,12 +360,6 @@ class CudaEngine:
             self._refusal = None
             self._resume_at = 0
         return in_step
-
-    def _restart(self, calls: int) -> None:
-        """Forget the calls so far in the comparison. All ranks are between the same two calls."""
-        self.progress.digest = 0
-        if self.sequence is not None:
-            self.sequence.restart(calls)
 
     def _clear(self, area: int) -> None:
         """Bring this rank's workspace to its first state. No kernel of the group may run."""
@@ -454,8 +404,7 @@ class CudaEngine:
         out_stride: int,
         root: int = _NO_ROOT,
     ) -> None:
-        option = None if root == _NO_ROOT else root
-        if self._is_trivial(step, source, out, nbytes, option):
+        if self._is_trivial(source, out, nbytes):
             return
         # Only parts that are multiples of 16 bytes, so that every part begins at a multiple of 16.
         memory = None if nbytes <= self._beyond or nbytes % _UNIT else self._memory(out)
@@ -465,7 +414,7 @@ class CudaEngine:
             choice = self.table.choose_move(nbytes, memory is not None)
             plan = self._plan_move(step, nbytes, stride, out_stride, root, choice)
             self._remember(key, plan)
-        self._run(self.describe(step, source, option), plan, source.data_ptr(), out.data_ptr(), memory)
+        self._run(plan, source.data_ptr(), out.data_ptr(), memory)
 
     def _plan_move(
         self, step: str, nbytes: int, stride: int, out_stride: int, root: int, choice: Choice
@@ -556,16 +505,7 @@ class CudaEngine:
                 step=step,
                 peers=unreachable,
             )
-        self.sequence = self.claim()
-        self._workspace, self._areas, self.progress.calls = workspace, areas, 0
-
-    def claim(self) -> CallSequence | None:
-        """Agree on the sequence of the ledger for this engine; None if the ranks cannot compare calls. Collective."""
-        ledger = self._group.ledger
-        if ledger is None:
-            return None
-        with self._group.collective("comparison of calls", self._group.settings.signal_timeout) as collective:
-            return ledger.claim_calls(ledger.next_index(collective))
+        self._workspace, self._areas, self._calls_here = workspace, areas, 0
 
     def _memory(self, out: torch.Tensor) -> _SymmetricOut | None:
         """All ranks' results, if they are in symmetric memory that this group has rendezvoused."""
@@ -593,25 +533,16 @@ class CudaEngine:
 
     # Launching.
 
-    def _is_trivial(self, step: str, source: torch.Tensor, out: torch.Tensor, nbytes: int, option: Any) -> bool:
+    def _is_trivial(self, source: torch.Tensor, out: torch.Tensor, nbytes: int) -> bool:
         """Handle empty tensors and groups of one rank. True if the call is complete."""
         if nbytes == 0:
-            if not self._is_broken():  # else the ranks have entered different calls, until the next launch
-                self.progress.digest = self._enter(self.describe(step, source, option))
-            self.progress.calls += 1
+            self._calls_here += 1
             return True
         if self._world == 1 and source.data_ptr() != out.data_ptr():
             out.view(-1).copy_(source.reshape(-1))
         return self._world == 1
 
-    def _run(
-        self,
-        call: tuple[int, int],
-        plan: Sequence[_PreparedKernel],
-        source: int,
-        out: int,
-        memory: _SymmetricOut | None = None,
-    ) -> None:
+    def _run(self, plan: Sequence[_PreparedKernel], source: int, out: int, memory: _SymmetricOut | None = None) -> None:
         # One long function, because a Python call costs as much as a step of it.
         if self._status[0] or self._given_up[0]:
             self._before_launch()
@@ -622,27 +553,24 @@ class CudaEngine:
             raise
         if device != self._ordinal:
             with torch.cuda.device(self._ordinal):
-                self._run(call, plan, source, out, memory)
+                self._run(plan, source, out, memory)
             return
         stream = torch._C._cuda_getCurrentRawStream(self._ordinal)
         if capturing:
             self._keep(memory)
         with self._lock:
-            digest = 0 if capturing else self._enter(call)
             for launch in plan:
-                arguments = launch.call
-                arguments.source, arguments.out = source + launch.source, out + launch.out
+                call = launch.call
+                call.source, call.out = source + launch.source, out + launch.out
                 if memory is not None and memory is not launch.memory:
-                    arguments.outs[:], arguments.mark = memory.outs, memory.mark
+                    call.outs[:], call.mark = memory.outs, memory.mark
                     launch.memory = memory
                 (code,) = self._launch_kernel(
                     launch.function, launch.blocks, 1, 1, launch.threads, 1, 1, 0, stream, launch.arguments, 0
                 )
                 if code:
                     self._failed(launch, stream, code)
-            if not capturing:
-                self.progress.calls += 1
-                self.progress.digest = digest
+            self._calls_here += not capturing
 
     def _keep(self, memory: _SymmetricOut | None) -> None:
         """Let the captured graph keep the memory of its kernels alive. It may outlive this engine and the tensors."""
