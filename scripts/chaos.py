@@ -1,11 +1,12 @@
-"""Random programs on ranks that die, stop, raise and are interrupted: make chaos, or python scripts/chaos.py --help.
+"""Random programs on ranks that die, stop, raise, skip calls and are interrupted: make chaos, or chaos.py --help.
 
 An episode is a random program on 2 to 4 ranks, with a fault at a random step of one rank. Its seed determines all but
 the moments at which timers fire. All ranks make the same calls, and check every result and all bytes of their memory.
-After the fault, the ranks that are left meet in a new group, check their memory again, and work on.
+After an interrupt or a skipped call, all ranks work on in the same group: at most two steps may fail before all work.
+After every fault, the ranks that are left meet in a new group, check their memory again, and work on.
 
 The report counts faults, steps and findings. A finding is a wrong value, a rank that hangs or was told too late, an
-error without a cause, or a descriptor that was left open.
+error without a cause, ranks that do not get back in step, or a descriptor that was left open.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from symmem import ops
 from symmem.errors import InvalidArgumentError, SymmemError
 from symmem.tools.ranks import RankPool, rank_store
 
-FAULTS = ("kill", "kill in a wait", "interrupt", "exception", "stop", "exit", "none")
+FAULTS = ("kill", "kill in a wait", "interrupt", "skip", "exception", "stop", "exit", "none")
 TIMEOUT = 10.0  # seconds, of every wait in the ranks
 SETTINGS = f"rendezvous_timeout({TIMEOUT:g}s),signal_timeout({TIMEOUT:g}s),arena_size(1MiB)"
 
@@ -165,6 +166,20 @@ class Program:
             os._exit(0)
         os.waitpid(child, 0)
 
+    def go_on(self, store: dist.Store, steps: int = 6) -> None:
+        """All ranks make the same steps together; the last ones must work."""
+        failed = []
+        for step in range(steps):
+            store.set(f"step {step} of rank {self.rank}", "")
+            store.wait([f"step {step} of rank {rank}" for rank in range(self.world)], timedelta(seconds=4 * TIMEOUT))
+            try:
+                total = ops.all_reduce(torch.full((100,), float(step + self.rank)), self.group)
+                self.check(total.eq(step * self.world + sum(range(self.world))).all(), "ranks are out of step")
+            except SymmemError as error:
+                failed.append(f"step {step}: {error}")
+        if len(failed) > 2:
+            self.findings.append(f"the ranks do not get back in step: {failed}")
+
     def refused(self) -> None:
         """One rank's call is refused, so all ranks are told."""
         wrong = self.rank == self.rng.randrange(self.world)
@@ -214,6 +229,10 @@ def interrupt(number: int, frame: object) -> None:
     """The signal handler of an interrupt, which must come once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+class SkippedError(Exception):
+    """The program of this rank raises before a call."""
 
 
 class Drawn(NamedTuple):
@@ -269,6 +288,8 @@ def episode(seed: int, folder: str) -> Told:
             chosen, around = program.rng.choice(Program.STEPS), contextlib.ExitStack()
             if step == at and fault == "exception":
                 chosen = Program.refused
+            if step == at and fault == "skip":
+                chosen = Program.all_reduce
             if step == at and rank == culprit:
                 if fault == "kill":
                     die()
@@ -277,6 +298,9 @@ def episode(seed: int, folder: str) -> Told:
                     os._exit(0)
                 elif fault == "stop":
                     stop()
+                elif fault == "skip":
+                    note()
+                    raise SkippedError
                 elif fault == "kill in a wait":
                     around.enter_context(after(delay, die))
                 elif fault == "interrupt":
@@ -284,8 +308,10 @@ def episode(seed: int, folder: str) -> Told:
                     around.enter_context(after(delay, lambda: (note(), os.kill(os.getpid(), signal.SIGINT))))
             with around:  # one line for all ranks, because the lines of allocations are compared
                 chosen(program)
-    except (SymmemError, KeyboardInterrupt) as caught:
+    except (SymmemError, KeyboardInterrupt, SkippedError) as caught:
         error, ended = caught, time.monotonic()
+    if fault in ("interrupt", "skip"):
+        program.go_on(dist.PrefixStore("in step", store))
     findings = program.findings
     for st, value in program.live:
         if not st.tensor.eq(value + rank).all() and not (error and st is program.live[-1][0]):
