@@ -47,8 +47,9 @@ _SPINS = 20  # loads, with a yield after every load, before it sleeps
 _NAP = 0.05  # seconds between two checks that the awaited process is alive
 
 _DOUBT, _LATE, _INTERRUPTED, _REFUSED = 1, 2, 3, 4  # the reason in a mark
+_LONGEST_DOUBT = 2.0  # seconds; a running process needs microseconds
 
-_AFTER_TIMEOUT = "every rank's next call fails until all ranks have come, and then all go on together"
+_AFTER_TIMEOUT = "the next call of the ranks that waited fails too, and then all go on together"
 
 
 class SharedSignals:
@@ -86,8 +87,8 @@ class SharedSignals:
         self._arrived = SIGNAL_CHANNELS * size
         self._marks = SIGNAL_CHANNELS * (size + 1)
         self._peers = [(self._rank + i) % size for i in range(1, size)]
-        # Channels with a barrier that this rank has arrived at, but perhaps not all others.
-        self._unfinished: set[int] = set()
+        # Numbers of barriers that this rank has arrived at, but perhaps not all others, by channel.
+        self._unfinished: dict[int, int] = {}
 
     @staticmethod
     def nbytes(size: int) -> int:
@@ -106,7 +107,6 @@ class SharedSignals:
         deadline = time.monotonic() + timeout
         if channel in self._unfinished:
             self.prepare(channel, timeout)
-        self._unfinished.add(channel)
         self._arrive(channel)
         if self._is_missing(channel):
             error = self._given_up(channel)
@@ -116,11 +116,12 @@ class SharedSignals:
                     raise error
             elif self._late(channel) is None:
                 raise error
-            else:  # the others gave up because of this rank
+            else:  # the others gave up before this rank came
                 self._wait_for_all(channel, deadline, heeds_marks=False)
         else:
+            fence()
             error = self._given_up(channel)
-        self._unfinished.discard(channel)
+        self._unfinished.pop(channel, None)
         if error is not None:
             raise error
 
@@ -131,13 +132,15 @@ class SharedSignals:
             PeerTimeoutError, PeerLostError: The barrier was given up for a rank that was late. Every rank that waited
                 in it raises here, as soon as all ranks have arrived, and again after another timeout.
         """
-        if channel not in self._unfinished:
-            return
+        if self._unfinished.get(channel) != self.number(channel):
+            return  # also if this rank was interrupted just before it arrived
+        if self._mark(self._rank, channel) == _DOUBT:  # an exception of a signal handler came in between
+            self._set_mark(channel, self.number(channel), 0)
         try:
             self._wait_for_all(channel, time.monotonic() + timeout, heeds_marks=False)
         finally:
             if not self._is_missing(channel):  # an interrupt may be the error of this call
-                self._unfinished.discard(channel)
+                self._unfinished.pop(channel, None)
         late = self._late(channel)
         if late is not None:
             error = PeerTimeoutError(
@@ -149,10 +152,11 @@ class SharedSignals:
             raise error.located(rank=self._rank, group=self._group.name, step=f"barrier on channel {channel}")
 
     def refuse(self, channel: int, timeout: float) -> None:
-        """Arrive at the next barrier, in which all other ranks raise this rank's error. Does not wait for them."""
+        """Arrive at the next barrier, in which all other ranks raise this rank's error. Does not wait for it."""
         self.prepare(channel, timeout)
-        self._unfinished.add(channel)
         self._arrive(channel, _REFUSED | self._rank << 3)
+        if not self._is_missing(channel):
+            self._unfinished.pop(channel, None)
 
     def is_unfinished(self, channel: int) -> bool:
         """Whether this rank has left the last barrier of a channel, perhaps before all others had arrived."""
@@ -180,6 +184,7 @@ class SharedSignals:
         at, own = self._arrived + channel, self._words[self._rank]
         number = (own[at] + 1) & 0xFFFFFFFF
         self._set_mark(channel, number, mark)
+        self._unfinished[channel] = number
         fence()
         own[at] = number
         futex_wake(self._pads[self._rank] + 4 * at)  # the kernel makes a full fence in it
@@ -234,7 +239,7 @@ class SharedSignals:
         """Undo :meth:`_arrive`. The others leave the barrier too, so the next one can follow."""
         at, own = self._arrived + channel, self._words[self._rank]
         own[at] = (own[at] - 1) & 0xFFFFFFFF
-        self._unfinished.discard(channel)
+        self._unfinished.pop(channel, None)
 
     def _give_up(self, channel: int, mark: int) -> bool:
         """Set this rank's mark, unless all ranks have arrived. Returns whether the barrier is given up."""
@@ -255,7 +260,10 @@ class SharedSignals:
         """The mark of a rank for this rank's latest barrier, once it is no longer in doubt."""
         if (self._words[rank][self._arrived + channel] - self.number(channel)) & 0x80000000:
             return 0  # it has not arrived, and the mark is of the barrier before the last one
+        deadline = time.monotonic() + _LONGEST_DOUBT
         while (mark := self._mark(rank, channel)) == _DOUBT and rank not in self._group.lost():
+            if time.monotonic() > deadline:
+                return _LATE | rank << 3  # it is stopped
             os.sched_yield()
         return 0 if mark == _DOUBT else mark
 

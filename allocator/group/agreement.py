@@ -7,9 +7,9 @@ A rank that fails outside an exchange submits its error to the next round, so th
 that runs out of time withdraws its message.
 
 A rank that did not come in time may be late, or may have skipped the call. When it comes, it gets the error of that
-round at once, and tells the others which call it made. The next call of every rank that waited in the round waits for
-that. If it is another call, the rank was late: all ranks go on. If it is the same call, the rank may have skipped one:
-this call fails too, and all ranks make their next call together.
+round at once, and tells the others which operation it called. The next call of every rank that waited in the round
+waits for that. If it calls another operation, the rank was late: all ranks go on. If it calls the same one, the rank
+may have skipped a call: this call fails too, and all ranks make their next call together.
 """
 
 from __future__ import annotations
@@ -89,11 +89,6 @@ class CollectiveOperation:
         return _text_of(self._site)
 
     @property
-    def call(self) -> bytes:
-        """The operation and the line, to compare them with those of another rank."""
-        return f"{self.name} at {self.line}".encode()
-
-    @property
     def serial(self) -> int:
         """How many rounds the group has begun; the same on all ranks."""
         return self._rounds.number
@@ -147,6 +142,7 @@ class Rounds:
         self._prefix = f"symmem/{job}/{name}"
         self.presence = Presence(store, self._prefix, rank, size, lost_elsewhere)
         self.number = 0
+        self._sent = 0  # the last round to which this rank has sent something
         self._late: tuple[int, ...] = ()  # the ranks for which the last round was given up, if this rank waited in it
         self.waiting: tuple[str, int, float, float] | None = None
         self.joined = size == 1
@@ -222,7 +218,9 @@ class Rounds:
         """Submit an error instead of a contribution; returns the error that the other ranks raise."""
         reported = as_symmem_error(error)
         reported.located(rank=self._rank, group=self._name, step=operation.name)
+        self.number = self._sent  # an interrupt may have come before this rank took part in a round that it began
         message = self._message(operation, operation.name, error=reported)
+        self._sent = message.sequence
         self._late = ()
         if self._size > 1:
             try:
@@ -244,6 +242,7 @@ class Rounds:
             raise GroupError(f"the group {self._name!r} is closed", rank=self._rank, step=operation.name)
         message = self._message(operation, f"{operation.name}: {step}", [contribution])
         if self._size == 1:
+            self._sent = message.sequence
             return Received([Contribution(contribution.payload, duplicate(contribution.descriptors))])
         return self._exchange(operation, message)
 
@@ -278,7 +277,7 @@ class Rounds:
             AgreedError: They make the same call as this rank, so they may have skipped one.
         """
         late, self._late = self._late, ()
-        call = operation.call
+        call = operation.name.encode()  # not the line, which may differ by rank
         with self._exchange(operation, self._message(operation, _BACK_IN_STEP, [Contribution(call)])) as received:
             if any(received[rank].payload == call for rank in late):
                 raise self._skipped(late, operation)
@@ -296,7 +295,7 @@ class Rounds:
         """Take part in the next rounds of the others, who gave up a round because of this rank. Does not wait."""
         gave_up = True
         while gave_up:  # this round too
-            call = Contribution(operation.call)
+            call = Contribution(operation.name.encode())
             message, now = self._message(operation, _BACK_IN_STEP, [call] * self._size), time.monotonic()
             found: list[Message] = []
             with contextlib.suppress(SymmemError, RuntimeError, OSError):
@@ -307,9 +306,11 @@ class Rounds:
             for each in found:
                 each.close()
             gave_up = any(self._rank in each.late for each in found)
+            own_error = next((each.error for each in found if each.error and not each.late), None)
+            self._sent = message.sequence
             with contextlib.suppress(SymmemError, RuntimeError, OSError):
                 if self._rank == 0:
-                    self.transport.publish(message)
+                    self.transport.publish(message.replace((), own_error) if own_error else message)
                 elif not found:
                     self.transport.submit(message.replace([call], None))
 
@@ -334,6 +335,7 @@ class Rounds:
 
     def _lead(self, message: Message, operation: CollectiveOperation) -> Message:
         try:
+            self._sent = message.sequence
             messages = self.transport.collect(message.sequence, operation.deadline)
         except BaseException as error:
             reason = as_symmem_error(error)
@@ -382,6 +384,7 @@ class Rounds:
 
     def _follow(self, message: Message, operation: CollectiveOperation) -> Message:
         try:
+            self._sent = message.sequence
             self.transport.submit(message)
             return self.transport.verdict(message.sequence, operation.deadline + GRACE)
         except PeerTimeoutError as error:

@@ -126,11 +126,9 @@ def test_a_rank_that_comes_while_another_gives_up_lets_all_pass(monkeypatch: pyt
     """A barrier is given up by all ranks or by none."""
     (first, second, third), _lost = make()
     third._arrive(5)
-    third._unfinished.add(5)
 
     def arrive_late() -> None:  # between the first rank's doubt and its second look
         second._arrive(5)
-        second._unfinished.add(5)
         libc.full_fence()
 
     monkeypatch.setattr(signals, "full_fence", arrive_late)
@@ -150,6 +148,34 @@ def test_what_is_refused_is_raised_by_the_others() -> None:
             one.barrier(5, LONG)
     with ThreadPoolExecutor(SIZE) as threads:
         assert list(threads.map(lambda one: one.barrier(5, LONG), (first, second, third))) == [None] * SIZE
+
+
+def test_a_late_rank_that_refuses_its_call_has_raised_enough() -> None:
+    (first, second, third), _lost = make()
+    for one in (first, third):
+        with pytest.raises(PeerTimeoutError):
+            one.barrier(5, 0.05)
+    second.refuse(5, LONG)
+    for one in (first, third):
+        with pytest.raises(PeerTimeoutError, match="rank 1 did not come to the last barrier on this channel in time"):
+            one.barrier(5, LONG)
+    with ThreadPoolExecutor(SIZE) as threads:
+        assert list(threads.map(lambda one: one.barrier(5, LONG), (first, second, third))) == [None] * SIZE
+
+
+def test_a_rank_that_is_stopped_as_it_decides_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    (first, second, third), _lost = make()
+    monkeypatch.setattr(signals, "_LONGEST_DOUBT", 0.05)
+    first._arrive(5)
+    first._set_mark(5, 1, signals._DOUBT)
+
+    def barrier(one: SharedSignals) -> None:
+        with pytest.raises(PeerTimeoutError, match="rank 0 gave up") as caught:
+            one.barrier(5, LONG)
+        assert caught.value.peers == (0,)
+
+    with ThreadPoolExecutor(SIZE) as threads:
+        list(threads.map(barrier, (second, third)))
 
 
 def test_a_timeout_is_an_error_on_all_ranks_once() -> None:

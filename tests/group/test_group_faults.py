@@ -82,6 +82,39 @@ def test_ranks_go_on_together_after_a_rank_skipped_calls(
     assert len({group._rounds.number for group in groups}) == 1
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("before", ["_exchange", "_catch_up"])
+def test_an_interrupt_before_a_rank_takes_part_is_told_in_that_round(
+    rank: int, before: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = met(3)
+    if before == "_catch_up":  # the rank is late
+        late = run_ranks(2, lambda number: meet(groups[[0, 1, 2][number + (number >= rank)]], timeout=0.2))
+        assert {type(error) for error in late} == {PeerTimeoutError}
+    rounds = groups[rank]._rounds
+
+    def interrupted(*_: Any) -> Any:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rounds, before, interrupted)
+    results = run_ranks(3, lambda rank: meet(groups[rank]))
+    assert type(results.pop(rank)) is KeyboardInterrupt
+    assert all("KeyboardInterrupt" in str(error) for error in results)
+    for _ in range(2):
+        succeed(3, lambda rank: meet(groups[rank]))
+    assert len({group._rounds.number for group in groups}) == 1
+
+
+def test_a_late_rank_0_passes_on_the_error_of_another() -> None:
+    groups = met(2)
+    assert type(run_ranks(1, lambda _: meet(groups[1], timeout=0.2))[0]) is PeerTimeoutError
+    groups[1].fail("work", OutOfMemoryError("(meant)"))
+    results = run_ranks(1, lambda _: meet(groups[0]))
+    assert type(results[0]) is PeerTimeoutError
+    succeed(2, lambda rank: meet(groups[rank]))
+
+
 def test_a_failure_of_its_own_takes_the_place_of_the_step_after_a_late_rank() -> None:
     groups = met(3)
     results = run_ranks(2, lambda rank: meet(groups[rank], timeout=0.2))

@@ -534,6 +534,22 @@ def test_a_rank_that_is_interrupted_between_pieces_tells_the_others(pools: Any) 
     assert nothing == []
 
 
+def without_the_number() -> None:
+    """An interrupt came between a barrier and the note of its number."""
+    rank, size = world()
+    group = symmem.Group.from_store(rank, size, rank_store(), "without the number")
+    ops.all_reduce(torch.ones(4), group)
+    (engine,) = group.extension(Engines).values()
+    if rank == 0:
+        engine._number -= 1  # type: ignore[attr-defined]
+    for value in (2.0, 3.0):
+        assert ops.all_reduce(torch.full((4,), value), group).eq(value * size).all()
+
+
+def test_an_interrupt_after_the_barrier_does_not_move_a_rank_to_another_region(pools: Any) -> None:
+    pools.get(2).run(without_the_number)
+
+
 def nested() -> list[Outcome]:
     """During an operation of rank 0, a callback begins another."""
     rank, size = world()

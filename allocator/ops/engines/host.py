@@ -19,6 +19,7 @@ run to run.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -99,15 +100,21 @@ def _operation(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def run(self: HostEngine, *arguments: Any) -> None:
-        with self._turn:
+        turn = self._turn
+        this = turn.check()
+        with turn.lock:
             try:
+                turn.owner = this
                 self._begin()
                 method(self, *arguments)
             except BaseException as error:
                 if self._is_awaited():
                     reason = as_symmem_error(error)
-                    self._refuse(reason.located(rank=self._rank, group=self._name, step=method.__name__))
+                    with contextlib.suppress(SymmemError):  # the caller gets its own error
+                        self._refuse(reason.located(rank=self._rank, group=self._name, step=method.__name__))
                 raise
+            finally:
+                turn.owner = None
 
     return cast("_Method", run)
 
@@ -220,13 +227,23 @@ class HostEngine:
             self._broadcast(key, piece, given[at], taken[at], root)
 
     def refuse(self, operation: str, error: SymmemError) -> None:
-        """Make the matching operation fail on the other ranks with this rank's error. Does not wait for them."""
-        with self._turn:
-            self._begin()
-            self._refuse(error)
+        """Make the matching operation fail on the other ranks with this rank's error.
+
+        It waits for them only if they have not come to the call that this rank refused before.
+        """
+        this = self._turn.check()
+        with self._turn.lock:
+            try:
+                self._turn.owner = this
+                self._begin()
+                self._refuse(error)
+            finally:
+                self._turn.owner = None
 
     def _refuse(self, error: SymmemError) -> None:
         if self._world > 1:
+            self._signals.prepare(_CHANNEL, self._timeout)  # until then, others may read an earlier error
+            self._number = self._signals.number(_CHANNEL)
             self._errors[self._number & 1][self._rank][:] = _packed(error)
             self._signals.refuse(_CHANNEL, self._timeout)
             self._number += 1
@@ -348,6 +365,7 @@ class HostEngine:
     def _begin(self) -> None:
         """Wait for the others first, or this rank could overwrite a region that they still read."""
         self._prepared = None
+        self._number = self._signals.number(_CHANNEL)  # an interrupt may have come before it was noted
         if self._signals.is_unfinished(_CHANNEL):
             self._wait(self._signals.prepare, "a collective operation")
         self._prepare(is_last=True)
@@ -437,39 +455,40 @@ def _packed(error: SymmemError) -> bytes:
 
 
 class _Turn:
-    """A context that one operation can hold at a time.
+    """The right to run an operation; one thread has it at a time.
 
-    Raises:
-        GroupError: This thread is already inside an operation. A finalizer or a signal handler began another.
-        ForkedError: The process was forked since the group was made.
+    Attributes:
+        lock: The holder's. In ``with lock``, no exception of a signal handler comes between the lock and its release.
+        owner: The holder sets it to its thread. It may be out of date if the lock is free.
     """
 
     def __init__(self, group: Group) -> None:
         self._rank, self._name = group.rank, group.name
         self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._owner: int | None = None
+        self.lock = threading.Lock()
+        self.owner: int | None = None
 
-    def __enter__(self) -> None:
+    def check(self) -> int:
+        """Return this thread, if it may wait for the lock.
+
+        Raises:
+            GroupError: This thread is already inside an operation. A finalizer or a signal handler began another.
+            ForkedError: The process was forked since the group was made.
+        """
         if self._process != os.getpid():
             raise ForkedError(
                 f"the group {self._name!r} was made before this process was forked",
                 hint="make a group in the child, or start workers with the 'spawn' method",
             )
         this = threading.get_ident()
-        if self._owner == this:
+        if self.owner == this and self.lock.locked():
             raise GroupError(
                 "this thread began a collective operation inside another one of the same group",
                 hint="make no collective call from a finalizer, a signal handler or another callback",
                 rank=self._rank,
                 group=self._name,
             )
-        self._lock.acquire()
-        self._owner = this
-
-    def __exit__(self, *exc: object) -> None:
-        self._owner = None
-        self._lock.release()
+        return this
 
 
 _Place = tuple[int, torch.dtype, int, Sequence[int]]
