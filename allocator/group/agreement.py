@@ -7,9 +7,9 @@ A rank that fails outside an exchange submits its error to the next round, so th
 that runs out of time withdraws its message.
 
 A rank that did not come in time may be late, or may have skipped the call. When it comes, it gets the error of that
-round at once, and tells the others which operation it called. The next call of every rank that waited in the round
-waits for that. If it calls another operation, the rank was late: all ranks go on. If it calls the same one, the rank
-may have skipped a call: this call fails too, and all ranks make their next call together.
+round at once, and tells the others which call it made: the operation and the line. The next call of every rank that
+waited in the round waits for that. If it is another call, the rank was late: all ranks go on. If it is the same call,
+the rank may have skipped one: this call fails too, and all ranks make their next call together.
 """
 
 from __future__ import annotations
@@ -87,6 +87,11 @@ class CollectiveOperation:
     def line(self) -> str:
         """The line of the program that called the operation."""
         return _text_of(self._site)
+
+    @property
+    def call(self) -> bytes:
+        """The operation and the line, to compare them with those of other ranks."""
+        return f"{self.name} at {self.line}".encode()
 
     @property
     def serial(self) -> int:
@@ -277,10 +282,13 @@ class Rounds:
             AgreedError: They make the same call as this rank, so they may have skipped one.
         """
         late, self._late = self._late, ()
-        call = operation.name.encode()  # not the line, which may differ by rank
-        with self._exchange(operation, self._message(operation, _BACK_IN_STEP, [Contribution(call)])) as received:
-            if any(received[rank].payload == call for rank in late):
-                raise self._skipped(late, operation)
+        message = self._message(operation, _BACK_IN_STEP, [Contribution(operation.call)])
+        with self._exchange(operation, message) as received:
+            calls = [contribution.payload for contribution in received]
+        # The lines may differ by rank, so all ranks look at all calls. A late rank 0 does not wait for those of others.
+        waited = {operation.call} if 0 in late else {calls[rank] for rank in range(self._size) if rank not in late}
+        if any(calls[rank] in waited for rank in late):
+            raise self._skipped(late, operation)
 
     def _skipped(self, late: tuple[int, ...], operation: CollectiveOperation) -> AgreedError:
         error = PeerTimeoutError(
@@ -295,7 +303,7 @@ class Rounds:
         """Take part in the next rounds of the others, who gave up a round because of this rank. Does not wait."""
         gave_up = True
         while gave_up:  # this round too
-            call = Contribution(operation.name.encode())
+            call = Contribution(operation.call)
             message, now = self._message(operation, _BACK_IN_STEP, [call] * self._size), time.monotonic()
             found: list[Message] = []
             with contextlib.suppress(SymmemError, RuntimeError, OSError):
