@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -81,19 +82,16 @@ def test_descriptors_beyond_the_limit_are_an_error_and_the_next_message_is_whole
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     scm.send(pair[0], {}, b"first", [0] * 400, soon())
     scm.send(pair[0], {}, b"second", [0], soon())
-    filler: list[int] = []
+    before = descriptors_by_fstat()
+    free = (number for number in itertools.count() if number not in before)
+    limit = next(itertools.islice(free, room, None))  # below it are so many free numbers
     try:
-        highest = max(map(int, os.listdir("/proc/self/fd")))
-        while not filler or filler[-1] < highest:
-            filler.append(os.dup(0))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (filler[-1] + 1 + room, hard))
-        before = descriptors_by_fstat()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         with pytest.raises(ResourceLimitError, match=rf"of 400 file descriptors .* {room} fit .*RLIMIT_NOFILE"):
             scm.receive(pair[1], soon())
         assert descriptors_by_fstat() == before
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        scm.close_all(filler)
     _header, body, fds = scm.receive(pair[1], soon())
     assert (body, len(fds)) == (b"second", 1)
     scm.close_all(fds)
