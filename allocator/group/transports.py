@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import queue
 import select
 import socket
 import struct
@@ -310,23 +309,28 @@ def _is_tcp(store: object) -> bool:
 
 def within(deadline: float, call: Callable[..., T], *arguments: Any, patience: float = PATIENCE) -> T:
     """Return the result of a call of the store; raise PeerTimeoutError if it is later than ``deadline + patience``."""
-    answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    answers: list[tuple[T | None, BaseException | None]] = []
 
     def work() -> None:
         try:
-            answers.put((call(*arguments), None))
+            answers.append((call(*arguments), None))
         except BaseException as error:
-            answers.put((None, error))
+            answers.append((None, error))
 
-    threading.Thread(target=work, name="symmem-store", daemon=True).start()
-    try:
-        value, error = answers.get(timeout=max(deadline - time.monotonic(), 0.0) + patience)
-    except queue.Empty:
+    thread = threading.Thread(target=work, name="symmem-store", daemon=True)
+    thread.start()
+    # Not only for the answer: a thread that has not ended yet may hold the error, and with it the caller's frames.
+    thread.join(max(deadline - time.monotonic(), 0.0) + patience)
+    if thread.is_alive():
         raise PeerTimeoutError(
             "the job's store does not answer", hint="see whether the process that serves it is stopped, or overloaded"
-        ) from None
-    if error is not None:
-        raise error
+        )
+    value, error = answers.pop()
+    try:
+        if error is not None:
+            raise error
+    finally:
+        del error  # its traceback has this frame
     return cast("T", value)
 
 
@@ -334,10 +338,13 @@ def watch_process(pid: int) -> int | None:
     """Return a descriptor that becomes readable when the process ends (pidfd_open(2)); None if the kernel has none.
 
     Raises:
+        ProcessLookupError: There is no such process.
         ResourceLimitError: This process may have no more descriptors.
     """
     try:
         return os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise
     except OSError as error:
         if is_limit(error):
             raise limit_error(error, "cannot watch a process") from error

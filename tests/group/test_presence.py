@@ -16,6 +16,7 @@ import torch.distributed as dist
 from thread_ranks import make_groups, meet, run_ranks
 
 import symmem.group.group
+import symmem.group.presence
 from symmem.errors import ConfigError, PeerLostError, PeerTimeoutError
 from symmem.group.group import Group
 from symmem.group.presence import Presence, RankProcess
@@ -24,11 +25,16 @@ from symmem.group.transports import NotComingError
 SOON = 20.0
 """Seconds, far less than the timeout of the ranks that wait."""
 
+PATIENT = 60.0
+"""Seconds that a rank waits for the store to take a note. By default it drops the note early on a busy machine."""
+
 Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture(autouse=True)
-def sockets_are_closed() -> Iterator[None]:
+def patient_and_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Notes are not dropped, and no socket stays open."""
+    monkeypatch.setattr(symmem.group.presence, "_BRIEF", PATIENT)
     yield
     for group in list(symmem.group.group._groups):
         group._disconnect()
@@ -44,6 +50,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a process, which waits after ``code`` until it is killed."""
     begin = (
         "import sys, time, torch.distributed as dist, symmem\n"
+        "from symmem.group import presence\n"
+        f"presence._BRIEF = {PATIENT}\n"
         f"store = dist.FileStore({str(tmp_path / 'store')!r}, -1)\n"
     )
     processes: list[subprocess.Popen[str]] = []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import os
 import socket
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -29,7 +32,7 @@ from symmem.errors import (
     ResourceLimitError,
     to_wire,
 )
-from symmem.group.transports import Message, SocketTransport, StoreTransport
+from symmem.group.transports import Message, SocketTransport, StoreTransport, within
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -327,3 +330,28 @@ def test_a_store_that_fails_is_no_timeout() -> None:
     with pytest.raises(RendezvousError, match="the job's store failed: Broken pipe") as caught:
         StoreTransport(Broken(), "p", 1, 2).verdict(1, soon())
     assert type(caught.value) is RendezvousError
+
+
+def test_a_failed_call_of_the_store_keeps_nothing_of_its_caller() -> None:
+    """Neither in the thread that called the store, nor in a cycle; else mappings would outlive a failed join."""
+
+    class Resource:
+        pass
+
+    def fail() -> None:
+        raise ValueError("a failure")
+
+    def call() -> weakref.ref[Resource]:
+        resource = Resource()
+        with pytest.raises(ValueError, match="a failure"):
+            within(time.monotonic() + 60.0, fail)
+        return weakref.ref(resource)
+
+    gc.collect()
+    gc.disable()
+    try:
+        resource = call()
+        assert resource() is None
+    finally:
+        gc.enable()
+    assert "symmem-store" not in [thread.name for thread in threading.enumerate()]
