@@ -25,6 +25,8 @@ from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from weakref import WeakSet, ref
 
+import torch
+
 from symmem.arena.segment import GRANULE, Segment, SignalPads
 from symmem.arena.slot_mask import masks_of, slots_of
 from symmem.backends.libc import round_up
@@ -37,13 +39,11 @@ from symmem.errors import (
     from_wire,
     to_wire,
 )
-from symmem.group.call_site import NOWHERE, CallSite
+from symmem.group.call_site import NOWHERE, CallSite, caller, outside
 from symmem.memory.layout import Layout
 from symmem.memory.registry import register
 
 if TYPE_CHECKING:
-    import torch
-
     from symmem.backends.base import Allocation, Backend, Mapping
     from symmem.group.group import Group
     from symmem.group.ledger import ActSequence
@@ -54,6 +54,7 @@ __all__ = ["AllocationLog", "AllocationRecord", "RawRecord", "hash_of_name"]
 _ABSORBED_AT_ONCE = 256  # blocks that a reclaim round frees itself, in half a millisecond
 _SHOWN = 4096  # blocks of one reclaim round that the events show
 _HISTORY = 16384  # allocations, and other events, that the log remembers
+_NO_MEMORY = Layout.make(0, torch.uint8, None)  # of an entry
 
 Described: TypeAlias = tuple[int, int, CodeType, int, CodeType]
 """How the ledger describes the allocations of two lines: their part of the digest, the id of the text, the code object
@@ -68,7 +69,10 @@ _logs: WeakSet[AllocationLog] = WeakSet()
 
 
 class AllocationRecord(NamedTuple):
-    """One allocation from an arena. The records of all ranks are equal, except for the time and the call site."""
+    """One allocation from an arena. The records of all ranks are equal, except for the time and the call site.
+
+    With 0 bytes, it is another act that all ranks must make alike: the entry into a block called ``name``.
+    """
 
     number: int
     digest: int
@@ -86,6 +90,8 @@ class AllocationRecord(NamedTuple):
         return cls(*raw[:7], CallSite(*raw[7:9]), raw[9])
 
     def __str__(self) -> str:
+        if not self.nbytes:
+            return f"the entry into {self.name}, at {self.site}"
         layout, named = self.layout, f" named {self.name!r}" if self.name else ""
         usual = layout.strides == Layout.make(layout.sizes, layout.dtype, None).strides
         strides = "" if usual else f" with strides {list(layout.strides)}"
@@ -107,8 +113,9 @@ class AllocationLog:
         restricted: True if an allocation must call :meth:`check_usable` first.
         segments: In the order in which the arena grew.
         pads: The signal pads of the slots.
-        count: Number of allocations so far.
-        digest: Rolling hash of all allocations and reclaim rounds.
+        count: Number of allocations and entries so far; see :meth:`enter`.
+        entries: Number of entries so far.
+        digest: Rolling hash of all allocations, entries and reclaim rounds.
         history: The most recent allocations.
         records: Record by slot; None for a free slot.
         blocks: Block by slot; a dead reference in quarantine.
@@ -146,6 +153,7 @@ class AllocationLog:
         "digest",
         "dropped",
         "drops",
+        "entries",
         "free_slots",
         "further_pads",
         "group",
@@ -176,7 +184,7 @@ class AllocationLog:
         self.segments: list[Segment] = []
         self.acts: ActSequence | None = None
         self.pads = SignalPads(backend.pad_nbytes(group.size), device)
-        self.count = self.digest = 0
+        self.count = self.entries = self.digest = 0
         self.history: deque[RawRecord] = deque(maxlen=_HISTORY)
         self.records: list[RawRecord | None] = []
         self.blocks: list[ref[Block] | None] = []
@@ -225,12 +233,34 @@ class AllocationLog:
         sites = [CallSite(code, instruction)]
         if outer is not None:
             sites.append(CallSite(outer_code, outer_instruction))
-        nbytes = round_up(layout.nbytes, GRANULE) or GRANULE
+        nbytes = 0 if layout is _NO_MEMORY else round_up(layout.nbytes, GRANULE) or GRANULE
         text = str(AllocationRecord(0, 0, 0.0, 0, 0, nbytes, layout, sites[0], name))
         text += "".join(f", called at {site}" for site in sites[1:])
         part = hash_of_name("".join(map(_portable, sites)) if name is None else name)
         known = self.acts.known[key] = part, self.acts.add_text(text), code, instruction, outer_code
         return known
+
+    def enter(self, block: str, frame: FrameType | None) -> None:
+        """Compare the entry into a block of the program, such as ``use_symmetric_memory``, as if it allocated. Local.
+
+        Raises:
+            DivergenceError: The ranks have allocated differently.
+            ForkedError, GroupError: See :meth:`check_usable`.
+        """
+        frame = outside(frame)
+        with self.lock:
+            if self.restricted or self.in_transaction:
+                self.check_usable()
+            self.in_transaction = True
+            self.count += 1
+            self.entries += 1
+            self.digest = hash((self.digest, hash_of_name(block)))
+            if self.acts is not None:
+                text_id = self.describe(_NO_MEMORY, block, frame)[1]
+                if self.acts.enter(self.count, self.digest, text_id):
+                    self.compare_acts()
+            self.history.append((self.count, self.digest, perf_counter(), 0, 0, 0, _NO_MEMORY, *caller(frame), block))
+            self.in_transaction = False
 
     def has_diverged(self) -> bool:
         """Whether a rank has found in the ledger that the ranks have allocated differently. Local."""

@@ -117,7 +117,7 @@ def figures(logs: Sequence[AllocationLog]) -> dict[str, int | float]:
         "live_blocks": sum(len(segment.slots) for segment in segments)
         - sum(log.quarantined_blocks + log.agreed.bit_count() for log in logs),
         "quarantined_blocks": sum(log.quarantined_blocks for log in logs),
-        "allocations": sum(log.count for log in logs),
+        "allocations": sum(log.count - log.entries for log in logs),
         "reclaims": sum(log.reclaimed_blocks for log in logs),
         "collections": sum(log.collections for log in logs),
         "growths": sum(log.growths for log in logs),
@@ -196,6 +196,7 @@ def _events(log: AllocationLog) -> list[dict[str, Any]]:
             "site": str(record.site),
         }
         for record in log.recent()
+        if record.nbytes
     ]
     others = [
         {"time": when, "event": kind, "segment": raw[3], "offset": raw[4], "nbytes": raw[5]}

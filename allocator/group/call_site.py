@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["NOWHERE", "CallSite", "caller", "internal", "program_line"]
+__all__ = ["NOWHERE", "CallSite", "caller", "internal", "outside", "program_line"]
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -46,13 +46,19 @@ internal = _Internal()
 """Whether a module, by name, belongs to symmem, or is ``contextlib``; ``symmem.tools`` does not count."""
 
 
-def caller(frame: FrameType | None) -> CallSite:
+def outside(frame: FrameType | None) -> FrameType | None:
     """The first frame outside of symmem, from ``frame`` outwards; ``symmem.tools`` counts as outside.
 
     Frames of ``contextlib`` are skipped, because symmem calls itself through them.
     """
     while frame is not None and internal[frame.f_globals.get("__name__", "")]:
         frame = frame.f_back
+    return frame
+
+
+def caller(frame: FrameType | None) -> CallSite:
+    """The place of :func:`outside`."""
+    frame = outside(frame)
     return CallSite(frame.f_code, frame.f_lasti) if frame is not None else CallSite(*NOWHERE)
 
 

@@ -7,6 +7,7 @@ torch's caching allocator gets its memory from the arena (:mod:`.cuda_pool`).
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Sequence
 from types import TracebackType
@@ -33,9 +34,9 @@ class use_symmetric_memory(contextlib.ContextDecorator):
     """Put this thread's new tensors into the symmetric memory of a group, for any op.
 
     A context manager, or a decorator. ``symmem.find(y)`` then returns a handle that the group has rendezvoused.
-    All ranks of the group must run the same ops in the same order. Local, unless the arena must grow; growth is
-    collective over the group. It applies to the thread that entered it. One object can be used many times, also nested,
-    and by several threads. If two are nested, the inner one decides.
+    All ranks of the group must enter it, and run the same ops in the same order. Local, unless the arena must grow;
+    growth is collective over the group. It applies to the thread that entered it. One object can be used many times,
+    also nested, and by several threads. If two are nested, the inner one decides.
 
     On the CPU: views and the targets of writes keep their memory. So does memory that no op allocates: from
     ``torch.load``, ``torch.from_numpy``, ``torch.frombuffer`` and ``copy.deepcopy``. A tensor cannot be resized beyond
@@ -78,6 +79,7 @@ class use_symmetric_memory(contextlib.ContextDecorator):
         if outer is not None and outer.arena is arena:
             entries.append(outer)
             return
+        arena.log.enter("use_symmetric_memory", sys._getframe(1))
         entry = ArenaPool(arena) if arena.device.type == "cuda" else ArenaMode(arena)
         if outer is not None:
             outer.pause()

@@ -73,8 +73,14 @@ def redirected(group: symmem.Group) -> object:
         return torch.ones(1000) * 2
 
 
+def entered(group: symmem.Group) -> None:
+    if group.rank == 0:
+        with symmem.use_symmetric_memory(group):
+            pass
+
+
 DIFFERENCES: dict[str, Callable[[symmem.Group], object]] = {
-    each.__name__: each for each in (one_more, one_more_dropped_at_once, another_size, redirected)
+    each.__name__: each for each in (one_more, one_more_dropped_at_once, another_size, redirected, entered)
 }
 
 
