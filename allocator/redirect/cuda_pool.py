@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import threading
 import weakref
@@ -215,4 +216,11 @@ def sweep() -> None:
             _sweeping.release()
 
 
+def _at_garbage_collection(phase: str, info: dict[str, int]) -> None:
+    """Sweep before a full collection. A pool keeps its group, and nothing else would end it if no other is made."""
+    if _left and phase == "start" and info["generation"] == 2:
+        sweep()
+
+
 before_collecting.append(sweep)
+gc.callbacks.append(_at_garbage_collection)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import gc
 import io
 import pickle
 import threading
@@ -703,10 +704,22 @@ def test_each_entry_has_a_pool(fake: FakeTorch) -> None:
         with within(arena):
             made = fake.empty()
         del made
-        assert arena.live == 1
     assert len(arena.blocks) == 100  # memory of another pool is not reused
     with within(arena):
         assert arena.live == 0
+
+
+def test_a_pool_without_tensors_keeps_no_arena(fake: FakeTorch) -> None:
+    arena = FakeArena()
+    with within(arena):
+        made = fake.empty()
+    gone = weakref.ref(arena)
+    del arena
+    gc.collect()
+    assert gone() is not None
+    del made
+    gc.collect()
+    assert gone() is None
 
 
 def test_nested_pools(fake: FakeTorch) -> None:
