@@ -39,6 +39,7 @@ from symmem.errors import InvalidArgumentError, SymmemError
 from symmem.tools.ranks import RankPool, rank_store
 
 FAULTS = ("kill", "kill in a wait", "interrupt", "skip", "exception", "stop", "exit", "none")
+DEADLY = ("kill", "kill in a wait", "exit")  # the others notice that the process has ended
 TIMEOUT = 10.0  # seconds, of every wait in the ranks
 SETTINGS = f"rendezvous_timeout({TIMEOUT:g}s),signal_timeout({TIMEOUT:g}s),arena_size(1MiB)"
 
@@ -154,7 +155,7 @@ class Program:
 
     def redirect(self) -> None:
         """Compute with memory that an op allocated in the arena."""
-        with symmem.use_symmetric_memory(self.group):
+        with symmem.use_symmetric_memory(self.group, backend="host"):
             x = torch.full((2000,), 1.0 + self.rank)
             y = x * 2
         result = ops.all_reduce(y, self.group)
@@ -317,8 +318,7 @@ def episode(seed: int, folder: str) -> Told:
         if not st.tensor.eq(value + rank).all() and not (error and st is program.live[-1][0]):
             findings.append("this rank's memory is wrong after the fault")
     group.close()  # so that nobody waits for this rank
-    gone = fault in ("kill", "kill in a wait", "exit")
-    left = [each for each in range(world) if each != culprit or not gone]
+    left = [each for each in range(world) if each != culprit or fault not in DEADLY]
     store.set(f"rank {rank} is through", "")
     store.wait([f"rank {each} is through" for each in left], timedelta(seconds=4 * TIMEOUT))
     try:
@@ -367,6 +367,7 @@ def report(first: int, results: list[tuple[str, int, list[Told | None], list[str
     findings: list[str] = []
     delays: dict[str, list[float]] = {}
     unnamed: list[str] = []
+    slow: list[tuple[float, str]] = []
     for number, (fault, culprit, saw, found) in enumerate(results):
         for text in found:
             findings.append(f"seed {first + number}, {fault} of rank {culprit}: {text}")
@@ -378,8 +379,11 @@ def report(first: int, results: list[tuple[str, int, list[Told | None], list[str
             ]
             if told.error and rank != culprit:
                 delays.setdefault(fault, []).append(told.seconds)
+                seen = f"seed {first + number}, {fault} of rank {culprit}, rank {rank}: {told.text}"
                 if not told.named:
-                    unnamed.append(f"seed {first + number}, {fault} of rank {culprit}, rank {rank}: {told.text}")
+                    unnamed.append(seen)
+                if told.seconds > (1 if fault in DEADLY else TIMEOUT + 1):
+                    slow.append((told.seconds, seen))
     print(f"{len(results)} episodes from seed {first}, {seconds:.0f} s, {steps} steps of ranks\n")
     print(
         "| fault | episodes | survivors told | median s | 95 % s | longest s |\n| --- | --- | --- | --- | --- | --- |"
@@ -393,6 +397,8 @@ def report(first: int, results: list[tuple[str, int, list[Told | None], list[str
     print(f"\nerrors that do not name the rank: {len(unnamed)}; findings: {len(findings)}")
     for text in unnamed[:5]:
         print("- not named:", text)
+    for late, text in sorted(slow, reverse=True)[:10]:
+        print(f"- after {late:.1f} s: {text}")
     for text in findings:
         print("-", text)
     return not findings

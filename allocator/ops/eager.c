@@ -51,7 +51,7 @@ typedef int (*LaunchKernel)(void *function, unsigned grid_x, unsigned grid_y, un
 typedef int (*StreamIsCapturing)(void *stream, int *status);
 typedef int (*GetCurrentContext)(void **context);
 
-enum { CUDA = 2, COMPLEX = 5, MOST_DIMS = 8, MOST_ARGUMENTS = 4096, SLOTS = 1024, PROBES = 4 };
+enum { CUDA = 2, COMPLEX = 5, MOST_DIMS = 8, MOST_ARGUMENTS = 4096, SLOTS = 1024, PROBES = 8 };
 enum { NEW, SAME, OTHER, FORMS };  // the result's destination: a new tensor, x itself, another tensor given as out
 
 typedef struct {
@@ -240,7 +240,8 @@ static PyObject *calls_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 }
 
 static uint32_t hash_of(const PyObject *kind, uint32_t form, const Shape *x) {
-  uint32_t hash = 2166136261u ^ (uint32_t)((uintptr_t)kind >> 4) ^ form;  // FNV-1a over 4 bytes at a time
+  uint32_t hash = (2166136261u ^ (uint32_t)((uintptr_t)kind >> 4)) * 16777619u;  // FNV-1a over 4 bytes at a time
+  hash = (hash ^ form) * 16777619u;
   hash = (hash ^ x->code) * 16777619u, hash = (hash ^ x->bits) * 16777619u;
   for (int dim = 0; dim < x->ndim; ++dim) {
     hash = (hash ^ (uint32_t)x->shape[dim]) * 16777619u;
