@@ -42,7 +42,8 @@ if _platform != "linux":
         f"only Linux is supported, and this is {_platform!r}",
         hint="run it in WSL 2 or in a Linux container; docs/quickstart.md, 'Windows and macOS', shows how",
     )
-    if os.path.splitext(os.path.basename(sys.argv[0] if sys.argv else ""))[0] == "symmem":
+    _program = os.path.splitext(os.path.basename(sys.argv[0] if sys.argv else ""))[0]
+    if _program == "symmem" or sys.orig_argv[1:3] == ["-m", "symmem"]:
         sys.exit(f"symmem: PlatformError: {_error}")  # the command prints no traceback
     raise _error
 

@@ -220,11 +220,10 @@ def test_other_systems_get_a_named_sentence(platform: str) -> None:
     done = python(f"import sys; sys.platform = {platform!r}; import symmem")
     assert (done.returncode, done.stdout) == (1, "")
     assert sentence in done.stderr
-    done = python(
-        f"import sys; sys.platform, sys.argv = {platform!r}, ['bin/symmem', 'doctor']; import symmem.tools.cli"
-    )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"symmem: {sentence}")
+    for started in ("sys.argv = ['bin/symmem', 'doctor']", "sys.orig_argv = ['python', '-m', 'symmem', 'doctor']"):
+        done = python(f"import sys; sys.platform = {platform!r}; {started}; import symmem.tools.cli")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"symmem: {sentence}")
 
 
 def test_a_missing_numpy_is_not_reported() -> None:
