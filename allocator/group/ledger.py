@@ -77,7 +77,9 @@ _NBYTES = round_up(_SYNC + _SYNC_NBYTES, PAGE)
 _LOW = 0xFFFFFFFF
 _HIGH = 0xFFFFFFFF << 32
 _FOREVER = (1 << 63) - 1
-_SHOWN = 2_000_000_000  # nanoseconds that a wait is shown after its timeout, because peers give up a little later
+# Nanoseconds that a wait is shown after its timeout, because peers give up a little later. Counted by the wall clock,
+# because the monotonic one may differ between containers.
+_SHOWN = 2_000_000_000
 
 
 class Ledger:
@@ -202,7 +204,7 @@ class Ledger:
             number: The number of the round, for a wait in a round.
         """
         with self._lock:
-            now = time.monotonic_ns()
+            now = time.time_ns()
             slot = next((slot for slot in self._own_waits if slot[1] <= now), None)
             if slot is None:
                 return lambda: None
@@ -211,8 +213,7 @@ class Ledger:
             slot[0], slot[1] = number << 32 & _HIGH | text_id, _FOREVER
 
         def end(_ledger: Ledger = self) -> None:  # the slot is memory of the ledger, which must live until then
-            now = time.monotonic_ns()
-            slot[1] = now + _SHOWN if now >= deadline * 1e9 else 0
+            slot[1] = time.time_ns() + _SHOWN if time.monotonic() >= deadline else 0
 
         return end
 
@@ -257,7 +258,7 @@ class Ledger:
             ranks: The ranks.
             rounds: Whether waits in rounds of the group count.
         """
-        now, known = time.monotonic_ns(), {}
+        now, known = time.time_ns(), {}
         for rank in ranks:
             for slot in self._waits(rank):
                 # A rank may still show a round that the others have passed.
