@@ -28,6 +28,7 @@ _BEFORE = r"""
 #include <sched.h>
 #include <thread>
 #include <time.h>
+#include <unistd.h>
 #include <vector>
 #define __device__
 #define __global__
