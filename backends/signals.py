@@ -353,10 +353,12 @@ class SharedSignals:
                         raise self.told
                 if leaves and channel is not None and (error := self._given_up(channel)):
                     return error
+                # In a barrier, any rank that has not come may be the one that never will.
                 lost = self._group.lost()
+                gone = next((rank for rank in self._missing(peer, channel) if rank in lost), None) if lost else None
                 remaining = 0.0 if self.stopped() else deadline - time.monotonic()
-                if (peer in lost or remaining <= 0) and not ready(words[at]):
-                    raise self._error(peer, step, lost)
+                if (gone is not None or remaining <= 0) and not ready(words[at]):
+                    raise self._error(peer if gone is None else gone, step, gone is not None)
                 futex_wait(self._pads[pad] + 4 * at, word, min(_NAP, max(remaining, 0.0)))
                 if wait is None:  # after the first sleep: a short wait costs nothing
                     missing = functools.partial(self._missing, peer, channel)
@@ -376,9 +378,9 @@ class SharedSignals:
         target = self._words[self._rank][at]
         return tuple(sorted(peer for peer in self._peers if (self._words[peer][at] - target) & 0x80000000))
 
-    def _error(self, peer: int, step: str, lost: tuple[int, ...]) -> PeerLostError | PeerTimeoutError:
+    def _error(self, peer: int, step: str, is_lost: bool) -> PeerLostError | PeerTimeoutError:
         error: PeerLostError | PeerTimeoutError
-        if peer in lost:
+        if is_lost:
             error = PeerLostError(
                 f"rank {peer}'s process ended before it came",
                 hint=f"look in the log of rank {peer} for the first error; then restart the job",

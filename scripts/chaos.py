@@ -3,7 +3,8 @@
 An episode is a random program on 2 to 4 ranks, with a fault at a random step of one rank. Its seed determines all but
 the moments at which timers fire. All ranks make the same calls, and check every result and all bytes of their memory.
 After an interrupt or a skipped call, all ranks work on in the same group: at most two steps may fail before all work.
-After every fault, the ranks that are left meet in a new group, check their memory again, and work on.
+After every fault, the ranks that are left meet in a new group, check their memory again, and work on. After a restart,
+new processes run the program again with the same store, as torchrun does.
 
 The report counts faults, steps and findings. A finding is a wrong value, a rank that hangs or was told too late, an
 error without a cause, ranks that do not get back in step, or a descriptor that was left open.
@@ -36,10 +37,10 @@ import torch.distributed as dist
 import symmem
 from symmem import ops
 from symmem.errors import InvalidArgumentError, SymmemError
-from symmem.tools.ranks import RankPool, rank_store
+from symmem.tools.ranks import RankPool
 
-FAULTS = ("kill", "kill in a wait", "interrupt", "skip", "exception", "stop", "exit", "none")
-DEADLY = ("kill", "kill in a wait", "exit")  # the others notice that the process has ended
+FAULTS = ("kill", "kill in a wait", "restart", "interrupt", "skip", "exception", "stop", "exit", "none")
+DEADLY = ("kill", "kill in a wait", "restart", "exit")  # the others notice that the process has ended
 TIMEOUT = 10.0  # seconds, of every wait in the ranks
 SETTINGS = f"rendezvous_timeout({TIMEOUT:g}s),signal_timeout({TIMEOUT:g}s),arena_size(1MiB)"
 
@@ -67,8 +68,8 @@ class Told(NamedTuple):
 class Program:
     """The random program of an episode, as one rank runs it."""
 
-    def __init__(self, group: symmem.Group, seed: int) -> None:
-        self.group, self.rank, self.world = group, group.rank, group.size
+    def __init__(self, group: symmem.Group, store: dist.Store, seed: int) -> None:
+        self.group, self.rank, self.world, self.store = group, group.rank, group.size, store
         self.rng = random.Random(seed)
         self.live: list[tuple[symmem.SymmetricTensor, int]] = []
         self.findings: list[str] = []
@@ -148,10 +149,36 @@ class Program:
         name = f"{self.group.name} {next(self._count)}"
         value = self.rng.randrange(1000)
         if self.rank in members:
-            group = symmem.Group.from_store(members.index(self.rank), len(members), rank_store(), name)
+            group = symmem.Group.from_store(members.index(self.rank), len(members), self.store, name)
             result = ops.all_reduce(torch.full((10,), value + self.rank), group)
             self.check(result.eq(value * len(members) + sum(members)).all(), "all_reduce of a subgroup is wrong")
             group.close()
+
+    def threads(self) -> None:
+        """Two threads allocate and compute at a time. Each has a group and its arena."""
+        names = [f"{self.group.name} {next(self._count)}" for _ in range(2)]
+        values = [self.rng.randrange(1000) for _ in names]
+        errors: list[SymmemError] = []
+
+        def work(name: str, value: int) -> None:
+            try:
+                group = symmem.Group.from_store(self.rank, self.world, self.store, name)
+                for _ in range(3):
+                    st = symmem.allocate(500, torch.float32, group=group, backend="host")
+                    result = ops.all_reduce(st.tensor.fill_(value + self.rank), group)
+                    right = self.world * value + sum(range(self.world))
+                    self.check(result.eq(right).all(), "all_reduce of a thread is wrong")
+                group.close()
+            except SymmemError as error:
+                errors.append(error)
+
+        workers = [threading.Thread(target=work, args=each) for each in zip(names, values, strict=True)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        if errors:
+            raise errors[0]
 
     def redirect(self) -> None:
         """Compute with memory that an op allocated in the arena."""
@@ -167,9 +194,9 @@ class Program:
             os._exit(0)
         os.waitpid(child, 0)
 
-    def go_on(self, store: dist.Store, steps: int = 6) -> None:
+    def go_on(self, steps: int = 6) -> None:
         """All ranks make the same steps together; the last ones must work."""
-        failed = []
+        failed, store = [], dist.PrefixStore("in step", self.store)
         for step in range(steps):
             store.set(f"step {step} of rank {self.rank}", "")
             store.wait([f"step {step} of rank {rank}" for rank in range(self.world)], timedelta(seconds=4 * TIMEOUT))
@@ -191,7 +218,7 @@ class Program:
         self.findings.append("a refused call was not told")
 
     STEPS = (*[allocate] * 4, *[drop] * 3, look, collect, *[all_reduce] * 3, all_gather, broadcast, put, subgroup)
-    STEPS += (redirect, fork)
+    STEPS += (redirect, fork, threads)
 
 
 @contextlib.contextmanager
@@ -264,15 +291,16 @@ def draw(seed: int) -> Drawn:
     return Drawn(world, fault, culprit, steps, rng.randrange(2, steps), rng.random() * 0.003)
 
 
-def episode(seed: int, folder: str) -> Told:
-    """Run one episode on this rank."""
-    store, rank = rank_store(), int(os.environ["RANK"])
+def episode(seed: int, folder: str, port: int, restarted: bool = False) -> Told:
+    """Run one episode on this rank; without the fault if the ranks were restarted."""
+    store, rank = dist.TCPStore("127.0.0.1", port), int(os.environ["RANK"])
     world, fault, culprit, steps, at, delay = draw(seed)
+    fault = "none" if restarted else fault
     noted = Path(folder, "fault")
     symmem.Group.from_store(0, 1, dist.HashStore()).close()  # opens what a process keeps
     before = open_files()
     group = symmem.Group.from_store(rank, world, store, f"episode {seed}")
-    program = Program(group, seed)
+    program = Program(group, store, seed)
     error: BaseException | None = None
     ended = 0.0
 
@@ -292,7 +320,7 @@ def episode(seed: int, folder: str) -> Told:
             if step == at and fault == "skip":
                 chosen = Program.all_reduce
             if step == at and rank == culprit:
-                if fault == "kill":
+                if fault in ("kill", "restart"):
                     die()
                 elif fault == "exit":
                     note()
@@ -312,15 +340,16 @@ def episode(seed: int, folder: str) -> Told:
     except (SymmemError, KeyboardInterrupt, SkippedError) as caught:
         error, ended = caught, time.monotonic()
     if fault in ("interrupt", "skip"):
-        program.go_on(dist.PrefixStore("in step", store))
+        program.go_on()
     findings = program.findings
     for st, value in program.live:
         if not st.tensor.eq(value + rank).all() and not (error and st is program.live[-1][0]):
             findings.append("this rank's memory is wrong after the fault")
     group.close()  # so that nobody waits for this rank
     left = [each for each in range(world) if each != culprit or fault not in DEADLY]
-    store.set(f"rank {rank} is through", "")
-    store.wait([f"rank {each} is through" for each in left], timedelta(seconds=4 * TIMEOUT))
+    through = dist.PrefixStore(f"through {restarted}", store)
+    through.set(str(rank), "")
+    through.wait([str(each) for each in left], timedelta(seconds=4 * TIMEOUT))
     try:
         again = symmem.Group.from_store(left.index(rank), len(left), store, f"after episode {seed}")
         total = ops.all_reduce(torch.ones(10), again)
@@ -330,7 +359,7 @@ def episode(seed: int, folder: str) -> Told:
         findings.append(f"the ranks that are left cannot work on: {caught}")
     if error is not None and rank != culprit and fault in ("none", "stop", "exception"):
         findings.append(f"an error without a cause: {error}\n{''.join(traceback.format_exception(error))}")
-    if error is None and fault in ("kill", "exit") and at < steps - 20:
+    if error is None and fault in ("kill", "restart", "exit") and at < steps - 20:
         findings.append("a death was not noticed in 20 steps")
     seconds = ended - float(noted.read_text()) if error is not None and noted.exists() else 0.0
     named = isinstance(error, SymmemError) and (
@@ -350,13 +379,19 @@ def run(seed: int) -> tuple[str, int, list[Told | None], list[str]]:
     """Run one episode; returns its fault, the culprit, what every rank saw, and what was found from outside."""
     world, fault, who, *_ = draw(seed)
     found: list[str] = []
-    with TemporaryDirectory() as folder, RankPool(world, env={"SYMMEM_ENABLE": SETTINGS}, process_group=None) as pool:
-        outcomes = pool.outcomes(episode, seed, folder, timeout=8 * TIMEOUT)
     saw: list[Told | None] = []
-    for rank, outcome in enumerate(outcomes):
-        saw.append(outcome.value)
-        if outcome.error is not None and not (rank == who and "died with exit code" in str(outcome.error)):
-            found.append(f"rank {rank}: {outcome.error}\n{outcome.trace}")
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with TemporaryDirectory() as folder:
+        for restarts in range(1 + (fault == "restart")):
+            elastic = {"TORCHELASTIC_RUN_ID": "chaos", "TORCHELASTIC_RESTART_COUNT": str(restarts)}
+            with RankPool(world, env={"SYMMEM_ENABLE": SETTINGS, **elastic}, process_group=None) as pool:
+                outcomes = pool.outcomes(episode, seed, folder, server.port, restarts > 0, timeout=8 * TIMEOUT)
+            for rank, outcome in enumerate(outcomes):
+                if outcome.error is not None and not (rank == who and "died with exit code" in str(outcome.error)):
+                    found.append(f"rank {rank}: {outcome.error}\n{outcome.trace}")
+                if restarts and outcome.value is not None:
+                    found += [f"rank {rank} after the restart: {each}" for each in outcome.value.findings]
+            saw = saw or [outcome.value for outcome in outcomes]
     return fault, who, saw, found
 
 

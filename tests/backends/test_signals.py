@@ -68,6 +68,14 @@ def test_a_rank_that_died_is_named_in_every_barrier() -> None:
             one.barrier(5, 10.0)
 
 
+@pytest.mark.parametrize("dead", [1, 2])
+def test_a_rank_that_died_ends_the_wait_for_another_one(dead: int) -> None:
+    (first, *_), lost = make()
+    lost.append(dead)
+    with pytest.raises(PeerLostError, match=f"rank {dead}'s process ended"):  # the other one lives, and has not come
+        first.barrier(5, LONG)
+
+
 @given(st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, 3), st.booleans()), max_size=4))
 @settings(max_examples=40)
 def test_ranks_go_on_together_after_a_rank_skipped_calls(episodes: list[tuple[int, int, bool]]) -> None:
