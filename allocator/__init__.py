@@ -86,7 +86,7 @@ __getattr__, __dir__ = lazy_exports(
         "use_symmetric_memory": "symmem.redirect.context",
     },
     # Layers above this one, and one that needs Triton: the type checker must not see imports of them here.
-    subpackages=frozenset({"compile", "ops", "triton"}),
+    subpackages=frozenset({"compile", "ops", "torch_backend", "triton"}),
 )
 
 _torch_ops.install()

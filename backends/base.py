@@ -200,7 +200,12 @@ class Allocation:
         device: The device of the memory.
         nbytes: The bytes that the caller asked for.
         pointer: Address of the first byte.
+
+    Attributes:
+        pad_nbytes: Bytes of a signal pad that the user's bytes are followed by; the same on all ranks.
     """
+
+    pad_nbytes = 0
 
     def __init__(self, backend: Backend, device: torch.device, nbytes: int, pointer: int) -> None:
         self.backend = backend

@@ -27,18 +27,30 @@ __all__ = ["HostAllocation", "HostBackend", "HostMapping"]
 class HostAllocation(Allocation):
     """A memory file and its mapping in this process.
 
-    Attributes:
+    Args:
+        backend: The backend.
+        nbytes: The bytes that the caller asked for.
+        pointer: Address of the mapping.
         descriptor: The memory file, kept for later rendezvous.
-        extent: Its size: ``nbytes`` rounded up to whole pages, and at least one page.
+        extent: Its size: at least ``nbytes`` and one page, in whole pages.
+        owner: Keeps the mapping and the descriptor.
     """
 
-    def __init__(self, backend: HostBackend, nbytes: int) -> None:
-        self.extent = max(round_up(nbytes, PAGE), PAGE)
-        self._region = Region(self.extent)
-        self.descriptor = memory_file(self.extent)
-        weakref.finalize(self, os.close, self.descriptor).atexit = False
-        pointer = self._region.place(0, self.descriptor, self.extent)
+    def __init__(
+        self, backend: HostBackend, nbytes: int, pointer: int, descriptor: int, extent: int, owner: object
+    ) -> None:
         super().__init__(backend, torch.device("cpu"), nbytes, pointer)
+        self.descriptor, self.extent, self._owner = descriptor, extent, owner
+
+    @classmethod
+    def make(cls, backend: HostBackend, nbytes: int) -> HostAllocation:
+        """New memory."""
+        extent = max(round_up(nbytes, PAGE), PAGE)
+        region = Region(extent)
+        descriptor = memory_file(extent)
+        weakref.finalize(region, os.close, descriptor).atexit = False
+        pointer = region.place(0, descriptor, extent)
+        return cls(backend, nbytes, pointer, descriptor, extent, region)
 
 
 class _Files(Region):
@@ -118,7 +130,7 @@ class HostBackend(Backend):
                 f"{nbytes} bytes of shared memory were asked for, {available} are available",
                 hint="free memory, allocate less, or raise the container's memory limit",
             )
-        return HostAllocation(self, nbytes)
+        return HostAllocation.make(self, nbytes)
 
     def rendezvous(self, allocation: Allocation, collective: Collective) -> HostMapping:
         assert isinstance(allocation, HostAllocation)

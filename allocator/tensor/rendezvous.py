@@ -64,6 +64,7 @@ def rendezvous(block: Block, layout: Layout, group: Group, timeout: float | None
         "strides": list(layout.strides),
         "offset in bytes": block.offset + layout.offset,
         "allocated bytes": allocation.nbytes,
+        "bytes of the signal pad": allocation.pad_nbytes,
         "group of the arena": block.home and block.home[:2],
     }
     # The same round reclaims what all ranks have dropped from the group's arenas.

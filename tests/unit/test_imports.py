@@ -46,6 +46,7 @@ OPTIONAL = (
     "symmem.tensor.rendezvous",
     "symmem.tensor.torch_handle",
     "symmem.tools",
+    "symmem.torch_backend",
     "symmem.torch_compat",
     "symmem.triton",
     "torch._dynamo",

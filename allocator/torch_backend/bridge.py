@@ -1,0 +1,223 @@
+"""The Python side of ``native/torch_backend.cpp``: the first rendezvous of a block, and signals."""
+
+from __future__ import annotations
+
+import _thread
+import atexit
+import ctypes
+import functools
+import itertools
+import os
+import threading
+import traceback
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from symmem import native
+from symmem.backends import get_backend
+from symmem.backends.host import HostAllocation, HostBackend
+from symmem.errors import ForkedError, NotSymmetricError, UnsupportedError
+from symmem.group.group import Group
+from symmem.group.resolve import resolve_group
+from symmem.memory.block import Block
+from symmem.memory.layout import Layout
+from symmem.memory.registry import block_at, register
+from symmem.native.build import load_library
+from symmem.tensor.tensor import SymmetricTensor
+
+__all__ = ["enable", "last_error"]
+
+_SOURCE = Path(native.__file__).parent / "torch_backend.cpp"
+
+_Rendezvous = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_char_p)
+_Signal = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_uint64)
+_Holds = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64)
+_Drop = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+
+
+class _Functions(ctypes.Structure):
+    """The struct ``Python`` of the C++ file."""
+
+    _fields_ = (
+        ("rendezvous", _Rendezvous),
+        ("signal", _Signal),
+        ("holds", _Holds),
+        ("drop", _Drop),
+        ("add_pending_call", ctypes.c_void_p),
+    )
+
+
+class _Owner:
+    """A reference to memory of the C++ file. The last one frees the memory."""
+
+    def __init__(self, library: ctypes.CDLL, owner: int) -> None:
+        # Not at exit: a thread or a tensor may still use the memory. The kernel frees it later.
+        weakref.finalize(self, library.symmem_release, ctypes.c_void_p(owner)).atexit = False
+
+
+_lock = threading.Lock()
+_enabled: tuple[int, ctypes.CDLL, _Functions] | None = None  # with the process that enabled it
+_handles: dict[int, tuple[SymmetricTensor, Group]] = {}  # what the handles of torch keep, by token
+_tokens = itertools.count(1)
+_errors = threading.local()
+
+
+def enable() -> None:
+    """Let torch's symmetric memory use symmem for CPU tensors. Local; later calls do nothing.
+
+    Compiles a small library for the installed torch the first time on a machine, which takes some ten seconds.
+
+    Raises:
+        UnsupportedError: This torch has no symmetric memory, or there is no C++ compiler, or it is too old.
+        BackendUnavailableError: The backend ``host`` does not work here.
+        ForkedError: The process was forked after another call.
+    """
+    global _enabled
+    with _lock:
+        if _enabled is not None:
+            if _enabled[0] != os.getpid():
+                raise ForkedError(
+                    "torch's symmetric memory was enabled before this process was forked; the child is not a rank",
+                    hint="start the child with the method spawn, and enable it there",
+                    step="enable",
+                )
+            return
+        get_backend("host").probe()
+        library = _load()
+        functions = _Functions(
+            _Rendezvous(_guarded(functools.partial(_rendezvous, library), library)),
+            _Signal(_guarded(_signal, library)),
+            _Holds(lambda address: block_at(address) is not None),
+            _Drop(lambda _argument: _drop(library)),
+            ctypes.cast(ctypes.pythonapi.Py_AddPendingCall, ctypes.c_void_p),
+        )
+        library.symmem_release.restype = None
+        library.symmem_enable(ctypes.byref(functions))
+        atexit.register(library.symmem_exit)
+        _enabled = os.getpid(), library, functions
+
+
+def last_error() -> BaseException | None:
+    """The exception behind the last RuntimeError that symmem raised through torch on this thread; None if none.
+
+    Torch reports every error as a RuntimeError with the text alone.
+    """
+    return getattr(_errors, "last", None)
+
+
+def _load() -> ctypes.CDLL:
+    if not dist.is_available():
+        raise UnsupportedError("this build of torch has no torch.distributed", hint="install another build of torch")
+    root = Path(torch.__file__).parent
+    options = ["-std=c++20", "-O1", "-fvisibility=hidden", f"-I{root / 'include'}"]
+    options.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+    try:
+        return load_library(_SOURCE, options, [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"], torch.__version__)
+    except OSError as error:
+        raise UnsupportedError(
+            f"symmem cannot compile its backend for torch {torch.__version__}: {error}",
+            hint="install g++ 11 or newer (or name a compiler in CXX); or use symmem.torch_compat, which needs none",
+            step="enable",
+        ) from error
+
+
+def _guarded(function: Callable[..., None], library: ctypes.CDLL) -> Callable[..., int]:
+    """Report an exception to the C++ file, which raises it as torch's error."""
+
+    def call(*arguments: Any) -> int:
+        try:
+            function(*arguments)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # their variables keep memory
+            _errors.last = error
+            library.symmem_fail(f"symmem: {type(error).__name__}: {error}".encode())
+            if isinstance(error, KeyboardInterrupt):
+                _thread.interrupt_main()  # raised again after torch's error, or in its place
+            return 1
+        return 0
+
+    return call
+
+
+def _rendezvous(library: ctypes.CDLL, result: int, address: int, owner: int | None, name: bytes) -> None:
+    _drop(library)
+    keeper = None if owner is None else _Owner(library, owner)
+    block = block_at(address)
+    if block is None:
+        if keeper is None or owner is None:
+            raise NotSymmetricError(
+                f"no live allocation on the CPU holds {address:#x}",
+                hint="allocate with torch's empty after symmem.torch_backend.enable(), or with symmem.allocate",
+                step="rendezvous",
+            )
+        block = _adopt(library, owner, keeper)
+    offset = address - block.pointer
+    layout = block.layout
+    if offset:
+        layout = Layout((block.nbytes - offset,), (1,), torch.uint8, offset)
+    tensor = SymmetricTensor(block, layout)
+    group = resolve_group(name.decode() or None)
+    tensor.rendezvous(group)
+    mapping = tensor._mapping("rendezvous", group)
+    pads, pad_nbytes = [0] * group.size, block.allocation.pad_nbytes
+    pointers = [pointer + block.offset for pointer in mapping.pointers]
+    if isinstance(block.allocation, TorchAllocation):
+        pads = [pointer + block.allocation.pad for pointer in mapping.pointers]
+    ranks = range(group.size) if group.process_group is None else dist.get_process_group_ranks(group.process_group)
+    token = next(_tokens)
+    _handles[token] = tensor, group
+    numbers = (ctypes.c_int64 * 6)(token, group.rank, group.size, block.nbytes, offset, pad_nbytes)
+    addresses = ctypes.c_uint64 * group.size
+    library.symmem_fill(
+        ctypes.c_void_p(result), numbers, addresses(*pointers), addresses(*pads), (ctypes.c_int * group.size)(*ranks)
+    )
+
+
+class TorchAllocation(HostAllocation):
+    """Memory that torch allocated, with a signal pad of torch at the offset ``pad``."""
+
+    def __init__(self, backend: HostBackend, library: ctypes.CDLL, owner: int, keeper: _Owner) -> None:
+        values = (ctypes.c_uint64 * 6)()
+        library.symmem_describe(ctypes.c_void_p(owner), values)
+        pointer, nbytes, extent, self.pad, self.pad_nbytes, descriptor = values
+        super().__init__(backend, nbytes, pointer, descriptor, extent, keeper)
+
+
+_adopting = threading.Lock()  # two threads may rendezvous one block in two groups
+
+
+def _adopt(library: ctypes.CDLL, owner: int, keeper: _Owner) -> Block:
+    backend = get_backend("host")
+    assert isinstance(backend, HostBackend)
+    allocation = TorchAllocation(backend, library, owner, keeper)
+    with _adopting:
+        block = block_at(allocation.pointer)
+        if block is None:
+            block = Block(allocation, Layout((allocation.nbytes,), (1,), torch.uint8))
+            register(block)
+        return block
+
+
+def _signal(token: int, kind: int, peer: int, channel: int, timeout_ms: int) -> None:
+    tensor, group = _handles[token]
+    timeout = timeout_ms / 1000 if timeout_ms else None
+    if kind == 0:
+        tensor.barrier(channel, timeout, group=group)
+    elif kind == 1:
+        tensor.put_signal(peer, channel, timeout, group=group)
+    else:
+        tensor.wait_signal(peer, channel, timeout, group=group)
+
+
+def _drop(library: ctypes.CDLL) -> int:
+    """Forget the handles that torch has destroyed."""
+    tokens = (ctypes.c_int64 * 64)()
+    while count := library.symmem_dropped(tokens, len(tokens)):
+        for token in tokens[:count]:
+            del _handles[token]
+    return 0
