@@ -202,7 +202,7 @@ class Allocation:
         pointer: Address of the first byte.
 
     Attributes:
-        pad_nbytes: Bytes of a signal pad that the user's bytes are followed by; the same on all ranks.
+        pad_nbytes: Bytes of the signal pad behind the user's bytes, 0 if there is none; the same on all ranks.
     """
 
     pad_nbytes = 0

@@ -353,7 +353,7 @@ class SharedSignals:
                         raise self.told
                 if leaves and channel is not None and (error := self._given_up(channel)):
                     return error
-                # In a barrier, any rank that has not come may be the one that never will.
+                # In a barrier, any rank that has not come may be dead.
                 lost = self._group.lost()
                 gone = next((rank for rank in self._missing(peer, channel) if rank in lost), None) if lost else None
                 remaining = 0.0 if self.stopped() else deadline - time.monotonic()

@@ -158,27 +158,18 @@ class Program:
         """Two threads allocate and compute at a time. Each has a group and its arena."""
         names = [f"{self.group.name} {next(self._count)}" for _ in range(2)]
         values = [self.rng.randrange(1000) for _ in names]
-        errors: list[SymmemError] = []
 
         def work(name: str, value: int) -> None:
-            try:
-                group = symmem.Group.from_store(self.rank, self.world, self.store, name)
-                for _ in range(3):
-                    st = symmem.allocate(500, torch.float32, group=group, backend="host")
-                    result = ops.all_reduce(st.tensor.fill_(value + self.rank), group)
-                    right = self.world * value + sum(range(self.world))
-                    self.check(result.eq(right).all(), "all_reduce of a thread is wrong")
-                group.close()
-            except SymmemError as error:
-                errors.append(error)
+            group = symmem.Group.from_store(self.rank, self.world, self.store, name)
+            for _ in range(3):
+                st = symmem.allocate(500, torch.float32, group=group, backend="host")
+                result = ops.all_reduce(st.tensor.fill_(value + self.rank), group)
+                right = self.world * value + sum(range(self.world))
+                self.check(result.eq(right).all(), "all_reduce of a thread is wrong")
+            group.close()
 
-        workers = [threading.Thread(target=work, args=each) for each in zip(names, values, strict=True)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        if errors:
-            raise errors[0]
+        with ThreadPoolExecutor(len(names)) as workers:  # waits for both, also if one raises
+            list(workers.map(work, names, values))
 
     def redirect(self) -> None:
         """Compute with memory that an op allocated in the arena."""
@@ -357,7 +348,7 @@ def episode(seed: int, folder: str, port: int, restarted: bool = False) -> Told:
         again.close()
     except SymmemError as caught:
         findings.append(f"the ranks that are left cannot work on: {caught}")
-    if error is not None and rank != culprit and fault in ("none", "stop", "exception"):
+    if error is not None and (fault == "none" or (rank != culprit and fault in ("stop", "exception"))):
         findings.append(f"an error without a cause: {error}\n{''.join(traceback.format_exception(error))}")
     if error is None and fault in ("kill", "restart", "exit") and at < steps - 20:
         findings.append("a death was not noticed in 20 steps")
@@ -387,7 +378,8 @@ def run(seed: int) -> tuple[str, int, list[Told | None], list[str]]:
             with RankPool(world, env={"SYMMEM_ENABLE": SETTINGS, **elastic}, process_group=None) as pool:
                 outcomes = pool.outcomes(episode, seed, folder, server.port, restarts > 0, timeout=8 * TIMEOUT)
             for rank, outcome in enumerate(outcomes):
-                if outcome.error is not None and not (rank == who and "died with exit code" in str(outcome.error)):
+                fell = fault in DEADLY and not restarts and rank == who and "died with exit code" in str(outcome.error)
+                if outcome.error is not None and not fell:
                     found.append(f"rank {rank}: {outcome.error}\n{outcome.trace}")
                 if restarts and outcome.value is not None:
                     found += [f"rank {rank} after the restart: {each}" for each in outcome.value.findings]

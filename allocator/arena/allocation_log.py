@@ -267,7 +267,7 @@ class AllocationLog:
         return self.acts is not None and self.acts.mark[0] != 0
 
     def compare_acts(self) -> None:
-        """Compare the allocations with those of the neighbours that the ledger shows. Local.
+        """Compare the allocations with the neighbours' in the ledger. Local.
 
         Raises:
             DivergenceError: They differ. Nothing can be allocated any more.

@@ -93,7 +93,7 @@ def _without_hook(gm: Any, inputs: Any, patches: dict[str, Any] | None, error: U
 
 
 def _copying(function: Callable[..., Any], error: UnsupportedError) -> Callable[..., Any]:
-    """Let the registered operators of a compiled graph run on copies; also those of the backward pass."""
+    """Let the registered operators of a compiled graph run on copies, in the backward pass too."""
 
     @functools.wraps(function)
     def copying(gm: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:

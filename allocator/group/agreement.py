@@ -56,7 +56,7 @@ log = logging.getLogger("symmem.group")
 
 _NOTHING = Contribution(b"")
 
-_BACK_IN_STEP = "back in step"  # the step of the round after one that was given up for a rank that was late
+_BACK_IN_STEP = "back in step"  # the step of the round after a round that was given up for a late rank
 
 GRACE = 0.5
 """Seconds that a rank waits for rank 0's verdict after its own timeout, so that all ranks raise the same error."""
@@ -90,7 +90,7 @@ class CollectiveOperation:
 
     @property
     def call(self) -> bytes:
-        """The operation and the line, to compare them with those of other ranks."""
+        """The operation and the line, to compare them with the calls of other ranks."""
         return f"{self.name} at {self.line}".encode()
 
     @property
@@ -285,7 +285,7 @@ class Rounds:
         message = self._message(operation, _BACK_IN_STEP, [Contribution(operation.call)])
         with self._exchange(operation, message) as received:
             calls = [contribution.payload for contribution in received]
-        # The lines may differ by rank, so all ranks look at all calls. A late rank 0 does not wait for those of others.
+        # The lines may differ by rank, so all ranks look at all calls. A late rank 0 does not wait for the others'.
         waited = {operation.call} if 0 in late else {calls[rank] for rank in range(self._size) if rank not in late}
         if any(calls[rank] in waited for rank in late):
             raise self._skipped(late, operation)

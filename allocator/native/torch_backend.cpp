@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <fstream>
@@ -19,6 +20,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
@@ -249,12 +251,11 @@ struct Allocator : sm::SymmetricMemoryAllocator {
     // A name may refer to another process group later. A group without one is not cached.
     if (memory && current) {
       handle->process_group.emplace(current);
+      HandlePtr kept = handle;  // then the one that it replaces; `known` may be another one by now
       std::lock_guard lock(all.mutex);
       auto found = all.blocks.find(memory->address);
-      if (found != all.blocks.end() && found->second.memory == memory) {
-        known = std::move(found->second.handles[{group, address - memory->address}]);  // dropped after the mutex
-        found->second.handles[{group, address - memory->address}] = handle;
-      }
+      if (found != all.blocks.end() && found->second.memory == memory)
+        std::swap(found->second.handles[{group, address - memory->address}], kept);  // dropped after the mutex
     }
     return handle;
   }

@@ -131,7 +131,7 @@ class ArenaPool:
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
-        self._index = arena.device.index
+        self._process, self._index = os.getpid(), arena.device.index
         self._blocks: list[Block] = []
         self._failed: BaseException | None = None
         self._backward = contextlib.ExitStack()
@@ -191,8 +191,11 @@ class ArenaPool:
         return block.pointer
 
     def drop_if_unused(self) -> bool:
-        """Drop the memory if the pool has no live tensors; return whether it was dropped."""
-        if self._torch.in_use(self._index, self._pool):
+        """Drop the memory if the pool has no live tensors; return whether it was dropped.
+
+        A forked child must not call CUDA for the pools of its parent, so it keeps them.
+        """
+        if self._process != os.getpid() or self._torch.in_use(self._index, self._pool):
             return False
         self._pool = None  # torch drops its pieces first; only then may the arena reuse them
         self._blocks.clear()

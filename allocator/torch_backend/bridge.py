@@ -166,7 +166,7 @@ def _rendezvous(library: ctypes.CDLL, result: int, address: int, owner: int | No
     mapping = tensor._mapping("rendezvous", group)
     pads, pad_nbytes = [0] * group.size, block.allocation.pad_nbytes
     pointers = [pointer + block.offset for pointer in mapping.pointers]
-    if isinstance(block.allocation, TorchAllocation):
+    if isinstance(block.allocation, AdoptedAllocation):
         pads = [pointer + block.allocation.pad for pointer in mapping.pointers]
     ranks = range(group.size) if group.process_group is None else dist.get_process_group_ranks(group.process_group)
     token = next(_tokens)
@@ -178,7 +178,7 @@ def _rendezvous(library: ctypes.CDLL, result: int, address: int, owner: int | No
     )
 
 
-class TorchAllocation(HostAllocation):
+class AdoptedAllocation(HostAllocation):
     """Memory that torch allocated, with a signal pad of torch at the offset ``pad``."""
 
     def __init__(self, backend: HostBackend, library: ctypes.CDLL, owner: int, keeper: _Owner) -> None:
@@ -194,7 +194,7 @@ _adopting = threading.Lock()  # two threads may rendezvous one block in two grou
 def _adopt(library: ctypes.CDLL, owner: int, keeper: _Owner) -> Block:
     backend = get_backend("host")
     assert isinstance(backend, HostBackend)
-    allocation = TorchAllocation(backend, library, owner, keeper)
+    allocation = AdoptedAllocation(backend, library, owner, keeper)
     with _adopting:
         block = block_at(allocation.pointer)
         if block is None:

@@ -7,6 +7,7 @@ import copy
 import ctypes
 import gc
 import io
+import os
 import pickle
 import threading
 import weakref
@@ -720,6 +721,22 @@ def test_a_pool_without_tensors_keeps_no_arena(fake: FakeTorch) -> None:
     del made
     gc.collect()
     assert gone() is None
+
+
+def test_a_forked_child_does_not_touch_the_pools_of_its_parent(fake: FakeTorch) -> None:
+    arena = FakeArena()
+    gc.disable()
+    try:
+        with within(arena):
+            fake.empty()
+        if (child := os.fork()) == 0:
+            gc.collect()
+            os._exit(0 if arena.live == 1 else 1)
+    finally:
+        gc.enable()
+    assert os.waitpid(child, 0)[1] == 0
+    gc.collect()
+    assert arena.live == 0
 
 
 def test_nested_pools(fake: FakeTorch) -> None:
