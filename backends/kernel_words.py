@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from symmem.backends.base import RankGroup
 from symmem.backends.kernel_status import devices
 from symmem.backends.pending_waits import Wait
-from symmem.backends.signal_kernels import BAD_CHANNEL, BEAT, GROUPS, LATE, OPERATIONS, PLACES, REFUSED, TICK
+from symmem.backends.signal_kernels import BAD_CHANNEL, BEAT, DIFFERS, GROUPS, LATE, OPERATIONS, PLACES, REFUSED, TICK
 from symmem.errors import (
     InvalidArgumentError,
     MismatchError,
@@ -47,7 +47,7 @@ _steps: dict[int, str] = {}
 def name_steps(names: Mapping[int, str]) -> None:
     """Add names of operations, for kernels of other modules. Their numbers are above the numbers of the signals.
 
-    Instead of a channel, such a kernel writes 0 if a peer did not come, or 1 if the peer's call differs.
+    Instead of a channel, such a kernel writes 0.
     """
     _steps.update(names)
 
@@ -139,7 +139,7 @@ class KernelWords:
             peers=(lost,),
         )
 
-    # Kernels of collective operations that gave up because a rank came late, or refused the call.
+    # Kernels of collective operations that gave up because a rank came late, refused the call, or made another one.
 
     def abandonment(self, number: int) -> SymmemError | None:
         """The error of collective operations of a group that gave up, until :meth:`resume`; None if none did."""
@@ -154,6 +154,12 @@ class KernelWords:
             return RendezvousError(
                 f"rank {by} refused a call. {gave_up}",
                 hint=f"the log of rank {by} names the reason. The next calls of all ranks work again",
+                **located,
+            )
+        if kind == DIFFERS:
+            return MismatchError(
+                f"ranks {by} and {about} make different calls. {gave_up}",
+                hint="the group's next operation names every rank's call, and where the program makes it",
                 **located,
             )
         came = "did not come in time" if by == rank else f"did not come while rank {by} waited for it"
@@ -216,16 +222,6 @@ class KernelWords:
                 rank=rank,
                 group=name,
                 step="signal in a kernel",
-            )
-        if operation in _steps and channel:
-            return MismatchError(
-                f"rank {peer} takes part with other memory: at another place, of another size, or not in symmetric "
-                "memory as here; this process's kernels were stopped",
-                hint="pass tensors of the same shape on all ranks, at the same place in symmetric memory or outside",
-                rank=rank,
-                group=name,
-                step=_steps[operation],
-                peers=(peer,),
             )
         if released := self._record(number)[0]:
             peer = released - 1  # the awaited rank may only wait for this one

@@ -38,8 +38,8 @@ from __future__ import annotations
 from symmem.backends.base import SIGNAL_CHANNELS
 
 __all__ = [
-    *("BAD_CHANNEL", "BEAT", "GROUPS", "GROUP_SPREAD", "LATE", "OPERATIONS", "PLACES", "REFUSED", "SOURCE", "TICK"),
-    *("lateness", "memory_access", "pad_words"),
+    *("BAD_CHANNEL", "BEAT", "DIFFERS", "GROUPS", "GROUP_SPREAD", "LATE", "OPERATIONS", "PLACES", "REFUSED", "SOURCE"),
+    *("TICK", "lateness", "memory_access", "pad_words"),
 ]
 
 OPERATIONS = ("barrier", "put_signal", "wait_signal")
@@ -59,10 +59,10 @@ do. In a shared place, the last report remains."""
 GROUPS = 2048
 """Records of 32 bytes behind the places, one per group: {1 + a lost rank, or 0, from the host; 3 unused words;
 operation, detail, peer and cause of a thread that gave up, from kernels}. The cause is 0 if a rank is lost, else
-{LATE or REFUSED (16 bits), the rank that made the others give up (8), the rank that it waited for (8)}."""
+{LATE, REFUSED or DIFFERS (16 bits), the rank that made the others give up (8), the rank that it waited for (8)}."""
 
-LATE, REFUSED = 1, 2
-"""Why kernels of collective operations gave up: a rank did not come in time, or it refused the call."""
+LATE, REFUSED, DIFFERS = 1, 2, 3
+"""Why kernels of collective operations gave up: a rank did not come in time, refused the call, or made another one."""
 
 
 def pad_words(world: int) -> int:

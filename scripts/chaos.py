@@ -149,9 +149,15 @@ class Program:
         name = f"{self.group.name} {next(self._count)}"
         value = self.rng.randrange(1000)
         if self.rank in members:
-            group = symmem.Group.from_store(members.index(self.rank), len(members), self.store, name)
-            result = ops.all_reduce(torch.full((10,), value + self.rank), group)
-            self.check(result.eq(value * len(members) + sum(members)).all(), "all_reduce of a subgroup is wrong")
+            rank, size = members.index(self.rank), len(members)
+            group = symmem.Group.from_store(rank, size, self.store, name, job_ranks=members)
+            try:
+                result = ops.all_reduce(torch.full((10,), value + self.rank), group)
+            except SymmemError as error:
+                if error.group == name:
+                    error.peers = tuple(members[peer] for peer in error.peers)  # for the report
+                raise
+            self.check(result.eq(value * size + sum(members)).all(), "all_reduce of a subgroup is wrong")
             group.close()
 
     def threads(self) -> None:
@@ -330,6 +336,8 @@ def episode(seed: int, folder: str, port: int, restarted: bool = False) -> Told:
                 chosen(program)
     except (SymmemError, KeyboardInterrupt, SkippedError) as caught:
         error, ended = caught, time.monotonic()
+        if rank == culprit and fault == "interrupt":
+            note()  # the step may have gone on for some time; from now on, the others wait in vain
     if fault in ("interrupt", "skip"):
         program.go_on()
     findings = program.findings
@@ -352,7 +360,7 @@ def episode(seed: int, folder: str, port: int, restarted: bool = False) -> Told:
         findings.append(f"an error without a cause: {error}\n{''.join(traceback.format_exception(error))}")
     if error is None and fault in ("kill", "restart", "exit") and at < steps - 20:
         findings.append("a death was not noticed in 20 steps")
-    seconds = ended - float(noted.read_text()) if error is not None and noted.exists() else 0.0
+    seconds = max(ended - float(noted.read_text()), 0.0) if error is not None and noted.exists() else 0.0
     named = isinstance(error, SymmemError) and (
         culprit in (getattr(error, "peers", None) or ()) or f"rank {culprit}" in str(error)
     )

@@ -11,7 +11,10 @@ from symmem.errors import MismatchError
 if TYPE_CHECKING:
     from symmem.backends.base import Collective, RankGroup
 
-__all__ = ["SAME_CALLS", "called_at", "check_equal", "compare", "compare_in_group", "differing", "exchange_json"]
+__all__ = [
+    *("SAME_CALLS", "called_at", "check_equal", "compare", "compare_in_group", "different_calls", "differing"),
+    "exchange_json",
+]
 
 SAME_CALLS = "all ranks of a group must make the same calls in the same order"
 """What errors about ranks at different places advise."""
@@ -100,9 +103,19 @@ def check_equal(
         raise MismatchError(f"{problem} {text}{called_at(lines)}", hint=hint, step=step, peers=peers)
 
 
-def called_at(lines: Sequence[str | None]) -> str:
-    """The end of an error: the lines of the program, and the ranks of every line; empty if none is known."""
-    return f"; called at {differing(lines)[0]}" if all(lines) and lines else ""
+def different_calls(calls: Sequence[str], lines: Sequence[str | None], called: str = "called") -> MismatchError:
+    """The error for operations that differ, from the description and the line of every rank's call."""
+    text, peers = differing(calls)
+    return MismatchError(
+        f"ranks are at different operations: {text}{called_at(lines, called)}",
+        hint=f"{SAME_CALLS}, with the same shapes and dtypes",
+        peers=peers,
+    )
+
+
+def called_at(lines: Sequence[str | None], called: str = "called") -> str:
+    """The end of an error: the lines of the program, and the ranks of every line; empty if one is unknown."""
+    return f"; {called} at {differing(lines)[0]}" if all(lines) and lines else ""
 
 
 def differing(values: Sequence[object]) -> tuple[str, tuple[int, ...]]:

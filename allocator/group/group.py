@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
@@ -96,6 +96,7 @@ class Group:
         name: str,
         process_group: ProcessGroup | None = None,
         aliases: Collection[str] = (),
+        job_ranks: Sequence[int] = (),
     ) -> None:
         try:
             if isinstance(rank, bool) or isinstance(size, bool):
@@ -114,8 +115,14 @@ class Group:
             )
         if not isinstance(name, str):
             raise GroupError(f"the name of a group is a str, not {name!r}")
+        own = os.environ.get("RANK")
+        if job_ranks and (len(job_ranks) != size or str(job_ranks[rank]) != own):
+            raise GroupError(
+                f"job_ranks names the variable RANK of all {size} ranks of the group, {own} for this rank {rank}, not "
+                f"{job_ranks!r}"
+            )
         self.name, self.rank, self.size = name, rank, size
-        self.made_from_store = process_group is None
+        self.made_from_store, self._job_ranks = process_group is None, tuple(job_ranks)
         # Weak, so that a destroyed process group and everything that refers to it can be collected.
         self._process_group = weakref.ref(process_group) if process_group is not None else lambda: None
         self.extensions: dict[type, Any] = {}
@@ -140,7 +147,9 @@ class Group:
 
     @classmethod
     @untraced
-    def from_store(cls, rank: int, size: int, store: Store, name: str = "default") -> Group:
+    def from_store(
+        cls, rank: int, size: int, store: Store, name: str = "default", *, job_ranks: Sequence[int] = ()
+    ) -> Group:
         """Make a group without ``torch.distributed`` process groups.
 
         Args:
@@ -148,11 +157,15 @@ class Group:
             size: Number of ranks.
             store: Any ``torch.distributed.Store`` that all ranks share: TCPStore, FileStore, HashStore.
             name: The same on all ranks, and different for groups of different ranks on one store.
+            job_ranks: The launcher's number (the variable RANK) of every rank of the group, if it is known. Then nobody
+                waits for a process that has ended, if another group of this process knows it. A group of all ranks of
+                the job needs no numbers.
 
         Raises:
-            GroupError: The rank is not in range(size), the size is more than 2**20, or an argument has a wrong type.
+            GroupError: The rank is not in range(size), the size is more than 2**20, an argument has a wrong type, or
+                ``job_ranks`` does not fit size and rank.
         """
-        return cls(store, rank, size, name)
+        return cls(store, rank, size, name, job_ranks=job_ranks)
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -371,8 +384,10 @@ def _world_ranks(group: Group) -> tuple[tuple[int, int], tuple[int, ...]] | None
             return None
         ranks = dist.get_process_group_ranks(process_group)
         return (dist.get_world_size(), dist.get_rank()), tuple(ranks)
-    own = os.environ.get("WORLD_SIZE"), os.environ.get("RANK")  # as launchers set them
-    if own != (str(group.size), str(group.rank)):
+    size, rank = os.environ.get("WORLD_SIZE"), os.environ.get("RANK")  # as launchers set them
+    if group._job_ranks and size is not None and rank is not None:
+        return (int(size), int(rank)), group._job_ranks
+    if (size, rank) != (str(group.size), str(group.rank)):
         return None
     return (group.size, group.rank), tuple(range(group.size))
 

@@ -83,7 +83,6 @@ typedef struct Calls {
   int32_t ordinal;
   void *context;                    // the CUDA context of its launches
   const volatile uint32_t *status, *given_up;  // not 0 after a kernel has failed, or has given up
-  unsigned long long launches;                 // how many there were
   Entry *entries[SLOTS];
 } Calls;
 
@@ -359,7 +358,6 @@ static int launch(Calls *calls, const Entry *entry, const void *source, const vo
   code = torch.launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, pointers, NULL);
   Py_END_ALLOW_THREADS
   if (code) return 0;
-  ++calls->launches;
   return 1;
 }
 
@@ -454,7 +452,6 @@ static PyMethodDef calls_methods[] = {
 };
 
 static PyMemberDef calls_members[] = {
-    {"launches", T_ULONGLONG, offsetof(Calls, launches), READONLY, "How many calls were repeated."},
     {NULL},
 };
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -195,7 +196,7 @@ def test_costs_are_of_what_is_placed(pool: RankPool) -> None:
     for found in pool.run(few_calls):
         kinds = ("placed", "input", "copy", "input_beside_copy", "symmetric")
         assert list(found) == [(kind, count) for count in (1, 2) for kind in kinds]
-        assert all(found["copy", count] > 0 for count in (1, 2))
+        assert all(map(math.isfinite, found.values()))  # a difference of two times may be negative
 
 
 def few_calls() -> dict[tuple[str, int], float]:

@@ -17,7 +17,7 @@ from thread_ranks import make_groups, meet, run_ranks
 
 import symmem.group.group
 import symmem.group.presence
-from symmem.errors import ConfigError, PeerLostError, PeerTimeoutError
+from symmem.errors import ConfigError, GroupError, PeerLostError, PeerTimeoutError
 from symmem.group.group import Group
 from symmem.group.presence import Presence, RankProcess
 from symmem.group.transports import NotComingError
@@ -136,6 +136,34 @@ def test_a_death_that_another_group_knows_counts(
     monkeypatch.setenv("RANK", "1")
     result = run_ranks(1, lambda _: meet(Group.from_store(0, 2, store, "e"), timeout=1.0), timeout=60)[0]
     assert isinstance(result, PeerTimeoutError)
+
+
+def test_a_subgroup_may_name_its_ranks_of_the_job(
+    store: dist.FileStore, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its missing rank 1 is rank 2 of the job, which has ended as the group of all ranks knows."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    meets = "group = symmem.Group.from_store({}, 3, store, 'a')\nwith group.collective('meet'): pass"
+    _alive, process = (start(meets.format(rank)) for rank in (1, 2))
+    everyone = Group.from_store(0, 3, store, "a")
+    run_ranks(1, lambda _: meet(everyone, timeout=120), timeout=150)
+    process.kill()
+    process.wait()
+    error, seconds = waits(Group.from_store(0, 2, store, "b", job_ranks=[0, 2]))
+    assert isinstance(error, PeerLostError)
+    assert error.peers == (1,)
+    assert seconds < SOON
+    other = Group.from_store(0, 2, store, "c", job_ranks=[0, 1])
+    result = run_ranks(1, lambda _: meet(other, timeout=2.0), timeout=60)[0]
+    assert isinstance(result, PeerTimeoutError)  # its missing rank lives
+
+
+@pytest.mark.parametrize("ranks", [[0], [1, 2], [0, 1, 2]])
+def test_ranks_of_the_job_must_fit(ranks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(GroupError, match="job_ranks names the variable RANK of all 2 ranks of the group, 0 for this"):
+        Group.from_store(0, 2, dist.HashStore(), "a", job_ranks=ranks)
 
 
 def test_an_id_that_another_process_reuses_is_no_sign_of_life(start: Start) -> None:

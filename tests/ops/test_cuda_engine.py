@@ -36,6 +36,7 @@ from symmem.errors import (
     PeerLostError,
     PeerTimeoutError,
     RendezvousError,
+    SymmemError,
     UnsupportedError,
 )
 from symmem.group.group import Group
@@ -43,7 +44,16 @@ from symmem.ops import functions as ops
 from symmem.ops.engines import cuda
 from symmem.ops.engines.base import Engines
 from symmem.ops.engines.checked import CheckedEngine
-from symmem.ops.engines.collective_kernels import END, KERNELS, OPERATORS, SOURCE, STEPS, TYPES, WorkspaceLayout
+from symmem.ops.engines.collective_kernels import (
+    COMPARING,
+    END,
+    KERNELS,
+    OPERATORS,
+    SOURCE,
+    STEPS,
+    TYPES,
+    WorkspaceLayout,
+)
 from symmem.ops.engines.cuda import Chunk, CudaEngine, call_type, chunks
 from symmem.ops.engines.cuda_tuning import BLOCKS, OPERATIONS, Choice, Row, Table, built_in, grid
 from symmem.ops.engines.select import engine_for
@@ -126,7 +136,7 @@ def test_the_arguments_are_those_of_the_source() -> None:
     declared = [line.split("//")[0].strip(" ;\n").split(" ", 1)[1] for line in text.splitlines()[1:] if ";" in line]
     names = [name.strip(" *").split("[")[0] for line in declared for name in line.replace("u8 *", "").split(",")]
     assert names == [name for name, _kind in call_type(3)._fields_]  # type: ignore[misc]
-    assert ctypes.sizeof(call_type(8)) == 2 * 8 * 8 + 9 * 8 + 6 * 4
+    assert ctypes.sizeof(call_type(8)) == 2 * 8 * 8 + 8 * 8 + 8 * 4
     assert ctypes.sizeof(call_type(64)) <= 4096
 
 
@@ -407,7 +417,7 @@ def in_symmetric_memory(ranks: Ranks, rooms: list[torch.Tensor], monkeypatch: py
 
     def find(rank: int, address: int, nbytes: int) -> Any:
         offset = address - rooms[rank].data_ptr()
-        return cuda._SymmetricOut(tuple(room.data_ptr() + offset for room in rooms), offset, weakref.ref(block))  # type: ignore[arg-type]
+        return cuda._SymmetricOut(tuple(room.data_ptr() + offset for room in rooms), str(offset), weakref.ref(block))  # type: ignore[arg-type]
 
     for rank, engine in enumerate(ranks.engines):
         monkeypatch.setattr(engine, "_find_memory", functools.partial(find, rank))
@@ -420,7 +430,7 @@ def test_addresses_are_kept_as_long_as_the_block(way: str, ranks: Ranks, monkeyp
     blocks = [StubBlock()]
 
     def find(address: int, nbytes: int) -> Any:
-        found.append(cuda._SymmetricOut((len(found),) * WORLD, 0, weakref.ref(blocks[-1])))  # type: ignore[arg-type]
+        found.append(cuda._SymmetricOut((len(found),) * WORLD, "", weakref.ref(blocks[-1])))  # type: ignore[arg-type]
         return found[-1]
 
     monkeypatch.setattr(engine, "_find_memory", find)
@@ -440,11 +450,11 @@ def test_which_memory_is_that_of_all_ranks(driver: EmulatedDriver) -> None:
     def allocate(**options: Any) -> SymmetricTensor:
         return SymmetricTensor.allocate((4096,), torch.uint8, group=group, backend="host", **options)
 
-    def mark(tensor: torch.Tensor) -> int:
+    def place(tensor: torch.Tensor) -> str:
         found = engine._find_memory(tensor.data_ptr(), tensor.nbytes)
         assert found is not None
         assert found.outs == (tensor.data_ptr(),)
-        return found.mark
+        return found.place
 
     apart = [allocate(arena=False) for _ in range(2)]  # both begin at the start of their allocations
     assert engine._memory(apart[0].tensor) is None  # not rendezvoused
@@ -452,9 +462,9 @@ def test_which_memory_is_that_of_all_ranks(driver: EmulatedDriver) -> None:
         each.rendezvous(group)
     from_arena = allocate()
     tensors = [each.tensor for each in (*apart, from_arena)]
-    places = [part for each in tensors for part in (each, each[:2048], each[2048:])]
-    assert len({mark(part) for part in places}) == len(places)
-    assert mark(tensors[0]) == mark(tensors[0].view(64, 64))
+    places = [part for each in tensors for part in (each, each[2048:])]
+    assert len({place(part) for part in places}) == len(places)
+    assert place(tensors[0]) == place(tensors[0].view(64, 64))
     assert engine._memory(tensors[0][8:]) is None
     assert engine._find_memory(from_arena.tensor.data_ptr(), 4097) is None
     # In torch's allocator, the addresses of tensors depend on when the garbage collector runs.
@@ -543,33 +553,123 @@ def test_a_size_may_go_to_one_place_and_then_to_another(ranks: Ranks, monkeypatc
             assert place is outs or all(map(torch.equal, place, were)), turn
 
 
-def test_other_offsets_are_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks.use(move=(Row(WORLD, None, "put", 8, 1), Row(WORLD, None, "pull", 8, 1)))
-    rooms = [memory(1 << 12) for _ in range(WORLD)]
-    in_symmetric_memory(ranks, rooms, monkeypatch)
-    tensors = [room.view(torch.float32)[4 * (rank == 1) :][:100] for rank, room in enumerate(rooms)]
-    errors = ranks.run(lambda e, rank: e.broadcast(tensors[rank], tensors[rank], 0))
-    assert any(errors)
-    with pytest.raises(MismatchError, match="other memory") as caught:
-        ranks.engines[0].check()
-    assert caught.value.step == "broadcast"
+class DifferentCalls:
+    """Runs operations that differ by rank on :class:`Job`, and the next one, which works again after an error."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.job = Job(monkeypatch)
+        self.job.wait_for(LONG)
+
+    def run(self, operation: Callable[[Group, int], torch.Tensor], root: int | None = None) -> list[SymmemError]:
+        """The error of every rank. The results before it are not finite; the operations after it are right."""
+        job = self.job
+
+        def work(rank: int) -> list[SymmemError]:
+            result = operation(job.groups[rank], rank)
+            assert torch.isnan(result.float()).any() or (result == -1).any() or rank == root
+            with pytest.raises(MismatchError, match="ranks are at different operations: ") as caught:
+                job.reduce(rank, 2.0)
+            assert [job.reduce(rank, value) for value in (3.0, 4.0)] == [9, 12]
+            job.groups[rank].check()
+            return [caught.value]
+
+        return [error for (error,) in succeed(WORLD, work)]
 
 
-@pytest.mark.parametrize("plain", [{1}, {0, 2}])
-def test_results_outside_of_symmetric_memory_are_named(
-    plain: set[int], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+def reduce_of(count: int, kind: str = "sum", dtype: torch.dtype = torch.float32) -> Callable[[Group], torch.Tensor]:
+    return lambda group: ops.all_reduce(torch.ones(count, dtype=dtype), group, kind)
+
+
+def gather_of(count: int, dtype: torch.dtype = torch.int32) -> Callable[[Group], torch.Tensor]:
+    return lambda group: ops.all_gather(torch.ones(count, dtype=dtype), group)
+
+
+@pytest.mark.parametrize(
+    ("usual", "odd", "named"),
+    [
+        (reduce_of(8), reduce_of(16), "all_reduce(sum) of 8 torch.float32 on ranks 0, 2, all_reduce(sum) of 16"),
+        (reduce_of(3000), reduce_of(8), "all_reduce(sum) of 3000 torch.float32 on ranks 0, 2, all_reduce(sum) of 8"),
+        (reduce_of(8), reduce_of(8, "avg"), "all_reduce(sum) of 8 torch.float32 on ranks 0, 2, all_reduce(avg) of 8"),
+        (gather_of(8), gather_of(4, torch.int64), "all_gather of 8 torch.int32 on ranks 0, 2, all_gather of 4 torch.i"),
+        (reduce_of(8), gather_of(8), "all_reduce(sum) of 8 torch.float32 on ranks 0, 2, all_gather of 8 torch.int32"),
+        (gather_of(3000), reduce_of(8), "all_gather of 3000 torch.int32 on ranks 0, 2, all_reduce(sum) of 8"),
+        (
+            gather_of(8),
+            lambda group: ops.broadcast(torch.ones(8, dtype=torch.int32), group, 1),
+            "all_gather of 8 torch.int32 on ranks 0, 2, broadcast(root 1) of 8 torch.int32",
+        ),
+    ],
+)
+@pytest.mark.parametrize("move", ["exchange", "pull"])
+def test_calls_that_differ_are_named_on_all_ranks(
+    usual: Any, odd: Any, named: str, move: str, kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranks.use(move=(Row(WORLD, None, "put", 8, 1), Row(WORLD, None, "pull", 8, 1)))
+    different = DifferentCalls(monkeypatch)
+    row = Row(WORLD, None, "one_shot", 8, 2)
+    different.job.ranks.use(
+        all_reduce=(row._replace(nbytes=100), row._replace(kernel="two_shot")), move=(row._replace(kernel=move),)
+    )
+    assert succeed(WORLD, lambda rank: different.job.reduce(rank, 1.0)) == [3] * WORLD
+
+    def operation(group: Group, rank: int) -> torch.Tensor:
+        if rank == 1:
+            return odd(group)
+        return usual(group)
+
+    errors = different.run(operation, root=1 if "broadcast" in named else None)  # it has its own result
+    assert {error.what for error in errors} == {errors[0].what}
+    assert f"ranks are at different operations: {named}" in errors[0].what
+    assert f"first called at {__file__}:" in errors[0].what
+    assert errors[0].peers == (1,)
+
+
+def test_a_rank_that_leaves_out_a_call_is_told_at_the_next_one(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 makes its second call while the others make the first one."""
+    job = Job(monkeypatch)
+    assert succeed(WORLD, lambda rank: job.reduce(rank, 1.0)) == [3] * WORLD
+
+    def work(rank: int) -> list[str]:
+        seen = []
+        for call in (*[gather_of(8)] * (rank != 1), *[reduce_of(8)] * (3 + (rank == 1))):
+            try:
+                result = call(job.groups[rank]).float()
+                seen.append("unfinished" if torch.isnan(result).any() or (result == -1).any() else "right")
+            except MismatchError as error:
+                text = "all_gather of 8 torch.int32 on ranks 0, 2, all_reduce(sum) of 8 torch.float32 on rank 1"
+                seen.append("named" if text in str(error) else str(error))
+        return seen
+
+    assert succeed(WORLD, work) == [["unfinished", "named", "right", "right"]] * WORLD
+
+
+@pytest.mark.parametrize("place", ["other offset", "one outside", "two outside"])
+@pytest.mark.parametrize("operation", ["broadcast", "all_gather"])
+def test_results_at_other_places_are_named(
+    operation: str, place: str, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody stores to a peer before all have compared."""
+    different = DifferentCalls(monkeypatch)
+    ranks = different.job.ranks
+    ranks.use(move=(Row(WORLD, None, "put", 8, 2), Row(WORLD, None, "pull", 8, 2)))
     rooms = [memory(1 << 12) for _ in range(WORLD)]
     in_symmetric_memory(ranks, rooms, monkeypatch)
-    for rank in plain:
+    for rank in {"one outside": {1}, "two outside": {0, 2}}.get(place, set()):
         monkeypatch.setattr(ranks.engines[rank], "_find_memory", lambda address, nbytes: None)
-    outs = [room.view(torch.float32)[4:16].view(WORLD, 4) for room in rooms]
-    errors = ranks.run(lambda e, rank: e.all_gather(torch.ones(4), outs[rank]))
-    assert all(errors)
-    with pytest.raises(MismatchError, match="other memory") as caught:
-        ranks.engines[0].check()
-    assert caught.value.step == "all_gather"
+    start = [4 * (place == "other offset" and rank == 1) for rank in range(WORLD)]
+    outs = [room.view(torch.float32)[at:][:12].view(WORLD, 4) for room, at in zip(rooms, start, strict=True)]
+
+    def call(group: Group, rank: int) -> torch.Tensor:
+        source = torch.full((WORLD, 4) if operation == "broadcast" else (4,), 7.0)
+        getattr(ops, operation)(source, group, *[0] * (operation == "broadcast"), out=outs[rank])
+        return outs[rank]
+
+    for error in different.run(call, root=0 if operation == "broadcast" else None):
+        assert error.peers == (1,)
+        assert f"{operation} of " in error.what
+        assert "into byte 0 on rank" in error.what
+    for room, at in zip(rooms, start, strict=True):  # nobody stored beside the results
+        assert not room.view(torch.float32)[:at].any()
+        assert not room.view(torch.float32)[at + 12 :].any()
 
 
 @pytest.mark.parametrize(
@@ -1052,7 +1152,7 @@ def test_arguments_are_laid_out_once(alone: CudaEngine, driver: EmulatedDriver) 
     assert (launch.call.bytes, launch.call.rank, launch.call.limit) == (4000, 1, 20_000_000_000)
     alone.all_reduce(y, y, "sum")
     assert (launch.call.source, launch.call.out) == (y.data_ptr(), y.data_ptr())
-    assert driver.launched == [("one_shot", 2, 128)] * 2
+    assert driver.launched == [("one_shot", 2, 128 + COMPARING)] * 2
     assert len(alone._plans) == 1
 
 
@@ -1105,7 +1205,7 @@ def test_a_graph_keeps_what_its_kernels_store_to(alone: CudaEngine, monkeypatch:
     kept: list[object] = []
     monkeypatch.setattr("symmem.memory.cuda_graphs.keep", kept.append)
     block, out = StubBlock(), torch.zeros(8, 1 << 18)
-    memory = cuda._SymmetricOut((0,) * 8, 0, weakref.ref(block))  # type: ignore[arg-type]
+    memory = cuda._SymmetricOut((0,) * 8, "", weakref.ref(block))  # type: ignore[arg-type]
     monkeypatch.setattr(alone, "_find_memory", lambda address, nbytes: memory if address == out.data_ptr() else None)
     alone._workspace = SimpleNamespace(_block="workspace")  # type: ignore[assignment]
     alone.all_gather(out[0].clone(), out)
@@ -1245,6 +1345,9 @@ def test_tuning_runs_each_row_and_nothing_else(
 
     assert ranks.run(work) == [None] * WORLD
     assert found == [[7.0] * len(rows)] * WORLD
-    wanted = [(list(KERNELS["move" if operation == "move" else "reduce"]).index(row.kernel), 1, 64) for row in rows]
+    wanted = [
+        (list(KERNELS["move" if operation == "move" else "reduce"]).index(row.kernel), 1, 64 + COMPARING)
+        for row in rows
+    ]
     assert sorted(driver.launched) == sorted(wanted * WORLD)
     assert [engine.table for engine in ranks.engines] == tables

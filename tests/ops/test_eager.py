@@ -599,11 +599,12 @@ def test_a_call_without_memory_for_its_result_is_refused(group: Any, gpu: Gpu, m
     engine = group.extension(Engines)[CPU]
     for _ in range(3):
         ops.all_reduce(torch.ones(4), group)
-    assert (engine.calls.launches, engine._calls(), engine.gave_up) == (2, 3, False)
+    assert not engine.gave_up
     is_full = True
     with pytest.raises(torch.OutOfMemoryError):
         ops.all_reduce(torch.ones(4), group)
-    assert (engine.calls.launches, engine._calls(), engine.gave_up) == (2, 4, True)
+    assert engine._calls_before == 1
+    assert engine.gave_up
 
 
 def test_a_group_stays_while_it_is_used(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

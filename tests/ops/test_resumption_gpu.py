@@ -14,7 +14,14 @@ from patience import LONG, SETTINGS, SOON, TASK
 
 import symmem
 from symmem import ops
-from symmem.errors import InvalidArgumentError, PeerTimeoutError, RendezvousError, SymmemError, UnsupportedError
+from symmem.errors import (
+    InvalidArgumentError,
+    MismatchError,
+    PeerTimeoutError,
+    RendezvousError,
+    SymmemError,
+    UnsupportedError,
+)
 from symmem.ops.engines.base import Engines
 from symmem.tools.commands.doctor import examine
 from symmem.tools.ranks import RankPool, rank_store
@@ -195,3 +202,89 @@ def is_late(operation: str, count: int) -> None:
 @pytest.mark.parametrize("operation", ["all_reduce", "all_gather"])
 def test_operations_work_again_after_a_timeout(operation: str, count: int, pool: RankPool) -> None:
     pool.run(is_late, operation, count, timeout=LONG)
+
+
+def reduce_of(count: int, kind: str = "sum", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return ops.all_reduce(torch.ones(count, dtype=dtype, device="cuda"), reduction=kind)
+
+
+def gather_of(count: int) -> torch.Tensor:
+    return ops.all_gather(torch.ones(count, device="cuda"))
+
+
+def gather_into(symmetric: bool) -> torch.Tensor:
+    """The result is in symmetric memory or elsewhere."""
+    st = symmem.allocate((WORLD, 1 << 20), torch.float32).rendezvous()
+    out = st.tensor if symmetric else torch.empty_like(st.tensor)
+    return ops.all_gather(torch.ones(1 << 20, device="cuda"), out=out)
+
+
+Call = tuple[Callable[..., torch.Tensor], tuple[Any, ...]]
+
+DIFFERENT: dict[str, tuple[Call, Call]] = {
+    "sizes": ((reduce_of, (8,)), (reduce_of, (16,))),
+    "large sizes": ((reduce_of, (1 << 22,)), (reduce_of, (1 << 21,))),
+    "reductions": ((reduce_of, (8,)), (reduce_of, (8, "max"))),
+    "reductions of many": ((reduce_of, (1 << 22,)), (reduce_of, (1 << 22, "max"))),
+    "dtypes": ((reduce_of, (8, "sum", torch.float16)), (reduce_of, (8, "sum", torch.bfloat16))),
+    "operations": ((reduce_of, (8,)), (gather_of, (8,))),
+    "large operations": ((reduce_of, (1 << 20,)), (gather_of, (1 << 20,))),
+    "places": ((gather_into, (True,)), (gather_into, (False,))),
+}
+
+
+def differs(name: str) -> None:
+    rank, group = rank_and_group()
+    for _ in range(3):
+        assert reduce(1.0) == 2
+    function, arguments = DIFFERENT[name][rank == ABSENT]
+    for _ in range(2):
+        began = time.monotonic()
+        result = function(*arguments)
+        torch.cuda.synchronize()
+        assert time.monotonic() - began < SOON
+        assert torch.isnan(result).any()
+        with pytest.raises(
+            MismatchError, match=r"ranks are at different operations: .* on rank 0, .* on rank 1"
+        ) as caught:
+            reduce(5.0)
+        assert __file__ in str(caught.value)
+        for value in (7.0, 8.0):
+            assert reduce(value) == 2 * value
+        group.check()
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_calls_that_differ_are_named_on_all_ranks(name: str, pool: RankPool) -> None:
+    pool.run(differs, name, timeout=LONG)
+
+
+def replays_another_call() -> None:
+    """Rank 0 replays a sum, and rank 1 asks for a maximum; before, both made the same calls in different ways."""
+    rank, group = rank_and_group()
+    x, out = torch.ones(1000, device="cuda"), torch.zeros(1000, device="cuda")
+    ops.all_reduce(x, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.all_reduce(x, out=out)
+
+    def call(reduction: str = "sum") -> float:
+        if rank == ABSENT:
+            ops.all_reduce(x, reduction=reduction, out=out)
+        else:
+            graph.replay()
+        torch.cuda.synchronize()
+        return out[0].item()
+
+    for _ in range(10):
+        assert call() == 2
+    assert math.isnan(call("max"))
+    with pytest.raises(MismatchError, match=r"all_reduce\(sum\) of 1000 .* on rank 0, all_reduce\(max\) of 1000 .* on"):
+        reduce(1.0)
+    for _ in range(10):
+        assert call() == 2
+    group.check()
+
+
+def test_a_replay_is_compared_with_the_calls_of_other_ranks(pool: RankPool) -> None:
+    pool.run(replays_another_call, timeout=LONG)

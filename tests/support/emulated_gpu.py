@@ -64,6 +64,10 @@ static void __syncthreads() { all_of_block->wait(true); }
 static int __syncthreads_and(int predicate) { return all_of_block->wait(predicate); }
 static void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 static unsigned atomicAdd(unsigned *word, unsigned value) { return __atomic_fetch_add(word, value, __ATOMIC_RELAXED); }
+static unsigned atomicCAS(unsigned *word, unsigned expected, unsigned value) {
+  __atomic_compare_exchange_n(word, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
+}
 static int __ffsll(long long word) { return __builtin_ffsll(word); }
 static float __uint_as_float(unsigned word) { float value; memcpy(&value, &word, 4); return value; }
 static unsigned __float_as_uint(float value) { unsigned word; memcpy(&word, &value, 4); return word; }
@@ -76,7 +80,7 @@ thread_local std::jmp_buf out_of_kernel;
 
 # Replacements for the bodies of these functions.
 _REPLACED = {
-    "load_relaxed": "return __atomic_load_n(word, __ATOMIC_RELAXED);",
+    "load_relaxed": "sched_yield(); if (stopped) leave(); return __atomic_load_n(word, __ATOMIC_RELAXED);",
     "load_acquire": "sched_yield(); if (stopped) leave(); return __atomic_load_n(word, __ATOMIC_ACQUIRE);",
     "store_relaxed": "__atomic_store_n(word, value, __ATOMIC_RELAXED);",
     "fence": "__atomic_thread_fence(__ATOMIC_SEQ_CST);",

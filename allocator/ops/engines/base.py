@@ -6,10 +6,16 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["REDUCTIONS", "Engine", "Engines"]
+__all__ = ["REDUCTIONS", "Engine", "Engines", "describe"]
 
 REDUCTIONS = ("sum", "avg", "min", "max")
 """The reductions. Sums of float16, bfloat16 and float8 are computed in float32."""
+
+
+def describe(operation: str, option: str | int, elements: int, dtype: torch.dtype, piece: int) -> str:
+    """The text for a call in errors. The option is the reduction or the root; a large call has several pieces."""
+    options = f"({option})" if isinstance(option, str) else f"(root {option})" if option else ""
+    return f"{operation}{options} of {elements} {dtype}" + (f", piece {piece}" if piece else "")
 
 
 class Engine(Protocol):

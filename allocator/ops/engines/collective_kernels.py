@@ -2,11 +2,12 @@
 
 Every rank has a workspace. All other ranks can load from it and store to it::
 
-    control    turn         uint64: how many operations the owner has finished. Counts all of one engine, from 0.
+    control    turn         uint64: how many kernels the owner has finished, plus 2**32 for every call, also from graphs
                end          uint32: 2 * turn + 1, modulo 2**32, if the owner's kernels give up from this turn on; else 0
                cause        uint32: why, from the rank that set it; see :data:`symmem.backends.signal_kernels.GROUPS`
+               call         uint32: the signature of the owner's first call that gave up, or 0
                ticket       uint32: how many blocks of the running kernel have read the turn
-               marks        [2 parities, source]: identifies the memory that `source` passes; 0 in `pull`
+               marks        uint64 [2 parities, source]: {signature of the call of `source`, the turn + 1 (32 bits)}
                flags        uint64 [2 parities, 2 phases, block, source]: the turn in which this block of `source` came
     landing    [2 parities, source, SLOT bytes]: data that `source` pushed to the owner; at rest, all bytes are 255
     stage      [2 parities, STAGE bytes]: data that the owner publishes for others to pull
@@ -25,11 +26,16 @@ TensorRT-LLM and of NCCL's LL.)
   2 x bytes. A thread sends its next unit before it waits for the previous one, so the links stay busy.
 * `reduce_scatter`: the first half of `two_shot`. `exchange`: slices of plain bytes, for all other operations.
 
+**Comparing.** A call has a signature: a hash of all that must be equal on all ranks. At its start a rank stores it to
+all others. While the threads of a block wait for data, its last warp waits for the signatures of all ranks. If one
+differs, all ranks give up. No block ends before it has compared, and `put` stores nothing before, so a result of calls
+that differ looks wrong on all ranks. This adds a store per peer, and no trip.
+
 **Why the landing zone can be reused.** The parity alternates with the turn. In every operation, every rank waits for
-data that depends on all other ranks having begun this operation. So a rank in turn t + 2 knows that all ranks have
-begun turn t + 1. Hence they have ended the kernel of turn t, and this kernel had read and reset the words that the rank
-now overwrites. In its stores, no rank is ever more than one turn ahead of another. The kernels count the turn on the
-device, so a CUDA graph can be replayed and mixed with eager operations.
+the signatures of all others, so for all of them to begin this operation. So a rank in turn t + 2 knows that all ranks
+have begun turn t + 1. Hence they have ended the kernel of turn t, and this kernel had read and reset the words that the
+rank now overwrites. In its stores, no rank is ever more than one turn ahead of another. The kernels count the turn on
+the device, so a CUDA graph can be replayed and mixed with eager operations.
 
 **Meeting, for large sizes.** After a fence, block b of a rank stores the turn into a flag of block b on all peers, and
 waits for their flags. A block never waits for other blocks of its GPU. Flags have 64 bits, so they never wrap around.
@@ -42,16 +48,16 @@ result is rounded before it is passed on.
 
 **In place.** A thread reads all it needs of the elements that it overwrites before it overwrites them.
 
-**Giving up.** A kernel gives up if a rank is lost, if a peer does not come within the time limit, or if a rank refuses
-the call and therefore launches no kernel. It returns. Sums that it could not finish are NaNs; of elements that it only
-moves, all bits are 1. It writes a record to host memory. The word `end` keeps that: later kernels of this rank give up
-at their start. They store nothing to peers, which may be several turns behind, and do not advance the turn. A thread
-that has waited for the time limit sets the `end` of all ranks. A rank that refuses a call does so when its earlier
-kernels are done; the peers still finish those. If a rank is lost, every other rank sets its own `end`. The host resets
-the workspaces when the kernels of all ranks have returned; see :mod:`.cuda`.
+**Giving up.** A kernel gives up if a rank is lost, if a peer does not come within the time limit, if a peer makes
+another call, or if a rank refuses the call and therefore launches no kernel. It returns. In the results of a block that
+gave up, sums are NaNs; of elements that are only moved from other ranks, all bits are 1. It writes a record to host
+memory. The word `end` keeps that: later kernels of this rank give up at their start. They store nothing to peers, which
+may be several turns behind, and do not advance the turn. A thread that has waited for the time limit, or that finds
+another signature, sets the `end` of all ranks. A rank that refuses a call does so when its earlier kernels are done;
+the peers still finish those. If a rank is lost, every other rank sets its own `end`. The host resets the workspaces
+when the kernels of all ranks have returned; see :mod:`.cuda`.
 
-A kernel traps only if a rank passes other memory to `put`: peers may have stored to wrong places by then. During a long
-wait a thread publishes that it waits, as in :mod:`symmem.backends.signal_kernels`.
+During a long wait a thread publishes that it waits, as in :mod:`symmem.backends.signal_kernels`.
 
 An engine runs its operations one after the other: from one stream, or from several that events order. Blocks wait only
 for the block of the same number on other ranks, so kernels cannot block one another by occupying the GPU.
@@ -63,9 +69,12 @@ from typing import NamedTuple
 
 import torch
 
-from symmem.backends.signal_kernels import LATE, lateness, memory_access
+from symmem.backends.signal_kernels import DIFFERS, LATE, lateness, memory_access
 
-__all__ = ["CAUSE", "END", "KERNELS", "OPERATORS", "SOURCE", "STEPS", "TYPES", "WorkspaceLayout"]
+__all__ = [
+    *("CALL", "CAUSE", "COMPARING", "END", "KERNELS", "OPERATORS", "SOURCE", "STEPS", "THREADS"),
+    *("TYPES", "WorkspaceLayout"),
+]
 
 STEPS = {16: "all_reduce", 17: "all_gather", 18: "reduce_scatter", 19: "all_to_all", 20: "broadcast"}
 """Numbers of the operations in a kernel's status. Smaller numbers belong to the signals."""
@@ -89,8 +98,12 @@ KERNELS = {
 }
 """The kernels of the two modules. `reduce` is compiled per dtype and reduction; `move` copies plain bytes."""
 
-END, CAUSE = 8, 16
+END, CAUSE, CALL = 8, 16, 20
 """Offsets of these words of the control area."""
+
+THREADS, COMPARING = 512, 32
+"""Most threads of a block, and those of every block that compare calls; they come last. The others move data. Blocks of
+`move` may have THREADS besides; blocks of `reduce` may not, because their registers decide how many run together."""
 
 _MARKS = 128  # offset of the marks; before them are the turn and, in a separate cache line, the ticket
 
@@ -142,6 +155,9 @@ class WorkspaceLayout(NamedTuple):
             "BLOCKS": self.blocks,
             "END": END,
             "CAUSE": CAUSE,
+            "CALL": CALL,
+            "THREADS": THREADS,
+            "COMPARING": COMPARING,
             "MARKS": _MARKS,
             "FLAGS": self.flags,
             "LANDING": self.landing,
@@ -168,20 +184,20 @@ struct Call {
   u64 slice;            // size of a rank's part
   u64 stride;           // distance between two ranks' parts in the source
   u64 out_stride;       // the same in the result
-  u64 mark;             // `put`: must be equal on all ranks, and not 0
   u64 limit;            // nanoseconds
   u32 *status;          // host memory: {step, reason, peer, group} of the failed thread; then the long waits
   u32 step, rank, group, root;
-  u32 nap, unused;      // nanoseconds to sleep between two polls
+  u32 nap;              // nanoseconds to sleep between two polls
+  u32 signature;        // must be equal on all ranks; not 0
+  u32 counts;           // 1 in the last kernel of a call; else 0
+  u32 unused;
 };
-
-enum Detail { WAITS = 0, DIFFERS = 1 };
 
 const u32 NO_ROOT = 0xffffffffu;
 const u64 ONES = ~0ull;
 
 """
-    + f"const u32 LATE = {LATE};"
+    + f"const u32 LATE = {LATE}, DIFFERS = {DIFFERS};"
     + r"""
 
 struct Unit { u64 a, b; };
@@ -268,7 +284,7 @@ __device__ __forceinline__ void save(u8 *at, Unit unit, u64 left) {
 
 // Waiting.
 """
-    + lateness("call->step", "what", "return false;")
+    + lateness("call->step", "0", "return false;")
     + r"""
 __device__ __forceinline__ u32 lane() {
   u32 number;
@@ -303,7 +319,7 @@ const u32 PATIENCE = 16 * SPINS;  // loads before a thread looks whether a peer 
 
 // A waiting thread calls this after every SPINS loads. Returns whether it must wait on.
 __device__ __forceinline__ bool stays(const Call &call, u64 turn, u32 peer, u32 spins, u64 &began) {
-  return waits_on(&call, WAITS, peer, spins, began) && (spins < PATIENCE || !is_over(turn, load_end(call)));
+  return waits_on(&call, 0, peer, spins, began) && (spins < PATIENCE || !is_over(turn, load_end(call)));
 }
 
 // End a rank from this turn on.
@@ -313,19 +329,22 @@ __device__ __forceinline__ void end_rank(const Call &call, u32 rank, u64 turn, u
   *word(call, rank, END) = end_at(turn);
 }
 
-// Record that a thread has given up its wait for a peer. If the time was up, the first thread ends all ranks.
-__device__ __forceinline__ void give_up(const Call &call, u64 turn, u32 peer, u64 began) {
+// Record that a thread gives up because of a peer: it is late, or makes another call, or, if the cause is 0, a rank is
+// lost. All ranks notice a loss; else the first thread ends them.
+__device__ __noinline__ void give_up(const Call &call, u64 turn, u32 peer, u32 why) {
   if (!is_over(turn, load_end(call))) {
-    const bool is_late = began != GIVEN_UP;  // else a rank is lost, which all ranks notice
-    const u32 cause = is_late ? LATE << 16 | call.rank << 8 | peer : 0;
+    const u32 cause = why ? why << 16 | call.rank << 8 | peer : 0;
     end_rank(call, call.rank, turn, cause);
 #pragma unroll 1
-    for (u32 rank = 0; is_late && rank < WORLD; ++rank)
+    for (u32 rank = 0; why && rank < WORLD; ++rank)
       if (rank != call.rank) end_rank(call, rank, turn, cause);
   }
   fence();  // the cause was stored before the end
-  leave_word(record_of(&call) + 4, call.step, WAITS, peer, *word(call, call.rank, CAUSE));
+  atomicCAS((u32 *)(call.areas[call.rank] + CALL), 0u, call.signature);
+  leave_word(record_of(&call) + 4, call.step, 0, peer, *word(call, call.rank, CAUSE));
 }
+
+__device__ __forceinline__ u32 lateness_of(u64 began) { return began == GIVEN_UP ? 0 : LATE; }
 
 struct Start {
   u64 turn;
@@ -349,7 +368,7 @@ __device__ __forceinline__ u32 draw_ticket(const Call &call) {
 __device__ __forceinline__ void advance(const Call &call, u64 turn, u32 ticket, bool over) {
   if (threadIdx.x != 0 || ticket != gridDim.x - 1) return;
   *(volatile u32 *)(call.areas[call.rank] + 64) = 0;
-  if (!over) store_relaxed(turn_word(call), turn + 1);
+  store_relaxed(turn_word(call), turn + !over + (u64(call.counts) << 32));
 }
 
 __device__ __forceinline__ u64 *flag(const Call &call, u32 at, u64 turn, u32 phase, u32 source) {
@@ -360,24 +379,54 @@ __device__ __forceinline__ u64 *mark(const Call &call, u32 at, u64 turn, u32 sou
   return (u64 *)(call.areas[at] + MARKS) + turn % 2 * WORLD + source;
 }
 
-// Wait for the same block of all ranks. Stores that these blocks made before are visible afterwards. With `compare`,
-// stop if a rank passes another number. Returns false if this kernel gives up.
-__device__ __forceinline__ bool meet(
-    const Call &call, u64 turn, u32 phase, bool over, bool compare = false, u64 mine = 0) {
+#define WORKERS (blockDim.x - COMPARING)
+
+// Tell the others which call this rank makes. The threads that compare do it in one block.
+__device__ __forceinline__ void tell(const Call &call, u64 turn, u32 end) {
+  if (blockIdx.x != 0 || threadIdx.x < WORKERS || is_over(turn, end)) return;
+  for (u32 peer = threadIdx.x - WORKERS; peer < WORLD; peer += COMPARING)
+    if (peer != call.rank) store_relaxed(mark(call, peer, turn, call.rank), u64(call.signature) << 32 | u32(turn + 1));
+}
+
+// Wait until a thread that compares knows its peers' calls. Returns whether they equal this rank's.
+__device__ __forceinline__ bool is_same_call(const Call &call, u64 turn, bool over) {
+  for (u32 peer = threadIdx.x - WORKERS; peer < WORLD; peer += COMPARING) {
+    if (peer == call.rank) continue;
+    u64 began = 0, theirs = 0;
+    for (u32 spins = 1; !over; ++spins) {
+      theirs = load_relaxed(mark(call, call.rank, turn, peer));
+      if (u32(theirs) == u32(turn + 1)) break;
+      over = spins % SPINS == 0 && !stays(call, turn, peer, spins, began);
+    }
+    if (!over && u32(theirs >> 32) == call.signature) continue;
+    give_up(call, turn, peer, over ? lateness_of(began) : DIFFERS);
+    return false;
+  }
+  return true;
+}
+
+// Whether all threads of the block have what they need, and all ranks make the same call. Ends the work of a block.
+__device__ __forceinline__ bool is_sound(const Call &call, u64 turn, u32 end) {
+  const bool over = is_over(turn, end);
+  return __syncthreads_and(threadIdx.x < WORKERS ? !over : is_same_call(call, turn, over));
+}
+
+// Wait for the same block of all ranks. Stores that these blocks made before are visible afterwards. The first time,
+// compare the calls too. Returns false if this kernel gives up.
+__device__ __forceinline__ bool meet(const Call &call, u64 turn, u32 phase, bool over) {
   bool came = __syncthreads_and(!over);  // no flag for data that a thread has not stored
   const u32 peer = threadIdx.x;
-  if (peer < WORLD && peer != call.rank) {
+  if (threadIdx.x >= WORKERS) {
+    came = phase == 0 ? is_same_call(call, turn, !came) : came;
+  } else if (peer < WORLD && peer != call.rank) {
     if (came) {
-      if (compare) store_relaxed(mark(call, peer, turn, call.rank), mine);
       fence();
       store_relaxed(flag(call, peer, turn, phase, call.rank), turn + 1);
     }
     u64 began = 0;
     for (u32 spins = 1; came && load_acquire(flag(call, call.rank, turn, phase, peer)) != turn + 1; ++spins)
       if (spins % SPINS == 0) came = stays(call, turn, peer, spins, began);
-    if (!came) give_up(call, turn, peer, began);
-    if (came && compare && load_relaxed(mark(call, call.rank, turn, peer)) != mine)
-      stop(&call, DIFFERS, peer);
+    if (!came) give_up(call, turn, peer, lateness_of(began));
   }
   return __syncthreads_and(came);
 }
@@ -415,8 +464,8 @@ __device__ __forceinline__ u32 one_of(Ranks ranks) {
   return __ffsll(later ? later : ranks) - 1;
 }
 
-// Wait for a unit of every rank in `wanted`, then reset its place in the landing zone. If the kernel gives up, the unit
-// and the thread's later ones are over: all bits of what does not come are 1.
+// Wait for a unit of every rank in `wanted`, then reset its place in the landing zone. If the kernel gives up, this
+// unit and the thread's later ones are not valid.
 template <bool SPLIT>
 __device__ __forceinline__ void receive(
     const Call &call, u64 turn, const u8 *own, Ranks wanted, Unit (&got)[WORLD], u32 &end) {
@@ -436,11 +485,8 @@ __device__ __forceinline__ void receive(
     if (spins % SPINS == 0 && !stays(call, turn, one_of(missing), spins, began)) over = true;
   }
   if (missing != 0) {
-    give_up(call, turn, one_of(missing), began);
+    give_up(call, turn, one_of(missing), lateness_of(began));
     end = end_at(turn);
-#pragma unroll
-    for (u32 r = 0; r < WORLD; ++r)
-      if (missing & bit(r)) got[r] = {ONES, ONES};
   }
 #pragma unroll
   for (u32 r = 0; r < WORLD; ++r)
@@ -456,8 +502,11 @@ __device__ __forceinline__ void clear(Unit (&got)[WORLD]) {
   for (u32 r = 0; r < WORLD; ++r) got[r] = {ONES, ONES};
 }
 
-#define FIRST (blockIdx.x * blockDim.x + threadIdx.x)
-#define STEP (gridDim.x * blockDim.x)
+#define NOTHING (Unit{ONES, ONES})
+
+// A thread's first unit, and the distance to its next one. Threads that compare have none.
+#define FIRST (threadIdx.x < WORKERS ? blockIdx.x * WORKERS + threadIdx.x : ~0u)
+#define STEP (gridDim.x * WORKERS)
 
 #ifdef REDUCES
 #if TYPE_F64
@@ -588,7 +637,7 @@ __device__ __forceinline__ void begin(const Call &call, Unit mine, Unit (&got)[W
   }
 }
 
-extern "C" __global__ void __launch_bounds__(512) one_shot(const __grid_constant__ Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS) one_shot(const __grid_constant__ Call call) {
   const Start start = read_start(call);
   const u64 turn = start.turn;
   u32 end = start.end;
@@ -599,6 +648,7 @@ extern "C" __global__ void __launch_bounds__(512) one_shot(const __grid_constant
 #pragma unroll
     for (u32 k = 1; k < WORLD; ++k) push(slot(call, next(call, k), turn, call.rank) + u64(u) * 16, mine);
   };
+  tell(call, turn, end);
   if (FIRST < units) give(FIRST);
   const u32 ticket = draw_ticket(call);
   const u8 *own = slot(call, call.rank, turn, 0);
@@ -610,7 +660,9 @@ extern "C" __global__ void __launch_bounds__(512) one_shot(const __grid_constant
     receive<false>(call, turn, own + at, all_others(call), got, end);
     save(call.out + at, reduce(got), left);
   }
-  advance(call, turn, ticket, is_over(turn, end));
+  const bool sound = is_sound(call, turn, end);
+  for (u32 u = FIRST; !sound && u < units; u += STEP) save(call.out + u64(u) * 16, NOTHING, call.bytes - u64(u) * 16);
+  advance(call, turn, ticket, !sound);
 }
 
 template <bool GATHER>
@@ -670,6 +722,7 @@ __device__ __forceinline__ void by_slices(const Call &call) {
     for (u32 r = 0; r < WORLD; ++r)
       if (wanted & others & bit(r)) save(call.out + r * call.stride + u64(u) * 16, got[r], left_of(call, r, u));
   };
+  tell(call, turn, end);
   if (FIRST < units) give(FIRST);
   const u32 ticket = draw_ticket(call);
   for (u32 u = FIRST; u < units; u += STEP) {
@@ -678,14 +731,19 @@ __device__ __forceinline__ void by_slices(const Call &call) {
     if (GATHER && u >= STEP) fetch(u - STEP);
   }
   if (GATHER && FIRST < units) fetch(FIRST + (units - 1 - FIRST) / STEP * STEP);
-  advance(call, turn, ticket, is_over(turn, end));
+  const bool sound = is_sound(call, turn, end);
+  for (u32 u = FIRST; !sound && u < units; u += STEP)
+    for (u32 r = 0; r < WORLD; ++r)
+      if (GATHER || r == call.rank)
+        save(call.out + (GATHER ? r * call.stride : 0) + u64(u) * 16, NOTHING, left_of(call, r, u));
+  advance(call, turn, ticket, !sound);
 }
 
-extern "C" __global__ void __launch_bounds__(512) two_shot(const __grid_constant__ Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS) two_shot(const __grid_constant__ Call call) {
   by_slices<true>(call);
 }
 
-extern "C" __global__ void __launch_bounds__(512) reduce_scatter(const __grid_constant__ Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS) reduce_scatter(const __grid_constant__ Call call) {
   by_slices<false>(call);
 }
 
@@ -708,7 +766,7 @@ __device__ __forceinline__ void save_line(u8 *at, u64 data, u64 left) {
     *(volatile u64 *)at = data;
 }
 
-extern "C" __global__ void __launch_bounds__(512) exchange(const __grid_constant__ Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS + COMPARING) exchange(const __grid_constant__ Call call) {
   const Start start = read_start(call);
   const u64 turn = start.turn;
   u32 end = start.end;
@@ -717,15 +775,15 @@ extern "C" __global__ void __launch_bounds__(512) exchange(const __grid_constant
   };
   const u32 lines = u32((call.slice + 7) / 8);  // a unit of 16 bytes carries 8 bytes of data
   const bool gives = call.root == NO_ROOT || call.root == call.rank;
-  // A rank without data sends one line, which says that it has begun this turn.
-  for (u32 u = FIRST; u < (gives ? lines : 1); u += STEP) {
+  tell(call, turn, end);
+  for (u32 u = FIRST; gives && u < lines; u += STEP) {
     const u64 at = u64(u) * 8, left = call.slice - at;
-    if (call.stride == 0 || !gives) {
-      const u64 data = gives ? load_line(call.source + at, left) : 0;
+    if (call.stride == 0) {
+      const u64 data = load_line(call.source + at, left);
 #pragma unroll
       for (u32 k = 1; k < WORLD; ++k)
         give(next(call, k), u, data);
-      if (gives) save_line(call.out + call.rank * call.out_stride + at, data, left);
+      save_line(call.out + call.rank * call.out_stride + at, data, left);
       continue;
     }
     if (left >= 8 && (u64(call.source) | call.stride) % 8 == 0) {
@@ -749,26 +807,31 @@ extern "C" __global__ void __launch_bounds__(512) exchange(const __grid_constant
     }
   }
   const u32 ticket = draw_ticket(call);
-  const Ranks others = all_others(call);
+  const Ranks wanted = all_others(call) & (call.root == NO_ROOT ? ~Ranks(0) : bit(call.root));
   const u8 *own = slot(call, call.rank, turn, 0);
-  for (u32 u = FIRST; u < lines; u += STEP) {
-    const u64 at = u64(u) * 8, left = call.slice - at;
-    const Ranks wanted = call.root == NO_ROOT || u == 0 ? others : others & bit(call.root);
-    Unit got[WORLD];
-    clear(got);
-    receive<true>(call, turn, own + u64(u) * 16, wanted, got, end);
+  const auto keep = [&](u32 u, const Unit (&got)[WORLD]) {
 #pragma unroll
     for (u32 r = 0; r < WORLD; ++r)
-      if ((others & bit(r)) && (call.root == NO_ROOT || call.root == r))
-        save_line(call.out + r * call.out_stride + at, got[r].a | got[r].b << 32, left);
+      if (wanted & bit(r))
+        save_line(call.out + r * call.out_stride + u64(u) * 8, got[r].a | got[r].b << 32, call.slice - u64(u) * 8);
+  };
+  Unit got[WORLD];
+  for (u32 u = FIRST; u < lines; u += STEP) {
+    clear(got);
+    receive<true>(call, turn, own + u64(u) * 16, wanted, got, end);
+    keep(u, got);
   }
-  advance(call, turn, ticket, is_over(turn, end));
+  const bool sound = is_sound(call, turn, end);
+  clear(got);
+  for (u32 u = FIRST; !sound && u < lines; u += STEP) keep(u, got);
+  advance(call, turn, ticket, !sound);
 }
 
-extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS + COMPARING) pull(const __grid_constant__ Call call) {
   const Start start = read_start(call);
   const u64 turn = start.turn;
   u32 end = start.end;
+  tell(call, turn, end);
   const u32 ticket = draw_ticket(call);
   const u32 units = u32((call.slice + 15) / 16);
   const u64 pitch = call.stride == 0 ? 0 : u64(units) * 16;  // distance between two parts in the stage
@@ -783,7 +846,7 @@ extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ C
         if (call.stride == 0 || p == call.rank) save(call.out + call.rank * call.out_stride + at, unit, left);
       }
     }
-  const bool all_came = meet(call, turn, 0, is_over(turn, end), blockIdx.x == 0);  // others may `put`
+  const bool all_came = meet(call, turn, 0, is_over(turn, end));
   for (u32 u = FIRST; u < units; u += STEP) {
     const u64 at = u64(u) * 16, left = call.slice - at;
     Unit parts[WORLD];
@@ -791,7 +854,7 @@ extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ C
     for (u32 k = 1; k < WORLD; ++k) {
       const u32 peer = next(call, k);
       if (!all_came)
-        parts[k] = {ONES, ONES};
+        parts[k] = NOTHING;
       else if (call.root == NO_ROOT || call.root == peer)
         parts[k] = load_whole(call.areas[peer] + STAGES + turn % 2 * u64(STAGE) + call.rank * pitch + at);
     }
@@ -804,12 +867,13 @@ extern "C" __global__ void __launch_bounds__(512) pull(const __grid_constant__ C
   advance(call, turn, ticket, !all_came);
 }
 
-extern "C" __global__ void __launch_bounds__(512) put(const __grid_constant__ Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS + COMPARING) put(const __grid_constant__ Call call) {
   const Start start = read_start(call);
   const u64 turn = start.turn;
   u32 end = start.end;
+  tell(call, turn, end);
   const u32 ticket = draw_ticket(call);
-  bool all_came = meet(call, turn, 0, is_over(turn, end), blockIdx.x == 0, call.mark);
+  bool all_came = meet(call, turn, 0, is_over(turn, end));
   const u32 units = all_came && (call.root == NO_ROOT || call.root == call.rank) ? u32(call.slice / 16) : 0;
   for (u32 u = FIRST; u < units; u += STEP) {
     const u64 at = u64(u) * 16, place = call.rank * call.out_stride + at;
@@ -830,7 +894,7 @@ extern "C" __global__ void __launch_bounds__(512) put(const __grid_constant__ Ca
     for (u32 u = FIRST; u < u32(call.slice / 16); u += STEP)
       for (u32 r = 0; r < WORLD; ++r)
         if (call.root == NO_ROOT || call.root == r)
-          save(call.out + r * call.out_stride + u64(u) * 16, {ONES, ONES}, 16);
+          save(call.out + r * call.out_stride + u64(u) * 16, NOTHING, 16);
   advance(call, turn, ticket, !all_came);
 }
 #endif

@@ -9,15 +9,16 @@ All ranks call the same operations in the same order. They must also agree on th
 * Calls of one engine on several streams must be ordered by events. The replay of a graph counts as a call here.
 * All-gather, all-to-all and broadcast store large parts directly into the peers' results, if the results are in
   symmetric memory. So the results must be in symmetric memory on all ranks, at the same offset of the same allocation,
-  or in other memory on all ranks. Anything else ends in a MismatchError, or in a PeerTimeoutError if the table runs
-  `exchange` for such sizes.
+  or in other memory on all ranks.
 
-Kernels give up if a rank refuses the call, or comes too late. From then on, the group's operations give up on all
-ranks. A rank that knows it begins its next call with a collective operation: see :meth:`CudaEngine.resume`. Every rank
-counts its calls on the host, launched and refused ones; captured calls and replays do not count. Ranks may learn of it
-in different calls, because the host of a rank can be ahead of its GPU. So the earlier calls of the rank that is
-furthest ahead have given up already, and raise on the other ranks. In its next call, every rank resets its workspace
-while no kernel of the group runs.
+The kernels compare signatures of the calls; a difference ends in a MismatchError in the next call of every rank.
+
+Kernels give up if a rank refuses the call, comes too late, or makes another call. From then on, the group's operations
+give up on all ranks. A rank that knows it begins its next call with a collective operation: see
+:meth:`CudaEngine.resume`. Every rank counts its calls: launched, replayed and refused ones. Ranks may learn of it in
+different calls, because the host of a rank can be ahead of its GPU. So the earlier calls of the rank that is furthest
+ahead have given up already, and raise on the other ranks. In its next call, every rank resets its workspace while no
+kernel of the group runs.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import sys
 import threading
 import weakref
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -36,14 +39,27 @@ from symmem.backends.cuda_signals import device_of, name_steps
 from symmem.backends.driver_errors import driver_error
 from symmem.backends.gpu import finish_stream
 from symmem.backends.kernel_status import raise_failure
-from symmem.errors import PeerTimeoutError, SymmemError, UnsupportedError, from_wire, to_wire
+from symmem.errors import MismatchError, PeerTimeoutError, SymmemError, UnsupportedError, from_wire, to_wire
 from symmem.group.agreement import as_symmem_error
-from symmem.group.compare import compare_in_group, exchange_json
+from symmem.group.call_site import CallSite, program_line
+from symmem.group.compare import compare_in_group, different_calls, exchange_json
 from symmem.group.group import Group
 from symmem.memory import cuda_graphs
 from symmem.memory.block import Block
 from symmem.memory.registry import block_at
-from symmem.ops.engines.collective_kernels import CAUSE, END, OPERATORS, STEPS, TYPES, WorkspaceLayout
+from symmem.ops.engines.base import describe
+from symmem.ops.engines.collective_kernels import (
+    CALL,
+    CAUSE,
+    COMPARING,
+    END,
+    KERNELS,
+    OPERATORS,
+    STEPS,
+    THREADS,
+    TYPES,
+    WorkspaceLayout,
+)
 from symmem.ops.engines.cuda_programs import program
 from symmem.ops.engines.cuda_tuning import BLOCKS, Choice, Table, grid, table_for
 from symmem.redirect.cuda_pool import is_pooled
@@ -86,20 +102,24 @@ def chunks(nbytes: int, most: int) -> list[Chunk]:
 def call_type(world: int) -> type[ctypes.Structure]:
     """``struct Call`` of :data:`symmem.ops.engines.collective_kernels.SOURCE`."""
     arrays = [(name, ctypes.c_uint64 * world) for name in ("areas", "outs")]
-    names = ("source", "out", "bytes", "slice", "stride", "out_stride", "mark", "limit", "status")
+    names = ("source", "out", "bytes", "slice", "stride", "out_stride", "limit", "status")
     longs = [(name, ctypes.c_uint64) for name in names]
-    words = [(name, ctypes.c_uint32) for name in ("step", "rank", "group", "root", "nap", "unused")]
+    words = [
+        (name, ctypes.c_uint32) for name in ("step", "rank", "group", "root", "nap", "signature", "counts", "unused")
+    ]
     return type("Call", (ctypes.Structure,), {"_fields_": [*arrays, *longs, *words]})
 
 
 class _PreparedKernel:
-    """A kernel with its arguments. A launch adds the offsets ``source`` and ``out`` to the addresses of the tensors."""
+    """A kernel with its arguments. A launch adds the offset ``start`` to the addresses of the tensors."""
 
-    __slots__ = ("_pointers", "arguments", "blocks", "call", "function", "memory", "out", "source", "threads")
+    __slots__ = ("_pointers", "arguments", "blocks", "call", "described", "function", "memory", "start", "threads")
 
-    def __init__(self, function: Any, blocks: int, threads: int, call: Any, source: int, out: int) -> None:
+    def __init__(
+        self, function: Any, blocks: int, threads: int, call: Any, start: int, described: tuple[str, CallSite]
+    ) -> None:
         self.function, self.blocks, self.threads, self.call = function, blocks, threads, call
-        self.source, self.out = source, out
+        self.start, self.described = start, described
         self.memory: _SymmetricOut | None = None  # the result with its addresses in `call`, if any
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(call))
         self.arguments = ctypes.addressof(self._pointers)
@@ -110,11 +130,11 @@ def _operation(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def run(self: CudaEngine, *arguments: Any, **options: Any) -> None:
-        before = self._calls_here
+        self._is_launched = False
         try:
             method(self, *arguments, **options)
         except BaseException as error:
-            if self._calls_here == before:
+            if not self._is_launched:
                 reason = as_symmem_error(error).located(rank=self._rank, group=self._group.name, step=method.__name__)
                 self.refuse(method.__name__, reason)
             raise
@@ -151,8 +171,10 @@ class CudaEngine:
         self._areas: tuple[int, ...] = ()
         self._plans: dict[Any, list[_PreparedKernel]] = {}
         self._memories: dict[tuple[int, int], _SymmetricOut] = {}
+        self._described: dict[int, tuple[str, CallSite]] = {}  # by signature: the call, and where it was made first
         self.calls: Any = None  # calls that symmem.ops.eager can repeat
-        self._calls_here = 0  # calls since the workspace was made, without those that eager repeated
+        self._is_launched = False  # the call in progress
+        self._calls_before = 0  # calls that no kernel has counted in the workspace since it was reset
         self._resume_at = 0  # the first call that all ranks can launch, as far as this rank knows
         self._refusal: SymmemError | None = None  # why this rank let the others' kernels give up
         self._reason: SymmemError | None = None  # why they gave up, as all ranks know
@@ -182,7 +204,7 @@ class CudaEngine:
         if plan is None:
             if self._is_trivial(source, out, nbytes):
                 return
-            plan = self._plan_all_reduce(nbytes, source.dtype, reduction)
+            plan = self._plan_all_reduce(source, reduction)
             self._remember(key, plan)
         address = source.data_ptr()
         self._run(plan, address, address if out is source else out.data_ptr())
@@ -196,7 +218,7 @@ class CudaEngine:
         key = ("reduce_scatter", nbytes, out.dtype, reduction)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plan_reduce_scatter(nbytes, out.dtype, reduction)
+            plan = self._plan_reduce_scatter(out, reduction)
             self._remember(key, plan)
         self._run(plan, source.data_ptr(), out.data_ptr())
 
@@ -226,7 +248,7 @@ class CudaEngine:
             nbytes = source.nbytes // self._world if operation == "all_to_all" else source.nbytes
             if nbytes > self._beyond:
                 return None
-            key = (operation, nbytes, _NO_ROOT if option is None else option, True)
+            key = (operation, nbytes, source.dtype, _NO_ROOT if option is None else option, True)
         plan = self._plans.get(key, ())
         return plan[0] if len(plan) == 1 else None
 
@@ -235,7 +257,7 @@ class CudaEngine:
 
         Raises:
             PeerTimeoutError, PeerLostError: Names the missing rank and the operation. A timeout is raised once.
-            MismatchError: A rank passed other memory.
+            MismatchError: Ranks made different calls. Raised once.
             SymmemError: A rank refused a call. Raised once.
         """
         self._check_usable()
@@ -272,7 +294,7 @@ class CudaEngine:
         try:
             if torch._C._cuda_isCurrentStreamCapturing():
                 return
-            self._calls_here += 1
+            self._calls_before += 1
             if not known and not self._is_broken():
                 finish_stream(self.device)
                 if not self._is_broken():
@@ -290,15 +312,24 @@ class CudaEngine:
         self._refusal = error
         stream = torch._C._cuda_getCurrentRawStream(self._ordinal)
         driver = self._state.driver
+        turn = self._read(0, 8)
         with self._lock, driver.on(self._ordinal):
-            turn = int.from_bytes(driver.read(self._areas[self._rank], 8, stream), "little")
             for area in self._areas:
                 driver.fill(area + CAUSE, cause, 4, stream)
                 driver.fill(area + END, (2 * turn + 1) & _ONES, 4, stream)
         finish_stream(self.device)
 
     def _calls(self) -> int:
-        return self._calls_here + (self.calls.launches if self.calls is not None else 0)
+        """How many calls this rank has made, launched or not, also from graphs. Waits for the current stream."""
+        finish_stream(self.device)
+        return self._calls_before + (self._read(0, 8) >> 32)
+
+    def _read(self, offset: int, nbytes: int) -> int:
+        """Read a word of this rank's workspace."""
+        driver = self._state.driver
+        with driver.on(self._ordinal):
+            stream = torch._C._cuda_getCurrentRawStream(self._ordinal)
+            return int.from_bytes(driver.read(self._areas[self._rank] + offset, nbytes, stream), "little")
 
     def _before_launch(self) -> None:
         """Bring the group back in step if its kernels gave up. Collective then, unless a graph is being captured."""
@@ -316,6 +347,7 @@ class CudaEngine:
             Why they gave up; None during the capture of a graph, when this method does nothing.
 
         Raises:
+            MismatchError: They gave up because ranks made different calls. The text names every rank's call.
             SymmemError: Other ranks have launched the current call already, and it gave up. Raised once per such call.
             PeerTimeoutError, PeerLostError: A rank did not come. The next call tries again.
         """
@@ -325,6 +357,9 @@ class CudaEngine:
         while calls >= self._resume_at:
             if self._reset_if_in_step(calls):
                 assert self._reason is not None
+                if self._reason.propagated_to:
+                    self._state.take_error(self._number)
+                    raise self._reason
                 return self._reason
         assert self._reason is not None
         self._state.take_error(self._number)  # this rank raises it here
@@ -348,18 +383,28 @@ class CudaEngine:
             self._resume_at = max(state["calls"] for state in states)
             in_step = all(state["calls"] == self._resume_at for state in states)
             if in_step:
-                finish_stream(self.device)
-                collective.exchange("no kernel runs").close()
+                calls_that_ended = exchange_json(collective, "no kernel runs", self._call_that_ended())
                 self._clear(self._areas[self._rank])
+                self._calls_before = calls
         first = max(states, key=lambda state: (state["refused"], state["error"] is not None))
         self._reason = from_wire(first["error"])
         if in_step:
+            if isinstance(self._reason, MismatchError) and not first["refused"]:
+                operations, lines = zip(*calls_that_ended, strict=True)
+                error = different_calls(operations, lines, "first called")
+                self._reason = error.located(rank=self._rank, group=self._group.name, step=self._reason.step or "")
+                self._reason.propagated_to = self._group.name
             self._state.resume(self._number, self._reason)
             if first["refused"] and self._refusal is None:
                 log.error("an operation of rank %d gave up, because a rank refused it: %s", self._rank, self._reason)
             self._refusal = None
             self._resume_at = 0
         return in_step
+
+    def _call_that_ended(self) -> tuple[str, str | None]:
+        """The first call of this rank that gave up, and the line of the program that made such a call first."""
+        what, line = self._described.get(self._read(CALL, 4), ("another operation", None))
+        return what, line and str(line)
 
     def _clear(self, area: int) -> None:
         """Bring this rank's workspace to its first state. No kernel of the group may run."""
@@ -372,27 +417,30 @@ class CudaEngine:
 
     # Plans: the launches of an operation, by shape.
 
-    def _plan_all_reduce(self, nbytes: int, dtype: torch.dtype, reduction: str) -> list[_PreparedKernel]:
+    def _plan_all_reduce(self, source: torch.Tensor, reduction: str) -> list[_PreparedKernel]:
+        nbytes = source.nbytes
         choice = self.table.choose(nbytes)
-        functions = self._reducing("all_reduce", dtype, reduction)
+        functions = self._reducing("all_reduce", source.dtype, reduction)
         half = self.layout.slot // 2 // _UNIT * _UNIT
         most = {"one_shot": self.layout.slot, "two_shot": self._world * half}[choice.kernel]
-        plan = []
+        plan: list[_PreparedKernel] = []
         for start, size in chunks(nbytes, most):
             part = size if choice.kernel == "one_shot" else -(-size // self._world // _UNIT) * _UNIT
             sizes = {"bytes": size, "slice": part, "stride": part}
-            plan.append(self._launch("all_reduce", functions[choice.kernel], choice, part, (start, start), sizes))
-        return plan
+            call = describe("all_reduce", reduction, source.numel(), source.dtype, len(plan))
+            plan.append(self._launch("all_reduce", call, functions[choice.kernel], choice, part, start, sizes))
+        return _counted(plan)
 
-    def _plan_reduce_scatter(self, nbytes: int, dtype: torch.dtype, reduction: str) -> list[_PreparedKernel]:
+    def _plan_reduce_scatter(self, out: torch.Tensor, reduction: str) -> list[_PreparedKernel]:
+        nbytes = out.nbytes
         choice = self.table.choose_reduce_scatter(nbytes)
-        functions = self._reducing("reduce_scatter", dtype, reduction)
-        plan = []
+        functions = self._reducing("reduce_scatter", out.dtype, reduction)
+        plan: list[_PreparedKernel] = []
         for start, size in chunks(nbytes, self.layout.slot):
             sizes = {"bytes": (self._world - 1) * nbytes + size, "slice": size, "stride": nbytes}
-            function = functions[choice.kernel]
-            plan.append(self._launch("reduce_scatter", function, choice, size, (start, start), sizes))
-        return plan
+            call = describe("reduce_scatter", reduction, out.numel() * self._world, out.dtype, len(plan))
+            plan.append(self._launch("reduce_scatter", call, functions[choice.kernel], choice, size, start, sizes))
+        return _counted(plan)
 
     def _move(
         self,
@@ -408,16 +456,23 @@ class CudaEngine:
             return
         # Only parts that are multiples of 16 bytes, so that every part begins at a multiple of 16.
         memory = None if nbytes <= self._beyond or nbytes % _UNIT else self._memory(out)
-        key = (step, nbytes, root, memory is None)
+        key = (step, nbytes, source.dtype, root, memory is None)
         plan = self._plans.get(key)
         if plan is None:
             choice = self.table.choose_move(nbytes, memory is not None)
-            plan = self._plan_move(step, nbytes, stride, out_stride, root, choice)
+            plan = self._plan_move(step, source, nbytes, stride, out_stride, root, choice)
             self._remember(key, plan)
         self._run(plan, source.data_ptr(), out.data_ptr(), memory)
 
     def _plan_move(
-        self, step: str, nbytes: int, stride: int, out_stride: int, root: int, choice: Choice
+        self,
+        step: str,
+        source: torch.Tensor,
+        nbytes: int,
+        stride: int,
+        out_stride: int,
+        root: int,
+        choice: Choice,
     ) -> list[_PreparedKernel]:
         self._ready(step)
         functions = program(self._state, "move", self.layout.macros()).functions
@@ -426,21 +481,16 @@ class CudaEngine:
             "pull": self.layout.stage // (self._world if stride else 1) // _UNIT * _UNIT,
             "put": nbytes,
         }[choice.kernel]
-        plan = []
+        plan: list[_PreparedKernel] = []
         for start, size in chunks(nbytes, most):
             sizes = {"bytes": size, "slice": size, "stride": stride, "out_stride": out_stride, "root": root}
             work = size * 2 if choice.kernel == "exchange" else size
-            plan.append(self._launch(step, functions[choice.kernel], choice, work, (start, start), sizes))
-        return plan
+            call = describe(step, 0 if root == _NO_ROOT else root, source.numel(), source.dtype, len(plan))
+            plan.append(self._launch(step, call, functions[choice.kernel], choice, work, start, sizes))
+        return _counted(plan)
 
     def _launch(
-        self,
-        step: str,
-        function: Any,
-        choice: Choice,
-        work: int,
-        starts: tuple[int, int],
-        sizes: dict[str, int],
+        self, step: str, described: str, function: Any, choice: Choice, work: int, start: int, sizes: dict[str, int]
     ) -> _PreparedKernel:
         call = call_type(self._world)(
             areas=(ctypes.c_uint64 * self._world)(*self._areas),
@@ -452,7 +502,23 @@ class CudaEngine:
             nap=choice.nap,
             **{"root": _NO_ROOT, **sizes},
         )
-        return _PreparedKernel(function, grid(choice, -(-work // _UNIT)), choice.threads, call, *starts)
+        workers = min(choice.threads, THREADS - COMPARING * (choice.kernel in KERNELS["reduce"]))
+        blocks = grid(choice._replace(threads=workers), -(-work // _UNIT))
+        described_at = described, program_line(sys._getframe(1))
+        launch = _PreparedKernel(function, blocks, workers + COMPARING, call, start, described_at)
+        self._sign(launch, None)
+        return launch
+
+    def _sign(self, launch: _PreparedKernel, memory: _SymmetricOut | None) -> None:
+        """Set what must be equal on all ranks: the call, and the place of its results in symmetric memory."""
+        what, line = launch.described
+        if memory is not None:
+            launch.call.outs[:], launch.memory = memory.outs, memory
+            what += f", into byte {memory.place}"
+        launch.call.signature = signature = zlib.crc32(what.encode()) or 1
+        if len(self._described) >= 2 * _REMEMBERED:
+            self._described.clear()
+        self._described.setdefault(signature, (what, line))
 
     def _remember(self, key: Any, plan: list[_PreparedKernel]) -> None:
         if len(self._plans) >= _REMEMBERED:
@@ -505,7 +571,7 @@ class CudaEngine:
                 step=step,
                 peers=unreachable,
             )
-        self._workspace, self._areas, self._calls_here = workspace, areas, 0
+        self._workspace, self._areas, self._calls_before = workspace, areas, 0
 
     def _memory(self, out: torch.Tensor) -> _SymmetricOut | None:
         """All ranks' results, if they are in symmetric memory that this group has rendezvoused."""
@@ -528,15 +594,16 @@ class CudaEngine:
         if mapping is None or not all(mapping.pointers) or is_pooled(block):
             return None
         offset = address - block.allocation.pointer
-        mark = hash((mapping.serial, offset, nbytes)) & (2**64 - 1) or 1  # a hash of integers is equal in all processes
-        return _SymmetricOut(tuple(pointer + offset for pointer in mapping.pointers), mark, weakref.ref(block))
+        place = f"{offset} of symmetric memory {mapping.serial}"
+        return _SymmetricOut(tuple(pointer + offset for pointer in mapping.pointers), place, weakref.ref(block))
 
     # Launching.
 
     def _is_trivial(self, source: torch.Tensor, out: torch.Tensor, nbytes: int) -> bool:
         """Handle empty tensors and groups of one rank. True if the call is complete."""
         if nbytes == 0:
-            self._calls_here += 1
+            self._calls_before += 1
+            self._is_launched = True
             return True
         if self._world == 1 and source.data_ptr() != out.data_ptr():
             out.view(-1).copy_(source.reshape(-1))
@@ -561,16 +628,15 @@ class CudaEngine:
         with self._lock:
             for launch in plan:
                 call = launch.call
-                call.source, call.out = source + launch.source, out + launch.out
+                call.source, call.out = source + launch.start, out + launch.start
                 if memory is not None and memory is not launch.memory:
-                    call.outs[:], call.mark = memory.outs, memory.mark
-                    launch.memory = memory
+                    self._sign(launch, memory)
                 (code,) = self._launch_kernel(
                     launch.function, launch.blocks, 1, 1, launch.threads, 1, 1, 0, stream, launch.arguments, 0
                 )
                 if code:
                     self._failed(launch, stream, code)
-            self._calls_here += not capturing
+        self._is_launched = True
 
     def _keep(self, memory: _SymmetricOut | None) -> None:
         """Let the captured graph keep the memory of its kernels alive. It may outlive this engine and the tensors."""
@@ -594,15 +660,20 @@ class CudaEngine:
         raise error.located(rank=self._rank, group=self._group.name, step="launch")
 
 
+def _counted(plan: list[_PreparedKernel]) -> list[_PreparedKernel]:
+    plan[-1].call.counts = 1
+    return plan
+
+
 class _SymmetricOut(NamedTuple):
     """All ranks' results in symmetric memory.
 
     Attributes:
         outs: Addresses by rank.
-        mark: A number that must be equal on all ranks.
+        place: Describes the place; it must be equal on all ranks.
         block: This rank's block. The addresses are valid until it is freed or closed.
     """
 
     outs: tuple[int, ...]
-    mark: int
+    place: str
     block: weakref.ref[Block]

@@ -42,7 +42,6 @@ from symmem.backends.signals import SharedSignals
 from symmem.errors import (
     ForkedError,
     GroupError,
-    MismatchError,
     PeerTimeoutError,
     RendezvousError,
     SymmemError,
@@ -51,10 +50,10 @@ from symmem.errors import (
 )
 from symmem.group.agreement import as_symmem_error
 from symmem.group.call_site import program_line
-from symmem.group.compare import SAME_CALLS, called_at, differing
+from symmem.group.compare import different_calls
 from symmem.group.group import Group
 from symmem.group.ledger import explained
-from symmem.ops.engines.base import REDUCTIONS
+from symmem.ops.engines.base import REDUCTIONS, describe
 
 __all__ = ["HostEngine"]
 
@@ -429,15 +428,9 @@ class HostEngine:
         """Make the error for a step in which the ranks' lines differ."""
         found = [_LINE.unpack(line) for line in self._lines[turn]]
         texts = [_describe(*line) for line in found]
-        text, peers = differing(texts if len(set(texts)) > 1 else [f"step {line[-1]}" for line in found])
-        return MismatchError(
-            f"ranks are at different operations: {text}{called_at(self._program_lines(turn))}",
-            hint=f"{SAME_CALLS}, with the same shapes and dtypes",
-            rank=self._rank,
-            group=self._name,
-            step=operation,
-            peers=peers,
-        )
+        calls = texts if len(set(texts)) > 1 else [f"step {line[-1]}" for line in found]
+        error = different_calls(calls, self._program_lines(turn))
+        return error.located(rank=self._rank, group=self._name, step=operation)
 
 
 def _packed(error: SymmemError) -> bytes:
@@ -505,9 +498,7 @@ def _key(operation: str, source: torch.Tensor, reduction: str = "", root: int = 
 
 def _describe(operation: int, reduction: int, dtype: int, root: int, elements: int, piece: int, number: int) -> str:
     """The text for a line."""
-    options = f"({_REDUCTIONS[reduction]})" if reduction else f"(root {root})" if root else ""
-    at = f", piece {piece}" if piece else ""
-    return f"{_OPERATIONS[operation]}{options} of {elements} {_DTYPES[dtype]}{at}"
+    return describe(_OPERATIONS[operation], _REDUCTIONS[reduction] or root, elements, _DTYPES[dtype], piece)
 
 
 def _describe_latest(lines: Sequence[memoryview]) -> str:
