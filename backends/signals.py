@@ -4,8 +4,8 @@ A rank's pad holds uint32 words, all 0 at first::
 
     flag[channel, source]    1 while a signal from `source` has not been taken; `source` sets it, the owner clears it
     arrived[channel]         number of barriers on this channel that the owner has reached, modulo 2**32
-    marks[channel]           why the owner gave up barriers: 16 bits for those of each parity, the reason in the lower 3
-                             bits, above it the rank that caused it
+    marks[parity, channel]   for the owner's latest barrier of that parity: why the owner gave it up (3 bits), the rank
+                             that caused it (13 bits), and how many calls of the owner have failed in it (16 bits)
 
 A word has one writer at a time: the value of a flag says which side may write it. So no atomic read-modify-write is
 needed, only aligned 32-bit stores, a fence between data and word, and futex(2). A futex compares the word and sleeps
@@ -19,9 +19,13 @@ interrupt, sets its mark to `DOUBT` and then looks once more whether all ranks h
 mark: all ranks pass. If not, it sets its mark to the reason. A rank that has arrived looks at the marks. Because both
 sides store before they load, the rank that is late finds the mark.
 
-**Back in step.** After a timeout, the rank that did not come may be late, or may have skipped the call. It raises when
-it arrives. The next call of every other rank waits for that, and then raises too. So before any rank passes a barrier
-again, every rank has raised, and all make their next call together.
+**Back in step.** A barrier that was given up stays the barrier of all later calls, until all ranks have arrived at it.
+Every call that fails meanwhile is counted, in the same store that gives the barrier up. Once all ranks have arrived, no
+count changes any more. So every rank finds the same number of calls that must fail on all ranks: the largest count, and
+one more if a rank was late, because that rank has to raise too. A rank raises until it has made so many calls, and then
+goes to the next barrier, as do all others. A rank that comes late joins the others, because nobody can know whether it
+is late or has skipped calls: its call is the last one that must fail if all ranks have come, else the latest that
+failed.
 """
 
 from __future__ import annotations
@@ -48,6 +52,8 @@ _NAP = 0.05  # seconds between two checks that the awaited process is alive
 
 _DOUBT, _LATE, _INTERRUPTED, _REFUSED = 1, 2, 3, 4  # the reason in a mark
 _LONGEST_DOUBT = 2.0  # seconds; a running process needs microseconds
+
+_REASON, _CAUSED_BY, _COUNT = 0x7, 3, 16  # of a mark: bits of the reason; shifts of the rank and of the failed calls
 
 _AFTER_TIMEOUT = "the next call of the ranks that waited fails too, and then all go on together"
 
@@ -81,7 +87,7 @@ class SharedSignals:
         self.told: SymmemError | None = None
         self._rank, size = group.rank, group.size
         assert size <= 1 << 13, "a mark has 13 bits for a rank"
-        words = SIGNAL_CHANNELS * (size + 2)
+        words = SIGNAL_CHANNELS * (size + 3)
         self._pads = tuple(pads)
         self._words = [(ctypes.c_uint32 * words).from_address(pad) for pad in pads]
         self._arrived = SIGNAL_CHANNELS * size
@@ -89,11 +95,14 @@ class SharedSignals:
         self._peers = [(self._rank + i) % size for i in range(1, size)]
         # Numbers of barriers that this rank has arrived at, but perhaps not all others, by channel.
         self._unfinished: dict[int, int] = {}
+        # How many more calls must fail in such a barrier, by channel, if all ranks have arrived.
+        self._behind: dict[int, int] = {}
+        self._joined: set[int] = set()  # channels in which this rank came late with the call in progress
 
     @staticmethod
     def nbytes(size: int) -> int:
         """Bytes of one pad in a group of ``size`` ranks."""
-        return 4 * SIGNAL_CHANNELS * (size + 2)
+        return 4 * SIGNAL_CHANNELS * (size + 3)
 
     def signal_pad(self, rank: int) -> tuple[int, int]:
         """See :meth:`Mapping.signal_pad`. The words behind the flags are private."""
@@ -108,22 +117,20 @@ class SharedSignals:
         if channel in self._unfinished:
             self.prepare(channel, timeout)
         self._arrive(channel)
-        if self._is_missing(channel):
-            error = self._given_up(channel)
-            if error is None:
-                error = self._wait_for_all(channel, deadline) or self._given_up(channel)
-                if error is not None:
-                    raise error
-            elif self._late(channel) is None:
-                raise error
-            else:  # the others gave up before this rank came
-                self._wait_for_all(channel, deadline, heeds_marks=False)
-        else:
+        missing = self._is_missing(channel)
+        if not missing:
             fence()
-            error = self._given_up(channel)
-        self._unfinished.pop(channel, None)
+        error = self._given_up(channel)
         if error is not None:
-            raise error
+            self._join(channel)
+        if missing and (error is None or self._late(channel) is not None):
+            told = self._wait_for_all(channel, deadline, heeds_marks=error is None)
+            error = error or told or self._given_up(channel)
+        if error is None:
+            self._leave(channel)
+            return
+        self._fail(channel)
+        raise error
 
     def prepare(self, channel: int, timeout: float) -> None:
         """Wait for a barrier that this rank has left early, so that it may arrive at the next one.
@@ -131,17 +138,19 @@ class SharedSignals:
         Raises:
             PeerTimeoutError, PeerLostError: The barrier was given up for a rank that was late. Every rank that waited
                 in it raises here, as soon as all ranks have arrived, and again after another timeout.
+            RendezvousError: The barrier was interrupted, and other ranks have made more calls in it.
         """
         if self._unfinished.get(channel) != self.number(channel):
             return  # also if this rank was interrupted just before it arrived
-        if self._mark(self._rank, channel) == _DOUBT:  # an exception of a signal handler came in between
-            self._set_mark(channel, self.number(channel), 0)
-        try:
+        if (mark := self._mark(self._rank, channel)) & _REASON == _DOUBT:  # an exception came in between
+            self._set_mark(channel, self.number(channel), mark & ~_REASON)
+        if channel not in self._behind:
             self._wait_for_all(channel, time.monotonic() + timeout, heeds_marks=False)
-        finally:
-            if not self._is_missing(channel):  # an interrupt may be the error of this call
-                self._unfinished.pop(channel, None)
+        if not self._must_fail(channel):
+            self._leave(channel)
+            return
         late = self._late(channel)
+        error = self._given_up(channel) or self._error_of(self._rank, self._mark(self._rank, channel), channel)
         if late is not None:
             error = PeerTimeoutError(
                 f"rank {late} did not come to the last barrier on this channel in time. It has come now, so the next "
@@ -149,14 +158,15 @@ class SharedSignals:
                 hint=f"find out why rank {late} was late or skipped a call; {_AFTER_TIMEOUT}",
                 peers=(late,),
             )
-            raise error.located(rank=self._rank, group=self._group.name, step=f"barrier on channel {channel}")
+        self._fail(channel)
+        raise error.located(rank=self._rank, group=self._group.name, step=f"barrier on channel {channel}")
 
     def refuse(self, channel: int, timeout: float) -> None:
         """Arrive at the next barrier, in which all other ranks raise this rank's error. Does not wait for it."""
         self.prepare(channel, timeout)
-        self._arrive(channel, _REFUSED | self._rank << 3)
-        if not self._is_missing(channel):
-            self._unfinished.pop(channel, None)
+        self._arrive(channel, _REFUSED | self._rank << _CAUSED_BY)
+        self._join(channel)
+        self._fail(channel)
 
     def is_unfinished(self, channel: int) -> bool:
         """Whether this rank has left the last barrier of a channel, perhaps before all others had arrived."""
@@ -173,12 +183,14 @@ class SharedSignals:
 
     def _mark(self, rank: int, channel: int) -> int:
         """The mark of a rank for barriers of the parity of this rank's latest one."""
-        word: int = self._words[rank][self._marks + channel]
-        return word >> 16 if self.number(channel) & 1 else word & 0xFFFF
+        word: int = self._words[rank][self._mark_at(channel, self.number(channel))]
+        return word
+
+    def _mark_at(self, channel: int, number: int) -> int:
+        return self._marks + (number & 1) * SIGNAL_CHANNELS + channel
 
     def _set_mark(self, channel: int, number: int, mark: int) -> None:
-        at, own = self._marks + channel, self._words[self._rank]
-        own[at] = own[at] & 0xFFFF | mark << 16 if number & 1 else own[at] & 0xFFFF0000 | mark
+        self._words[self._rank][self._mark_at(channel, number)] = mark
 
     def _arrive(self, channel: int, mark: int = 0) -> None:
         at, own = self._arrived + channel, self._words[self._rank]
@@ -224,13 +236,19 @@ class SharedSignals:
                     if error is not None:
                         return error
         except (PeerLostError, PeerTimeoutError) as late:
-            if self._give_up(channel, _LATE | late.peers[0] << 3):
+            if self._give_up(channel, _LATE | late.peers[0] << _CAUSED_BY):
                 raise
         except BaseException as error:
+            interrupted = _INTERRUPTED | self._rank << _CAUSED_BY
             if error is self.told:
                 self._retract(channel)
-            else:
-                self._give_up(channel, _INTERRUPTED | self._rank << 3)
+            elif self._give_up(channel, interrupted):
+                pass
+            elif self._must_fail(channel):
+                self._fail(channel)
+            elif not heeds_marks:  # the others are about to come to the next barrier, and so would have this rank
+                self._leave(channel)
+                self._arrive(channel, interrupted | 1 << _COUNT)
             raise
         fence()
         return None
@@ -239,18 +257,64 @@ class SharedSignals:
         """Undo :meth:`_arrive`. The others leave the barrier too, so the next one can follow."""
         at, own = self._arrived + channel, self._words[self._rank]
         own[at] = (own[at] - 1) & 0xFFFFFFFF
-        self._unfinished.pop(channel, None)
+        self._leave(channel)
 
-    def _give_up(self, channel: int, mark: int) -> bool:
-        """Set this rank's mark, unless all ranks have arrived. Returns whether the barrier is given up."""
+    # Calls that fail.
+
+    def _leave(self, channel: int) -> None:
+        """The next call of this rank may arrive at the next barrier."""
+        self._unfinished.pop(channel, None)
+        if self._behind or self._joined:
+            self._behind.pop(channel, None)
+            self._joined.discard(channel)
+
+    def _failing(self, channel: int) -> int:
+        """How many calls must fail on every rank in this rank's latest barrier. Final if all ranks have arrived."""
+        marks = [self._decided_mark(rank, channel) for rank in range(self._group.size)]
+        reasons = {mark & _REASON for mark in marks} - {0}
+        return max(max(mark >> _COUNT for mark in marks) + (_LATE in reasons), 1) if reasons else 0
+
+    def _join(self, channel: int) -> None:
+        """This rank has come to a barrier that was given up."""
+        counts = (self._decided_mark(rank, channel) >> _COUNT for rank in self._peers)
+        mark = self._mark(self._rank, channel)
+        self._set_mark(channel, self.number(channel), mark | max([1, *counts]) - 1 << _COUNT)
+        self._joined.add(channel)
+
+    def _must_fail(self, channel: int) -> int:
+        """How many calls of this rank must still fail. All ranks have arrived."""
+        if channel not in self._behind:
+            failed = self._mark(self._rank, channel) >> _COUNT
+            self._behind[channel] = 1 if channel in self._joined else self._failing(channel) - failed
+        return self._behind[channel]
+
+    def _fail(self, channel: int) -> None:
+        """Count that a call fails."""
+        if self._is_missing(channel) and self._give_up(channel, 0):
+            return
+        self._behind[channel] = self._must_fail(channel) - 1
+        if self._behind[channel] <= 0:
+            self._leave(channel)
+
+    def _give_up(self, channel: int, reason: int) -> bool:
+        """Count a failed call in this rank's mark, unless all ranks have arrived. Returns whether it is counted.
+
+        Args:
+            channel: The channel.
+            reason: The reason and the rank that caused it, if this rank gives up the barrier; else 0.
+        """
         number = self.number(channel)
         decided = before = self._mark(self._rank, channel)
         try:
-            self._set_mark(channel, number, _DOUBT)
+            self._set_mark(channel, number, before & ~_REASON | _DOUBT)
             full_fence()
             missing = self._is_missing(channel)
-            if missing and (not before or mark & 7 == _LATE):
-                decided = mark
+            if missing:
+                kept = before & 0xFFFF
+                if reason and (not kept or reason & _REASON == _LATE):
+                    kept = reason
+                decided = kept | min((before >> _COUNT) + 1, 0xFFFF) << _COUNT
+                self._joined.discard(channel)
         finally:  # an exception of a signal handler must leave no doubt
             self._set_mark(channel, number, decided)
         futex_wake(self._pads[self._rank] + 4 * (self._arrived + channel))
@@ -261,27 +325,27 @@ class SharedSignals:
         if (self._words[rank][self._arrived + channel] - self.number(channel)) & 0x80000000:
             return 0  # it has not arrived, and the mark is of the barrier before the last one
         deadline = time.monotonic() + _LONGEST_DOUBT
-        while (mark := self._mark(rank, channel)) == _DOUBT and rank not in self._group.lost():
+        while (mark := self._mark(rank, channel)) & _REASON == _DOUBT and rank not in self._group.lost():
             if time.monotonic() > deadline:
-                return _LATE | rank << 3  # it is stopped
+                return mark & ~0xFFFF | _LATE | rank << _CAUSED_BY  # it is stopped
             os.sched_yield()
-        return 0 if mark == _DOUBT else mark
+        return 0 if mark & _REASON == _DOUBT else mark
 
     def _late(self, channel: int) -> int | None:
         """The rank for which ranks have given up the latest barrier, because it was late; None if there is none."""
         marks = (self._decided_mark(rank, channel) for rank in range(self._group.size))
-        return next((mark >> 3 for mark in marks if mark & 7 == _LATE), None)
+        return next((_cause(mark) for mark in marks if mark & _REASON == _LATE), None)
 
     def _given_up(self, channel: int) -> SymmemError | None:
         """The error of a peer that has given up the latest barrier."""
-        at = self._marks + channel
+        at = self._mark_at(channel, self.number(channel))
         for peer in self._peers:
-            if self._words[peer][at] and (mark := self._decided_mark(peer, channel)):
+            if self._words[peer][at] and (mark := self._decided_mark(peer, channel)) & _REASON:
                 return self._error_of(peer, mark, channel)
         return None
 
     def _error_of(self, rank: int, mark: int, channel: int) -> SymmemError:
-        reason, cause = mark & 7, mark >> 3
+        reason, cause = mark & _REASON, _cause(mark)
         if reason == _REFUSED and self._refusal is not None:
             return self._refusal(rank, self.number(channel))
         kind: type[RendezvousError] = PeerTimeoutError
@@ -394,3 +458,7 @@ class SharedSignals:
             )
         error.located(rank=self._rank, group=self._group.name, step=step)
         return error
+
+
+def _cause(mark: int) -> int:
+    return mark >> _CAUSED_BY & 0x1FFF

@@ -27,7 +27,7 @@ GRANULE_BITS = 8
 GRANULE = 1 << GRANULE_BITS
 """Bytes. Offsets of tensors and of their signal pads are multiples of this."""
 
-SPARE = 128
+SPARE = 96
 """A segment keeps 1/SPARE of its memory for the signal pads of further groups."""
 
 _STALE = 1024  # starts of freed blocks that a segment always tolerates in its index

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -29,14 +31,15 @@ def make() -> tuple[list[SharedSignals], list[int]]:
     return [SharedSignals(group, pads, words) for group in groups], lost
 
 
+def raise_(kind: type[BaseException], *arguments: object) -> None:
+    raise kind
+
+
 def interrupt(one: SharedSignals, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]) -> None:
     """Interrupt a barrier of this rank in its sleep."""
 
-    def interrupted(*args: object) -> None:
-        raise kind
-
     with monkeypatch.context() as patch:
-        patch.setattr(signals, "futex_wait", interrupted)
+        patch.setattr(signals, "futex_wait", functools.partial(raise_, kind))
         with pytest.raises(kind):
             one.barrier(5, 10.0)
 
@@ -199,3 +202,43 @@ def test_a_timeout_is_an_error_on_all_ranks_once() -> None:
             one.barrier(5, LONG)
     with ThreadPoolExecutor(SIZE) as threads:
         assert list(threads.map(lambda one: one.barrier(5, LONG), (first, second, third))) == [None] * SIZE
+
+
+def call(one: SharedSignals, seconds: float = LONG) -> str:
+    try:
+        one.barrier(5, seconds)
+    except RendezvousError as error:
+        return type(error).__name__
+    return "passed"
+
+
+def test_ranks_that_failed_in_different_numbers_of_calls_go_on_in_the_same_one() -> None:
+    """Rank 2 comes with rank 0, and waits in its first call while rank 0 gives up three. Then rank 1 comes."""
+    (first, second, third), _lost = make()
+    third._arrive(5)
+    assert [call(first, 0.0) for _ in range(3)] == ["PeerTimeoutError"] * 3
+    assert [call(third, 0.0) for _ in range(1)] == ["PeerTimeoutError"]
+    with ThreadPoolExecutor(SIZE) as threads:
+        calls = threads.map(lambda one, count: [call(one) for _ in range(count)], (first, second, third), (2, 2, 4))
+    failed = ["PeerTimeoutError"]
+    assert list(calls) == [[*failed, "passed"], [*failed, "passed"], [*failed * 3, "passed"]]  # four calls everywhere
+
+
+@given(st.lists(st.tuples(st.integers(0, SIZE - 1), st.booleans()), max_size=12))
+@settings(max_examples=200)
+def test_after_any_faults_all_ranks_pass_the_same_barrier(acts: list[tuple[int, bool]]) -> None:
+    """Ranks call in any order and give up at once, or are interrupted. Then all call until they pass."""
+    everyone, _lost = make()
+    for rank, interrupts in acts:
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(RendezvousError, KeyboardInterrupt):
+            patch.setattr(signals, "futex_wait", functools.partial(raise_, KeyboardInterrupt))
+            everyone[rank].barrier(5, LONG if interrupts else 0.0)
+
+    def passes(one: SharedSignals) -> list[int]:
+        calls = next(count for count in range(len(acts) + 3) if call(one) == "passed")
+        return [calls, one.number(5), [call(one) for _ in range(2)].count("passed")]
+
+    with ThreadPoolExecutor(SIZE) as threads:
+        seen = list(threads.map(passes, everyone))
+    assert len({number for _, number, _ in seen}) == 1
+    assert [passed for *_, passed in seen] == [2] * SIZE
