@@ -7,16 +7,14 @@ maps all of them side by side. The kernel frees the memory when no process maps 
 
 from __future__ import annotations
 
-import os
 import sys
-import weakref
 from collections.abc import Sequence
 
 import torch
 
 from symmem.backends.base import Allocation, Backend, Capability, Collective, RankGroup
 from symmem.backends.libc import PAGE, Region, available_memory, require_signals, round_up
-from symmem.backends.memory_files import check_memory_file, memory_file
+from symmem.backends.memory_files import OwnedFile, check_memory_file
 from symmem.backends.shared import SharedMapping, pass_and_map
 from symmem.backends.signals import SharedSignals
 from symmem.errors import BackendUnavailableError, OutOfMemoryError, SymmemError
@@ -46,11 +44,9 @@ class HostAllocation(Allocation):
     def make(cls, backend: HostBackend, nbytes: int) -> HostAllocation:
         """New memory."""
         extent = max(round_up(nbytes, PAGE), PAGE)
-        region = Region(extent)
-        descriptor = memory_file(extent)
-        weakref.finalize(region, os.close, descriptor).atexit = False
-        pointer = region.place(0, descriptor, extent)
-        return cls(backend, nbytes, pointer, descriptor, extent, region)
+        region, file = Region(extent), OwnedFile(extent)
+        pointer = region.place(0, file.descriptor, extent)
+        return cls(backend, nbytes, pointer, file.descriptor, extent, (region, file))
 
 
 class _Files(Region):
@@ -135,10 +131,10 @@ class HostBackend(Backend):
     def rendezvous(self, allocation: Allocation, collective: Collective) -> HostMapping:
         assert isinstance(allocation, HostAllocation)
         group = collective.group
-        pad = memory_file(_pad_extent(group.size))
+        pad = OwnedFile(_pad_extent(group.size))
         try:
-            received = collective.exchange("map", b"", [allocation.descriptor, pad])
+            received = collective.exchange("map", b"", [allocation.descriptor, pad.descriptor])
         finally:
-            os.close(pad)
+            pad.close()
         with received:
             return HostMapping(self, allocation, group, [c.descriptors for c in received])

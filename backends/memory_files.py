@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Callable
 
 from symmem.backends.libc import limit_error
 from symmem.errors import RendezvousError
 
-__all__ = ["check_memory_file", "memory_file"]
+__all__ = ["OwnedFile", "check_memory_file", "memory_file"]
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 """The size of a memory file is final: whoever holds a descriptor could end the other ranks by SIGBUS otherwise."""
@@ -23,10 +24,33 @@ def memory_file(nbytes: int) -> int:
     try:
         os.ftruncate(descriptor, nbytes)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-    except OSError as error:
+    except BaseException as error:  # also an interrupt
         os.close(descriptor)
-        raise limit_error(error, f"cannot make a memory file of {nbytes} bytes") from error
+        if isinstance(error, OSError):
+            raise limit_error(error, f"cannot make a memory file of {nbytes} bytes") from error
+        raise
     return descriptor
+
+
+class OwnedFile:
+    """A new memory file of ``nbytes`` zeros. It is closed with the last reference, or by :meth:`close`.
+
+    Attributes:
+        descriptor: The file's descriptor.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.descriptor = memory_file(nbytes)  # one step of the interpreter: no interrupt comes in between
+
+    def close(self, _close: Callable[[int], None] = os.close) -> None:  # `os` may be gone at the interpreter's exit
+        """Close the file. May be called again."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            _close(descriptor)
+
+    def __del__(self) -> None:
+        if "descriptor" in vars(self):
+            self.close()
 
 
 def check_memory_file(descriptor: int, nbytes: int, rank: int) -> None:

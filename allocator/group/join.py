@@ -122,8 +122,8 @@ def _exchange_processes(rounds: Rounds, operation: CollectiveOperation, watch: P
     group = operation.group
     ledger = Ledger(group.rank, group.size, group.name)
     with contextlib.ExitStack() as undo:
-        undo.callback(os.close, ledger.descriptor)
-        descriptors = [ledger.descriptor]
+        undo.callback(ledger.file.close)
+        descriptors = [ledger.file.descriptor]
         if (own := watch_process(os.getpid())) is not None:
             undo.callback(os.close, own)
             descriptors.append(own)

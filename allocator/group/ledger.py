@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any
 
 from symmem.backends import pending_waits
 from symmem.backends.libc import PAGE, Region, full_fence, round_up
-from symmem.backends.memory_files import check_memory_file, memory_file
+from symmem.backends.memory_files import OwnedFile, check_memory_file
 from symmem.backends.pending_waits import Wait
 from symmem.errors import DivergenceError, PeerTimeoutError, SymmemError, from_wire, to_wire
 from symmem.group.call_site import program_line
@@ -91,7 +91,7 @@ class Ledger:
         name: The name of the group, for errors.
 
     Attributes:
-        descriptor: This rank's memory, for the other ranks. The caller closes it after sending it.
+        file: This rank's memory, for the other ranks. The caller closes it after sending it.
         memory: The memory of all ranks, by rank.
         claimed: The number of sequences so far.
         passed: The number of the last round of the group that this rank has completed.
@@ -99,7 +99,7 @@ class Ledger:
 
     def __init__(self, rank: int, size: int, name: str) -> None:
         self.rank, self.size, self.name = rank, size, name
-        self.descriptor = memory_file(_NBYTES)
+        self.file = OwnedFile(_NBYTES)
         self.memory: list[memoryview] = []
         self.claimed = self.passed = 0
         self._taken: set[int] = set()  # sequences with an error for which this rank has taken a round

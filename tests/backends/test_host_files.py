@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from thread_ranks import open_files
 
 from symmem.backends import get_backend, libc
 from symmem.backends.descriptors import Contribution, Received
 from symmem.backends.host import HostBackend
+from symmem.backends.memory_files import OwnedFile
 from symmem.errors import RendezvousError
 
 
@@ -56,3 +58,26 @@ def test_a_file_that_could_be_shortened_is_not_mapped(kind: str, place: str) -> 
         backend.rendezvous(allocation, collective)
     assert got.value.peers == (0,)
     os.close(file)
+
+
+@pytest.mark.parametrize("call", ["ftruncate", "fcntl"])
+def test_an_interrupted_memory_file_is_closed(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    before = open_files()
+    monkeypatch.setattr(os if call == "ftruncate" else fcntl, call, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        OwnedFile(4096)
+    assert open_files() == before
+
+
+def test_a_memory_file_closes_with_its_last_reference() -> None:
+    before = open_files()
+    file = OwnedFile(4096)
+    assert len(open_files() - before) == 1
+    file.close()
+    file.close()
+    assert open_files() == before
+    OwnedFile(4096)
+    assert open_files() == before

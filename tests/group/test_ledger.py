@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,11 @@ def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 def sequences(size: int, index: int = 0) -> list[ActSequence]:
     """One sequence, as every rank of a group sees it."""
     ledgers = [Ledger(rank, size, "g") for rank in range(size)]
-    descriptors = [each.descriptor for each in ledgers]
+    descriptors = [each.file.descriptor for each in ledgers]
     for each in ledgers:
         each.attach(descriptors)
-    for descriptor in descriptors:
-        os.close(descriptor)
+    for each in ledgers:
+        each.file.close()
     found = [each.claim(index, "the arena") for each in ledgers]
     return [each for each in found if each is not None]
 
@@ -105,7 +104,7 @@ def test_a_difference_of_long_ago_is_found_by_its_rolling_hash() -> None:
 def test_sequences_are_apart() -> None:
     ledgers = [Ledger(rank, 2, "g") for rank in range(2)]
     for each in ledgers:
-        each.attach([other.descriptor for other in ledgers])
+        each.attach([other.file.descriptor for other in ledgers])
     one, other = ([each.claim(index, f"arena {index}") for each in ledgers] for index in range(2))
     for index, sequence in enumerate(one):
         assert sequence is not None
@@ -118,7 +117,7 @@ def test_sequences_are_apart() -> None:
         assert sequence is not None
         enter(sequence, 1, 5)
     for each in ledgers:
-        os.close(each.descriptor)
+        each.file.close()
     assert ledgers[0].claim(module._SEQUENCES, "one too many") is None
 
 
@@ -150,16 +149,16 @@ def test_of_two_that_act_at_the_same_moment_one_at_least_is_told() -> None:
             assert child.exitcode == 0
         missed += list(found[:]).count(0)
         for each in ledgers:
-            os.close(each.descriptor)
+            each.file.close()
         ledgers = [Ledger(rank, 2, "g") for rank in range(2)]
     for each in ledgers:
-        os.close(each.descriptor)
+        each.file.close()
     assert missed == 0
 
 
 def _rank(rank: int, ledgers: list[Ledger], barrier: Any, found: Any) -> None:
     ledger = ledgers[rank]
-    ledger.attach([each.descriptor for each in ledgers])
+    ledger.attach([each.file.descriptor for each in ledgers])
     for index in range(module._SEQUENCES):
         sequence = ledger.claim(index, "the arena")
         assert sequence is not None

@@ -59,11 +59,11 @@ class Rank:
 
 def ranks_of(size: int) -> list[Rank]:
     ledgers = [Ledger(rank, size, "g") for rank in range(size)]
-    descriptors = [each.descriptor for each in ledgers]
+    descriptors = [each.file.descriptor for each in ledgers]
     for each in ledgers:
         each.attach(descriptors)
-    for descriptor in descriptors:
-        os.close(descriptor)
+    for each in ledgers:
+        each.file.close()
     return [Rank(ledger, rank, size) for rank, ledger in enumerate(ledgers)]
 
 
