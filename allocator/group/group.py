@@ -398,13 +398,10 @@ def _lost_elsewhere(group: Group | None) -> tuple[int, ...]:
         if group is not None and (own := _world_ranks(group)):
             gone: set[int] = set()
             for other in known_groups():
-                if other is group or other.closed or other.process != os.getpid():
-                    continue
-                world = _world_ranks(other)
-                if world is not None and world[0] == own[0]:
-                    joined = other._rounds.ledger is not None or other._rounds.sockets is not None
-                    lost = other.lost() if joined else other._rounds.presence.lost()
-                    gone.update(world[1][rank] for rank in lost)
+                if other is not group and not other.closed and other.process == os.getpid() and (lost := other.lost()):
+                    world = _world_ranks(other)
+                    if world is not None and world[0] == own[0]:
+                        gone.update(world[1][rank] for rank in lost)
             return tuple(rank for rank, world_rank in enumerate(own[1]) if world_rank in gone)
     return ()
 

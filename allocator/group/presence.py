@@ -205,7 +205,10 @@ class Presence:
         """
         if self._store.check([self._key("note")]):
             raise NotComingError(from_wire(self._read_note()["error"]))
-        gone = self._lost()
+        everyone = self._size <= ALL
+        for rank in range(self._size) if everyone else ((self._rank - 1) % self._size,):
+            self._look(rank)
+        gone = {rank for rank, lives in self._known.items() if not lives} | {*self._watch.lost()}
         for rank in self._lost_elsewhere():
             self._look(rank)
             if not self._known.get(rank):
@@ -220,21 +223,6 @@ class Presence:
                     peers=tuple(sorted(gone)),
                 )
             )
-
-    def lost(self) -> set[int]:
-        """The ranks that have made the group, and have a process that has ended. For a wait in another group.
-
-        Keeps no descriptors. The caller limits the time.
-        """
-        gone = self._lost()
-        self.close()
-        return gone
-
-    def _lost(self) -> set[int]:
-        everyone = self._size <= ALL
-        for rank in range(self._size) if everyone else ((self._rank - 1) % self._size,):
-            self._look(rank)
-        return {rank for rank, lives in self._known.items() if not lives} | {*self._watch.lost()}
 
     def _look(self, rank: int) -> None:
         """Begin to watch the process of a rank, if it has come."""

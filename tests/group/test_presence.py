@@ -159,25 +159,6 @@ def test_a_subgroup_may_name_its_ranks_of_the_job(
     assert isinstance(result, PeerTimeoutError)  # its missing rank lives
 
 
-def test_a_death_that_a_group_knows_which_has_not_met_yet_counts(
-    store: dist.FileStore, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The group of all ranks is made everywhere, but has not been used."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    process = start("group = symmem.Group.from_store(1, 2, store, 'a')")
-    assert process.stdout is not None
-    process.stdout.readline()
-    everyone = Group.from_store(0, 2, store, "a")
-    process.kill()
-    process.wait()
-    error, seconds = waits(Group.from_store(0, 2, store, "b"))
-    assert isinstance(error, PeerLostError)
-    assert error.peers == (1,)
-    assert seconds < SOON
-    everyone.close()
-
-
 @pytest.mark.parametrize("ranks", [[0], [1, 2], [0, 1, 2]])
 def test_ranks_of_the_job_must_fit(ranks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
