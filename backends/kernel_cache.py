@@ -8,11 +8,13 @@ used, or another user can change it, programs are compiled in every process.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from symmem.config.owned_files import ADVICE, UntrustedFileError, make_folder, open_file
@@ -23,6 +25,7 @@ log = logging.getLogger("symmem.ops")
 
 _MAGIC = b"symmem kernel 1\n"
 _DIGEST = 32
+_PATIENCE = 60.0  # seconds that a process waits while another one compiles the same program
 
 
 def cache_directory() -> Path | None:
@@ -43,15 +46,48 @@ def key_of(parts: Sequence[str]) -> str:
 
 
 def cached(key: str, compile_it: Callable[[], bytes], directory: Path | None) -> bytes:
-    """The program with this key, from its file or newly compiled and stored. Local; safe with other processes."""
+    """The program with this key, from its file or newly compiled and stored. Local; safe with other processes.
+
+    The ranks of a host begin at once, so one process compiles, and the others wait for it.
+    """
     if directory is None or not _is_usable(directory):
         return compile_it()
     file = directory / f"{key}.bin"
     code = _read(file)
     if code is None:
-        code = compile_it()
-        _write(file, code)
+        with _alone(file.with_suffix(".lock")):
+            code = _read(file)
+            if code is None:
+                code = compile_it()
+                _write(file, code)
     return code
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process compiles a program; at most _PATIENCE seconds, because it may be stopped."""
+    with contextlib.ExitStack() as undo:
+        deadline = time.monotonic() + _PATIENCE
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            undo.callback(os.close, descriptor)
+            while not _take(descriptor) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        except OSError as error:  # some file systems know no locks
+            log.debug("%s cannot be locked: %s", lock, error)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+
+
+def _take(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 _untrusted: set[str] = set()  # logged once

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -98,3 +101,26 @@ def test_a_file_that_another_user_planted_is_not_loaded(tmp_path: Path) -> None:
         assert kernel_cache.cached("key", lambda: b"own", folder) == b"own"
         if path.is_file():  # the untrusted file was replaced
             assert path.stat().st_uid == 0
+
+
+def test_one_of_many_compiles(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def compile_it() -> bytes:
+        calls.append(1)
+        time.sleep(0.2)  # the others come meanwhile
+        return b"code"
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: kernel_cache.cached("key", compile_it, tmp_path), range(4)))
+    assert (found, calls) == ([b"code"] * 4, [1])
+    assert [file.name for file in tmp_path.iterdir()] == ["key.bin"]
+
+
+def test_a_process_that_holds_the_lock_for_too_long_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_cache, "_PATIENCE", 0.1)
+    with open(tmp_path / "key.lock", "wb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        assert kernel_cache.cached("key", lambda: b"code", tmp_path) == b"code"
