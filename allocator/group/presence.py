@@ -38,6 +38,7 @@ ALL = 16
 so that the number of requests to the store grows linearly."""
 
 _BRIEF = 0.3  # seconds that a rank waits for the store to take a note
+_ABSENT = "absent"  # no value of a key
 
 
 class ProcessWatch:
@@ -203,8 +204,8 @@ class Presence:
         Raises:
             NotComingError: A rank cannot.
         """
-        if self._store.check([self._key("note")]):
-            raise NotComingError(from_wire(self._read_note()["error"]))
+        if (note := self._peek(self._key("note"))) is not None:
+            raise NotComingError(from_wire(note["error"]))
         everyone = self._size <= ALL
         for rank in range(self._size) if everyone else ((self._rank - 1) % self._size,):
             self._look(rank)
@@ -226,10 +227,10 @@ class Presence:
 
     def _look(self, rank: int) -> None:
         """Begin to watch the process of a rank, if it has come."""
-        if rank == self._rank or rank in self._known or not self._store.check([self._key("process", rank)]):
+        if rank == self._rank or rank in self._known or (found := self._peek(self._key("process", rank))) is None:
             return
         try:
-            descriptor = RankProcess(**json.loads(self._store.get(self._key("process", rank)))).watch()
+            descriptor = RankProcess(**found).watch()
         except ProcessLookupError:
             self._known[rank] = False
             return
@@ -242,15 +243,17 @@ class Presence:
         self._write(self._store.add(f"{self._prefix}/met/{self._rank}", 0) + 1)
         if error is not None:
             self._write_note(error)
-        elif self._store.check([note := self._key("note")]) and self._read_note()["rank"] == self._rank:
-            self._store.delete_key(note)
+        elif (note := self._peek(self._key("note"))) is not None and note["rank"] == self._rank:
+            self._store.delete_key(self._key("note"))
 
     def _write(self, generation: int) -> None:
         self._generation = generation
         self._store.set(self._key("process", self._rank), json.dumps(asdict(RankProcess.here())).encode())
 
-    def _read_note(self) -> Any:
-        return json.loads(self._store.get(self._key("note")))
+    def _peek(self, key: str) -> Any:
+        """The value of a key; None if there is none. Does not wait, as get() does if another rank deletes the key."""
+        value = self._store.compare_set(key, _ABSENT, _ABSENT)  # changes nothing
+        return None if value == _ABSENT.encode() else json.loads(value)
 
     def _write_note(self, error: SymmemError) -> None:
         self._store.set(self._key("note"), json.dumps({"rank": self._rank, "error": to_wire(error)}).encode())

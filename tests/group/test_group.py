@@ -452,6 +452,10 @@ class CountingStore(dist.Store):
         self.requests += len(keys)
         return self.inner.multi_get(keys)
 
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        self._count()
+        return self.inner.compare_set(key, expected, desired)
+
     def wait(self, keys: list[str], timeout: Any) -> None:  # type: ignore[override]
         self._count()
         self.inner.wait(keys, timeout)

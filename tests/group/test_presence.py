@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -164,6 +165,24 @@ def test_ranks_of_the_job_must_fit(ranks: list[int], monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(GroupError, match="job_ranks names the variable RANK of all 2 ranks of the group, 0 for this"):
         Group.from_store(0, 2, dist.HashStore(), "a", job_ranks=ranks)
+
+
+@pytest.mark.parametrize("kind", ["hash", "file", "tcp", "prefix"])
+def test_looking_at_the_store_changes_nothing_and_does_not_wait(kind: str, tmp_path: Path) -> None:
+    tcp = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = {
+        "hash": dist.HashStore(),
+        "file": dist.FileStore(str(tmp_path / "store"), -1),
+        "tcp": tcp,
+        "prefix": dist.PrefixStore("a", tcp),
+    }[kind]
+    presence = Presence(store, "group", 0, 2, tuple)
+    assert presence._peek("key") is None
+    assert not store.check(["key"])
+    store.set("key", json.dumps({"rank": 3}))
+    assert presence._peek("key") == {"rank": 3}
+    store.delete_key("key")
+    assert presence._peek("key") is None
 
 
 def test_an_id_that_another_process_reuses_is_no_sign_of_life(start: Start) -> None:
