@@ -9,38 +9,36 @@ from collections.abc import Callable
 from symmem.backends.libc import limit_error
 from symmem.errors import RendezvousError
 
-__all__ = ["OwnedFile", "check_memory_file", "memory_file"]
+__all__ = ["OwnedFile", "check_memory_file"]
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 """The size of a memory file is final: whoever holds a descriptor could end the other ranks by SIGBUS otherwise."""
 
 
-def memory_file(nbytes: int) -> int:
-    """A new anonymous file of ``nbytes`` zeros. The kernel makes a page at its first access."""
-    try:
-        descriptor = os.memfd_create("symmem", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    except OSError as error:
-        raise limit_error(error, "cannot make a memory file") from error
-    try:
-        os.ftruncate(descriptor, nbytes)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-    except BaseException as error:  # also an interrupt
-        os.close(descriptor)
-        if isinstance(error, OSError):
-            raise limit_error(error, f"cannot make a memory file of {nbytes} bytes") from error
-        raise
-    return descriptor
-
-
 class OwnedFile:
-    """A new memory file of ``nbytes`` zeros. It is closed with the last reference, or by :meth:`close`.
+    """A new anonymous file of ``nbytes`` zeros. It is closed with the last reference, or by :meth:`close`.
+
+    The kernel makes a page at its first access.
 
     Attributes:
         descriptor: The file's descriptor.
     """
 
+    descriptor = -1
+
     def __init__(self, nbytes: int) -> None:
-        self.descriptor = memory_file(nbytes)  # one step of the interpreter: no interrupt comes in between
+        try:
+            self.descriptor = os.memfd_create("symmem", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            raise limit_error(error, "cannot make a memory file") from error
+        try:
+            os.ftruncate(self.descriptor, nbytes)
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        except BaseException as error:  # also an interrupt
+            self.close()
+            if isinstance(error, OSError):
+                raise limit_error(error, f"cannot make a memory file of {nbytes} bytes") from error
+            raise
 
     def close(self, _close: Callable[[int], None] = os.close) -> None:  # `os` may be gone at the interpreter's exit
         """Close the file. May be called again."""
@@ -49,8 +47,7 @@ class OwnedFile:
             _close(descriptor)
 
     def __del__(self) -> None:
-        if "descriptor" in vars(self):
-            self.close()
+        self.close()
 
 
 def check_memory_file(descriptor: int, nbytes: int, rank: int) -> None:

@@ -149,9 +149,10 @@ class SharedSignals:
         if not self._must_fail(channel):
             self._leave(channel)
             return
-        late = self._late(channel)
-        error = self._given_up(channel) or self._error_of(self._rank, self._mark(self._rank, channel), channel)
-        if late is not None:
+        error: SymmemError | None
+        if (late := self._late(channel)) is None:
+            error = self._given_up(channel) or self._error_of(self._rank, self._mark(self._rank, channel), channel)
+        else:
             error = PeerTimeoutError(
                 f"rank {late} did not come to the last barrier on this channel in time. It has come now, so the next "
                 "call works",

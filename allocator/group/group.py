@@ -104,6 +104,10 @@ class Group:
             rank, size = operator.index(rank), operator.index(size)
         except TypeError:
             raise GroupError(f"rank and size of a group are integers, not {rank!r} and {size!r}") from None
+        try:
+            job_ranks = tuple(map(operator.index, job_ranks))
+        except TypeError:
+            raise GroupError(f"job_ranks is a list of integers, not {job_ranks!r}") from None
         if not isinstance(store, dist.distributed_c10d.Store):
             raise GroupError(
                 f"a group needs a torch.distributed.Store that all its ranks share, not a {type(store).__name__}",
@@ -119,10 +123,10 @@ class Group:
         if job_ranks and (len(job_ranks) != size or str(job_ranks[rank]) != own):
             raise GroupError(
                 f"job_ranks names the variable RANK of all {size} ranks of the group, {own} for this rank {rank}, not "
-                f"{job_ranks!r}"
+                f"{list(job_ranks)}"
             )
         self.name, self.rank, self.size = name, rank, size
-        self.made_from_store, self._job_ranks = process_group is None, tuple(job_ranks)
+        self.made_from_store, self._job_ranks = process_group is None, job_ranks
         # Weak, so that a destroyed process group and everything that refers to it can be collected.
         self._process_group = weakref.ref(process_group) if process_group is not None else lambda: None
         self.extensions: dict[type, Any] = {}

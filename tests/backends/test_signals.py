@@ -217,11 +217,15 @@ def test_ranks_that_failed_in_different_numbers_of_calls_go_on_in_the_same_one()
     (first, second, third), _lost = make()
     third._arrive(5)
     assert [call(first, 0.0) for _ in range(3)] == ["PeerTimeoutError"] * 3
-    assert [call(third, 0.0) for _ in range(1)] == ["PeerTimeoutError"]
+    assert call(third, 0.0) == "PeerTimeoutError"
     with ThreadPoolExecutor(SIZE) as threads:
         calls = threads.map(lambda one, count: [call(one) for _ in range(count)], (first, second, third), (2, 2, 4))
     failed = ["PeerTimeoutError"]
-    assert list(calls) == [[*failed, "passed"], [*failed, "passed"], [*failed * 3, "passed"]]  # four calls everywhere
+    assert list(calls) == [
+        [*failed, "passed"],
+        [*failed, "passed"],
+        [*failed * 3, "passed"],
+    ]  # rank 0's and rank 2's fourth call fails last
 
 
 @given(st.lists(st.tuples(st.integers(0, SIZE - 1), st.booleans()), max_size=12))

@@ -167,6 +167,12 @@ def test_ranks_of_the_job_must_fit(ranks: list[int], monkeypatch: pytest.MonkeyP
         Group.from_store(0, 2, dist.HashStore(), "a", job_ranks=ranks)
 
 
+@pytest.mark.parametrize("ranks", [3, [None, 1], ["0", "1"]])
+def test_ranks_of_the_job_are_integers(ranks: Any) -> None:
+    with pytest.raises(GroupError, match="job_ranks is a list of integers, not"):
+        Group.from_store(0, 2, dist.HashStore(), "a", job_ranks=ranks)
+
+
 @pytest.mark.parametrize("kind", ["hash", "file", "tcp", "prefix"])
 def test_looking_at_the_store_changes_nothing_and_does_not_wait(kind: str, tmp_path: Path) -> None:
     tcp = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

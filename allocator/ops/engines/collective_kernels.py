@@ -185,7 +185,7 @@ struct Call {
   u64 stride;           // distance between two ranks' parts in the source
   u64 out_stride;       // the same in the result
   u64 limit;            // nanoseconds
-  u32 *status;          // host memory: {step, reason, peer, group} of the failed thread; then the long waits
+  u32 *status;          // host memory; see symmem.backends.signal_kernels. Here for the long waits and the records
   u32 step, rank, group, root;
   u32 nap;              // nanoseconds to sleep between two polls
   u32 signature;        // must be equal on all ranks; not 0

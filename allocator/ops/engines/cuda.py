@@ -174,7 +174,7 @@ class CudaEngine:
         self._described: dict[int, tuple[str, CallSite]] = {}  # by signature: the call, and where it was made first
         self.calls: Any = None  # calls that symmem.ops.eager can repeat
         self._is_launched = False  # the call in progress
-        self._calls_before = 0  # calls that no kernel has counted in the workspace since it was reset
+        self._calls_before = 0  # calls that the workspace does not count: before its reset, or without a launch
         self._resume_at = 0  # the first call that all ranks can launch, as far as this rank knows
         self._refusal: SymmemError | None = None  # why this rank let the others' kernels give up
         self._reason: SymmemError | None = None  # why they gave up, as all ranks know
@@ -429,7 +429,7 @@ class CudaEngine:
             sizes = {"bytes": size, "slice": part, "stride": part}
             call = describe("all_reduce", reduction, source.numel(), source.dtype, len(plan))
             plan.append(self._launch("all_reduce", call, functions[choice.kernel], choice, part, start, sizes))
-        return _counted(plan)
+        return plan
 
     def _plan_reduce_scatter(self, out: torch.Tensor, reduction: str) -> list[_PreparedKernel]:
         nbytes = out.nbytes
@@ -440,7 +440,7 @@ class CudaEngine:
             sizes = {"bytes": (self._world - 1) * nbytes + size, "slice": size, "stride": nbytes}
             call = describe("reduce_scatter", reduction, out.numel() * self._world, out.dtype, len(plan))
             plan.append(self._launch("reduce_scatter", call, functions[choice.kernel], choice, size, start, sizes))
-        return _counted(plan)
+        return plan
 
     def _move(
         self,
@@ -487,7 +487,7 @@ class CudaEngine:
             work = size * 2 if choice.kernel == "exchange" else size
             call = describe(step, 0 if root == _NO_ROOT else root, source.numel(), source.dtype, len(plan))
             plan.append(self._launch(step, call, functions[choice.kernel], choice, work, start, sizes))
-        return _counted(plan)
+        return plan
 
     def _launch(
         self, step: str, described: str, function: Any, choice: Choice, work: int, start: int, sizes: dict[str, int]
@@ -521,6 +521,7 @@ class CudaEngine:
         self._described.setdefault(signature, (what, line))
 
     def _remember(self, key: Any, plan: list[_PreparedKernel]) -> None:
+        plan[-1].call.counts = 1  # all kernels of a plan are one call
         if len(self._plans) >= _REMEMBERED:
             self._plans.clear()
         self._plans[key] = plan
@@ -658,11 +659,6 @@ class CudaEngine:
         self.check()
         error: SymmemError = driver_error(code.name, f"a collective kernel cannot be launched: {code.name}")
         raise error.located(rank=self._rank, group=self._group.name, step="launch")
-
-
-def _counted(plan: list[_PreparedKernel]) -> list[_PreparedKernel]:
-    plan[-1].call.counts = 1
-    return plan
 
 
 class _SymmetricOut(NamedTuple):
