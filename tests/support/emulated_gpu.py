@@ -35,7 +35,7 @@ _BEFORE = r"""
 #define __forceinline__ inline
 #define __noinline__
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 struct Index { unsigned x, y, z; };
 thread_local Index threadIdx, blockIdx, blockDim, gridDim;
 // A thread that has trapped does not come any more.

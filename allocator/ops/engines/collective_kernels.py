@@ -102,8 +102,8 @@ END, CAUSE, CALL = 8, 16, 20
 """Offsets of these words of the control area."""
 
 THREADS, COMPARING = 512, 32
-"""Most threads of a block, and those of every block that compare calls; they come last. The others move data. Blocks of
-`move` may have THREADS besides; blocks of `reduce` may not, because their registers decide how many run together."""
+"""Most threads of a block that move data, and its further threads, which compare calls; these come last. A multiprocessor
+can run two such blocks at once, which limits the registers of a kernel."""
 
 _MARKS = 128  # offset of the marks; before them are the turn and, in a separate cache line, the ticket
 
@@ -637,7 +637,7 @@ __device__ __forceinline__ void begin(const Call &call, Unit mine, Unit (&got)[W
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) one_shot(const __grid_constant__ Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS + COMPARING, 2) one_shot(const __grid_constant__ Call call) {
   const Start start = read_start(call);
   const u64 turn = start.turn;
   u32 end = start.end;
@@ -739,11 +739,11 @@ __device__ __forceinline__ void by_slices(const Call &call) {
   advance(call, turn, ticket, !sound);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) two_shot(const __grid_constant__ Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS + COMPARING, 2) two_shot(const __grid_constant__ Call call) {
   by_slices<true>(call);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) reduce_scatter(const __grid_constant__ Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS + COMPARING, 2) reduce_scatter(const __grid_constant__ Call call) {
   by_slices<false>(call);
 }
 
@@ -766,7 +766,7 @@ __device__ __forceinline__ void save_line(u8 *at, u64 data, u64 left) {
     *(volatile u64 *)at = data;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + COMPARING) exchange(const __grid_constant__ Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS + COMPARING, 2) exchange(const __grid_constant__ Call call) {
   const Start start = read_start(call);
   const u64 turn = start.turn;
   u32 end = start.end;
@@ -827,7 +827,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COMPARING) exchange(const
   advance(call, turn, ticket, !sound);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + COMPARING) pull(const __grid_constant__ Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS + COMPARING, 2) pull(const __grid_constant__ Call call) {
   const Start start = read_start(call);
   const u64 turn = start.turn;
   u32 end = start.end;
@@ -867,7 +867,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COMPARING) pull(const __g
   advance(call, turn, ticket, !all_came);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + COMPARING) put(const __grid_constant__ Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS + COMPARING, 2) put(const __grid_constant__ Call call) {
   const Start start = read_start(call);
   const u64 turn = start.turn;
   u32 end = start.end;

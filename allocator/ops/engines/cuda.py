@@ -53,10 +53,8 @@ from symmem.ops.engines.collective_kernels import (
     CAUSE,
     COMPARING,
     END,
-    KERNELS,
     OPERATORS,
     STEPS,
-    THREADS,
     TYPES,
     WorkspaceLayout,
 )
@@ -502,10 +500,9 @@ class CudaEngine:
             nap=choice.nap,
             **{"root": _NO_ROOT, **sizes},
         )
-        workers = min(choice.threads, THREADS - COMPARING * (choice.kernel in KERNELS["reduce"]))
-        blocks = grid(choice._replace(threads=workers), -(-work // _UNIT))
+        blocks = grid(choice, -(-work // _UNIT))
         described_at = described, program_line(sys._getframe(1))
-        launch = _PreparedKernel(function, blocks, workers + COMPARING, call, start, described_at)
+        launch = _PreparedKernel(function, blocks, choice.threads + COMPARING, call, start, described_at)
         self._sign(launch, None)
         return launch
 
