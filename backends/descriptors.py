@@ -11,7 +11,6 @@ the data of a connection, and a follower that finds the queue full tries again.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import hmac
 import json
@@ -28,6 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from symmem.backends.libc import Descriptor, Inbox, close_all
 from symmem.config.machine import peer_of
 from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError, ResourceLimitError
 
@@ -81,12 +81,6 @@ class Received:
         self.close()
 
 
-def close_all(descriptors: Sequence[int]) -> None:
-    """Close descriptors that this process owns."""
-    for descriptor in descriptors:
-        os.close(descriptor)
-
-
 def _remaining(deadline: float) -> float:
     return max(deadline - time.monotonic(), 0.001)
 
@@ -115,8 +109,8 @@ def send(
     sock.sendall(prefix + head + body)
 
 
-def receive(sock: socket.socket, deadline: float) -> tuple[dict[str, Any], bytes, tuple[int, ...]]:
-    """Receive one message: its header, body and descriptors. The caller owns the descriptors.
+def receive(sock: socket.socket, deadline: float) -> tuple[dict[str, Any], bytes, tuple[Descriptor, ...]]:
+    """Receive one message: its header, body and descriptors.
 
     Raises:
         EOFError: The peer closed the connection.
@@ -125,16 +119,14 @@ def receive(sock: socket.socket, deadline: float) -> tuple[dict[str, Any], bytes
         RendezvousError: The data is not a message.
     """
     sizes = _PREFIX.unpack(_receive_exactly(sock, _PREFIX.size, deadline))
-    descriptors: list[int] = []
+    descriptors: list[Descriptor] = []
     try:
         truncated = False
         for start in range(0, sizes[2], _BATCH):
-            sock.settimeout(_remaining(deadline))
-            data, batch, flags = _receive_descriptors(sock, min(_BATCH, sizes[2] - start))
-            descriptors += batch
-            truncated |= bool(flags & socket.MSG_CTRUNC)
-            if not data:
-                raise EOFError("the peer closed the connection")
+            inbox = Inbox(min(_BATCH, sizes[2] - start))
+            _receive_into(inbox, sock, deadline)
+            descriptors += inbox.take()
+            truncated |= inbox.is_truncated
         body = _receive_exactly(sock, sizes[0] + sizes[1], deadline)
         if truncated:
             raise ResourceLimitError(
@@ -150,17 +142,17 @@ def receive(sock: socket.socket, deadline: float) -> tuple[dict[str, Any], bytes
         raise
 
 
-def _receive_descriptors(sock: socket.socket, number: int) -> tuple[bytes, list[int], int]:
-    """Receive one byte and the descriptors that accompany it."""
-    # MSG_CMSG_CLOEXEC keeps them from leaking into every program that this process starts. socket.recv_fds ignores its
-    # flags (Python 3.9 to 3.13).
-    batch = array.array("i")
-    room = socket.CMSG_LEN(number * batch.itemsize)
-    data, ancillary, flags, _ = sock.recvmsg(1, room, socket.MSG_CMSG_CLOEXEC)
-    for level, kind, content in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            batch.frombytes(content[: len(content) // batch.itemsize * batch.itemsize])
-    return data, list(batch), flags
+def _receive_into(inbox: Inbox, sock: socket.socket, deadline: float) -> None:
+    """Wait for a byte and its descriptors."""
+    ready = select.poll()
+    ready.register(sock, select.POLLIN)
+    while True:
+        if not ready.poll(_remaining(deadline) * 1000):
+            raise TimeoutError("timed out")
+        with contextlib.suppress(BlockingIOError, InterruptedError):
+            if inbox.receive(sock):
+                return
+            raise EOFError("the peer closed the connection")
 
 
 def parse_header(data: bytes) -> dict[str, Any]:

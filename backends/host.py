@@ -7,6 +7,7 @@ maps all of them side by side. The kernel frees the memory when no process maps 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ import torch
 
 from symmem.backends.base import Allocation, Backend, Capability, Collective, RankGroup
 from symmem.backends.libc import PAGE, Region, available_memory, require_signals, round_up
-from symmem.backends.memory_files import OwnedFile, check_memory_file
+from symmem.backends.memory_files import check_memory_file, make_memory_file
 from symmem.backends.shared import SharedMapping, pass_and_map
 from symmem.backends.signals import SharedSignals
 from symmem.errors import BackendUnavailableError, OutOfMemoryError, SymmemError
@@ -31,7 +32,7 @@ class HostAllocation(Allocation):
         pointer: Address of the mapping.
         descriptor: The memory file, kept for later rendezvous.
         extent: Its size: at least ``nbytes`` and one page, in whole pages.
-        owner: Keeps the mapping and the descriptor.
+        owner: Keeps the mapping.
     """
 
     def __init__(
@@ -44,9 +45,9 @@ class HostAllocation(Allocation):
     def make(cls, backend: HostBackend, nbytes: int) -> HostAllocation:
         """New memory."""
         extent = max(round_up(nbytes, PAGE), PAGE)
-        region, file = Region(extent), OwnedFile(extent)
-        pointer = region.place(0, file.descriptor, extent)
-        return cls(backend, nbytes, pointer, file.descriptor, extent, (region, file))
+        region, file = Region(extent), make_memory_file(extent)
+        pointer = region.place(0, file, extent)
+        return cls(backend, nbytes, pointer, file, extent, region)
 
 
 class _Files(Region):
@@ -131,10 +132,7 @@ class HostBackend(Backend):
     def rendezvous(self, allocation: Allocation, collective: Collective) -> HostMapping:
         assert isinstance(allocation, HostAllocation)
         group = collective.group
-        pad = OwnedFile(_pad_extent(group.size))
-        try:
-            received = collective.exchange("map", b"", [allocation.descriptor, pad.descriptor])
-        finally:
-            pad.close()
+        with contextlib.closing(make_memory_file(_pad_extent(group.size))) as pad:
+            received = collective.exchange("map", b"", [allocation.descriptor, pad])
         with received:
             return HostMapping(self, allocation, group, [c.descriptors for c in received])

@@ -1,25 +1,34 @@
-"""System calls that are missing in Python's standard library: mmap at a fixed address, futex, membarrier."""
+"""System calls that Python's standard library lacks, or makes in a way that an interrupt can leave things open.
+
+Mappings at a fixed address, futexes, membarrier, and file descriptors that have an owner from the start.
+"""
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
 import errno
 import os
 import platform
 import resource
+import socket
+import struct
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from symmem.errors import BackendUnavailableError, OutOfMemoryError, ResourceLimitError, SymmemError
 
 __all__ = [
     "PAGE",
+    "Descriptor",
+    "Inbox",
     "Region",
     "available_memory",
+    "close_all",
     "duplicate",
     "fence",
     "full_fence",
@@ -45,10 +54,12 @@ _libc.mmap.argtypes = [
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.syscall.restype = ctypes.c_long
+_libc.recvmsg.restype = ctypes.c_ssize_t
 
 _PROT_NONE, _PROT_READ_WRITE = 0, 3
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
+_INT = ctypes.sizeof(ctypes.c_int)
 
 # The numbers of the system calls futex(2) and membarrier(2) for 64-bit processes.
 _SYSCALLS = {"x86_64": (202, 324), "aarch64": (98, 283), "riscv64": (98, 283), "loongarch64": (98, 283)}
@@ -100,21 +111,104 @@ def is_limit(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in limits
 
 
-def duplicate(descriptors: Sequence[int]) -> tuple[int, ...]:
+class Descriptor(int):
+    """A file descriptor that this process owns. It is closed with the last reference, or by :meth:`close`."""
+
+    _is_open = True
+
+    def close(self, _close: Callable[[int], None] = os.close) -> None:  # `os` may be gone at the interpreter's exit
+        """Close it. May be called again."""
+        is_open, self._is_open = self._is_open, False
+        if is_open:
+            _close(self)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def close_all(descriptors: Iterable[int]) -> None:
+    """Close those that this process owns: every :class:`Descriptor`. Other numbers belong to the caller."""
+    for descriptor in descriptors:
+        if isinstance(descriptor, Descriptor):
+            descriptor.close()
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("nbytes", ctypes.c_size_t))
+
+
+class _Message(ctypes.Structure):
+    """`struct msghdr` of recvmsg(2)."""
+
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("name_nbytes", ctypes.c_uint32),
+        ("vectors", ctypes.POINTER(_Vector)),
+        ("number_of_vectors", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("control_nbytes", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+    )
+
+
+_CONTROL = struct.Struct("Nii")  # `struct cmsghdr`: bytes with this header, level, type
+
+
+class Inbox:
+    """Room for one byte and the descriptors that accompany it. Descriptors that nobody takes are closed with it.
+
+    The system writes them into memory of this object. So none is lost if an interrupt ends the call that receives, as
+    would be possible with ``socket.recvmsg``, which returns them as numbers.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._byte = ctypes.create_string_buffer(1)
+        self._control = ctypes.create_string_buffer(socket.CMSG_SPACE(number * _INT))
+        self._vector = _Vector(ctypes.addressof(self._byte), 1)
+        control = ctypes.addressof(self._control)
+        self._message = _Message(None, 0, ctypes.pointer(self._vector), 1, control, len(self._control), 0)
+
+    def receive(self, sock: socket.socket) -> bool:
+        """Receive from a socket that has data. Returns False if the peer closed the connection.
+
+        Raises:
+            BlockingIOError: Nothing has come.
+            OSError: The peer is gone.
+        """
+        flags = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT  # programs that this process starts inherit none
+        received: int = _libc.recvmsg(sock.fileno(), ctypes.byref(self._message), flags)
+        if received < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return received > 0
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether more descriptors came than this process may have."""
+        return bool(self._message.flags & socket.MSG_CTRUNC)
+
+    def take(self) -> list[Descriptor]:
+        """The descriptors that have come, and were not taken."""
+        nbytes, level, kind = _CONTROL.unpack_from(self._control)
+        if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            return []
+        numbers = array.array("i", self._control.raw[_CONTROL.size : nbytes])
+        ctypes.memset(self._control, 0, _CONTROL.size)
+        return [Descriptor(number) for number in numbers]
+
+    def __del__(self) -> None:
+        self.take()
+
+
+def duplicate(descriptors: Sequence[int]) -> tuple[Descriptor, ...]:
     """Duplicate all descriptors, or none.
 
     Raises:
         ResourceLimitError: This process may not have so many.
     """
-    copies: list[int] = []
     try:
-        for descriptor in descriptors:
-            copies.append(os.dup(descriptor))  # a comprehension would lose the earlier copies on error
+        return tuple(Descriptor(os.dup(descriptor)) for descriptor in descriptors)
     except OSError as error:
-        for copy in copies:
-            os.close(copy)
         raise limit_error(error, f"cannot duplicate {len(descriptors)} file descriptors") from error
-    return tuple(copies)
 
 
 def _setting(path: str) -> str:

@@ -4,50 +4,29 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable
 
-from symmem.backends.libc import limit_error
+from symmem.backends.libc import Descriptor, limit_error
 from symmem.errors import RendezvousError
 
-__all__ = ["OwnedFile", "check_memory_file"]
+__all__ = ["check_memory_file", "make_memory_file"]
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 """The size of a memory file is final: whoever holds a descriptor could end the other ranks by SIGBUS otherwise."""
 
 
-class OwnedFile:
-    """A new anonymous file of ``nbytes`` zeros. It is closed with the last reference, or by :meth:`close`.
+def make_memory_file(nbytes: int) -> Descriptor:
+    """Make an anonymous file of ``nbytes`` zeros. The kernel makes a page at its first access.
 
-    The kernel makes a page at its first access.
-
-    Attributes:
-        descriptor: The file's descriptor.
+    Raises:
+        ResourceLimitError: This process may have no more descriptors, or no file of this size.
     """
-
-    descriptor = -1
-
-    def __init__(self, nbytes: int) -> None:
-        try:
-            self.descriptor = os.memfd_create("symmem", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        except OSError as error:
-            raise limit_error(error, "cannot make a memory file") from error
-        try:
-            os.ftruncate(self.descriptor, nbytes)
-            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, _SEALS)
-        except BaseException as error:  # also an interrupt
-            self.close()
-            if isinstance(error, OSError):
-                raise limit_error(error, f"cannot make a memory file of {nbytes} bytes") from error
-            raise
-
-    def close(self, _close: Callable[[int], None] = os.close) -> None:  # `os` may be gone at the interpreter's exit
-        """Close the file. May be called again."""
-        descriptor, self.descriptor = self.descriptor, -1
-        if descriptor >= 0:
-            _close(descriptor)
-
-    def __del__(self) -> None:
-        self.close()
+    try:
+        file = Descriptor(os.memfd_create("symmem", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        os.ftruncate(file, nbytes)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError as error:
+        raise limit_error(error, f"cannot make a memory file of {nbytes} bytes") from error
+    return file
 
 
 def check_memory_file(descriptor: int, nbytes: int, rank: int) -> None:

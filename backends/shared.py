@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from symmem.backends.base import Backend, RankGroup, tensor_at
-from symmem.backends.descriptors import close_all
+from symmem.backends.libc import Inbox
 from symmem.backends.signalled import SignalledMapping
 
 __all__ = ["Range", "SharedMapping", "pass_and_map"]
@@ -76,10 +76,11 @@ def pass_and_map(descriptor: int, nbytes: int, reserve: Callable[[int], Range], 
     with contextlib.ExitStack() as undo:
         left, right = (undo.enter_context(end) for end in socket.socketpair())
         socket.send_fds(left, [b"\0"], [descriptor])
-        descriptors = socket.recv_fds(right, 1, 1)[1]
-        undo.callback(close_all, descriptors)
+        inbox = Inbox(1)
+        inbox.receive(right)
+        (passed,) = inbox.take()
         second = reserve(nbytes)
-        second.place(0, descriptors[0], nbytes)
+        second.place(0, passed, nbytes)
         second.open()
         memory.fill_(42)
         return bool(tensor_at(second.address, 1, memory.device, second).item() == 42)

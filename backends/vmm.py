@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 
 from symmem.backends.base import Collective
 from symmem.backends.driver import Driver
+from symmem.backends.libc import Descriptor
 from symmem.backends.untraced import untraced
 from symmem.errors import SymmemError
 
@@ -46,8 +47,7 @@ class MemoryHandle:
     def __init__(self, driver: Driver, value: int) -> None:
         self.value = value
         self._driver = driver
-        self._descriptor: int | None = None
-        self._closing: Callable[[], object] = lambda: None
+        self._descriptor: Descriptor | None = None
         # Not at the interpreter's exit: the driver frees everything of a process.
         self._finalizer = weakref.finalize(self, _release, driver, os.getpid(), value)
         self._finalizer.atexit = False
@@ -55,14 +55,13 @@ class MemoryHandle:
     def close(self) -> None:
         """Release it now. May be called again."""
         self._finalizer()
-        self._closing()
+        if self._descriptor is not None:
+            self._descriptor.close()
 
-    def descriptor(self) -> int:
+    def descriptor(self) -> Descriptor:
         """The memory as a file descriptor, exported on the first call. It is closed with this object."""
         if self._descriptor is None:
-            self._descriptor = self._driver.export_descriptor(self.value)
-            self._closing = closing = weakref.finalize(self, os.close, self._descriptor)
-            closing.atexit = False
+            self._descriptor = Descriptor(self._driver.export_descriptor(self.value))
         return self._descriptor
 
     @classmethod

@@ -14,6 +14,7 @@ from typing import Any
 
 from symmem.backends import descriptors as scm
 from symmem.backends.descriptors import Contribution
+from symmem.backends.libc import close_all
 from symmem.errors import PeerLostError
 from symmem.group.agreement import AgreedError, CollectiveOperation, Rounds
 from symmem.group.compare import SAME_CALLS, check_equal, exchange_json
@@ -121,13 +122,12 @@ def _exchange_processes(rounds: Rounds, operation: CollectiveOperation, watch: P
     """Exchange the memory of the ledger and a pidfd of every process."""
     group = operation.group
     ledger = Ledger(group.rank, group.size, group.name)
-    with contextlib.ExitStack() as undo:
-        undo.callback(ledger.file.close)
-        descriptors = [ledger.file.descriptor]
-        if (own := watch_process(os.getpid())) is not None:
-            undo.callback(os.close, own)
-            descriptors.append(own)
-        received = rounds.exchange(operation, "watch", Contribution(b"", tuple(descriptors)))
+    own = watch_process(os.getpid())
+    descriptors = (ledger.file,) if own is None else (ledger.file, own)
+    try:
+        received = rounds.exchange(operation, "watch", Contribution(b"", descriptors))
+    finally:
+        close_all(descriptors)
     memory = [contribution.descriptors[0] for contribution in received]
     try:
         for rank, contribution in enumerate(received):
@@ -135,5 +135,5 @@ def _exchange_processes(rounds: Rounds, operation: CollectiveOperation, watch: P
                 watch.add(rank, descriptor, watched=rank != group.rank)
         ledger.attach(memory)
     finally:
-        scm.close_all(memory)
+        close_all(memory)
     rounds.ledger, rounds.sync_points = ledger, SyncPoints(ledger, group)

@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any
 
 from symmem.backends import pending_waits
 from symmem.backends.libc import PAGE, Region, full_fence, round_up
-from symmem.backends.memory_files import OwnedFile, check_memory_file
+from symmem.backends.memory_files import check_memory_file, make_memory_file
 from symmem.backends.pending_waits import Wait
 from symmem.errors import DivergenceError, PeerTimeoutError, SymmemError, from_wire, to_wire
 from symmem.group.call_site import program_line
@@ -99,7 +99,7 @@ class Ledger:
 
     def __init__(self, rank: int, size: int, name: str) -> None:
         self.rank, self.size, self.name = rank, size, name
-        self.file = OwnedFile(_NBYTES)
+        self.file = make_memory_file(_NBYTES)
         self.memory: list[memoryview] = []
         self.claimed = self.passed = 0
         self._taken: set[int] = set()  # sequences with an error for which this rank has taken a round

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from symmem.backends import descriptors as scm
+from symmem.backends.libc import Descriptor, close_all
 from symmem.backends.untraced import untraced
 from symmem.errors import PeerLostError, SymmemError, from_wire, to_wire
 from symmem.group import loss_notices
@@ -93,7 +93,7 @@ def _close_all(ranks: dict[int, int]) -> None:
     ranks.clear()
     for descriptor in descriptors:
         loss_notices.forget(descriptor)
-    scm.close_all(descriptors)
+    close_all(descriptors)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class RankProcess:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return cls(boot, os.stat("/proc/self/ns/pid").st_ino, os.getpid(), _started("self"))
 
-    def watch(self) -> int | None:
+    def watch(self) -> Descriptor | None:
         """Return a descriptor that becomes readable when the process ends; None if it cannot be watched from here.
 
         Raises:
@@ -135,7 +135,7 @@ class RankProcess:
         with contextlib.suppress(OSError):  # a system may hide the processes of other users
             started = _started(self.pid)
         if started != self.started:
-            os.close(descriptor)
+            descriptor.close()
             raise ProcessLookupError(self.pid)
         return descriptor
 

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from symmem.backends import descriptors as scm
 from symmem.backends.descriptors import Contribution
-from symmem.backends.libc import is_limit, limit_error
+from symmem.backends.libc import Descriptor, close_all, is_limit, limit_error
 from symmem.backends.untraced import untraced
 from symmem.errors import (
     PeerLostError,
@@ -120,7 +120,7 @@ class Message:
             RendezvousError: They are not a message. The descriptors are closed.
         """
         if not _is_sound(header, len(body), len(descriptors)):
-            scm.close_all(descriptors)
+            close_all(descriptors)
             raise RendezvousError(f"a peer sent data that is not a message: {str(header)[:80]}")
         contributions, at, first = [], 0, 0
         for size, count in zip(header["sizes"], header["counts"], strict=True):
@@ -140,7 +140,7 @@ class Message:
 
     def close(self) -> None:
         """Close the descriptors of a received message that is not used."""
-        scm.close_all(self.descriptors())
+        close_all(self.descriptors())
 
 
 def _is_sound(header: dict[str, Any], nbytes: int, descriptors: int) -> bool:
@@ -334,7 +334,7 @@ def within(deadline: float, call: Callable[..., T], *arguments: Any, patience: f
     return cast("T", value)
 
 
-def watch_process(pid: int) -> int | None:
+def watch_process(pid: int) -> Descriptor | None:
     """Return a descriptor that becomes readable when the process ends (pidfd_open(2)); None if the kernel has none.
 
     Raises:
@@ -342,7 +342,7 @@ def watch_process(pid: int) -> int | None:
         ResourceLimitError: This process may have no more descriptors.
     """
     try:
-        return os.pidfd_open(pid)
+        return Descriptor(os.pidfd_open(pid))
     except ProcessLookupError:
         raise
     except OSError as error:

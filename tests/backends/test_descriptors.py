@@ -20,6 +20,7 @@ from patience import LONG, SOON
 from thread_ranks import run_ranks
 
 from symmem.backends import descriptors as scm
+from symmem.backends import libc
 from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError, ResourceLimitError
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -47,7 +48,7 @@ def soon(seconds: float = LONG) -> float:
 @pytest.mark.parametrize("nbytes", [0, 1, 3 << 20])
 def test_any_number_of_descriptors_and_bytes_pass(number: int, nbytes: int, pair: Pair) -> None:
     """The kernel takes 253 descriptors per message. They come in order, and no exec'd program inherits them."""
-    files = [os.memfd_create(f"file{index}") for index in range(3)]
+    files = [libc.Descriptor(os.memfd_create(f"file{index}")) for index in range(3)]
     body = os.urandom(nbytes)
     try:
         sender = threading.Thread(
@@ -60,9 +61,9 @@ def test_any_number_of_descriptors_and_bytes_pass(number: int, nbytes: int, pair
         for index, fd in enumerate(fds):
             assert os.path.sameopenfile(fd, files[index % 3])
             assert not os.get_inheritable(fd)
-        scm.close_all(fds)
+        libc.close_all(fds)
     finally:
-        scm.close_all(files)
+        libc.close_all(files)
 
 
 def test_messages_in_a_row_keep_their_bounds(pair: Pair) -> None:
@@ -72,7 +73,7 @@ def test_messages_in_a_row_keep_their_bounds(pair: Pair) -> None:
     for turn in range(20):
         header, body, fds = scm.receive(pair[1], soon())
         assert (header, body, len(fds)) == ({"turn": turn}, b"x" * turn, turn % 3)
-        scm.close_all(fds)
+        libc.close_all(fds)
 
 
 @pytest.mark.parametrize("room", [0, 1, 200, 399])
@@ -82,8 +83,8 @@ def test_descriptors_beyond_the_limit_are_an_error_and_the_next_message_is_whole
     scm.send(pair[0], {}, b"first", [0] * 400, soon())
     scm.send(pair[0], {}, b"second", [0], soon())
     # Numbers that are free. By dup(2), because fstat(2) does not show the one that a thread in accept(2) has reserved.
-    free = [os.dup(0) for _ in range(room + 1)]
-    scm.close_all(free)
+    free = libc.duplicate([0] * (room + 1))
+    libc.close_all(free)
     before = descriptors_by_fstat()
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (free[room], hard))
@@ -94,7 +95,7 @@ def test_descriptors_beyond_the_limit_are_an_error_and_the_next_message_is_whole
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     _header, body, fds = scm.receive(pair[1], soon())
     assert (body, len(fds)) == (b"second", 1)
-    scm.close_all(fds)
+    libc.close_all(fds)
 
 
 def descriptors_by_fstat() -> list[int]:
@@ -157,7 +158,7 @@ def test_a_deep_header_is_a_named_error() -> None:
 
 def test_received_descriptors_are_closed_once() -> None:
     """``close`` may be called again, and does not close descriptors opened since."""
-    first, second = os.dup(0), os.dup(0)
+    first, second = libc.duplicate([0, 0])
     received = scm.Received([scm.Contribution(b"a", (first,)), scm.Contribution(b"b", (second,))])
     assert (len(received), received[1].payload, [c.payload for c in received]) == (2, b"b", [b"a", b"b"])
     with received:
@@ -167,6 +168,37 @@ def test_received_descriptors_are_closed_once() -> None:
     received.close()
     os.fstat(again)
     os.close(again)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_an_interrupt_right_after_the_system_call_loses_no_descriptor(number: int, pair: Pair) -> None:
+    """A handler runs as soon as recvmsg(2) returns, before Python has seen what came."""
+    before = descriptors_by_fstat()
+    scm.send(pair[0], {}, b"", [0] * number, soon())
+    came: list[int] = []
+
+    def interrupt(*arguments: object) -> None:
+        came.extend(set(descriptors_by_fstat()) - set(before))
+        raise KeyboardInterrupt
+
+    libc._libc.recvmsg.errcheck = interrupt  # type: ignore[assignment]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            scm.receive(pair[1], soon())
+    finally:
+        del libc._libc.recvmsg.errcheck
+    assert len(came) == number
+    assert descriptors_by_fstat() == before
+
+
+def test_a_descriptor_closes_with_its_last_reference() -> None:
+    before = descriptors_by_fstat()
+    descriptor = libc.Descriptor(os.dup(0))
+    also = (descriptor,)
+    del descriptor
+    os.fstat(also[0])
+    del also
+    assert descriptors_by_fstat() == before
 
 
 # Authentication.

@@ -315,7 +315,8 @@ def mappings_run_out(after: int) -> Iterator[None]:
         ctypes.set_errno(errno.ENOMEM)
         return libc._MAP_FAILED
 
-    libc._libc = SimpleNamespace(mmap=mmap, munmap=original.munmap, syscall=original.syscall)  # type: ignore[assignment]
+    others = {name: getattr(original, name) for name in ("munmap", "syscall", "recvmsg")}
+    libc._libc = SimpleNamespace(mmap=mmap, **others)  # type: ignore[assignment]
     try:
         yield
     finally:

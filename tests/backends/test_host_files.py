@@ -13,7 +13,7 @@ from thread_ranks import open_files
 from symmem.backends import get_backend, libc
 from symmem.backends.descriptors import Contribution, Received
 from symmem.backends.host import HostBackend
-from symmem.backends.memory_files import OwnedFile
+from symmem.backends.memory_files import make_memory_file
 from symmem.errors import RendezvousError
 
 
@@ -68,16 +68,16 @@ def test_an_interrupted_memory_file_is_closed(call: str, monkeypatch: pytest.Mon
     before = open_files()
     monkeypatch.setattr(os if call == "ftruncate" else fcntl, call, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        OwnedFile(4096)
+        make_memory_file(4096)
     assert open_files() == before
 
 
 def test_a_memory_file_closes_with_its_last_reference() -> None:
     before = open_files()
-    file = OwnedFile(4096)
+    file = make_memory_file(4096)
     assert len(open_files() - before) == 1
     file.close()
     file.close()
     assert open_files() == before
-    OwnedFile(4096)
+    make_memory_file(4096)
     assert open_files() == before

@@ -19,6 +19,7 @@ from patience import LONG, SOON
 from thread_ranks import descriptors, make_groups, meet, run_ranks, succeed
 
 from symmem.backends import descriptors as scm
+from symmem.backends.libc import close_all
 from symmem.errors import (
     GroupError,
     MismatchError,
@@ -673,7 +674,7 @@ def test_what_one_rank_cannot_receive_fails_all_at_once(monkeypatch: pytest.Monk
     def full(*args: Any) -> Any:
         header, body, fds = original(*args)
         if fds and threading.current_thread().name == "1":
-            scm.close_all(fds)
+            close_all(fds)
             raise ResourceLimitError("does not fit")
         return header, body, fds
 

@@ -27,7 +27,7 @@ def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 def sequences(size: int, index: int = 0) -> list[ActSequence]:
     """One sequence, as every rank of a group sees it."""
     ledgers = [Ledger(rank, size, "g") for rank in range(size)]
-    descriptors = [each.file.descriptor for each in ledgers]
+    descriptors = [each.file for each in ledgers]
     for each in ledgers:
         each.attach(descriptors)
     for each in ledgers:
@@ -104,7 +104,7 @@ def test_a_difference_of_long_ago_is_found_by_its_rolling_hash() -> None:
 def test_sequences_are_apart() -> None:
     ledgers = [Ledger(rank, 2, "g") for rank in range(2)]
     for each in ledgers:
-        each.attach([other.file.descriptor for other in ledgers])
+        each.attach([other.file for other in ledgers])
     one, other = ([each.claim(index, f"arena {index}") for each in ledgers] for index in range(2))
     for index, sequence in enumerate(one):
         assert sequence is not None
@@ -158,7 +158,7 @@ def test_of_two_that_act_at_the_same_moment_one_at_least_is_told() -> None:
 
 def _rank(rank: int, ledgers: list[Ledger], barrier: Any, found: Any) -> None:
     ledger = ledgers[rank]
-    ledger.attach([each.file.descriptor for each in ledgers])
+    ledger.attach([each.file for each in ledgers])
     for index in range(module._SEQUENCES):
         sequence = ledger.claim(index, "the arena")
         assert sequence is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -198,7 +197,7 @@ def test_an_id_that_another_process_reuses_is_no_sign_of_life(start: Start) -> N
     started = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19])
     descriptor = RankProcess(here.boot, here.namespace, process.pid, started).watch()
     assert descriptor is not None
-    os.close(descriptor)
+    descriptor.close()
     with pytest.raises(ProcessLookupError):
         RankProcess(here.boot, here.namespace, process.pid, started - 1).watch()
     assert RankProcess("elsewhere", here.namespace, process.pid, started).watch() is None

@@ -59,7 +59,7 @@ class Rank:
 
 def ranks_of(size: int) -> list[Rank]:
     ledgers = [Ledger(rank, size, "g") for rank in range(size)]
-    descriptors = [each.file.descriptor for each in ledgers]
+    descriptors = [each.file for each in ledgers]
     for each in ledgers:
         each.attach(descriptors)
     for each in ledgers:

@@ -24,6 +24,7 @@ from thread_ranks import descriptors, run_ranks
 
 from symmem.backends import descriptors as scm
 from symmem.backends.descriptors import Contribution
+from symmem.backends.libc import Descriptor
 from symmem.errors import (
     OutOfMemoryError,
     PeerLostError,
@@ -97,14 +98,14 @@ def test_a_header_with_a_wrong_value_is_the_named_error_and_closes_descriptors(
     header = {**HEADER, key: value}
     if drop:
         del header[key]
-    ends = os.pipe()
+    ends = [Descriptor(end) for end in os.pipe()]
     try:
         with pytest.raises(RendezvousError, match="not a message"):
             Message.unpack(header, b"abc", (ends[0],))
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(ends[0])
     finally:
-        os.close(ends[1])
+        ends[1].close()
 
 
 @given(json_values)

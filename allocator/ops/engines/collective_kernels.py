@@ -102,8 +102,8 @@ END, CAUSE, CALL = 8, 16, 20
 """Offsets of these words of the control area."""
 
 THREADS, COMPARING = 512, 32
-"""Most threads of a block that move data, and its further threads, which compare calls; these come last. A multiprocessor
-can run two such blocks at once, which limits the registers of a kernel."""
+"""Most threads of a block that move data, and its further threads, which compare calls; these come last. The registers
+of a kernel are limited, so that a multiprocessor can run two such blocks at once."""
 
 _MARKS = 128  # offset of the marks; before them are the turn and, in a separate cache line, the ticket
 
