@@ -35,7 +35,7 @@ def key_of(called: Sequence[tuple[OpOverload, torch.fx.Node]]) -> Any:
     groups = [(op, name) for op, node in ours for name in _groups(node)]
     sizes = {(name, group_named(name).size) for op, name in groups if op.namespace == OWN_NAMESPACE}
     parts = [pair for pair in itertools.permutations(sorted({name for _op, name in groups}), 2) if is_part(*pair)]
-    needs = [(op._name, backend_of(op.namespace)) for op, _node in ours]
+    needs = [(op._name, backend_of(op.namespace, "cpu"), backend_of(op.namespace, "cuda")) for op, _node in ours]
     return f"symmem {_fingerprint()} {registry.fingerprint()}", sorted(sizes), parts, needs
 
 

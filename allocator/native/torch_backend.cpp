@@ -130,6 +130,15 @@ struct State {
     TORCH_CHECK(!exiting, "symmem: ", operation, ": the interpreter is shutting down");
   }
 
+  // Whether memory of torch or of symmem holds an address.
+  bool holds(Address address) {
+    {
+      std::lock_guard lock(mutex);
+      if (find(address) != blocks.end()) return true;
+    }
+    return !exiting && python.holds(address);
+  }
+
   // The block that holds an address. The caller holds the mutex.
   std::map<Address, Entry>::iterator find(Address address) {
     auto next = blocks.upper_bound(address);
@@ -244,6 +253,7 @@ struct Allocator : sm::SymmetricMemoryAllocator {
     }
     const auto current = process_group(group);
     if (known && known->process_group && known->process_group->lock() == current) return known;
+    if (!memory && !all.python.holds(address)) return {};  // not symmetric memory: None in Python, as torch's backends
     auto handle = c10::make_intrusive<Handle>();
     handle->memory = memory;
     Owner* owner = memory ? new Owner(memory) : nullptr;  // Python releases it
@@ -267,11 +277,7 @@ struct Allocator : sm::SymmetricMemoryAllocator {
   bool has_allocation(void* pointer) /* virtual since torch 2.13 */ {
     auto& all = state();
     all.check("is_symm_mem_tensor");
-    {
-      std::lock_guard lock(all.mutex);
-      if (all.find(reinterpret_cast<Address>(pointer)) != all.blocks.end()) return true;
-    }
-    return !all.exiting && all.python.holds(reinterpret_cast<Address>(pointer));
+    return all.holds(reinterpret_cast<Address>(pointer));
   }
 
  private:
@@ -299,6 +305,8 @@ EXPORT void symmem_exit() { state().exiting = true; }
 
 // The text of the error that torch raises on this thread.
 EXPORT void symmem_fail(const char* text) { failure = text; }
+
+EXPORT int symmem_holds(uint64_t address) { return state().holds(address); }
 
 // What Python needs to know about memory: address, bytes, extent, pad, bytes of the pad, descriptor.
 EXPORT void symmem_describe(void* owner, uint64_t* values) {

@@ -11,6 +11,25 @@ The memory is of the backend ``host``. Allocation is local, as in torch: ranks m
 compare at the rendezvous. docs/torch_backend.md says what works.
 """
 
-from symmem.torch_backend.bridge import enable, last_error
+from symmem.torch_backend import bridge
+from symmem.torch_backend.bridge import last_error
 
 __all__ = ["enable", "last_error"]
+
+
+def enable() -> None:
+    """Let torch's symmetric memory and ``torch.ops.symm_mem`` use symmem for CPU tensors.
+
+    Local; later calls do nothing. Compiles a small library for the installed torch the first time on a machine, which
+    takes some ten seconds.
+
+    Raises:
+        UnsupportedError: This torch has no symmetric memory, or there is no C++ compiler, or it is too old.
+        BackendUnavailableError: The backend ``host`` does not work here.
+        ForkedError: The process was forked after another call.
+    """
+    bridge.enable()
+    from symmem.torch_backend import cpu_operators, inductor  # need torch.distributed; the line before has checked it
+
+    if cpu_operators.register():
+        inductor.install()

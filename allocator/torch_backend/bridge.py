@@ -21,7 +21,7 @@ import torch.distributed as dist
 from symmem import native
 from symmem.backends import get_backend
 from symmem.backends.host import HostAllocation, HostBackend
-from symmem.errors import ForkedError, NotSymmetricError, UnsupportedError
+from symmem.errors import ForkedError, UnsupportedError
 from symmem.group.group import Group
 from symmem.group.resolve import resolve_group
 from symmem.memory.block import Block
@@ -30,7 +30,7 @@ from symmem.memory.registry import block_at, register
 from symmem.native.build import load_library
 from symmem.tensor.tensor import SymmetricTensor
 
-__all__ = ["enable", "last_error"]
+__all__ = ["enable", "is_symmetric", "last_error"]
 
 _SOURCE = Path(native.__file__).parent / "torch_backend.cpp"
 
@@ -102,6 +102,13 @@ def enable() -> None:
         _enabled = os.getpid(), library, functions
 
 
+def is_symmetric(tensor: torch.Tensor) -> bool:
+    """Whether a CPU tensor is in memory that torch's symmetric memory or symmem allocated. Local."""
+    if _enabled is None:
+        return False
+    return bool(_enabled[1].symmem_holds(ctypes.c_uint64(tensor.untyped_storage().data_ptr())))
+
+
 def last_error() -> BaseException | None:
     """The exception behind the last RuntimeError that symmem raised through torch on this thread; None if none.
 
@@ -149,12 +156,8 @@ def _rendezvous(library: ctypes.CDLL, result: int, address: int, owner: int | No
     keeper = None if owner is None else _Owner(library, owner)
     block = block_at(address)
     if block is None:
-        if keeper is None or owner is None:
-            raise NotSymmetricError(
-                f"no live allocation on the CPU holds {address:#x}",
-                hint="allocate with torch's empty after symmem.torch_backend.enable(), or with symmem.allocate",
-                step="rendezvous",
-            )
+        assert keeper is not None, "the C++ file passes memory that torch or symmem knows"
+        assert owner is not None
         block = _adopt(library, owner, keeper)
     offset = address - block.pointer
     layout = block.layout

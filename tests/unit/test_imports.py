@@ -119,7 +119,7 @@ def test_operators_exist_in_every_order_of_imports(imports: str) -> None:
     assert found["modules"] == ["torch._ops.symmem", "torch._ops.aten"]
     assert found["plain"]
     assert not found["missing"]
-    assert "_TorchFinder" not in found["finders"]
+    assert "_WaitingFinder" not in found["finders"]
     assert found["loaders"] == ["SourceFileLoader"] * 2
 
 
@@ -140,12 +140,12 @@ errors = [attempt(), attempt()]
 sys.modules["torch"] = None
 errors.append(attempt())
 del sys.modules["torch"]
-kinds = [[type(finder).__name__ for finder in sys.meta_path].count("_TorchFinder")]
+kinds = [[type(finder).__name__ for finder in sys.meta_path].count("_WaitingFinder")]
 with open(sys.path[0] + "/torch.py", "w") as file:
     file.write("import types; ops = types.SimpleNamespace(symmem=types.ModuleType('symmem'))")
 importlib.invalidate_caches()
 errors.append(attempt())
-kinds += [[type(finder).__name__ for finder in sys.meta_path].count("_TorchFinder")]
+kinds += [[type(finder).__name__ for finder in sys.meta_path].count("_WaitingFinder")]
 print(json.dumps([errors, kinds, type(sys.modules["torch"].ops.symmem).__name__]))
 """
     missing = "missing_library"

@@ -21,6 +21,7 @@ from torch._inductor import ir
 from torch._inductor.lowering import clone, fallback_handler
 from torch._inductor.virtualized import V
 from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
 
 from symmem.compile.plan import symmetric_layout
 from symmem.compile.plan.out_variants import OutCall, out_variant
@@ -69,6 +70,13 @@ def handler(
     return lowered
 
 
+def _device_type(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """The type of the device of an operator's tensors."""
+    values = tree_leaves((args, kwargs))
+    devices = (value.get_device() for value in values if isinstance(value, ir.TensorBox))
+    return next((device.type for device in devices if device is not None), "cpu")
+
+
 class _Call:
     """One call of an operator with registered arguments."""
 
@@ -76,7 +84,7 @@ class _Call:
         self._known, self._op = known, op
         self._args, self._kwargs = list(args), dict(kwargs)
         self._group = name_of(known.group_of(args, kwargs))
-        self._backend = backend_of(op.namespace)
+        self._backend = backend_of(op.namespace, _device_type(args, kwargs))
         self._plan: GraphPlan = symmetric_layout.current_plan() or symmetric_layout.begin_plan(uuid.uuid4().hex[:12])
         self._number = self._plan.next_call()
         self._placed: list[ir.TensorBox] = []

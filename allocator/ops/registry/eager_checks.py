@@ -40,13 +40,15 @@ def asked_locally() -> bool:
     return hasattr(_torchs(), "is_symm_mem_tensor")
 
 
-def backend_of(namespace: str) -> str | None:
-    """The backend that an operator needs, by its namespace; None for the configured backend."""
+def backend_of(namespace: str, device_type: str) -> str | None:
+    """The backend that an operator needs, by its namespace and device; None for the configured backend."""
     if namespace != NAMESPACE:
         return None
     from torch.distributed import _symmetric_memory as torch_symmetric
 
-    transport = torch_symmetric.get_backend(torch.device("cuda"))
+    transport = torch_symmetric.get_backend(torch.device(device_type))
+    if transport == "SYMMEM":  # torch's symmetric memory is symmem's, see symmem.torch_backend
+        return None
     return f"pytorch_{transport.lower()}" if transport else "pytorch_cuda"  # torch's default
 
 
@@ -177,7 +179,7 @@ def _is_usable(known: Registration, tensor: torch.Tensor, group: Callable[[], st
     block = block_at(address)
     if block is not None:
         there = not block.closed and block.allocation.device == tensor.device
-        return there and (_namespace(known) != NAMESPACE or _begins(tensor, block))
+        return there and (backend_of(_namespace(known), tensor.device.type) is None or _begins(tensor, block))
     return is_torchs(tensor, group)
 
 
@@ -220,7 +222,7 @@ def is_torchs(tensor: torch.Tensor, group: Callable[[], str]) -> bool:
 
 def _error(known: Registration, place: str, tensor: torch.Tensor) -> NotSymmetricError:
     shape, device = tuple(tensor.shape), str(tensor.device)
-    backend = backend_of(_namespace(known))
+    backend = backend_of(_namespace(known), tensor.device.type)
     if backend is None:
         found = "is a plain tensor"
         hint = (
@@ -260,7 +262,7 @@ class _Copies:
 
     def _copy(self, tensor: torch.Tensor) -> SymmetricTensor:
         strides = torch.empty_like(tensor, device="meta").stride()
-        backend = backend_of(_namespace(self._known))
+        backend = backend_of(_namespace(self._known), tensor.device.type)
         handle = SymmetricTensor.allocate(
             tensor.shape,
             tensor.dtype,
