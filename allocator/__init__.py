@@ -18,7 +18,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from symmem import _torch_ops
+from symmem import _torch_backend_setting, _torch_ops
 from symmem._lazy import lazy_exports
 from symmem.errors import PlatformError
 from symmem.group.observers import group_made
@@ -90,3 +90,4 @@ __getattr__, __dir__ = lazy_exports(
 )
 
 _torch_ops.install()
+_torch_backend_setting.install()

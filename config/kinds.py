@@ -26,6 +26,7 @@ __all__ = [
     "REPORT",
     "SIZE",
     "SYMMETRIC_ARGUMENTS",
+    "TORCH_BACKEND",
     "installed_backends",
     "one",
 ]
@@ -220,6 +221,9 @@ COLLECTIVE_CHECK = _choice("off", "each")
 
 INSPECTION = _choice("on", "off")
 """Whether a process answers questions about its ranks."""
+
+TORCH_BACKEND = _choice("off", "on")
+"""Whether torch's symmetric memory uses symmem for CPU tensors."""
 
 
 def _parse_report(value: object) -> str:

@@ -27,6 +27,7 @@ from symmem.config.kinds import (
     REPORT,
     SIZE,
     SYMMETRIC_ARGUMENTS,
+    TORCH_BACKEND,
     one,
 )
 from symmem.config.machine import gpu_model, multicast_blocker
@@ -109,6 +110,7 @@ class Settings:
         algorithms: ``"built-in"``, or the absolute path of a table of algorithms.
         compile_report: ``"off"``, or the absolute path of a file.
         inspection: ``"on"`` or ``"off"``. With ``"off"``, this rank of the group does not answer the inspection tools.
+        torch_backend: ``"on"`` or ``"off"``. See :mod:`symmem.torch_backend`. It is for the process, not for a group.
         origins: The origin of every setting's value, as text.
     """
 
@@ -155,6 +157,11 @@ class Settings:
         INSPECTION,
         "on",
         "Whether `symmem top`, `inspect` and `dump` of the same user can see the state of the ranks.",
+    )
+    torch_backend: str = _declare(
+        TORCH_BACKEND,
+        "off",
+        "Whether torch.distributed._symmetric_memory uses symmem for CPU tensors, in a program that imports symmem.",
     )
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed._symmetric_memory  # defines some of the operators
+from torch.distributed import _symmetric_memory  # defines some of the operators
 
 from symmem import ops
 from symmem.backends.untraced import untraced
@@ -24,7 +24,7 @@ __all__ = ["register"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_symm_mem: Any = torch.distributed._symmetric_memory
+_symm_mem: Any = _symmetric_memory
 _WORD = 2**32  # an uint32 is smaller
 
 # PyTorch's own definitions in terms of functional collectives and matmul. PyTorch traces with them.

@@ -146,6 +146,7 @@ def test_every_setting_can_be_given_in_every_way(name: str, cluster: ClusterFile
         "algorithms": (str(table), str(table)),
         "compile_report": (str(table.parent / "report"), str(table.parent / "report")),
         "inspection": ("off", "off"),
+        "torch_backend": ("on", "on"),
     }[name]
     assert value != setting.default
     for settings in (

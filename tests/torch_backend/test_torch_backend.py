@@ -296,3 +296,27 @@ def test_every_torch_has_its_own_library(monkeypatch: pytest.MonkeyPatch, tmp_pa
     for version, files in (("1", 1), ("2", 2), ("1", 2)):
         load_library(bridge._SOURCE, ["-O1", "-O1"], [], version)
         assert len(list((tmp_path / "symmem" / "kernels").iterdir())) == files
+
+
+# The setting.
+
+
+@pytest.mark.parametrize("source", ["variable", "file", "off"])
+@pytest.mark.parametrize("first", ["symmem", "torch.distributed._symmetric_memory"])
+def test_the_setting(source: str, first: str, tmp_path: Path) -> None:
+    """It acts when both are imported, in either order, and changes nothing if it is off."""
+    (tmp_path / "cluster.yaml").write_text("version: 1\ndefaults: {torch_backend: on}\n")
+    env = {
+        "variable": {"SYMMEM_ENABLE": "torch_backend(on), signal_timeout(9s)"},
+        "file": {"SYMMEM_CONFIG": str(tmp_path / "cluster.yaml")},
+        "off": {"SYMMEM_ENABLE": "torch_backend(off)"},
+    }[source]
+    program = f"""
+import {first}
+import symmem, torch, torch.distributed._symmetric_memory as symm_mem
+print(symm_mem.get_backend(torch.device("cpu")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | env, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "None" if source == "off" else "SYMMEM"), done.stderr

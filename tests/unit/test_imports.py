@@ -57,6 +57,7 @@ OPTIONAL = (
 # The modules that `import symmem` may load; they are small and import no torch.
 QUICK = {
     "symmem._lazy",
+    "symmem._torch_backend_setting",
     "symmem._torch_ops",
     "symmem.errors",
     "symmem.group",
