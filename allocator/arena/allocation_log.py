@@ -418,12 +418,12 @@ class AllocationLog:
 
         Raises:
             GroupError: It is in progress on this thread, and this is a finalizer or a signal handler. Or an exception
-                from a signal handler has interrupted it half-way, and this log may differ from the other ranks' logs.
+                from a signal handler has stopped a collection half-way.
         """
         if self.in_transaction:
             raise GroupError(
                 f"{step!r} began during another allocation or collection of the same arena, or after an exception "
-                "from a signal handler had stopped one half-way",
+                "from a signal handler had stopped a collection half-way",
                 hint="do not allocate or collect in a finalizer, a signal handler or another callback. If a signal "
                 "handler raised, the arena cannot be used any more: make a new group, or allocate with arena=False",
                 rank=self.group.rank,
@@ -458,6 +458,24 @@ class AllocationLog:
             )
             error.propagated_to = self.group.name
             raise error
+
+    def stop(self, error: BaseException) -> None:
+        """Tell all ranks that an exception of a signal handler has stopped a change half-way on this rank.
+
+        This log may differ from the other ranks' logs now, so nothing can be allocated any more.
+        """
+        self.in_transaction = False
+        reason = DivergenceError(
+            f"rank {self.group.rank} stopped an allocation half-way: {type(error).__name__} in a signal handler",
+            hint="make a new group, or allocate with arena=False",
+            peers=(self.group.rank,),
+        )
+        reason.located(rank=self.group.rank, group=self.group.name, step="allocate")
+        if self.acts is not None:
+            self.acts.publish(reason)
+            self.acts.take_round()
+        self.invalidate(reason)
+        self.group.fail("allocate", reason)
 
     def invalidate(self, error: DivergenceError) -> DivergenceError:
         """Let every further allocation fail with this error; returns the error."""

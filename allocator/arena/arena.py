@@ -107,37 +107,43 @@ class Arena:
                     log.drops.append(drop)
                 else:
                     log.count_drops()
-            if log.restricted or log.in_transaction:
-                self._check(log.proposal(size, layout, CallSite(code, instruction), name))
-            log.in_transaction = True
-            if not log.free_slots:
-                self._growth.make_slot(log.proposal(size, layout, CallSite(code, instruction), name))
-            for segment in log.segments:
-                offset = segment.space.allocate(size)
-                if offset is not None:
-                    break
-            else:
-                segment, offset = self._take_new(log.proposal(size, layout, CallSite(code, instruction), name))
-            slot = log.free_slots.pop()
-            log.count = number = log.count + 1
-            if described is None and log.acts is not None:
-                part, text_id, *_ = log.describe(layout, name, frame)
-            # The digest covers the place too. So ranks with different logs notice, whatever the reason is.
-            log.digest = digest = hash((log.digest, layout.fingerprint, part, segment.index, offset, slot))
-            if (acts := log.acts) is not None and acts.enter(number, digest, text_id):
-                log.compare_acts()
-            record = (number, digest, perf_counter(), segment.index, offset, size, layout, code, instruction, name)
-            log.records[slot] = record
-            log.history.append(record)
-            block = ArenaBlock(log, segment, slot, offset, nbytes, layout, record)
-            log.blocks[slot] = ref(block)
-            segment.slots[offset] = slot
-            segment.starts.add(offset >> GRANULE_BITS)
-            log.live_bytes = live = log.live_bytes + size
-            if live > log.peak_bytes:
-                log.peak_bytes = live
-            log.in_transaction = False
-            return block
+            mine = False
+            try:
+                if log.restricted or log.in_transaction:
+                    self._check(log.proposal(size, layout, CallSite(code, instruction), name))
+                log.in_transaction = mine = True
+                if not log.free_slots:
+                    self._growth.make_slot(log.proposal(size, layout, CallSite(code, instruction), name))
+                for segment in log.segments:
+                    offset = segment.space.allocate(size)
+                    if offset is not None:
+                        break
+                else:
+                    segment, offset = self._take_new(log.proposal(size, layout, CallSite(code, instruction), name))
+                slot = log.free_slots.pop()
+                log.count = number = log.count + 1
+                if described is None and log.acts is not None:
+                    part, text_id, *_ = log.describe(layout, name, frame)
+                # The digest covers the place too. So ranks with different logs notice, whatever the reason is.
+                log.digest = digest = hash((log.digest, layout.fingerprint, part, segment.index, offset, slot))
+                if (acts := log.acts) is not None and acts.enter(number, digest, text_id):
+                    log.compare_acts()
+                record = (number, digest, perf_counter(), segment.index, offset, size, layout, code, instruction, name)
+                log.records[slot] = record
+                log.history.append(record)
+                block = ArenaBlock(log, segment, slot, offset, nbytes, layout, record)
+                log.blocks[slot] = ref(block)
+                segment.slots[offset] = slot
+                segment.starts.add(offset >> GRANULE_BITS)
+                log.live_bytes = live = log.live_bytes + size
+                if live > log.peak_bytes:
+                    log.peak_bytes = live
+                log.in_transaction = False
+                return block
+            except BaseException as error:
+                if mine and log.in_transaction:  # no other error comes while a change is half done
+                    log.stop(error)
+                raise
 
     def _take_new(self, proposed: AllocationRecord) -> tuple[Segment, int]:
         """Make room for an allocation and take it. Collective."""

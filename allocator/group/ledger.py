@@ -353,6 +353,10 @@ class ActSequence:
         """See :meth:`Ledger.take_round`."""
         return self._ledger.take_round(self._index)
 
+    def publish(self, error: SymmemError) -> None:
+        """Let every rank raise this error with its next act or call."""
+        self._ledger.publish(error, self._index)
+
     def look(self, number: int) -> None:
         """Look closer: at the mark of this rank, and at the latest acts of the neighbours.
 
@@ -416,7 +420,7 @@ class ActSequence:
             peers=peers,
         )
         error.located(rank=self._ledger.rank, group=self._ledger.name, step="allocate")
-        self._ledger.publish(error, self._index)
+        self.publish(error)
         return error
 
     def _differs(self, neighbour: int, number: int) -> bool:

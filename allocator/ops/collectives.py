@@ -54,6 +54,7 @@ Errors:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -70,7 +71,7 @@ from symmem.ops.gradients import with_gradient, without_gradient
 from symmem.ops.refusals import refuse, refusing
 from symmem.tensor.arguments import check_dense, check_integer, check_written
 
-__all__ = ["KINDS", "LIBRARY", "OperatorKind", "functional", "in_place", "into"]
+__all__ = ["KINDS", "LIBRARY", "OperatorKind", "begun", "functional", "in_place", "into"]
 
 LIBRARY: Any = torch.library.Library("symmem", "FRAGMENT")  # type: ignore[no-untyped-call]  # so are its methods
 """Defines the operators. They exist as long as this object."""
@@ -218,6 +219,15 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if _is_plain(tensor) else tensor.resolve_conj().resolve_neg().contiguous()
 
 
+def _check_mode(tensor: torch.Tensor, name: str) -> None:
+    """Raise, as torch would half-way, if a tensor of inference mode would be written outside of it."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise InvalidArgumentError(
+            f"{name} is a tensor of inference mode, and would be written outside of inference mode",
+            hint="pass its clone(), or make the call under torch.inference_mode()",
+        )
+
+
 def _check_apart(kind: OperatorKind, x: torch.Tensor, out: torch.Tensor) -> None:
     """Raise if results would overwrite memory that is still read. Tensors that are copied first cannot overlap."""
     begin, other = x.data_ptr(), out.data_ptr()
@@ -249,6 +259,7 @@ def into(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[An
     try:
         kind.check(x, options, group.size)
         kind.check_out(x, out, group.size)
+        _check_mode(out, "out")
         plain = _is_plain(out)
         if not plain:
             check_written(out, "out")
@@ -268,6 +279,7 @@ def in_place(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequenc
     """The kernel of the in-place form."""
     try:
         kind.check(x, options, group.size, in_place=True)
+        _check_mode(x, "x")
         plain = _is_plain(x)
         if not plain:
             check_written(x, "x")
@@ -318,11 +330,21 @@ def _fake_in_place(kind: OperatorKind, group: Group, x: torch.Tensor, options: S
     kind.check(x, options, group.size, in_place=True)
 
 
-def _by_name(work: Callable[..., Any], kind: OperatorKind) -> Callable[..., Any]:
+class _Begun(threading.local):
+    """How many kernels a thread has begun, apart from those for fake tensors. A kernel reports its errors itself."""
+
+    kernels = 0
+
+
+begun = _Begun()
+
+
+def _by_name(work: Callable[..., Any], kind: OperatorKind, is_real: bool = True) -> Callable[..., Any]:
     """Make a kernel. Its arguments are x, the option if there is one, and the group's name."""
 
     @untraced
     def kernel(x: torch.Tensor, *rest: Any, **out: torch.Tensor) -> Any:
+        begun.kernels += is_real
         return work(kind, group_named(rest[-1]), x, rest[:-1], **out)
 
     return kernel
@@ -343,7 +365,7 @@ def _define(kind: OperatorKind) -> None:
             LIBRARY.impl(form, torch.library.fallthrough_kernel, lazy)
         for key in _NOT_DENSE:
             LIBRARY.impl(form, _by_name(_not_dense, kind), key)
-        torch.library.register_fake(f"symmem::{form}", _by_name(fake, kind), lib=LIBRARY)
+        torch.library.register_fake(f"symmem::{form}", _by_name(fake, kind, is_real=False), lib=LIBRARY)
         connect = with_gradient if form == name else without_gradient
         connect(LIBRARY, getattr(torch.ops.symmem, form).default, kernel)
 

@@ -7,17 +7,21 @@ They do the same as ``torch.ops.symmem.*``, but an ordinary eager call bypasses 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import symmem.ops.one_sided  # noqa: F401  # defines operators
+from symmem.backends.base import SIGNAL_CHANNELS
 from symmem.backends.kernel_status import raise_failure
 from symmem.backends.untraced import untraced
-from symmem.errors import SymmemError
+from symmem.errors import InvalidArgumentError
 from symmem.group.group import Group
 from symmem.group.resolve import GroupLike, name_of, open_group
 from symmem.ops import eager
-from symmem.ops.collectives import KINDS, OperatorKind, functional, in_place, into
+from symmem.ops.collectives import KINDS, OperatorKind, begun, functional, in_place, into
 from symmem.ops.dispatch import is_usual
+from symmem.ops.engines.select import engine_for
 from symmem.ops.refusals import refuse_in
 from symmem.tensor.arguments import check_dense, check_integer
 
@@ -34,6 +38,7 @@ __all__ = [
     "wait_signal",
 ]
 
+_CPU = torch.device("cpu")
 _OPERATORS = {
     name: tuple(getattr(torch.ops.symmem, f"{name}{form}").default for form in ("", "_", "_out")) for name in KINDS
 }
@@ -78,11 +83,13 @@ def _call(
     try:
         try:
             made: torch.Tensor | None = eager.run(kind, x, group, option, out)
+            usual = made is None and is_usual(x, out)
+            resolved = open_group(group) if usual else None
         except BaseException as error:  # it has launched nothing
             refuse_in(group, kind.name, error, x, out)
             raise
-        if made is None and is_usual(x, out):
-            resolved, options = open_group(group), (option,) if kind.option else ()
+        if resolved is not None:
+            options = (option,) if kind.option else ()
             if out is None:
                 made = functional(kind, resolved, x, options)
             elif out is x and kind.like_x:
@@ -97,12 +104,14 @@ def _call(
         raise
     if made is not None:
         return made
+    begun.kernels = 0
     try:
         _check_kinds(kind, x, out, option)
-    except SymmemError as error:
-        refuse_in(group, kind.name, error, x, out)
+        return _dispatched(kind, x, group, out, option)
+    except BaseException as error:
+        if not begun.kernels:  # a kernel reports its own errors
+            refuse_in(group, kind.name, error, x, out)
         raise
-    return _dispatched(kind, x, group, out, option)
 
 
 def _check_kinds(kind: OperatorKind, x: object, out: object, option: object) -> None:
@@ -237,22 +246,30 @@ def barrier(x: torch.Tensor | None = None, group: GroupLike = None, channel: int
         x: A tensor in symmetric memory. Stores that ranks made into it before the barrier are visible afterwards. None
             for a barrier on the CPU that orders no memory.
         group: See :func:`all_reduce`.
-        channel: ``0 <= channel < 64``, a channel of x.
+        channel: ``0 <= channel < 64``, a channel of x. Without x, all ranks must give the same one.
 
     Raises:
         PeerTimeoutError, PeerLostError: A rank did not come, or died. Names the rank.
     """
     if x is None:
-        _barrier_of_no_tensor(group)
+        _barrier_of_no_tensor(group, channel)
     else:
         _check_one_sided("barrier", x, channel=channel)
         torch.ops.symmem.barrier(x, channel, _name(group))
 
 
 @untraced  # the compiler would leave it out, because no result is used
-def _barrier_of_no_tensor(group: GroupLike) -> None:
-    nothing = torch.zeros(1, device="cpu")
-    all_reduce(nothing, group, out=nothing)
+def _barrier_of_no_tensor(group: GroupLike, channel: int) -> None:
+    try:
+        check_integer(channel, "channel", "barrier")
+        if not 0 <= channel < SIGNAL_CHANNELS:
+            raise InvalidArgumentError(f"channel {channel} is not in range({SIGNAL_CHANNELS})", step="barrier")
+        resolved = open_group(group)
+    except BaseException as error:
+        refuse_in(group, "barrier", error)
+        raise
+    engine: Any = engine_for(resolved, _CPU)
+    engine.barrier(channel)
 
 
 def put(x: torch.Tensor, source: torch.Tensor, peer: int, group: GroupLike = None) -> None:

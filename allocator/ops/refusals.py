@@ -45,6 +45,8 @@ def refuse(group: Group, device: torch.device | None, operation: str, error: Bas
     elif hasattr(engine, "refuse"):
         with contextlib.suppress(SymmemError):  # the caller raises its own error
             engine.refuse(operation, reported)
+    with contextlib.suppress(AttributeError):  # of an exception without attributes
+        error.propagated_to = group.name  # type: ignore[attr-defined]  # an outer call must not report it again
 
 
 @contextlib.contextmanager
@@ -58,18 +60,22 @@ def refusing(group: Group, device: torch.device, operation: str) -> Iterator[Non
 
 
 def refuse_in(group: GroupLike, operation: str, error: BaseException, *values: object) -> None:
-    """The same, of any arguments. Calls with meta or fake tensors are local: they report nothing."""
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    if any(tensor.is_meta or _is_fake(tensor) for tensor in tensors):
-        return
-    try:
-        resolved = resolve_group(group)
-    except SymmemError:
-        return  # no ranks wait in a group that does not exist
-    if not resolved.closed:
-        refuse(resolved, tensors[0].device if tensors else None, operation, error)
+    """The same, of any arguments. Calls of meta or fake tensors are local: they report nothing."""
+    with torch._C.DisableTorchFunction():  # the error may come from there
+        real = [each for each in values if isinstance(each, torch.Tensor) and not _has_no_memory(each)]
+        if not real and values and isinstance(values[0], torch.Tensor):
+            return
+        try:
+            resolved = resolve_group(group)
+        except SymmemError:
+            return  # no ranks wait in a group that does not exist
+        if not resolved.closed:
+            refuse(resolved, real[0].device if real else None, operation, error)
 
 
-def _is_fake(tensor: torch.Tensor) -> bool:
+def _has_no_memory(tensor: Any) -> bool:
+    """Whether a tensor is on meta, or fake."""
+    if tensor.is_meta:
+        return True
     module = sys.modules.get("torch._subclasses.fake_tensor")  # not imported here: that takes seconds
     return module is not None and isinstance(tensor, module.FakeTensor)

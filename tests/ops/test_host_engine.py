@@ -21,6 +21,7 @@ import torch.distributed as dist
 from patience import LONG, SOON
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 import symmem
 from symmem.errors import SymmemError
@@ -353,6 +354,11 @@ def compared(first: bool, odd: int) -> list[Outcome]:
         error_of(lambda: ops.all_reduce(x, group, reduction="max" if differs else "sum")),
         error_of(lambda: ops.broadcast(x, group, root=1 if differs else 0)),
         error_of(lambda: ops.all_to_all(x, group) if differs else ops.all_gather(x, group)),
+        error_of(lambda: ops.all_reduce(x.t() if differs else x, group)),
+        error_of(lambda: ops.all_gather(torch.ones(0, 5 if differs else 3), group)),
+        error_of(lambda: ops.all_gather(torch.ones([1] * 40) if differs else torch.ones([1] * 41), group)),
+        error_of(lambda: ops.barrier(group=group) if differs else ops.all_reduce(torch.ones(1), group)),
+        error_of(lambda: ops.barrier(group=group, channel=int(differs))),
     ]
     assert ops.all_reduce(symmetric, group)[0, 0] == size
     return found
@@ -366,10 +372,19 @@ def test_ranks_that_do_not_call_alike_are_told_and_go_on(pools: Any, first: bool
         assert {peers for _kind, peers, _text in column} == {(1,)}
     texts = [text for _kind, _peers, text in results[0]]
     assert "all_reduce(sum) of 4 torch.float32 on ranks 0, 2, all_reduce(sum) of 5 torch.float32 on rank 1" in texts[0]
-    assert "all_reduce(sum) of 12 torch.float16 on rank 1" in texts[2]
-    assert "broadcast(root 1) of 12 torch.float32 on rank 1" in texts[4]
+    assert "all_reduce(sum) of 3x4 torch.float16 on rank 1" in texts[2]
+    assert "broadcast(root 1) of 3x4 torch.float32 on rank 1" in texts[4]
+    assert "all_reduce(sum) of 3x4 torch.float32 on ranks 0, 2, all_reduce(sum) of 4x3 torch.float32" in texts[6]
+    assert "all_gather of 0x3 torch.float32 on ranks 0, 2, all_gather of 0x5 torch.float32 on rank 1" in texts[7]
+    assert "barrier of no tensor on channel 0 on rank 1" in texts[9]
+    assert "barrier of no tensor on channel 0 on ranks 0, 2, barrier of no tensor on channel 1 on rank 1" in texts[10]
     for text in texts:
         assert re.search(rf"; called at {re.escape(__file__)}:\d+ in <lambda> on ranks 0-2\n", text), text
+
+
+def inference_tensor() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.ones(4)
 
 
 def refused(first: bool) -> list[Outcome]:
@@ -388,6 +403,10 @@ def refused(first: bool) -> list[Outcome]:
         error_of(lambda: ops.all_reduce([1.0] * 4 if differs else x, group)),  # type: ignore[arg-type]
         error_of(lambda: ops.all_reduce(None if differs else x, group)),  # type: ignore[arg-type]
         error_of(lambda: ops.all_reduce(x, group, out=3 if differs else None)),  # type: ignore[arg-type]
+        error_of(lambda: ops.all_reduce(x, group, out=torch.ones(4, device="meta") if differs else None)),
+        error_of(lambda: ops.all_reduce(torch.ones(4, device="meta") if differs else x, group, out=torch.ones(4))),
+        error_of(lambda: ops.all_reduce(x, group, out=inference_tensor() if differs else None)),
+        error_of(lambda: ops.barrier(group=group, channel=64 if differs else 0)),
     ]
     bad = [error_of(lambda: ops.broadcast(x, group, root=size)) for _ in range(3)]  # on all ranks
     assert {kind for kind, _peers, _text in bad} == {"RankError"}
@@ -406,6 +425,45 @@ def test_arguments_that_one_rank_refuses_are_an_error_on_all(pools: Any, first: 
         assert {kind for kind, _peers, _text in column} == {"InvalidArgumentError"}
         assert all("rank 1" in text for _kind, _peers, text in column)
     assert time.monotonic() - begin < SOON
+
+
+class Refusing(TorchFunctionMode):
+    """A mode of a program, with an error of its own for operators."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "symmem" in str(func):
+            raise ValueError("refused by the mode")
+        return func(*args, **kwargs or {})
+
+
+class RefusingTensor(torch.Tensor):
+    """A tensor class of a program, with an error of its own for operators."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "symmem" in str(func):
+            raise ValueError("refused by the class")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def refused_by_the_program() -> list[str]:
+    rank, size = world()
+    group = symmem.Group.from_store(rank, size, rank_store(), "refused by the program")
+    x, found = torch.ones(4), []
+    for mode, tensor in ((Refusing(), x), (contextlib.nullcontext(), x.as_subclass(RefusingTensor))):
+        with mode if rank == 1 else contextlib.nullcontext(), pytest.raises(Exception, match="refused by") as caught:
+            ops.all_reduce(tensor if rank == 1 else x, group)
+        found.append(type(caught.value).__name__)
+        assert ops.all_reduce(x, group)[0] == size
+    return found
+
+
+def test_what_the_program_around_a_call_raises_is_raised_on_all(pools: Any) -> None:
+    assert pools.get(3).run(refused_by_the_program) == [
+        ["RendezvousError"] * 2,
+        ["ValueError"] * 2,
+        ["RendezvousError"] * 2,
+    ]
 
 
 def refused_by_autograd(check: bool) -> list[Outcome]:

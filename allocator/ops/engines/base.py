@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-__all__ = ["REDUCTIONS", "Engine", "Engines", "describe"]
+__all__ = ["REDUCTIONS", "Engine", "Engines", "describe", "shape_text"]
 
 REDUCTIONS = ("sum", "avg", "min", "max")
 """The reductions. Sums of float16, bfloat16 and float8 are computed in float32."""
 
 
-def describe(operation: str, option: str | int, elements: int, dtype: torch.dtype, piece: int) -> str:
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape in errors: ``2x3``, or ``one`` for a tensor without dimensions."""
+    return "x".join(map(str, shape)) or "one"
+
+
+def describe(operation: str, option: str | int, shape: str, dtype: torch.dtype, piece: int) -> str:
     """The text for a call in errors. The option is the reduction or the root; a large call has several pieces."""
     options = f"({option})" if isinstance(option, str) else f"(root {option})" if option else ""
-    return f"{operation}{options} of {elements} {dtype}" + (f", piece {piece}" if piece else "")
+    return f"{operation}{options} of {shape} {dtype}" + (f", piece {piece}" if piece else "")
 
 
 class Engine(Protocol):

@@ -68,6 +68,10 @@ class CheckedEngine:
         self._compare("broadcast", source, root=root)
         self.engine.broadcast(source, out, root)
 
+    def barrier(self, channel: int) -> None:
+        """See :meth:`symmem.ops.engines.host.HostEngine.barrier`, which compares the calls itself."""
+        self.engine.barrier(channel)  # type: ignore[attr-defined]
+
     def refuse(self, operation: str, error: SymmemError) -> None:
         """Raise this rank's error in the other ranks' comparison, because it does not take part. Does not wait."""
         self._group.fail(operation, error)

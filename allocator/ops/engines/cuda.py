@@ -47,7 +47,7 @@ from symmem.group.group import Group
 from symmem.memory import cuda_graphs
 from symmem.memory.block import Block
 from symmem.memory.registry import block_at
-from symmem.ops.engines.base import describe
+from symmem.ops.engines.base import describe, shape_text
 from symmem.ops.engines.collective_kernels import (
     CALL,
     CAUSE,
@@ -196,11 +196,10 @@ class CudaEngine:
     @_operation
     def all_reduce(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.all_reduce`."""
-        nbytes = source.nbytes
-        key = ("all_reduce", nbytes, source.dtype, reduction)
+        key = ("all_reduce", source.shape, source.dtype, reduction)
         plan = self._plans.get(key)
         if plan is None:
-            if self._is_trivial(source, out, nbytes):
+            if self._is_trivial(source, out, source.nbytes):
                 return
             plan = self._plan_all_reduce(source, reduction)
             self._remember(key, plan)
@@ -213,10 +212,10 @@ class CudaEngine:
         nbytes = out.nbytes
         if self._is_trivial(source, out, nbytes):
             return
-        key = ("reduce_scatter", nbytes, out.dtype, reduction)
+        key = ("reduce_scatter", source.shape, out.dtype, reduction)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plan_reduce_scatter(out, reduction)
+            plan = self._plan_reduce_scatter(source, out, reduction)
             self._remember(key, plan)
         self._run(plan, source.data_ptr(), out.data_ptr())
 
@@ -241,12 +240,12 @@ class CudaEngine:
     ) -> _PreparedKernel | None:
         """The single kernel of a repeated call, if it is independent of the tensors' addresses; else None."""
         if operation in ("all_reduce", "reduce_scatter"):
-            key: Any = (operation, out.nbytes, out.dtype, option)
+            key: Any = (operation, source.shape, out.dtype, option)
         else:
             nbytes = source.nbytes // self._world if operation == "all_to_all" else source.nbytes
             if nbytes > self._beyond:
                 return None
-            key = (operation, nbytes, source.dtype, _NO_ROOT if option is None else option, True)
+            key = (operation, source.shape, source.dtype, _NO_ROOT if option is None else option, True)
         plan = self._plans.get(key, ())
         return plan[0] if len(plan) == 1 else None
 
@@ -425,18 +424,18 @@ class CudaEngine:
         for start, size in chunks(nbytes, most):
             part = size if choice.kernel == "one_shot" else -(-size // self._world // _UNIT) * _UNIT
             sizes = {"bytes": size, "slice": part, "stride": part}
-            call = describe("all_reduce", reduction, source.numel(), source.dtype, len(plan))
+            call = describe("all_reduce", reduction, shape_text(source.shape), source.dtype, len(plan))
             plan.append(self._launch("all_reduce", call, functions[choice.kernel], choice, part, start, sizes))
         return plan
 
-    def _plan_reduce_scatter(self, out: torch.Tensor, reduction: str) -> list[_PreparedKernel]:
+    def _plan_reduce_scatter(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> list[_PreparedKernel]:
         nbytes = out.nbytes
         choice = self.table.choose_reduce_scatter(nbytes)
         functions = self._reducing("reduce_scatter", out.dtype, reduction)
         plan: list[_PreparedKernel] = []
         for start, size in chunks(nbytes, self.layout.slot):
             sizes = {"bytes": (self._world - 1) * nbytes + size, "slice": size, "stride": nbytes}
-            call = describe("reduce_scatter", reduction, out.numel() * self._world, out.dtype, len(plan))
+            call = describe("reduce_scatter", reduction, shape_text(source.shape), out.dtype, len(plan))
             plan.append(self._launch("reduce_scatter", call, functions[choice.kernel], choice, size, start, sizes))
         return plan
 
@@ -454,7 +453,7 @@ class CudaEngine:
             return
         # Only parts that are multiples of 16 bytes, so that every part begins at a multiple of 16.
         memory = None if nbytes <= self._beyond or nbytes % _UNIT else self._memory(out)
-        key = (step, nbytes, source.dtype, root, memory is None)
+        key = (step, source.shape, source.dtype, root, memory is None)
         plan = self._plans.get(key)
         if plan is None:
             choice = self.table.choose_move(nbytes, memory is not None)
@@ -483,7 +482,7 @@ class CudaEngine:
         for start, size in chunks(nbytes, most):
             sizes = {"bytes": size, "slice": size, "stride": stride, "out_stride": out_stride, "root": root}
             work = size * 2 if choice.kernel == "exchange" else size
-            call = describe(step, 0 if root == _NO_ROOT else root, source.numel(), source.dtype, len(plan))
+            call = describe(step, 0 if root == _NO_ROOT else root, shape_text(source.shape), source.dtype, len(plan))
             plan.append(self._launch(step, call, functions[choice.kernel], choice, work, start, sizes))
         return plan
 

@@ -29,6 +29,7 @@ import os
 import struct
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
@@ -53,7 +54,7 @@ from symmem.group.call_site import program_line
 from symmem.group.compare import different_calls
 from symmem.group.group import Group
 from symmem.group.ledger import explained
-from symmem.ops.engines.base import REDUCTIONS, describe
+from symmem.ops.engines.base import REDUCTIONS, describe, shape_text
 
 __all__ = ["HostEngine"]
 
@@ -69,12 +70,13 @@ _CPU = torch.device("cpu")
 _CHANNEL = 0  # of the signals of the workspace
 _LINES_CHANNEL = 1  # for an error that names the lines of the program
 _BRIEF = 1.0  # seconds that a rank waits for the lines
-_LINE = struct.Struct("<4Hqqq")  # operation, reduction, dtype, root; elements, piece, number of the step
+_SHAPE_NBYTES = 32
+_LINE = struct.Struct(f"<4H{_SHAPE_NBYTES}sqq")  # operation, reduction, dtype, root; shape, piece, number of the step
 _LINE_STRIDE = 64  # bytes: one cache line
 _ERROR_NBYTES = 1024  # for the text of an error; zeros follow the text
 _MAX_KNOWN = 512
 
-_OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
+_OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier")
 _REDUCTIONS = ("", *REDUCTIONS)
 _DTYPES = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
 _OPERATION_CODES, _REDUCTION_CODES, _DTYPE_CODES = (
@@ -224,6 +226,11 @@ class HostEngine:
         given, taken = _bytes(source), _bytes(out)
         for piece, at in self._pieces(source.nbytes, REGION):
             self._broadcast(key, piece, given[at], taken[at], root)
+
+    @_operation
+    def barrier(self, channel: int) -> None:
+        """Wait for all ranks, which must name the same channel. It orders no memory."""
+        self._step((_OPERATION_CODES["barrier"], 0, 0, channel, b""), 0)
 
     def refuse(self, operation: str, error: SymmemError) -> None:
         """Make the matching operation fail on the other ranks with this rank's error.
@@ -487,18 +494,29 @@ class _Turn:
 _Place = tuple[int, torch.dtype, int, Sequence[int]]
 """Index of the region, then dtype, byte offset and shape of a tensor in it."""
 
-_Key = tuple[int, int, int, int, int]
-"""Values that must be equal on all ranks: codes of the operation, reduction and dtype; the root; elements."""
+_Key = tuple[int, int, int, int, bytes]
+"""Values that must be equal on all ranks: codes of the operation, reduction and dtype; the root; the shape."""
 
 
 def _key(operation: str, source: torch.Tensor, reduction: str = "", root: int = 0) -> _Key:
     codes = _OPERATION_CODES[operation], _REDUCTION_CODES[reduction], _DTYPE_CODES[source.dtype]
-    return *codes, root, source.numel()
+    return *codes, root, _shape_bytes(source.shape)
 
 
-def _describe(operation: int, reduction: int, dtype: int, root: int, elements: int, piece: int, number: int) -> str:
+@functools.lru_cache(maxsize=1024)
+def _shape_bytes(shape: Sequence[int]) -> bytes:
+    """A shape as text of at most _SHAPE_NBYTES bytes. Long ones end with a hash."""
+    text = shape_text(shape).encode()
+    return text if len(text) <= _SHAPE_NBYTES else text[:20] + b"...#%08x" % zlib.crc32(text)
+
+
+def _describe(operation: int, reduction: int, dtype: int, root: int, shape: bytes, piece: int, number: int) -> str:
     """The text for a line."""
-    return describe(_OPERATIONS[operation], _REDUCTIONS[reduction] or root, elements, _DTYPES[dtype], piece)
+    name = _OPERATIONS[operation]
+    if name == "barrier":
+        return f"barrier of no tensor on channel {root}"
+    text = shape.rstrip(b"\0").decode()
+    return describe(name, _REDUCTIONS[reduction] or root, text, _DTYPES[dtype], piece)
 
 
 def _describe_latest(lines: Sequence[memoryview]) -> str:
