@@ -39,6 +39,7 @@ from symmem.errors import (
 )
 from symmem.group.call_site import CallSite, caller
 from symmem.group.compare import SAME_CALLS, called_at, differing
+from symmem.group.interrupts import held_back
 from symmem.group.ledger import Ledger
 from symmem.group.locations import Location, not_connectable
 from symmem.group.presence import Presence
@@ -361,12 +362,16 @@ class Rounds:
                 late = tuple({rank for each in messages.values() for rank in each.late})
                 return self._publish(message, error=wrong, late=late)
             others = [messages[rank].contributions[0] for rank in range(1, self._size)]
+            is_published = False
             try:
-                verdict = self._publish(message, [*message.contributions, *others])
+                with held_back():  # all ranks get the verdict, or none
+                    verdict = self._publish(message, [*message.contributions, *others])
+                    is_published = True
             except BaseException as error:
                 # A rank that already has the verdict drops this message. It gets the error in the next round.
                 with contextlib.suppress(SymmemError, RuntimeError, OSError):
                     self._publish(message, error=as_symmem_error(error))
+                operation.propagated = not is_published and not isinstance(error, Exception)
                 raise
             # The caller keeps its own descriptors; the receiver must close the returned ones.
             own = duplicate(message.descriptors())

@@ -37,6 +37,7 @@ from symmem.errors import (
     SymmemError,
     from_wire,
 )
+from symmem.group.interrupts import held_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -458,19 +459,20 @@ class SocketTransport:
                 sock.shutdown(socket.SHUT_RDWR)
 
     def _send(self, peer: int, message: Message, deadline: float | None = None) -> None:
-        try:
-            deadline = deadline or max(message.deadline, time.monotonic() + 1.0)
-            scm.send(self._peers[peer], message.header(), message.body(), message.descriptors(), deadline)
-        except ConnectionError as error:
-            raise _lost((peer,)) from error
-        except OSError as error:
-            self._drop(peer)  # it may have received a part, and would read the next message as the rest
-            if isinstance(error, TimeoutError):
-                raise PeerTimeoutError(f"rank {peer} does not read its messages", peers=(peer,)) from error
-            raise limit_error(error, f"cannot send to rank {peer}") from error
-        except BaseException:
-            self._drop(peer)
-            raise
+        with held_back():  # after a part of a message, the connection could not be used
+            try:
+                deadline = deadline or max(message.deadline, time.monotonic() + 1.0)
+                scm.send(self._peers[peer], message.header(), message.body(), message.descriptors(), deadline)
+            except ConnectionError as error:
+                raise _lost((peer,)) from error
+            except OSError as error:
+                self._drop(peer)  # it may have received a part, and would read the next message as the rest
+                if isinstance(error, TimeoutError):
+                    raise PeerTimeoutError(f"rank {peer} does not read its messages", peers=(peer,)) from error
+                raise limit_error(error, f"cannot send to rank {peer}") from error
+            except BaseException:
+                self._drop(peer)
+                raise
 
     def _drop(self, peer: int) -> None:
         """Treat a rank as gone, because the next data on its stream could be the rest of an earlier message."""
@@ -485,22 +487,24 @@ class SocketTransport:
         remaining = max(deadline - time.monotonic(), 0.0)
         events = self._poll.poll(remaining * 1000)
         for descriptor, _event in events:
-            peer = self._at[descriptor]
-            try:
-                message = Message.unpack(*scm.receive(self._peers[peer], max(deadline, time.monotonic() + 1.0)))
-            except (EOFError, ConnectionError):
-                self._drop(peer)
-            except TimeoutError as error:
-                self._drop(peer)
-                raise PeerTimeoutError(f"rank {peer} stopped in the middle of a message", peers=(peer,)) from error
-            except ResourceLimitError:
-                raise  # the message was read completely, so the connection stays usable
-            except BaseException:
-                self._drop(peer)
-                raise
-            else:
-                self._inbox[peer].append(message)
+            with held_back():  # after a part of a message, the connection could not be used
+                self._read(self._at[descriptor], max(deadline, time.monotonic() + 1.0))
         return bool(events)
+
+    def _read(self, peer: int, deadline: float) -> None:
+        """Put a message that has begun to come into the inbox."""
+        try:
+            self._inbox[peer].append(Message.unpack(*scm.receive(self._peers[peer], deadline)))
+        except (EOFError, ConnectionError):
+            self._drop(peer)
+        except TimeoutError as error:
+            self._drop(peer)
+            raise PeerTimeoutError(f"rank {peer} stopped in the middle of a message", peers=(peer,)) from error
+        except ResourceLimitError:
+            raise  # the message was read completely, so the connection stays usable
+        except BaseException:
+            self._drop(peer)
+            raise
 
 
 @untraced

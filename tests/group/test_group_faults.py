@@ -188,22 +188,58 @@ def test_an_interrupt_after_the_verdict_is_told_in_the_next_round(monkeypatch: p
 
 
 @pytest.mark.parametrize("way", ["send", "receive"])
-def test_an_interrupt_amid_a_message_ends_the_connection(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_within_a_message_comes_after_it(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message is whole, and the connection can be used."""
+    ours, theirs = socket.socketpair()
+    transport, peer = SocketTransport({1: ours}), SocketTransport({0: theirs})
+    original = getattr(transports.scm, way)  # type: ignore[attr-defined]
+
+    def interrupted(*args: Any) -> Any:
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    soon, before = time.monotonic() + LONG, signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(transports.scm, way, interrupted)  # type: ignore[attr-defined]
+        if way == "send":
+            with pytest.raises(KeyboardInterrupt):
+                transport.publish(Message(1, "step", soon))
+        else:
+            peer.submit(Message(1, "step", soon))
+            monkeypatch.setattr(transports.scm, way, interrupted)  # type: ignore[attr-defined]
+            with pytest.raises(KeyboardInterrupt):
+                transport.collect(1, soon)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if way == "send":
+        assert peer.verdict(1, soon).step == "step"
+    else:
+        assert [message.step for message in transport.collect(1, soon).values()] == ["step"]
+    transport.publish(Message(2, "next", soon))
+    assert peer.verdict(2, soon).step == "next"
+    transport.close()
+    peer.close()
+
+
+@pytest.mark.parametrize("way", ["send", "receive"])
+def test_another_exception_within_a_message_ends_the_connection(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the next data on the stream would be read as the rest of that message."""
     ours, theirs = socket.socketpair()
     transport = SocketTransport({1: ours})
     if way == "receive":
         theirs.sendall(b"\0\0\0")
 
-    def interrupted(*args: Any) -> Any:
-        raise KeyboardInterrupt
+    def broken(*args: Any) -> Any:
+        raise MemoryError
 
-    monkeypatch.setattr(transports.scm, way, interrupted)  # type: ignore[attr-defined]
+    monkeypatch.setattr(transports.scm, way, broken)  # type: ignore[attr-defined]
     soon = time.monotonic() + 1
     call = (
         (lambda: transport.publish(Message(1, "step", soon))) if way == "send" else (lambda: transport.collect(1, soon))
     )
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(MemoryError):
         call()
     theirs.settimeout(LONG)
     assert theirs.recv(1) == b""
