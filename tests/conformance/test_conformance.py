@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 
 from symmem.backends import get_backend
 from symmem.tools.commands.doctor import examine
@@ -43,6 +44,8 @@ def test_case(backend: str, world: int, name: str, pools: Any, new_pool: Any, re
     required = backend in request.config.getoption("--require").split(",")
     if why_not := _why_not(backend):
         (pytest.fail if required else pytest.skip)(why_not)
+    if get_backend(backend).device_type == "cuda" and world > max(torch.cuda.device_count(), 2):
+        pytest.skip(f"needs {world} GPUs")  # only two ranks may share a single GPU
     case = CASES[name]
     pools.keep_only(backend)
     breaks = case.breaks and backend != "host"
