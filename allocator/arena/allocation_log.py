@@ -252,14 +252,21 @@ class AllocationLog:
             if self.restricted or self.in_transaction:
                 self.check_usable()
             self.in_transaction = True
-            self.count += 1
-            self.entries += 1
-            self.digest = hash((self.digest, hash_of_name(block)))
-            if self.acts is not None:
-                text_id = self.describe(_NO_MEMORY, block, frame)[1]
-                if self.acts.enter(self.count, self.digest, text_id):
-                    self.compare_acts()
-            self.history.append((self.count, self.digest, perf_counter(), 0, 0, 0, _NO_MEMORY, *caller(frame), block))
+            try:
+                self.count += 1
+                self.entries += 1
+                self.digest = hash((self.digest, hash_of_name(block)))
+                if self.acts is not None:
+                    text_id = self.describe(_NO_MEMORY, block, frame)[1]
+                    if self.acts.enter(self.count, self.digest, text_id):
+                        self.compare_acts()
+                self.history.append(
+                    (self.count, self.digest, perf_counter(), 0, 0, 0, _NO_MEMORY, *caller(frame), block)
+                )
+            except BaseException as error:
+                if self.in_transaction:  # no other error comes while a change is half done
+                    self.stop(error)
+                raise
             self.in_transaction = False
 
     def has_diverged(self) -> bool:

@@ -29,10 +29,12 @@ def held_back() -> Iterator[None]:
         return
     came: list[tuple[int, FrameType | None]] = []
     handlers = {number: handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
-    with contextlib.ExitStack() as restore:  # it restores all, although a handler may raise meanwhile
-        for number, handler in handlers.items():
-            restore.callback(signal.signal, number, handler)
-            signal.signal(number, lambda number, frame: came.append((number, frame)))
-        yield
-    for number, frame in came:
-        handlers[signal.Signals(number)](number, frame)
+    try:
+        with contextlib.ExitStack() as restore:  # it restores all, although a handler may raise meanwhile
+            for number, handler in handlers.items():
+                restore.callback(signal.signal, number, handler)
+                signal.signal(number, lambda number, frame: came.append((number, frame)))
+            yield
+    finally:
+        for number, frame in came:
+            handlers[signal.Signals(number)](number, frame)

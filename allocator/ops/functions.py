@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 import symmem.ops.one_sided  # noqa: F401  # defines operators
-from symmem.backends.base import SIGNAL_CHANNELS
 from symmem.backends.kernel_status import raise_failure
+from symmem.backends.neutral import in_fake_mode
 from symmem.backends.untraced import untraced
-from symmem.errors import InvalidArgumentError
 from symmem.group.group import Group
 from symmem.group.resolve import GroupLike, name_of, open_group
 from symmem.ops import eager
@@ -23,7 +22,7 @@ from symmem.ops.collectives import KINDS, OperatorKind, begun, functional, in_pl
 from symmem.ops.dispatch import is_usual
 from symmem.ops.engines.select import engine_for
 from symmem.ops.refusals import refuse_in
-from symmem.tensor.arguments import check_dense, check_integer
+from symmem.tensor.arguments import check_channel, check_dense, check_integer
 
 __all__ = [
     "all_gather",
@@ -83,8 +82,7 @@ def _call(
     try:
         try:
             made: torch.Tensor | None = eager.run(kind, x, group, option, out)
-            usual = made is None and is_usual(x, out)
-            resolved = open_group(group) if usual else None
+            resolved = open_group(group) if made is None and is_usual(x, out) else None
         except BaseException as error:  # it has launched nothing
             refuse_in(group, kind.name, error, x, out)
             raise
@@ -260,16 +258,16 @@ def barrier(x: torch.Tensor | None = None, group: GroupLike = None, channel: int
 
 @untraced  # the compiler would leave it out, because no result is used
 def _barrier_of_no_tensor(group: GroupLike, channel: int) -> None:
+    if in_fake_mode():  # as for fake tensors: the call is local
+        return
     try:
-        check_integer(channel, "channel", "barrier")
-        if not 0 <= channel < SIGNAL_CHANNELS:
-            raise InvalidArgumentError(f"channel {channel} is not in range({SIGNAL_CHANNELS})", step="barrier")
         resolved = open_group(group)
+        number = check_channel(channel, resolved, "barrier")
     except BaseException as error:
         refuse_in(group, "barrier", error)
         raise
     engine: Any = engine_for(resolved, _CPU)
-    engine.barrier(channel)
+    engine.barrier(number)
 
 
 def put(x: torch.Tensor, source: torch.Tensor, peer: int, group: GroupLike = None) -> None:

@@ -12,7 +12,7 @@ from symmem.memory.layout import Layout, integer
 from symmem.tensor.block_handle import BlockHandle
 
 if TYPE_CHECKING:
-    from symmem.backends.base import Mapping
+    from symmem.backends.base import Mapping, RankGroup
 
 __all__ = [
     "check_channel",
@@ -41,15 +41,15 @@ def check_rank(rank: Any, mapping: Mapping, operation: str) -> int:
     )
 
 
-def check_channel(channel: Any, mapping: Mapping, operation: str) -> int:
-    """Return ``channel`` as an integer; raise InvalidArgumentError unless the signal pads have it."""
+def check_channel(channel: Any, group: RankGroup, operation: str) -> int:
+    """Return ``channel`` as an integer; raise InvalidArgumentError unless signal pads have it."""
     checked = _index(channel, SIGNAL_CHANNELS)
     if checked is not None:
         return checked
     raise InvalidArgumentError(
         f"channel must be in range({SIGNAL_CHANNELS}), not {channel!r}",
-        rank=mapping.group.rank,
-        group=mapping.group.name,
+        rank=group.rank,
+        group=group.name,
         step=operation,
     )
 

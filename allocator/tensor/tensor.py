@@ -395,7 +395,7 @@ class SymmetricTensor(BlockHandle):
         self, operation: str, channel: int, timeout: float | None, group: GroupLike
     ) -> tuple[Mapping, int, float]:
         mapping = self._mapping(operation, group)
-        checked = check_channel(channel, mapping, operation)
+        checked = check_channel(channel, mapping.group, operation)
         if timeout is None:
             return mapping, checked, mapping.group.settings.signal_timeout
         return mapping, checked, check_timeout(timeout)

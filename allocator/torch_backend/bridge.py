@@ -68,15 +68,7 @@ _errors = threading.local()
 
 
 def enable() -> None:
-    """Let torch's symmetric memory use symmem for CPU tensors. Local; later calls do nothing.
-
-    Compiles a small library for the installed torch the first time on a machine, which takes some ten seconds.
-
-    Raises:
-        UnsupportedError: This torch has no symmetric memory, or there is no C++ compiler, or it is too old.
-        BackendUnavailableError: The backend ``host`` does not work here.
-        ForkedError: The process was forked after another call.
-    """
+    """Register the allocator with torch; see :func:`symmem.torch_backend.enable`."""
     global _enabled
     with _lock:
         if _enabled is not None:

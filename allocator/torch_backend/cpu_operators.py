@@ -41,8 +41,8 @@ def register() -> bool:
     if _libraries:
         return False
     library: Any = torch.library.Library("symm_mem", "IMPL")  # type: ignore[no-untyped-call]
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name, kernel in _kernels.items():
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         if hasattr(torch.ops.symm_mem, name) and not has_kernel(f"symm_mem::{name}", "CPU"):
             library.impl(name, kernel, "CPU")
     _libraries.append(library)
@@ -100,9 +100,12 @@ def one_shot_all_reduce_copy_out(
     try:
         part = symm_buffer.view(-1)[: local_input.numel()].view(local_input.shape)
     except RuntimeError as error:  # it is too small, or not contiguous
-        text = f"symm_buffer of shape {list(symm_buffer.shape)} cannot hold {list(local_input.shape)} contiguously"
-        refuse_in(group_name, "all_reduce", InvalidArgumentError(text), symm_buffer)
-        raise InvalidArgumentError(text, step="one_shot_all_reduce_copy") from error
+        refused = InvalidArgumentError(
+            f"symm_buffer of shape {list(symm_buffer.shape)} cannot hold {list(local_input.shape)} contiguously",
+            step="one_shot_all_reduce_copy_out",
+        )
+        refuse_in(group_name, "all_reduce", refused, symm_buffer)
+        raise refused from error
     part.copy_(local_input)
     return ops.all_reduce(part, group_name, reduce_op, out=out)
 

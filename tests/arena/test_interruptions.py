@@ -74,6 +74,20 @@ def test_an_allocation_that_an_interrupt_cuts_short(rank: Rank, monkeypatch: pyt
     assert rank.allocate(arena=False).tensor.numel() == 8
 
 
+def test_an_entry_that_an_interrupt_cuts_short(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank.allocate()
+
+    def interrupted(*_: Any) -> None:
+        raise Interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("symmem.arena.allocation_log.hash_of_name", interrupted)
+        with pytest.raises(Interrupt):
+            rank.log.enter("a block", None)
+    with pytest.raises(DivergenceError, match="half-way: Interrupt"):
+        rank.allocate()
+
+
 def test_an_allocation_that_fails_is_not_taken_for_one(make: Make) -> None:
     rank = make(arena_size="2MiB", arena_limit="2MiB")
     for _ in range(3):

@@ -32,6 +32,7 @@ from symmem.errors import (
 )
 from symmem.group import transports
 from symmem.group.group import Group
+from symmem.group.interrupts import held_back
 from symmem.group.transports import Message, SocketTransport, StoreTransport
 from symmem.tensor.tensor import SymmetricTensor, allocate
 
@@ -221,6 +222,22 @@ def test_an_interrupt_within_a_message_comes_after_it(way: str, monkeypatch: pyt
     assert peer.verdict(2, soon).step == "next"
     transport.close()
     peer.close()
+
+
+def test_an_interrupt_comes_after_a_block_that_raises_too() -> None:
+    def block() -> None:
+        with held_back():
+            signal.raise_signal(signal.SIGINT)
+            raise ValueError
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            block()
+        assert isinstance(caught.value.__context__, ValueError)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("way", ["send", "receive"])

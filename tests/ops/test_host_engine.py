@@ -466,6 +466,22 @@ def test_what_the_program_around_a_call_raises_is_raised_on_all(pools: Any) -> N
     ]
 
 
+def barrier_of_fake_tensors() -> int:
+    """Rank 1 traces a program that the others do not run."""
+    rank, size = world()
+    group = symmem.Group.from_store(rank, size, rank_store(), "barrier of fake tensors")
+    ops.barrier(group=group)
+    if rank == 1:
+        with FakeTensorMode():
+            ops.barrier(group=group)
+            ops.all_reduce(torch.ones(4), group)
+    return int(ops.all_reduce(torch.ones(4), group)[0])
+
+
+def test_a_barrier_under_a_fake_mode_is_local(pools: Any) -> None:
+    assert pools.get(3).run(barrier_of_fake_tensors) == [3, 3, 3]
+
+
 def refused_by_autograd(check: bool) -> list[Outcome]:
     """Rank 1's tensors require gradients, or have tangents."""
     rank, size = world()
