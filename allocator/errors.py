@@ -51,6 +51,8 @@ class SymmemError(Exception):
         peers: Other ranks of the group that caused it: ranks that differ, died or did not come.
     """
 
+    _fields: tuple[str, ...] = ("what", "hint", "rank", "group", "step", "peers")  # that other ranks get
+
     def __init__(
         self,
         what: str,
@@ -165,7 +167,16 @@ class DivergenceError(MismatchError):
     """The ranks made different allocations from an arena, so offsets differ; or they wait in different calls.
 
     The text names the first difference.
+
+    Args:
+        arena: The backend and the type of the device of the arena, for example ``"host on cpu"``; None for calls.
     """
+
+    _fields = (*MismatchError._fields, "arena")
+
+    def __init__(self, what: str, *, arena: str | None = None, **attributes: Any) -> None:
+        super().__init__(what, **attributes)
+        self.arena = arena
 
 
 class PeerLostError(RendezvousError):
@@ -176,13 +187,10 @@ class PeerTimeoutError(RendezvousError, TimeoutError):
     """Ranks did not come in time; ``peers`` are these ranks."""
 
 
-_FIELDS = ("what", "hint", "rank", "group", "step", "peers")
-
-
 def to_wire(error: BaseException) -> dict[str, Any]:
     """Convert an error to plain data. An exception of another library becomes a :class:`RendezvousError`."""
     if isinstance(error, SymmemError):
-        return {"type": type(error).__name__} | {field: getattr(error, field) for field in _FIELDS}
+        return {"type": type(error).__name__} | {field: getattr(error, field) for field in error._fields}
     return {"type": "RendezvousError", "what": f"{type(error).__name__}: {error}"}
 
 
@@ -191,5 +199,5 @@ def from_wire(data: dict[str, Any]) -> SymmemError:
     cls = globals().get(data["type"])
     if not (isinstance(cls, type) and issubclass(cls, SymmemError)):
         cls = RendezvousError
-    fields = {field: data[field] for field in _FIELDS if field in data}
+    fields = {field: data[field] for field in cls._fields if field in data}
     return cls(**fields)

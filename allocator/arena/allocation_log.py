@@ -35,7 +35,6 @@ from symmem.errors import (
     ForkedError,
     GroupError,
     InvalidArgumentError,
-    SymmemError,
     from_wire,
     to_wire,
 )
@@ -111,6 +110,9 @@ class AllocationLog:
         lock: Protects everything here. A reclaim round holds it as long as it takes.
         in_transaction: True while a change is half done. See :meth:`check_idle`.
         restricted: True if an allocation must call :meth:`check_usable` first.
+        divergence: The error with which the ranks have diverged. Every rank raises it once, or has raised it.
+        predecessor: The log before a divergence, until this one has a segment.
+        usable: After a divergence, the last allocation that all ranks have made alike; 0 until they have met again.
         segments: In the order in which the arena grew.
         pads: The signal pads of the slots.
         count: Number of allocations and entries so far; see :meth:`enter`.
@@ -139,7 +141,6 @@ class AllocationLog:
     # Slots, because an instance with more than 30 attributes is otherwise slower on the warm path of an allocation.
     __slots__ = (
         "__weakref__",
-        "_divergence",
         "_pending",
         "acts",
         "agreed",
@@ -151,6 +152,7 @@ class AllocationLog:
         "count",
         "device",
         "digest",
+        "divergence",
         "dropped",
         "drops",
         "entries",
@@ -164,6 +166,7 @@ class AllocationLog:
         "lock",
         "pads",
         "peak_bytes",
+        "predecessor",
         "process",
         "quarantined_blocks",
         "quarantined_bytes",
@@ -173,6 +176,7 @@ class AllocationLog:
         "restricted",
         "segments",
         "slot_marks",
+        "usable",
     )
 
     def __init__(self, group: Group, backend: Backend, device: torch.device) -> None:
@@ -180,7 +184,9 @@ class AllocationLog:
         self.process = os.getpid()
         self.lock = threading.RLock()
         self.in_transaction = self.restricted = False
-        self._divergence: SymmemError | None = None
+        self.divergence: DivergenceError | None = None
+        self.usable = 0
+        self.predecessor: AllocationLog | None = None
         self.segments: list[Segment] = []
         self.acts: ActSequence | None = None
         self.pads = SignalPads(backend.pad_nbytes(group.size), device)
@@ -201,6 +207,11 @@ class AllocationLog:
         self.live_bytes = self.peak_bytes = self.quarantined_bytes = self.quarantined_blocks = 0
         self.reclaimed_blocks = self.collections = self.growths = 0
         _logs.add(self)
+
+    @property
+    def kind(self) -> str:
+        """The backend and the type of the device; the same on all ranks."""
+        return f"{self.backend.name} on {self.device.type}"
 
     @property
     def reserved_bytes(self) -> int:
@@ -259,39 +270,45 @@ class AllocationLog:
                 if self.acts is not None:
                     text_id = self.describe(_NO_MEMORY, block, frame)[1]
                     if self.acts.enter(self.count, self.digest, text_id):
-                        self.compare_acts()
+                        self.compare_acts(self.count)
                 self.history.append(
                     (self.count, self.digest, perf_counter(), 0, 0, 0, _NO_MEMORY, *caller(frame), block)
                 )
             except BaseException as error:
                 if self.in_transaction:  # no other error comes while a change is half done
-                    self.stop(error)
+                    self.stop("an entry", error)
                 raise
             self.in_transaction = False
 
-    def has_diverged(self) -> bool:
-        """Whether a rank has found in the ledger that the ranks have allocated differently. Local."""
+    def has_diverged(self, number: int) -> bool:
+        """Whether the block of an allocation cannot be used, because a rank has found a divergence. Local."""
+        if self.divergence is not None:
+            return number > self.usable
         return self.acts is not None and self.acts.mark[0] != 0
 
-    def compare_acts(self) -> None:
-        """Compare the allocations with the neighbours' in the ledger. Local.
+    def compare_acts(self, number: int, late: Sequence[int] = ()) -> None:
+        """Compare the allocations with the neighbours' in the ledger, before the block of an allocation is used. Local.
+
+        Args:
+            number: The allocation.
+            late: See :meth:`ActSequence.look`.
 
         Raises:
-            DivergenceError: They differ. Nothing can be allocated any more.
+            DivergenceError: They differ, or have differed before.
         """
-        if self.acts is None:
-            return
         with self.lock:
-            try:
-                self.acts.look(self.count)
-            except DivergenceError as error:
-                self.in_transaction = False
-                self.invalidate(error)
-                if not self.acts.take_round():  # a collective operation has failed with this error
+            if self.divergence is not None:
+                if number > self.usable:
                     self.check_usable()
-                self.group.fail("allocate", error)  # a collective operation in which another rank waits fails with it
-                error.propagated_to = self.group.name
-                raise error from None
+            elif self.acts is not None:
+                try:
+                    self.acts.look(self.count, late)
+                except DivergenceError as error:
+                    self.in_transaction = False
+                    self.invalidate(error)
+                    self.group.fail("allocate", error)  # a collective in which another rank waits fails with it
+                    error.propagated_to = self.group.name
+                    raise error from None
 
     def recent(self) -> list[AllocationRecord]:
         """The most recent allocations, in order."""
@@ -310,6 +327,7 @@ class AllocationLog:
         segment = Segment(self.growths, allocation, self.group, mapping, self.blocks)
         self.growths += 1
         self.segments.append(segment)
+        self.predecessor = None
         register(segment)
         self.changes.append((perf_counter(), "grow", segment.index, segment.nbytes, segment.pointer))
         return segment
@@ -424,15 +442,12 @@ class AllocationLog:
         """Raise if a change is in progress.
 
         Raises:
-            GroupError: It is in progress on this thread, and this is a finalizer or a signal handler. Or an exception
-                from a signal handler has stopped a collection half-way.
+            GroupError: It is in progress on this thread, and this is a finalizer or a signal handler.
         """
         if self.in_transaction:
             raise GroupError(
-                f"{step!r} began during another allocation or collection of the same arena, or after an exception "
-                "from a signal handler had stopped a collection half-way",
-                hint="do not allocate or collect in a finalizer, a signal handler or another callback. If a signal "
-                "handler raised, the arena cannot be used any more: make a new group, or allocate with arena=False",
+                f"{step!r} began during another allocation or collection of the same arena",
+                hint="do not allocate or collect in a finalizer, a signal handler or another callback",
                 rank=self.group.rank,
                 group=self.group.name,
                 step=step,
@@ -444,7 +459,7 @@ class AllocationLog:
         Raises:
             ForkedError: This is a forked child.
             GroupError: See :meth:`check_idle`.
-            DivergenceError: The ranks have diverged before.
+            DivergenceError: The ranks have diverged.
         """
         if self.process != os.getpid():
             raise ForkedError(
@@ -454,41 +469,44 @@ class AllocationLog:
                 step="allocate",
             )
         self.check_idle("allocate")
-        if self._divergence:
+        if self.divergence is not None:
             error = DivergenceError(
-                f"this arena cannot be used because its ranks diverged: {self._divergence.what}",
-                hint=self._divergence.hint,
+                f"this memory cannot be used because the ranks have diverged: {self.divergence.what}",
+                hint=f"allocate it again: the next allocation begins a new arena. To find the cause: "
+                f"{self.divergence.hint}",
                 rank=self.group.rank,
                 group=self.group.name,
                 step="allocate",
-                peers=self._divergence.peers,
+                peers=self.divergence.peers,
             )
             error.propagated_to = self.group.name
             raise error
 
-    def stop(self, error: BaseException) -> None:
+    def stop(self, change: str, error: BaseException) -> None:
         """Tell all ranks that an exception of a signal handler has stopped a change half-way on this rank.
 
-        This log may differ from the other ranks' logs now, so nothing can be allocated any more.
+        This log may differ from the other ranks' logs now, so the arena begins again on all ranks.
         """
         self.in_transaction = False
         reason = DivergenceError(
-            f"rank {self.group.rank} stopped an allocation half-way: {type(error).__name__} in a signal handler",
-            hint="make a new group, or allocate with arena=False",
+            f"rank {self.group.rank} stopped {change} half-way: {type(error).__name__} in a signal handler",
+            hint="the next allocation begins a new arena; allocate again on all ranks what was allocated last",
             peers=(self.group.rank,),
+            arena=self.kind,
         )
         reason.located(rank=self.group.rank, group=self.group.name, step="allocate")
         if self.acts is not None:
             self.acts.publish(reason)
-            self.acts.take_round()
         self.invalidate(reason)
         self.group.fail("allocate", reason)
+        error.propagated_to = self.group.name  # type: ignore[attr-defined]  # an outer call must not report it again
 
-    def invalidate(self, error: DivergenceError) -> DivergenceError:
-        """Let every further allocation fail with this error; returns the error."""
+    def invalidate(self, error: DivergenceError) -> None:
+        """Note that the ranks have diverged. All ranks raise this error."""
         # Keep a copy. The error itself has a traceback, and would keep its frames and their objects alive.
-        self._divergence, self.restricted = from_wire(to_wire(error)), True
-        return error
+        copy = from_wire(to_wire(error))
+        assert isinstance(copy, DivergenceError)
+        self.divergence, self.restricted = copy, True
 
 
 def _portable(site: CallSite) -> str:

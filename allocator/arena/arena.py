@@ -12,7 +12,8 @@ rendezvous of the group, and in :func:`symmem.collect`.
 
 Divergence. The ranks compare a rolling hash of all allocations at once by the group's ledger, or else whenever they
 communicate. If it differs, the error names the first allocation that differs, and the place in the program where every
-rank made it. The arena cannot be used after that.
+rank made it. The next allocation begins the arena again, with new memory: the ranks meet there.
+Tensors that were allocated before the first difference stay usable after that meeting; later ones stay refused.
 
 Contents. A new tensor is not zeroed, because a peer may already store into it. Its signal pad is zero: memory for pads
 is never used for anything else, and the reclaim round has zeroed every pad that was used.
@@ -20,6 +21,7 @@ is never used for anything else, and the reclaim round has zeroed every pad that
 
 from __future__ import annotations
 
+import os
 from time import perf_counter
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -33,7 +35,7 @@ from symmem.arena.growth import Growth
 from symmem.arena.reclaim import compare_logs
 from symmem.arena.segment import GRANULE, GRANULE_BITS, Segment
 from symmem.backends.base import Capability
-from symmem.errors import UnsupportedError
+from symmem.errors import DivergenceError, UnsupportedError
 from symmem.group.call_site import NOWHERE, CallSite, internal
 
 if TYPE_CHECKING:
@@ -65,7 +67,9 @@ class Arena:
         self.log = AllocationLog(group, backend, device)
         self.process = self.log.process
         self._growth = Growth(self.log)
+        self._earlier: list[ref[AllocationLog]] = []
         self._checks_each = self.log.restricted = group.settings.allocation_check == "each"
+        group.on_divergence.append(self._note)
 
     def sub_allocate(self, layout: Layout, name: str | None, frame: FrameType | None) -> ArenaBlock:
         """Allocate a block for a tensor. Collective over the group if the arena must grow, or checks each allocation.
@@ -83,6 +87,8 @@ class Arena:
         """
         # The warm path has a budget of 3 us. So it uses plain tuples, calls no helpers, and repeats `caller` here.
         described, log = None, self.log
+        if log.restricted:
+            log = self._current_log()
         if frame is not None and (acts := log.acts) is not None:
             outer = frame.f_back or frame
             key = name, layout.fingerprint, id(frame.f_code), frame.f_lasti, id(outer.f_code), outer.f_lasti
@@ -127,7 +133,7 @@ class Arena:
                 # The digest covers the place too. So ranks with different logs notice, whatever the reason is.
                 log.digest = digest = hash((log.digest, layout.fingerprint, part, segment.index, offset, slot))
                 if (acts := log.acts) is not None and acts.enter(number, digest, text_id):
-                    log.compare_acts()
+                    log.compare_acts(number)
                 record = (number, digest, perf_counter(), segment.index, offset, size, layout, code, instruction, name)
                 log.records[slot] = record
                 log.history.append(record)
@@ -142,8 +148,36 @@ class Arena:
                 return block
             except BaseException as error:
                 if mine and log.in_transaction:  # no other error comes while a change is half done
-                    log.stop(error)
+                    log.stop("an allocation", error)
                 raise
+
+    def _note(self, error: DivergenceError) -> None:
+        if error.arena == self.log.kind:
+            self.log.invalidate(error)
+
+    def enter(self, block: str, frame: FrameType | None) -> None:
+        """See :meth:`AllocationLog.enter`."""
+        self._current_log().enter(block, frame)
+
+    def _current_log(self) -> AllocationLog:
+        """The log to allocate from. After a divergence, the arena begins again with a new one.
+
+        A round of the group has failed with the divergence on every rank. So all ranks begin again at their next
+        allocation, and meet in the first growth.
+        """
+        old = self.log
+        with old.lock:
+            if self.log is old and old.divergence is not None and self.process == os.getpid():
+                new = AllocationLog(self.group, self.backend, self.device)
+                new.restricted, new.predecessor = self._checks_each, old
+                self._earlier.append(ref(old))
+                self._growth, self.log = Growth(new), new
+        return self.log
+
+    @property
+    def logs(self) -> list[AllocationLog]:
+        """The log, after those from before divergences that still have live tensors."""
+        return [*(log for known in self._earlier if (log := known())), self.log]
 
     def _take_new(self, proposed: AllocationRecord) -> tuple[Segment, int]:
         """Make room for an allocation and take it. Collective."""
@@ -204,7 +238,8 @@ def arenas_of(group: Group) -> list[Arena]:
 def used_arenas(group: Group) -> list[Arena]:
     """The arenas of a group that have allocated something, in an order that all ranks share.
 
-    A rank may have more arenas, from requests that failed or that asked for memory outside of arenas.
+    A rank may have more arenas, from requests that failed or that asked for memory outside of arenas. An arena that has
+    diverged does not count, until it begins again.
     """
-    used = [arena for arena in arenas_of(group) if arena.log.count]
+    used = [arena for arena in arenas_of(group) if arena.log.count and arena.log.divergence is None]
     return sorted(used, key=lambda arena: (arena.backend.name, str(arena.device)))

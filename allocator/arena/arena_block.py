@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from time import perf_counter
@@ -16,7 +17,7 @@ from symmem.memory.block import Block
 
 if TYPE_CHECKING:
     from symmem.arena.allocation_log import AllocationLog, RawRecord
-    from symmem.backends.base import Mapping, Signals
+    from symmem.backends.base import Mapping, RankGroup, Signals
     from symmem.group.group import Group
     from symmem.memory.layout import Layout
 
@@ -63,12 +64,13 @@ class ArenaBlock(Block):
     @property
     def diverged(self) -> bool:
         """See :attr:`Block.diverged`."""
-        acts = self.log.acts
-        return acts is not None and (acts.is_ahead or acts.mark[0] != 0)
+        log = self.log
+        acts = log.acts
+        return log.divergence is not None or (acts is not None and (acts.is_ahead or acts.mark[0] != 0))
 
-    def check_acts(self) -> None:
+    def check_acts(self, late: Sequence[int] = (), group: RankGroup | None = None) -> None:
         """See :meth:`Block.check_acts`."""
-        self.log.compare_acts()
+        self.log.compare_acts(self._record[0], late if group is self.log.group else ())
 
     @property
     def home(self) -> tuple[str, int, int]:
@@ -111,7 +113,7 @@ class ArenaBlock(Block):
             segment, offset = self.log.pads.locate(self.slot)
             signals = _signals_at(segment.mapping, (offset,) * mapping.group.size)
             if isinstance(signals, SharedSignals):
-                signals.stopped = self.log.has_diverged
+                signals.stopped = functools.partial(self.log.has_diverged, self._record[0])
             self._signals = {**self._signals, mapping: signals}
         return self._signals[mapping]
 

@@ -168,19 +168,32 @@ class Growth:
             allocation = backend.allocate(nbytes, log.device, log.group)
         with self._collective("grow an arena", proposed) as collective:
             compare_logs(log, collective, proposed, nbytes)
-            self._claim_acts(collective)
+            if not log.segments:
+                self._begin(collective)
             if allocation is None:
                 allocation = backend.allocate(nbytes, log.device, log.group)
             mapping = backend.rendezvous(allocation, collective)
             mapping.serial = collective.serial
         return log.add_segment(allocation, mapping)
 
-    def _claim_acts(self, collective: CollectiveOperation) -> None:
-        """Agree on the sequence of the ledger for this arena, at its first growth. Collective."""
-        log, ledger = self._log, self._log.group.ledger
-        if ledger is not None and not log.segments:
-            index = max(exchange_json(collective, "ledger", ledger.claimed))
-            log.acts = ledger.claim(index, f"the arena of {log.backend.name!r}")
+    def _begin(self, collective: CollectiveOperation) -> None:
+        """Agree on the arena's sequence of the ledger, and on what the predecessor's ranks made alike. Collective."""
+        log, ledger, old = self._log, self._log.group.ledger, self._log.predecessor
+        index, made = None, []
+        if old is not None:
+            made = [(record.number, record.digest) for record in old.recent()]
+            if old.acts is not None and ledger is not None:
+                index = old.acts.index
+                ledger.clear(index)  # all ranks have come here, so all have raised the error in it
+        received = exchange_json(collective, "ledger", [ledger and ledger.claimed, index, made])
+        if old is not None:
+            alike = set.intersection(*({tuple(each) for each in theirs} for _, _, theirs in received))
+            old.usable = max((number for number, _ in alike), default=0)
+        if ledger is not None:
+            indices = {theirs for _, theirs, _ in received}
+            if indices != {index} or index is None:
+                index = max(claimed for claimed, _, _ in received)
+            log.acts = ledger.claim(index, log.kind)
 
     @contextlib.contextmanager
     def _collective(self, operation: str, proposed: AllocationRecord) -> Iterator[CollectiveOperation]:

@@ -52,10 +52,12 @@ class ReclaimRound:
             self._locks = undo.pop_all()
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        if self._started and not self._applying:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if self._started:
             for log in self._logs:
                 log.in_transaction = False
+                if self._applying and error is not None:
+                    log.stop("a collection", error)
         self._locks.close()
 
     def run(self, collective: CollectiveOperation) -> None:
@@ -81,7 +83,7 @@ class ReclaimRound:
             synchronize(device)
         return [
             {
-                "arena": _kind(log),
+                "arena": log.kind,
                 "trim": self._trim,
                 "number": log.count,
                 "digest": log.digest,
@@ -106,9 +108,11 @@ class ReclaimRound:
             trims, "ranks disagree on 'trim' of their arenas:", "call collect() with the same arguments on all ranks"
         )
         self._agreed = []
-        for log, by_rank in zip(self._logs, zip(*received, strict=True), strict=True):
-            if len({(metadata["number"], metadata["digest"]) for metadata in by_rank}) > 1:
-                _explain(log, collective)
+        by_log = list(zip(self._logs, zip(*received, strict=True), strict=True))
+        numbers = [{(metadata["number"], metadata["digest"]) for metadata in by_rank} for _, by_rank in by_log]
+        if different := [log for log, each in zip(self._logs, numbers, strict=True) if len(each) > 1]:
+            _explain(different, collective)
+        for log, by_rank in by_log:
             agreed = functools.reduce(operator.and_, [from_text(metadata["quarantine"]) for metadata in by_rank])
             signalled = functools.reduce(operator.or_, [from_text(metadata["signalled"]) for metadata in by_rank])
             log.pads.clear(slots_of(agreed & signalled))
@@ -117,31 +121,30 @@ class ReclaimRound:
     def _explain_kinds(self, collective: CollectiveOperation, kinds: Sequence[list[str]]) -> None:
         """Raise the error that says which ranks use a backend that others do not use, and where. Collective."""
         common = set(kinds[0]).intersection(*kinds[1:])
-        only = [log for log in self._logs if _kind(log) not in common] or self._logs
-        mine = "; ".join(f"{_kind(log)}: {next(iter(log.recent()))}" for log in only) or "nothing"
+        only = [log for log in self._logs if log.kind not in common] or self._logs
+        mine = "; ".join(f"{log.kind}: {next(iter(log.recent()))}" for log in only) or "nothing"
         text, peers = differing(exchange_json(collective, "difference", mine))
-        raise DivergenceError(
+        error = DivergenceError(
             f"the ranks have allocated with different backends, or on different devices: {text}",
             hint="all ranks of a group must make the same allocations. If only some ranks need a tensor, allocate it "
             "with arena=False or in a group of those ranks",
             peers=peers,
         )
+        for log in only:
+            log.invalidate(error)
+        raise error
 
     def apply(self) -> int:
         """Free the agreed slots, after the operation has succeeded; returns bytes."""
         pairs = list(zip(self._logs, self._agreed, strict=True))
         self._agreed = []
-        self._applying = True  # from here on, an exception makes the arenas unusable
+        self._applying = True  # from here on, an exception of a signal handler ends the arenas
         freed = sum(log.reclaim(agreed) for log, agreed in pairs)
         if self._trim:
             for log, _ in pairs:
                 log.trim()
         self._applying = False
         return freed
-
-
-def _kind(log: AllocationLog) -> str:
-    return f"{log.backend.name} on {log.device.type}"
 
 
 def compare_logs(
@@ -164,7 +167,7 @@ def compare_logs(
     mine = [[log.count, proposed.digest, site], nbytes]
     received = exchange_json(collective, "compare", mine)
     if any(other[0] != received[0][0] for other in received):
-        _explain(log, collective, proposed)
+        _explain([log], collective, proposed)
     check_equal(
         [f"{other[1]} bytes" for other in received],
         f"the arena of {log.backend.name!r} would grow differently: by",
@@ -172,8 +175,11 @@ def compare_logs(
     )
 
 
-def _explain(log: AllocationLog, collective: CollectiveOperation, proposed: AllocationRecord | None = None) -> None:
-    """Find the first allocation that differs, and raise the error. Collective."""
+def _explain(
+    logs: Sequence[AllocationLog], collective: CollectiveOperation, proposed: AllocationRecord | None = None
+) -> None:
+    """Find the first allocation that differs in the first of these logs, and raise the error. Collective."""
+    log = logs[0]
     records = {record.number: record for record in log.recent()}
     if proposed:
         records[proposed.number] = proposed
@@ -195,5 +201,8 @@ def _explain(log: AllocationLog, collective: CollectiveOperation, proposed: Allo
         "ranks need a tensor, allocate it with arena=False or in a group of those ranks. allocation_check(each) finds "
         "the place at once",
         peers=peers,
+        arena=log.kind,
     )
-    raise log.invalidate(error)
+    for each in logs:
+        each.invalidate(error)
+    raise error

@@ -46,7 +46,7 @@ def memory_stats(group: GroupLike = None) -> dict[str, int | float]:
         ``reclaims`` (blocks that were freed), ``collections`` (reclaim rounds that freed them) and ``growths``. A
         fraction: ``fragmentation`` (free bytes outside of the largest free block of their segment).
     """
-    return figures([arena.log for arena in arenas_of(resolve_group(group))])
+    return figures([log for arena in arenas_of(resolve_group(group)) for log in arena.logs])
 
 
 @untraced
@@ -78,7 +78,7 @@ def memory_snapshot(format: Literal["symmem", "torch"] | None = None) -> dict[st
         "clock": time.perf_counter(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "arenas": [_snapshot(arena.log) for group in known_groups() for arena in arenas_of(group)],
+        "arenas": [_snapshot(log) for group in known_groups() for arena in arenas_of(group) for log in arena.logs],
         "graphs": {str(number): blocks for number, blocks in cuda_graphs.kept().items()},
         "tensors": outside_of_arenas(),
     }

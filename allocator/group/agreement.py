@@ -27,7 +27,6 @@ from symmem.backends.descriptors import Contribution, Received
 from symmem.backends.kernel_status import failure
 from symmem.backends.libc import duplicate, is_limit, limit_error
 from symmem.errors import (
-    DivergenceError,
     GroupError,
     MismatchError,
     OutOfMemoryError,
@@ -203,13 +202,11 @@ class Rounds:
             yield operation
             self.exchange(operation, "agree")
         except AgreedError as agreed:
-            if self.ledger is not None and isinstance(agreed.error, DivergenceError):
-                self.ledger.took_round(agreed.error)
             agreed.error.propagated_to = self._name
             raise agreed.error from agreed.__cause__
         except BaseException as error:
             local = as_symmem_error(error) if operation.propagated else self.report(operation, error)
-            local.propagated_to = self._name
+            local.propagated_to = error.propagated_to = self._name  # type: ignore[attr-defined]  # not to report it twice
             if local is error or not isinstance(error, Exception):
                 raise
             raise local from error

@@ -32,7 +32,7 @@ from symmem.backends.untraced import untraced
 from symmem.config import Settings, load_settings
 from symmem.config.kinds import MAX_SECONDS
 from symmem.config.settings import unmatched_entries
-from symmem.errors import ForkedError, GroupError, InvalidArgumentError, PeerLostError, SymmemError
+from symmem.errors import DivergenceError, ForkedError, GroupError, InvalidArgumentError, PeerLostError, SymmemError
 from symmem.group.agreement import CollectiveOperation, Rounds
 from symmem.group.join import join
 from symmem.group.ledger import Ledger
@@ -130,6 +130,7 @@ class Group:
         # Weak, so that a destroyed process group and everything that refers to it can be collected.
         self._process_group = weakref.ref(process_group) if process_group is not None else lambda: None
         self.extensions: dict[type, Any] = {}
+        self.on_divergence: list[Callable[[DivergenceError], object]] = []
         myself = weakref.ref(self)
         self._rounds = Rounds(store, rank, size, name, lambda: _lost_elsewhere(myself()))
         try:
@@ -227,6 +228,10 @@ class Group:
                     with neutral_mode(), self._rounds.operation(self, operation, timeout) as collective:
                         join(self._rounds, collective, self._watch)
                         yield collective
+                except DivergenceError as error:
+                    for tell in self.on_divergence:
+                        tell(error)
+                    raise
                 finally:
                     if not self._rounds.joined:
                         self._disconnect()  # the join failed: the next collective starts over

@@ -102,7 +102,6 @@ class Ledger:
         self.file = make_memory_file(_NBYTES)
         self.memory: list[memoryview] = []
         self.claimed = self.passed = 0
-        self._taken: set[int] = set()  # sequences with an error for which this rank has taken a round
         self._end, self._generation = 0, 1  # of the texts; id 0 is no text
         self._own_waits: list[memoryview] = []
         self._wait_texts: dict[str, int] = {}
@@ -142,31 +141,28 @@ class Ledger:
     def claim(self, index: int, name: str) -> ActSequence | None:
         """The sequence with an index on which all ranks have agreed: the highest :attr:`claimed` of any rank.
 
+        Or the index of a sequence that all ranks have cleared.
+
         Returns:
             None if there is no room for another sequence. Its acts are compared when the ranks meet.
         """
-        self.claimed = index + 1
+        self.claimed = max(self.claimed, index + 1)
         if index >= _SEQUENCES:
             return None
         sequence = ActSequence(self, index, name)
         self._sequences.add(sequence)
         return sequence
 
-    def take_round(self, index: int) -> bool:
-        """Whether this rank must still take the round of the group that fails with the error of a sequence.
+    def clear(self, index: int) -> None:
+        """Forget this rank's acts of a sequence and the error in it. Then all ranks may claim the sequence again.
 
-        Every rank takes it once, so that the ranks stay in step. The next call returns False.
+        All ranks must have raised the error before.
         """
-        must = index not in self._taken
-        self._taken.add(index)
-        return must
-
-    def took_round(self, error: SymmemError) -> None:
-        """Note that a round of the group has failed with an error that other ranks have perhaps published."""
-        for index in set(range(min(self.claimed, _SEQUENCES))) - self._taken:
-            found = [self.published(rank, index) for rank in range(self.size)]
-            if error.what in [each.what for each in found if each]:
-                self._taken.add(index)
+        own = self.memory[self.rank]
+        parts = ((_ERROR, 0, 4), (8, _MARKS, 8), (8, _HEADS, 8), (8 * RING, _RINGS, 8 * RING))
+        for stride, begin, nbytes in parts:
+            own[begin + stride * index : begin + stride * index + nbytes] = bytes(nbytes)
+        full_fence()
 
     def add_text(self, text: str) -> int:
         """Write a text into this rank's memory; returns its id.
@@ -319,7 +315,13 @@ pending_waits.publish = _publish
 class ActSequence:
     """One sequence of acts; made by :meth:`Ledger.claim`. The owner's lock must be held during every call.
 
+    Args:
+        ledger: The ledger.
+        index: The number of the sequence.
+        name: The kind of the arena; see :class:`DivergenceError`.
+
     Attributes:
+        index: The number of the sequence in the ledger.
         mark: One word: 0, or 1 + the rank that has found a difference.
         enter: ``enter(number, digest, text_id)`` publishes act ``number`` (from 1) with the rolling hash ``digest``,
             and compares. It returns whether :meth:`look` must be called.
@@ -329,7 +331,8 @@ class ActSequence:
     """
 
     def __init__(self, ledger: Ledger, index: int, name: str) -> None:
-        self._ledger, self._index, self._name = ledger, index, name
+        self.index = index
+        self._ledger, self._name = ledger, name
         self.mark = _word(ledger.memory[ledger.rank], _MARKS, index)
         self._heads = [_word(memory, _HEADS, index) for memory in ledger.memory]
         at, ids = _RINGS + 8 * RING * index, _IDS + 4 * RING * index
@@ -349,25 +352,23 @@ class ActSequence:
         self._before = 0
         self._compared = dict.fromkeys(neighbours, 0)  # the latest act of a neighbour that was found equal
 
-    def take_round(self) -> bool:
-        """See :meth:`Ledger.take_round`."""
-        return self._ledger.take_round(self._index)
-
     def publish(self, error: SymmemError) -> None:
         """Let every rank raise this error with its next act or call."""
-        self._ledger.publish(error, self._index)
+        self._ledger.publish(error, self.index)
 
-    def look(self, number: int) -> None:
+    def look(self, number: int, late: Sequence[int] = ()) -> None:
         """Look closer: at the mark of this rank, and at the latest acts of the neighbours.
 
         Args:
             number: This rank's latest act.
+            late: Ranks for which this rank has waited in vain. If one of them waits too, and has made more acts or
+                fewer, one of the two has skipped some.
 
         Raises:
             DivergenceError: The ranks differ. All ranks raise it, with their next act or call at the latest.
         """
         if self.mark[0]:
-            error = self._ledger.published(self.mark[0] - 1, self._index)
+            error = self._ledger.published(self.mark[0] - 1, self.index)
             assert error is not None  # it was written before the mark
             raise error
         self._remember(number)
@@ -379,6 +380,13 @@ class ActSequence:
         if settled > self._before:
             del self._history[: settled - self._before]
             self._before = settled
+        for rank, text in self._ledger.waits_of(late, rounds=False).items():
+            if (made := self._heads[rank][0] >> 32) != number & _LOW:
+                raise self._found(
+                    f"the ranks have made different numbers of allocations from the arena of {self._name!r}: rank "
+                    f"{self._ledger.rank} has made {number & _LOW}, rank {rank} has made {made} and waits in {text}",
+                    (rank,),
+                )
 
     def _remember(self, number: int) -> None:
         """Copy hashes from the ring. Called at least twice per ring, so that no hash is lost."""
@@ -401,7 +409,7 @@ class ActSequence:
             self._compared[neighbour] = last
 
     def _diverged(self, neighbour: int, last: int) -> DivergenceError:
-        """Make the error for a difference in the acts up to ``last``, and publish it to all ranks."""
+        """The error for a difference in the acts up to ``last``."""
         first = max(self._compared[neighbour], last - RING) + 1
         number = next((n for n in range(first, last) if self._differs(neighbour, n)), last)
         acts = {rank: self._text(rank, number) for rank in range(self._ledger.size)}
@@ -411,13 +419,21 @@ class ActSequence:
             text += "; the calls are the same, but their places in memory differ"
         _, others = differing(list(acted.values()))
         peers = tuple(list(acted)[other] for other in others)
+        return self._found(
+            f"the ranks have allocated differently from the arena of {self._name!r}; the first difference is "
+            f"allocation {number}: {text}",
+            peers,
+        )
+
+    def _found(self, what: str, peers: tuple[int, ...]) -> DivergenceError:
+        """Make the error for a difference, and publish it to all ranks."""
         error = DivergenceError(
-            f"the ranks have allocated differently from {self._name}; the first difference is allocation {number}: "
-            f"{text}"[:_LONGEST],
+            what[:_LONGEST],
             hint="all ranks must allocate the same from an arena, in the same order and from the same lines. If the "
             "lines differ on purpose, give the tensors the same name=. If only some ranks need a tensor, allocate it "
             "with arena=False, or in a group of these ranks",
             peers=peers,
+            arena=self._name,
         )
         error.located(rank=self._ledger.rank, group=self._ledger.name, step="allocate")
         self.publish(error)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from symmem.backends.base import Allocation, Mapping, Signals
+    from symmem.backends.base import Allocation, Mapping, RankGroup, Signals
     from symmem.group.call_site import CallSite
     from symmem.group.group import Group
     from symmem.memory.layout import Layout
@@ -104,8 +104,12 @@ class Block:
         """Whether :meth:`check_acts` must look: a rank has found a difference, or this rank is far ahead of another."""
         return False
 
-    def check_acts(self) -> None:
+    def check_acts(self, late: Sequence[int] = (), group: RankGroup | None = None) -> None:
         """Compare the allocations of the ranks from the arena of the block, as far as this is possible locally.
+
+        Args:
+            late: Ranks of ``group`` for which this rank has waited in vain.
+            group: A group of the block.
 
         Raises:
             DivergenceError: They differ.

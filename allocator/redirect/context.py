@@ -79,7 +79,7 @@ class use_symmetric_memory(contextlib.ContextDecorator):
         if outer is not None and outer.arena is arena:
             entries.append(outer)
             return
-        arena.log.enter("use_symmetric_memory", sys._getframe(1))
+        arena.enter("use_symmetric_memory", sys._getframe(1))
         entry = ArenaPool(arena) if arena.device.type == "cuda" else ArenaMode(arena)
         if outer is not None:
             outer.pause()

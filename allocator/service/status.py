@@ -117,7 +117,11 @@ def _group(group: Group, waiting: Sequence[Wait]) -> dict[str, Any]:
         for wait in waiting
         if wait.group is group
     ]
-    return {**group.status(), "signals": signals, "arenas": [_arena(arena.log) for arena in arenas_of(group)]}
+    return {
+        **group.status(),
+        "signals": signals,
+        "arenas": [_arena(log) for arena in arenas_of(group) for log in arena.logs],
+    }
 
 
 def _arena(log: AllocationLog) -> dict[str, Any]:
@@ -128,7 +132,8 @@ def _arena(log: AllocationLog) -> dict[str, Any]:
 def _tensors() -> Iterator[dict[str, Any]]:
     for group in _groups():
         for arena in arenas_of(group):
-            yield from _in_arena(arena.log)
+            for log in arena.logs:
+                yield from _in_arena(log)
     for each in outside_of_arenas():
         yield {**each, "group": None}
 

@@ -191,15 +191,19 @@ class SymmetricTensor(BlockHandle):
                 if block.first is None:
                     block.first = known
                 return self
-        check_open(block, "rendezvous")
         resolved = resolve_group(group)
-        if timeout is not None:
-            check_timeout(timeout)
-        check_process(block, "rendezvous")
-        if block.key(resolved, self._layout) not in block.compared:
-            from symmem.tensor.rendezvous import rendezvous
+        try:
+            check_open(block, "rendezvous")
+            if timeout is not None:
+                check_timeout(timeout)
+            check_process(block, "rendezvous")
+            if block.key(resolved, self._layout) not in block.compared:
+                from symmem.tensor.rendezvous import rendezvous
 
-            rendezvous(block, self._layout, resolved, timeout)
+                rendezvous(block, self._layout, resolved, timeout)
+        except BaseException as error:
+            resolved.fail("rendezvous", error)  # unless all ranks have it already
+            raise
         if block.first is None:
             block.first = resolved
         return self
@@ -323,7 +327,7 @@ class SymmetricTensor(BlockHandle):
         try:
             wait(*arguments)
         except PeerTimeoutError as error:
-            self._block.check_acts()
+            self._block.check_acts(error.peers, mapping.group)
             raise explained(mapping.group, error, error.step, str(error.step).startswith("barrier")) from None
 
     def barrier(self, channel: int = 0, timeout: float | None = None, *, group: GroupLike = None) -> None:

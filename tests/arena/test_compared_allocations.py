@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import symmem
 from symmem.arena.arena import arenas_of
-from symmem.errors import ForkedError
+from symmem.errors import DivergenceError, ForkedError
 from symmem.group import join
 from symmem.group.ledger import RING
 from symmem.tools.ranks import RankPool, rank_store
@@ -114,7 +114,8 @@ def diverge(kind: str, use: str) -> list[Told]:
     group = group_of(f"{kind} {use}")
     if group is None:
         return []
-    found = [told(lambda: allocate(group, 8).barrier())]
+    before = allocate(group, 8)
+    found = [told(before.barrier)]
     kept: list[object] = []
     st: list[symmem.SymmetricTensor] = []
 
@@ -131,10 +132,25 @@ def diverge(kind: str, use: str) -> list[Told]:
 
     if st:
         found.append(told(use_it))
-    found.append(told(lambda: allocate(group)))
-    found.append(told(lambda: meet_in(group)))  # the ranks are in step again
+    for _ in range(2):  # the ranks are in step again, with another arena
+        found.append(told(lambda: check_a_new_one(group)))
+    before.tensor.fill_(group.rank + 10)
+    found.append(told(before.barrier))
+    assert value(before) == 11 - group.rank
+    if st:
+        with pytest.raises(DivergenceError, match="cannot be used because the ranks have diverged"):
+            use_it()
+    found.append(told(lambda: meet_in(group)))
     group.close()
     return found
+
+
+def check_a_new_one(group: symmem.Group) -> None:
+    st = allocate(group)
+    st.tensor.fill_(group.rank + 1)
+    st.barrier()
+    assert value(st) == 2 - group.rank
+    st.barrier()
 
 
 def meet_in(group: symmem.Group) -> None:
@@ -146,17 +162,15 @@ def meet_in(group: symmem.Group) -> None:
 @pytest.mark.parametrize("kind", DIFFERENCES)
 def test_allocations_that_differ_are_told_before_peers_memory_is_used(kind: str, use: str, pool: RankPool) -> None:
     for found in pool.run(diverge, kind, use)[:2]:
-        first, *errors, last = found
-        assert not first.kind, first
-        assert not last.kind, last
-        errors = [each for each in errors if each.kind]
-        assert {each.kind for each in errors} == {"DivergenceError"}, found
-        assert "allocation 2: " in errors[0].text
-        assert "rank 0" in errors[0].text
-        assert "rank 1" in errors[0].text
-        assert FILE in errors[0].text
-        assert f"in {kind}" in errors[0].text or "in redirected" in errors[0].text
-        assert "arena cannot be used" in errors[-1].text
+        first, *between = found[:-4]
+        assert not any(each.kind for each in (first, *found[-4:])), found
+        (error,) = (each for each in between if each.kind)  # every rank is told once
+        assert error.kind == "DivergenceError", found
+        assert "allocation 2: " in error.text
+        assert "rank 0" in error.text
+        assert "rank 1" in error.text
+        assert FILE in error.text
+        assert f"in {kind}" in error.text or "in redirected" in error.text
 
 
 def wait_for_a_rank_that_diverges(step: str) -> Told:
@@ -216,6 +230,83 @@ def differ_far_apart() -> Told:
 
 def test_a_rank_that_ran_far_ahead_is_told_before_it_reads(pool: RankPool) -> None:
     assert pool.run(differ_far_apart)[0].kind == "DivergenceError"
+
+
+def skip_one_in_a_loop() -> list[Told]:
+    """Rank 1 skips an allocation. All that follow are on the same line, so the ranks are one apart unnoticed."""
+    group = group_of("one apart")
+    if group is None:
+        return []
+    st = allocate(group, 8)
+    found = []
+
+    def go(turn: int) -> None:
+        nonlocal st
+        if turn != 2 or group.rank == 0:
+            st = allocate(group, 8)
+        symmem.ops.all_reduce(torch.ones(4), group)
+        st.barrier(timeout=2.0 if turn == 2 else None)
+
+    for turn in range(6):
+        found.append(told(lambda turn=turn: go(turn)))  # type: ignore[misc]
+    group.close()
+    return found
+
+
+def test_ranks_that_are_one_allocation_apart_are_told_at_a_timeout_and_begin_again(pool: RankPool) -> None:
+    for found in pool.run(skip_one_in_a_loop)[:2]:
+        assert [each.kind for each in found] == ["", "", "DivergenceError", "", "", ""], found
+        assert re.search(
+            "rank . has made (3|4), rank . has made (3|4) and waits in barrier on channel 0", found[2].text
+        )
+
+
+class Interrupt(BaseException):
+    pass
+
+
+def refuse_a_rendezvous(how: str) -> tuple[Told, Told]:
+    group = group_of(f"refuse {how}")
+    if group is None:
+        return Told(kind="", text=""), Told(kind="", text="")
+    allocate(group, 8).barrier()
+    st = allocate(group, 8, arena=False)
+
+    def go() -> None:
+        if group.rank == 0:
+            st.rendezvous(group)
+        elif how == "timeout":
+            st.rendezvous(group, timeout=-1)
+        elif how == "closed":
+            st.close()
+            st.rendezvous(group)
+        else:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("symmem.tensor.tensor.check_open", interrupted)
+                st.rendezvous(group)
+
+    try:
+        first = told(go)
+    except Interrupt:
+        first = Told(kind="Interrupt", text="")
+    second = told(lambda: allocate(group, 8, arena=False).rendezvous(group).barrier())
+    group.close()
+    return first, second
+
+
+def interrupted(*_: object) -> None:
+    raise Interrupt
+
+
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [("timeout", "InvalidArgumentError"), ("closed", "ClosedError"), ("interrupt", "RendezvousError")],
+)
+def test_a_refused_rendezvous_is_refused_on_all_ranks(how: str, error: str, pool: RankPool) -> None:
+    """Also if it is refused before the ranks would have met."""
+    for rank, (first, second) in enumerate(pool.run(refuse_a_rendezvous, how)[:2]):
+        assert first.kind == ("Interrupt" if rank and how == "interrupt" else error), first
+        assert not second.kind, second
 
 
 # Legal programs.

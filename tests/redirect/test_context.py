@@ -12,7 +12,6 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -590,8 +589,10 @@ class FakeArena:
         self.device = torch.device("cuda", index)
         self.blocks: list[weakref.ref[FakeBlock]] = []
         self.error: BaseException | None = None
-        self.log = SimpleNamespace(enter=lambda block, frame: None)
         self._base = base
+
+    def enter(self, block: str, frame: Any) -> None:
+        pass
 
     def sub_allocate(self, layout: Any, name: str | None, frame: Any) -> FakeBlock:
         assert (layout.dtype, layout.strides) == (torch.uint8, (1,))

@@ -85,9 +85,16 @@ def ranks_that_diverge_are_told(ctx: Context) -> None:
         with expect(DivergenceError, "allocation 2", "[100]", "[101]", "tools/conformance"):
             keep.append(ctx.allocate(100 + (ctx.rank == 1), group=group))
             symmem.collect(group)
-        with expect(DivergenceError, "diverged"):
-            ctx.allocate(8, group=group)
-        del keep
+        st = ctx.allocate(8, group=group)  # the arena begins again
+        for each in (st, keep[0]):
+            each.tensor.fill_(ctx.rank)
+            ctx.meet()
+            for rank in range(ctx.world):
+                assert (each.get(rank, group=group) == rank).all().item()
+        if len(keep) > 1:  # this rank allocated first, and was told later
+            with expect(DivergenceError, "diverged"):
+                keep[1].get(0, group=group)
+        del keep, st, each
 
 
 @case(arena=True)
