@@ -202,10 +202,13 @@ class Allocation:
         pointer: Address of the first byte.
 
     Attributes:
-        pad_nbytes: Bytes of the signal pad behind the user's bytes, 0 if there is none; the same on all ranks.
+        pad_nbytes: Bytes of the signal pad for PyTorch's kernels, behind the user's bytes; 0 if there is none. The same
+            on all ranks.
+        pad: Offset of that pad in bytes, a multiple of 256; the same on all ranks.
     """
 
     pad_nbytes = 0
+    pad = 0
 
     def __init__(self, backend: Backend, device: torch.device, nbytes: int, pointer: int) -> None:
         self.backend = backend

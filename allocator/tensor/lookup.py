@@ -16,11 +16,11 @@ from symmem.memory.registry import block_at
 if TYPE_CHECKING:
     from symmem.backends.base import Mapping
 
-__all__ = ["address_of", "check_open", "check_process", "locate", "mapping_of"]
+__all__ = ["address_of", "check_open", "check_process", "locate", "mapping_of", "storage_address"]
 
 
 def address_of(tensor: torch.Tensor) -> int | None:
-    """Return the address of the first element.
+    """Return the address of the first element; of an empty tensor, the address of its storage.
 
     Returns:
         None for a tensor without an address: sparse, meta, fake, or a functional wrapper.
@@ -28,9 +28,17 @@ def address_of(tensor: torch.Tensor) -> int | None:
     if tensor.layout != torch.strided or tensor.device.type == "meta":
         return None
     try:
-        return tensor.data_ptr()
+        return tensor.data_ptr() or tensor.untyped_storage().data_ptr()
     except RuntimeError:
         return None
+
+
+def storage_address(tensor: torch.Tensor) -> int:
+    """Return the address of a tensor's storage; 0 if it has no memory."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # sparse, fake, or a functional wrapper
+        return 0
 
 
 def locate(tensor: torch.Tensor, backend: str | None) -> tuple[Block, Layout]:

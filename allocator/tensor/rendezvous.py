@@ -22,6 +22,7 @@ __all__ = ["rendezvous"]
 
 _HINTS = {
     "symmem": "install the same version of symmem on all ranks",
+    "bytes of the signal pad": "set the same signal pad size on all ranks before they allocate",
     "backend": "choose one backend for all ranks, by argument, environment or SYMMEM_CONFIG",
 }
 
@@ -63,8 +64,8 @@ def rendezvous(block: Block, layout: Layout, group: Group, timeout: float | None
         "shape": list(layout.sizes),
         "strides": list(layout.strides),
         "offset in bytes": block.offset + layout.offset,
+        "bytes of the signal pad": allocation.pad_nbytes,  # before the sum that includes it
         "allocated bytes": allocation.nbytes,
-        "bytes of the signal pad": allocation.pad_nbytes,
         "group of the arena": block.home and block.home[:2],
     }
     # The same round reclaims what all ranks have dropped from the group's arenas.

@@ -17,14 +17,17 @@ import torch
 from symmem.arena.arena import Arena, arena_for, supports_arenas
 from symmem.backends import select_backend
 from symmem.backends.base import Backend, storage_at
-from symmem.backends.neutral import neutral, neutral_mode
+from symmem.backends.neutral import in_fake_mode, neutral, neutral_mode
 from symmem.config import load_settings
-from symmem.errors import GroupError, InvalidArgumentError
+from symmem.errors import GroupError, InvalidArgumentError, UnsupportedError
 from symmem.group.group import Group
 from symmem.memory.block import Block
 from symmem.memory.layout import Layout
 
-__all__ = ["Requests", "Source", "arena_of", "choose_source", "resolve_request", "tensor_over"]
+__all__ = [
+    *("Requests", "Source", "arena_of", "check_not_fake", "choose_source", "resolve_request", "template"),
+    "tensor_over",
+]
 
 _REMEMBERED = 4096  # requests per group
 
@@ -159,6 +162,16 @@ def arena_of(source: Source, group: Group | None) -> Arena:
     return arena_for(group, source.backend, source.device)
 
 
+def check_not_fake() -> None:
+    """Raise UnsupportedError if this thread is in a FakeTensorMode."""
+    if in_fake_mode():
+        raise UnsupportedError(
+            "there is no symmetric memory under a FakeTensorMode, where tensors have no memory",
+            hint="allocate before the mode begins; or make a tensor of this shape with torch.empty",
+            step="allocate",
+        )
+
+
 # Factories.
 
 
@@ -195,12 +208,12 @@ def _factory(layout: Layout, device: torch.device) -> Callable[[Block], torch.Te
     if device.type == "cuda" and _on_cuda is not None:
         metadata = {"dtype": dtype, "size": sizes, "stride": strides, "storage_offset": 0}
         return lambda block: _on_cuda(metadata, storage_at(block.pointer, nbytes, device, block))
-    new: Any = _empty(dtype, device).new
+    new: Any = template(dtype, device).new
     return lambda block: new().set_(storage_at(block.pointer, nbytes, device, block), 0, sizes, strides)
 
 
 @functools.lru_cache(256)
-def _empty(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def template(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An empty tensor; its ``new()`` makes others in half the time of torch.empty."""
     with neutral_mode():
         return torch.empty(0, dtype=dtype, device=device)

@@ -10,9 +10,9 @@ import torch
 
 from symmem.backends.base import SIGNAL_CHANNELS, tensor_at
 from symmem.backends.kernel_status import named, raise_failure
-from symmem.backends.neutral import in_fake_mode, is_in_mode, neutral, neutral_mode
+from symmem.backends.neutral import is_in_mode, neutral, neutral_mode
 from symmem.backends.untraced import untraced, untraced_methods
-from symmem.errors import NotSymmetricError, PeerTimeoutError, UnsupportedError
+from symmem.errors import NotSymmetricError, PeerTimeoutError
 from symmem.group.call_site import caller
 from symmem.group.group import check_timeout
 from symmem.group.ledger import explained
@@ -24,7 +24,7 @@ from symmem.tensor.arguments import check_channel, check_flag, check_like, check
 from symmem.tensor.block_handle import BlockHandle
 from symmem.tensor.copies import copy_elements, get_bytes, put_bytes
 from symmem.tensor.lookup import address_of, check_open, check_process, locate, mapping_of
-from symmem.tensor.request import arena_of, resolve_request, tensor_over
+from symmem.tensor.request import arena_of, check_not_fake, resolve_request, tensor_over
 
 if TYPE_CHECKING:
     from symmem.backends.base import Mapping
@@ -470,12 +470,7 @@ allocate = SymmetricTensor.allocate
 
 def _allocate_in_mode(*arguments: Any) -> SymmetricTensor:
     """Allocate with no regard to this thread's modes, because the memory outlives them."""
-    if in_fake_mode():
-        raise UnsupportedError(
-            "there is no symmetric memory under a FakeTensorMode, where tensors have no memory",
-            hint="allocate before the mode begins; or make a tensor of this shape with torch.empty",
-            step="allocate",
-        )
+    check_not_fake()
     sizes, dtype, device, strides, group, backend, arena, name = arguments
     with neutral_mode():
         return SymmetricTensor.allocate(
