@@ -107,7 +107,8 @@ class TorchHandle(metaclass=_SignalPadSize):
     def is_symm_mem_tensor(tensor: torch.Tensor) -> bool:
         """Whether a tensor or view, also an empty one, is in symmetric memory. Local, O(log n)."""
         check_tensor(tensor, "is_symm_mem_tensor")
-        return block_at(storage_address(tensor)) is not None
+        block = block_at(storage_address(tensor))
+        return block is not None and not block.closed
 
     @staticmethod
     def set_group_info(group_name: str, rank: int, world_size: int, store: Store) -> None:

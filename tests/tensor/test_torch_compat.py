@@ -18,6 +18,7 @@ import symmem
 import symmem.torch_compat as symm_mem
 from symmem.backends.base import Capability
 from symmem.errors import (
+    ClosedError,
     ConfigError,
     GroupError,
     InvalidArgumentError,
@@ -347,14 +348,22 @@ def test_what_is_local() -> None:
     with symm_mem._test_mode({"made up"}):
         assert symm_mem.is_symm_mem_enabled_for_group("made up")
         assert not symm_mem.is_symm_mem_enabled_for_group("another")
+    found = symmem.find(t)
+    assert found is not None
     with pytest.raises(InvalidArgumentError, match=r"pass its \.tensor"):
-        symm_mem.rendezvous(symmem.find(t))  # type: ignore[arg-type]
+        symm_mem.rendezvous(found)  # type: ignore[arg-type]
+    found.close()
+    assert not symm_mem.is_symm_mem_tensor(t)
 
 
 def test_memory_that_is_not_symmetric_has_no_handle(group: symmem.Group) -> None:
     for plain in (torch.ones(8), torch.empty(0), torch.empty(2, device="meta"), torch.eye(2).to_sparse()):
         assert symm_mem.rendezvous(plain, group) is None
-    assert symm_mem.rendezvous(symm_mem.empty(8, device="cpu"), group) is not None
+    t = symm_mem.empty(8, device="cpu")
+    assert symm_mem.rendezvous(t, group) is not None
+    symmem.SymmetricTensor.wrap(t).close()
+    with pytest.raises(ClosedError):
+        symm_mem.rendezvous(t, group)
 
 
 def views() -> None:
