@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import symmem
 import symmem.torch_compat as symm_mem
-from symmem.backends.base import Capability
+from symmem.backends.base import Capability, tensor_at
 from symmem.errors import (
     ClosedError,
     ConfigError,
@@ -379,6 +379,21 @@ def views() -> None:
 
 def test_views_share_the_rendezvous(pool: Any) -> None:
     pool.run(views)
+
+
+def test_a_storage_within_an_allocation_has_an_offset(group: symmem.Group) -> None:
+    """As tensors of a memory pool have."""
+    t = symm_mem.empty(16, device="cpu")
+    t.copy_(torch.arange(16))
+    handle = symm_mem.rendezvous(t, group)
+    part = tensor_at(t.data_ptr() + 16, 12, t.device, t.untyped_storage()).view(torch.float32)
+    of_part = symm_mem.rendezvous(part, group)
+    assert (handle.offset, of_part.offset) == (0, 16)
+    assert of_part.buffer_ptrs == handle.buffer_ptrs
+    assert of_part.get_remote_tensor(0, (3,), torch.float32).tolist() == [4, 5, 6]
+    assert of_part.get_buffer(0, (3,), torch.float32).tolist() == [0, 1, 2]
+    with pytest.raises(InvalidArgumentError, match="byte 16"):
+        of_part.get_remote_tensor(0, (13,), torch.float32)
 
 
 def empty_tensors() -> None:

@@ -45,6 +45,7 @@ OPTIONAL = (
     "symmem.tensor.device_view",
     "symmem.tensor.rendezvous",
     "symmem.tensor.torch_handle",
+    "symmem.tensor.torch_memory",
     "symmem.tools",
     "symmem.torch_backend",
     "symmem.torch_compat",
