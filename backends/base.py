@@ -315,7 +315,8 @@ class Mapping:
 
         Args:
             pads: Address of every rank's pad in this process; 0 if the rank is not load/store reachable. A pad has
-                ``Backend.pad_nbytes`` bytes, begins at a multiple of 256, and is zeroed before any rank signals.
+                ``Backend.pad_nbytes`` bytes, begins at a multiple of 256, and is zeroed before any rank signals. It may
+                have less if no barrier is called: then only the flags of the channels in use are touched.
         """
         self.unsupported("signals over pads anywhere in its memory")
 
