@@ -22,7 +22,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
@@ -186,6 +186,14 @@ class Group:
     def sync_points(self) -> SyncPoints | None:
         """The points where ranks wait that may come alone; None if there is no :attr:`ledger`."""
         return self._rounds.sync_points
+
+    def __reduce__(self) -> NoReturn:
+        raise GroupError(
+            "a group cannot be pickled, because it belongs to its process",
+            hint="send its name, and make the group in the other process",
+            rank=self.rank,
+            group=self.name,
+        )
 
     def __repr__(self) -> str:
         return f"Group({self.name!r}, rank={self.rank}, size={self.size})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import pickle
 import re
 import select
 import socket
@@ -410,6 +411,13 @@ def test_descriptors_between_places_are_refused_on_all_ranks(
         assert error.peers == (1,)
         assert all(text in str(error) for text in texts), str(error)
     succeed(3, lambda rank: meet(groups[rank]))
+
+
+def test_a_group_cannot_be_pickled() -> None:
+    group = Group.from_store(0, 1, dist.HashStore(), "local")
+    with pytest.raises(GroupError, match="cannot be pickled"):
+        pickle.dumps(group)
+    group.close()
 
 
 def test_differing_names_the_minority() -> None:
