@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from symmem.backends.base import SIGNAL_CHANNELS, tensor_at
 from symmem.backends.kernel_status import named, raise_failure
 from symmem.backends.neutral import is_in_mode, neutral, neutral_mode
 from symmem.backends.untraced import untraced, untraced_methods
-from symmem.errors import NotSymmetricError, PeerTimeoutError
+from symmem.errors import GroupError, NotSymmetricError, PeerTimeoutError
 from symmem.group.call_site import caller
 from symmem.group.group import check_timeout
 from symmem.group.ledger import explained
@@ -191,9 +192,9 @@ class SymmetricTensor(BlockHandle):
                 if block.first is None:
                     block.first = known
                 return self
-        resolved = resolve_group(group)
         try:
             check_open(block, "rendezvous")
+            resolved = resolve_group(group)
             if timeout is not None:
                 check_timeout(timeout)
             check_process(block, "rendezvous")
@@ -202,7 +203,8 @@ class SymmetricTensor(BlockHandle):
 
                 rendezvous(block, self._layout, resolved, timeout)
         except BaseException as error:
-            resolved.fail("rendezvous", error)  # unless all ranks have it already
+            with contextlib.suppress(GroupError):  # there is no such group to tell
+                resolve_group(group).fail("rendezvous", error)  # unless all ranks have it already
             raise
         if block.first is None:
             block.first = resolved
