@@ -21,7 +21,7 @@ from symmem.backends.driver import Driver, load_driver
 from symmem.backends.driver_errors import driver_error
 from symmem.backends.kernel_status import raise_failure
 from symmem.backends.kernel_words import NBYTES, KernelWords, name_steps
-from symmem.backends.signal_kernels import OPERATIONS, SOURCE, pad_words
+from symmem.backends.signal_kernels import FLAG_BARRIER, OPERATIONS, SOURCE, pad_words
 from symmem.errors import UnsupportedError
 
 __all__ = ["CudaSignals", "Device", "device_of", "name_steps"]
@@ -63,7 +63,7 @@ class Device(KernelWords):
                     self.driver,
                     self.ordinal,
                     SOURCE,
-                    OPERATIONS,
+                    (*OPERATIONS, FLAG_BARRIER),
                     {"WORLD": str(world)},
                     purpose="barrier and signals",
                     needs="7.0",
@@ -125,17 +125,31 @@ class CudaSignals:
 
         It also raises the error of collective operations of this group that gave up, once.
         """
-        self._check_usable()
+        self.check_usable()
         if error := self._device.take_error(self._number):
             raise error
 
-    def _check_usable(self) -> None:
+    def check_usable(self) -> None:
+        """Raise if a kernel on this GPU has stopped, or the group has lost a rank."""
         if error := self._device.failure() or self._device.loss(self._number):
             raise error
 
+    def words(self) -> tuple[int, ...]:
+        """What code without Python needs to launch the kernels, for pads that hold flags alone.
+
+        The functions of barrier, put and wait; the address of the status for kernels; the addresses of two words of
+        host memory that are not 0 if :meth:`check_usable` may raise; the default timeout in nanoseconds; the number of
+        the group. They are valid while this object lives.
+        """
+        functions = self._device.kernels(self._group.size)
+        names = (FLAG_BARRIER, *OPERATIONS[1:])
+        reports = [ctypes.addressof(words) for words in (self._status, self._given_up)]
+        timeout = int(self._group.settings.signal_timeout * 1e9)
+        return (*(int(functions[name]) for name in names), self._device.status_address, *reports, timeout, self._number)
+
     def _run(self, operation: str, peer: int, channel: int, timeout: float) -> None:
         if self._status[0] or self._given_up[0]:
-            self._check_usable()  # signals work while collective operations do not
+            self.check_usable()  # signals work while collective operations do not
         key = (operation, peer, channel, timeout)
         launch = self._launches.get(key) or self._prepare(key)
         try:

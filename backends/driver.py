@@ -179,6 +179,10 @@ class Driver:
     def _handle_types(self, fabric: bool) -> Any:
         return self._posix | self._fabric if fabric else self._posix
 
+    def retain(self, address: int) -> int:
+        """Another reference to the handle of the memory that is mapped at an address. The caller releases it."""
+        return int(self._call("cuMemRetainAllocationHandle", address))
+
     def release(self, handle: int) -> None:
         """Release a handle. The memory lives on while it is mapped, exported or imported anywhere."""
         self._call("cuMemRelease", handle)

@@ -46,19 +46,30 @@ log = logging.getLogger("symmem.native")
 class NativeAllocation(Allocation):
     """Physical memory on one GPU, and its mapping in this process.
 
-    Attributes:
+    Args:
+        backend: The backend.
+        device: The GPU.
+        nbytes: The bytes that the caller asked for.
+        pointer: Address of the mapping.
         handle: The physical memory, exported at every rendezvous.
         extent: Its size: ``nbytes`` rounded up to the granularity, and at least one granule.
         fabric: Whether it can be exported to other hosts.
+        owner: Keeps the mapping.
     """
 
     def __init__(
-        self, backend: NativeBackend, device: torch.device, nbytes: int, handle: MemoryHandle, region: DeviceRange
+        self,
+        backend: NativeBackend,
+        device: torch.device,
+        nbytes: int,
+        pointer: int,
+        handle: MemoryHandle,
+        extent: int,
+        fabric: bool,
+        owner: object,
     ) -> None:
-        super().__init__(backend, device, nbytes, region.address)
-        self.handle, self._region = handle, region
-        self.extent = region.pieces[0][1]
-        self.fabric = backend.has_fabric(backend.driver.ordinal(device))
+        super().__init__(backend, device, nbytes, pointer)
+        self.handle, self.extent, self.fabric, self._owner = handle, extent, fabric, owner
 
 
 class NativeMapping(SharedMapping):
@@ -239,7 +250,8 @@ class NativeBackend(Backend):
             undo.callback(region.close)
             self.driver.zero(ordinal, region.address, extent)
             undo.pop_all()
-        return NativeAllocation(self, device, nbytes, handle, region)
+        fabric = self.has_fabric(ordinal)
+        return NativeAllocation(self, device, nbytes, region.address, handle, extent, fabric, region)
 
     def rendezvous(self, allocation: Allocation, collective: Collective) -> NativeMapping:
         # The driver serialises these calls over all processes of the host, so their number decides the time of a

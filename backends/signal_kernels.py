@@ -38,12 +38,15 @@ from __future__ import annotations
 from symmem.backends.base import SIGNAL_CHANNELS
 
 __all__ = [
-    *("BAD_CHANNEL", "BEAT", "DIFFERS", "GROUPS", "GROUP_SPREAD", "LATE", "OPERATIONS", "PLACES", "REFUSED", "SOURCE"),
-    *("TICK", "lateness", "memory_access", "pad_words"),
+    *("BAD_CHANNEL", "BEAT", "DIFFERS", "FLAG_BARRIER", "GROUPS", "GROUP_SPREAD", "LATE", "OPERATIONS", "PLACES"),
+    *("REFUSED", "SOURCE", "TICK", "lateness", "memory_access", "pad_words"),
 ]
 
 OPERATIONS = ("barrier", "put_signal", "wait_signal")
 """Names of the kernels. The first is operation 1 in the status."""
+
+FLAG_BARRIER = "flag_barrier"
+"""Name of a further kernel: a barrier for pads that hold flags alone, such as PyTorch's. It too is operation 1."""
 
 BAD_CHANNEL = 4
 """An operation in the status: a user's kernel used a missing channel. The peer is then the number of channels."""
@@ -239,6 +242,14 @@ extern "C" __global__ void barrier(const __grid_constant__ Call call) {
   }
   __syncthreads();  // all threads have loaded the turn before it changes
   if (peer == 0) store_relaxed(turns, turn);
+}
+
+// One thread per rank, as above. A signal to every peer, and one from it.
+extern "C" __global__ void flag_barrier(const __grid_constant__ Call call) {
+  const u32 peer = threadIdx.x;
+  if (peer >= WORLD || peer == call.rank) return;
+  put(call, BARRIER, peer);
+  take(call, BARRIER, peer);
 }
 
 extern "C" __global__ void put_signal(const __grid_constant__ Call call) { put(call, PUT, call.peer); }

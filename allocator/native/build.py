@@ -50,7 +50,9 @@ def load_extension(name: str, source: Path) -> Any:
     return module
 
 
-def load_library(source: Path, options: Sequence[str], libraries: Sequence[str], version: str) -> ctypes.CDLL:
+def load_library(
+    source: Path, options: Sequence[str], libraries: Sequence[str], version: str, headers: Sequence[Path] = ()
+) -> ctypes.CDLL:
     """Compile a C++ file and load it as a library. Local. Takes seconds the first time on a machine.
 
     Args:
@@ -58,13 +60,14 @@ def load_library(source: Path, options: Sequence[str], libraries: Sequence[str],
         options: For the compiler, before the file.
         libraries: For the linker, after the file.
         version: The version of what the file includes and links; a library serves this version only.
+        headers: The files beside it that it includes.
 
     Raises:
         OSError: There is no C++ compiler, or it fails, or other users can change its output. The text says why.
     """
     compiler = _compiler("CXX", "C++", ("c++", "g++", "clang++"))
     identity = _run([*compiler, "--version"])
-    parts = [source.read_text(), version, *compiler, identity, *options, *libraries]
+    parts = [*(file.read_text() for file in (source, *headers)), version, *compiler, identity, *options, *libraries]
     code = cached(key_of(parts), lambda: _compile(compiler, source, options, libraries), cache_directory())
     with private_folder() as folder:
         file = folder / f"{source.stem}.so"

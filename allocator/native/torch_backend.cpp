@@ -4,9 +4,10 @@
 // end. It uses neither Python's headers nor pybind11.
 //
 // alloc and free run no Python: torch calls them with the GIL or its own locks held, and a thread that waits for the
-// GIL there would wait forever. So they make and free memory files here. The first rendezvous of a block and group
-// calls Python, where the ranks meet; every later one is answered from the table below. The table's mutex is never held
-// during a call of Python, of torch, or of a destructor of a handle.
+// GIL there would wait forever. So they make and free memory here: memory files for the CPU, and the driver's memory for
+// CUDA (cuda_memory.h). The first rendezvous of a block and group calls Python, where the ranks meet; every later one is
+// answered from the table below. The table's mutex is never held during a call of Python, of torch, or of a destructor
+// of a handle.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -27,31 +28,50 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/symm_mem/SymmetricMemory.hpp>
 
+#include "cuda_memory.h"
+
 namespace {
 
 namespace sm = c10d::symmetric_memory;
 using Address = uint64_t;
 
-// A memory file and its mapping. The pad of torch's signals begins at `pad`, on a page without data.
+// Memory and its mapping: a memory file, or memory of a GPU. The pad of torch's signals begins at `pad`, behind the
+// data.
 struct Memory {
   Address address = 0;
   uint64_t nbytes = 0, extent = 0, pad = 0, pad_nbytes = 0;
   int descriptor = -1;
+  cuda::Mapped on_gpu{};  // its `gpu` is null for a memory file
   pid_t process = getpid();
   std::optional<std::string> group;
 
-  ~Memory() {
-    if (process != getpid()) return;  // a fork shares the memory with its parent
-    if (address) munmap(reinterpret_cast<void*>(address), extent);
-    if (descriptor >= 0) close(descriptor);
+  // A pad behind `size` bytes, each rounded up to `unit`.
+  Memory(uint64_t size, uint64_t unit, const std::optional<std::string>& group)
+      : nbytes(size), pad(round_up(std::max<uint64_t>(size, 1), unit)), pad_nbytes(sm::get_signal_pad_size()),
+        group(group) {
+    extent = pad + round_up(pad_nbytes, unit);
   }
+  ~Memory();
+
+  static uint64_t round_up(uint64_t nbytes, uint64_t unit) { return (nbytes + unit - 1) / unit * unit; }
 };
 using Owner = std::shared_ptr<Memory>;
+
+// What the kernels of signals need; see symmem/backends/signal_kernels.py.
+struct Signals {
+  void* kernels[3];                      // barrier, put, wait
+  uint64_t status;                       // address for kernels
+  const volatile uint32_t *stopped, *given_up;  // not 0 after a failure
+  uint64_t timeout;                      // nanoseconds, if the caller gives none
+  uint64_t group;
+};
+constexpr int LARGEST_WORLD = 480;  // 8 bytes per rank in 4 KiB of arguments
 
 // The functions of symmem/torch_backend. Those that return int return 0, or 1 after they have called symmem_fail.
 struct Python {
   int (*rendezvous)(void* result, Address address, void* owner, const char* group);
-  int (*signal)(int64_t token, int kind, int peer, int channel, uint64_t timeout_ms);
+  int (*signal)(int64_t token, int kind, int peer, int channel, uint64_t timeout_ms);  // on the CPU
+  int (*check)(int64_t token);                         // whether signals on the GPU can still be used
   int (*holds)(Address address);
   int (*drop)(void*);                                  // drops the tokens that symmem_dropped returns
   int (*add_pending_call)(int (*)(void*), void*);      // Py_AddPendingCall: needs no GIL
@@ -63,27 +83,38 @@ State& state();
 struct Handle : sm::SymmetricMemory {
   Owner memory;  // null for memory of symmem.allocate, which the token keeps
   int64_t token = 0;
+  std::pair<Address, std::string> place;  // where the program made it: address and group
   int rank = 0, world = 0;
   uint64_t nbytes = 0, offset = 0, pad_nbytes = 0;
   std::vector<void*> buffers, pads;
   std::vector<int> global_ranks;
+  cuda::Gpu* gpu = nullptr;  // null for memory of the CPU
+  Signals signals{};
   std::optional<c10::weak_intrusive_ptr<c10d::ProcessGroup>> process_group;
 
-  ~Handle() override;
+  ~Handle() override { drop(); }
+  void release_resources() override { drop(); }  // called before the destructor if a weak reference remains
 
   std::vector<void*> get_buffer_ptrs() override { return buffers; }
-  void** get_buffer_ptrs_dev() override { return buffers.data(); }
+  void** get_buffer_ptrs_dev() override { return gpu ? array() : buffers.data(); }
   std::vector<void*> get_signal_pad_ptrs() override { return checked_pads(); }
-  void** get_signal_pad_ptrs_dev() override { return checked_pads().data(); }
+  void** get_signal_pad_ptrs_dev() override {
+    auto& checked = checked_pads();
+    return gpu ? array() + world : checked.data();
+  }
   size_t get_buffer_size() override { return nbytes; }
   size_t get_offset() override { return offset; }
   bool has_multicast_support() override { return false; }
   void* get_multicast_ptr() override { return nullptr; }
   int get_rank() override { return rank; }
   int get_world_size() override { return world; }
-  c10::Device get_device() override { return c10::Device(c10::DeviceType::CPU); }
+  c10::Device get_device() override {
+    return gpu ? c10::Device(c10::DeviceType::CUDA, gpu->ordinal) : c10::Device(c10::DeviceType::CPU);
+  }
   const std::vector<int>& get_rank_to_global_rank() override { return global_ranks; }
-  int* get_rank_to_global_rank_dev() override { return global_ranks.data(); }
+  int* get_rank_to_global_rank_dev() override {
+    return gpu ? reinterpret_cast<int*>(array() + 2 * world) : global_ranks.data();
+  }
   bool world_within_direct_access() override { return true; }
 
   void barrier(int channel, size_t timeout_ms) override { signal(0, 0, channel, timeout_ms); }
@@ -91,7 +122,26 @@ struct Handle : sm::SymmetricMemory {
   void wait_signal(int peer, int channel, size_t timeout_ms) override { signal(2, peer, channel, timeout_ms); }
 
  private:
+  std::once_flag array_made_;
+  std::shared_ptr<cuda::Word> array_;
+
+  void drop();
   void signal(int kind, int peer, int channel, uint64_t timeout_ms);
+  void launch(int kind, int peer, int channel, uint64_t timeout_ms);
+
+  // On the GPU: the address of every rank's memory, of every rank's pad, and the global ranks. It is made at the first
+  // use, which may be in a stream capture, and stays where it is.
+  void** array() {
+    std::call_once(array_made_, [&] {
+      std::vector<cuda::Word> words;
+      for (auto* pointers : {&buffers, &pads})
+        for (void* pointer : *pointers) words.push_back(reinterpret_cast<cuda::Word>(pointer));
+      words.resize(2 * world + (world + 1) / 2);
+      std::copy(global_ranks.begin(), global_ranks.end(), reinterpret_cast<int*>(&words[2 * world]));
+      array_ = cuda::array(*gpu, words);
+    });
+    return reinterpret_cast<void**>(*array_);
+  }
 
   std::vector<void*>& checked_pads() {
     TORCH_CHECK(
@@ -112,6 +162,8 @@ struct Entry {
 struct State {
   std::mutex mutex;
   std::map<Address, Entry> blocks;
+  // Handles of memory of symmem.allocate, by address and group, as long as the program keeps them.
+  std::map<std::pair<Address, std::string>, c10::weak_intrusive_ptr<Handle>> others;
   std::vector<int64_t> dropped;
   Python python{};
   pid_t process = getpid();
@@ -154,17 +206,32 @@ State& state() {
   return *made;
 }
 
+Memory::~Memory() {
+  if (process != getpid() || state().exiting) return;  // a fork shares the memory with its parent
+  if (on_gpu.gpu) {
+    cuda::give_back(on_gpu);
+    return;
+  }
+  if (address) munmap(reinterpret_cast<void*>(address), extent);
+  if (descriptor >= 0) close(descriptor);
+}
+
 thread_local std::string failure;
 
 [[noreturn]] void raise() { TORCH_CHECK(false, failure); }
 
-Handle::~Handle() {
+void Handle::drop() {
   auto& all = state();
   if (!token || all.process != getpid() || all.exiting) return;
+  decltype(all.others)::node_type own;  // destroyed after the mutex
   {
     std::lock_guard lock(all.mutex);
-    all.dropped.push_back(token);
+    all.dropped.push_back(std::exchange(token, 0));
+    if (auto found = all.others.find(place); found != all.others.end() && found->second.expired())
+      own = all.others.extract(found);
   }
+  memory.reset();
+  array_.reset();
   // If the queue of the interpreter is full, the next rendezvous or the next dropped handle drops this one too.
   all.python.add_pending_call(all.python.drop, nullptr);
 }
@@ -172,7 +239,35 @@ Handle::~Handle() {
 void Handle::signal(int kind, int peer, int channel, uint64_t timeout_ms) {
   auto& all = state();
   all.check_python("signal");
+  if (gpu) return launch(kind, peer, channel, timeout_ms);
   if (all.python.signal(token, kind, peer, channel, timeout_ms)) raise();
+}
+
+// PyTorch's protocol on PyTorch's pads: word `channel * world + source` is 1 while a signal has not been taken.
+void Handle::launch(int kind, int peer, int channel, uint64_t timeout_ms) {
+  auto& all = state();
+  const int64_t channels = pad_nbytes / (4 * world);
+  TORCH_CHECK(
+      channel >= 0 && channel < channels, "symmem: InvalidArgumentError: channel ", channel, " is not within 0 to ",
+      channels - 1, ": the signal pad has ", pad_nbytes, " bytes for ", world, " ranks");
+  TORCH_CHECK(
+      peer >= 0 && peer < world, "symmem: RankError: rank ", peer, " is not within 0 to ", world - 1,
+      " of the group (this is rank ", rank, ")");
+  TORCH_CHECK(
+      world <= LARGEST_WORLD && std::find(pads.begin(), pads.end(), nullptr) == pads.end(),
+      "symmem: UnsupportedError: no signals on rank ", rank, ": the group has more than ", LARGEST_WORLD,
+      " ranks, or ranks that are not load/store reachable from here. Use a group of ranks that reach each other.");
+  if ((*signals.stopped || *signals.given_up) && all.python.check(token)) raise();
+  struct {  // `struct Call` of the kernels behind the pads
+    uint64_t status, limit;
+    uint32_t channel, rank, peer, group;
+  } rest{
+      signals.status, timeout_ms ? timeout_ms * 1000000 : signals.timeout, uint32_t(channel), uint32_t(rank),
+      uint32_t(peer), uint32_t(signals.group)};
+  std::vector<char> call(world * sizeof(void*) + sizeof(rest));
+  std::memcpy(call.data(), pads.data(), world * sizeof(void*));
+  std::memcpy(call.data() + world * sizeof(void*), &rest, sizeof(rest));
+  cuda::launch(*gpu, signals.kernels[kind], kind ? 1 : (world + 31) / 32 * 32, call.data());
 }
 
 uint64_t available_memory() {
@@ -192,12 +287,7 @@ struct Allocator : sm::SymmetricMemoryAllocator {
     TORCH_CHECK(
         size <= available, "symmem: OutOfMemoryError: ", size, " bytes of shared memory were asked for, ", available,
         " are available. Free memory, or allocate less.");
-    auto memory = std::make_shared<Memory>();
-    memory->group = group;
-    memory->nbytes = size;
-    memory->pad = std::max<uint64_t>((size + page - 1) / page, 1) * page;
-    memory->pad_nbytes = sm::get_signal_pad_size();
-    memory->extent = memory->pad + (memory->pad_nbytes + page - 1) / page * page;
+    auto memory = std::make_shared<Memory>(size, page, group);
     memory->descriptor = memfd_create("symmem", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     const bool made = memory->descriptor >= 0 && ftruncate(memory->descriptor, memory->extent) == 0 &&
         fcntl(memory->descriptor, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0;
@@ -208,11 +298,10 @@ struct Allocator : sm::SymmetricMemoryAllocator {
         place != MAP_FAILED, "symmem: ResourceLimitError: cannot make and map a memory file of ", memory->extent,
         " bytes: ", std::strerror(errno), ". Hold fewer tensors, or raise `ulimit -n` or /proc/sys/vm/max_map_count.");
     memory->address = reinterpret_cast<Address>(place);
-    std::lock_guard lock(all.mutex);
-    all.blocks[memory->address].memory = memory;
-    return place;
+    return keep(memory);
   }
 
+  // No stream of the program is waited for, except that memory of a GPU is unmapped when the GPU has done all work.
   void free(void* pointer) override {
     auto& all = state();
     if (all.process != getpid()) return;
@@ -249,6 +338,8 @@ struct Allocator : sm::SymmetricMemoryAllocator {
         auto& handles = found->second.handles;
         if (auto cached = handles.find({group, address - memory->address}); cached != handles.end())
           known = cached->second;
+      } else if (auto other = all.others.find({address, group}); other != all.others.end()) {
+        known = other->second.lock();
       }
     }
     const auto current = process_group(group);
@@ -256,16 +347,23 @@ struct Allocator : sm::SymmetricMemoryAllocator {
     if (!memory && !all.python.holds(address)) return {};  // not symmetric memory: None in Python, as torch's backends
     auto handle = c10::make_intrusive<Handle>();
     handle->memory = memory;
+    handle->place = {address, group};
     Owner* owner = memory ? new Owner(memory) : nullptr;  // Python releases it
     if (all.python.rendezvous(handle.get(), address, owner, group.c_str())) raise();
     // A name may refer to another process group later. A group without one is not cached.
-    if (memory && current) {
-      handle->process_group.emplace(current);
+    if (!current) return handle;
+    handle->process_group.emplace(current);
+    if (memory) {
       HandlePtr kept = handle;  // then the one that it replaces; `known` may be another one by now
       std::lock_guard lock(all.mutex);
       auto found = all.blocks.find(memory->address);
       if (found != all.blocks.end() && found->second.memory == memory)
         std::swap(found->second.handles[{group, address - memory->address}], kept);  // dropped after the mutex
+    } else {
+      decltype(all.others)::node_type replaced;  // destroyed after the mutex
+      std::lock_guard lock(all.mutex);
+      replaced = all.others.extract(handle->place);
+      all.others.emplace(handle->place, handle);
     }
     return handle;
   }
@@ -280,6 +378,14 @@ struct Allocator : sm::SymmetricMemoryAllocator {
     return all.holds(reinterpret_cast<Address>(pointer));
   }
 
+ protected:
+  static void* keep(const Owner& memory) {
+    auto& all = state();
+    std::lock_guard lock(all.mutex);
+    all.blocks[memory->address].memory = memory;
+    return reinterpret_cast<void*>(memory->address);
+  }
+
  private:
   static c10::intrusive_ptr<c10d::ProcessGroup> process_group(const std::string& name) {
     try {
@@ -290,6 +396,20 @@ struct Allocator : sm::SymmetricMemoryAllocator {
   }
 };
 
+struct CudaAllocator : Allocator {
+  void* alloc(size_t size, int ordinal, const std::optional<std::string>& group) override {
+    state().check("allocation");
+    auto& gpu = cuda::gpu(ordinal);
+    auto memory = std::make_shared<Memory>(size, 256, group);
+    memory->extent = gpu.round_up(memory->extent);
+    memory->on_gpu = cuda::make(gpu, memory->extent, memory->pad);
+    memory->address = memory->on_gpu.address;
+    return keep(memory);
+  }
+
+  c10::DeviceType supported_device_type() override { return c10::DeviceType::CUDA; }
+};
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -298,6 +418,7 @@ EXPORT void symmem_enable(const Python* python) {
   state().python = *python;
   auto allocator = c10::make_intrusive<Allocator>();
   sm::register_allocator(c10::DeviceType::CPU, allocator);
+  sm::register_availability(allocator->name(), c10::make_intrusive<CudaAllocator>());  // for set_backend: CUDA
 }
 
 // From here on nothing calls Python.
@@ -308,7 +429,8 @@ EXPORT void symmem_fail(const char* text) { failure = text; }
 
 EXPORT int symmem_holds(uint64_t address) { return state().holds(address); }
 
-// What Python needs to know about memory: address, bytes, extent, pad, bytes of the pad, descriptor.
+// What Python needs to know about memory: address, bytes, extent, pad, bytes of the pad, descriptor; for memory of a
+// GPU, its number or else -1, and whether it can be exported to other hosts.
 EXPORT void symmem_describe(void* owner, uint64_t* values) {
   const auto& memory = **static_cast<Owner*>(owner);
   values[0] = memory.address;
@@ -317,13 +439,17 @@ EXPORT void symmem_describe(void* owner, uint64_t* values) {
   values[3] = memory.pad;
   values[4] = memory.pad_nbytes;
   values[5] = memory.descriptor;
+  values[6] = memory.on_gpu.gpu ? memory.on_gpu.gpu->ordinal : -1;
+  values[7] = memory.on_gpu.gpu && memory.on_gpu.gpu->fabric;
 }
 
 EXPORT void symmem_release(void* owner) { delete static_cast<Owner*>(owner); }
 
-// values: token, rank, world, bytes, offset, bytes of a pad. The arrays have an element per rank.
+// values: token, rank, world, bytes, offset, bytes of a pad. The arrays have an element per rank. For memory of a GPU
+// `signals` is not null, and `gpu` is its number.
 EXPORT void symmem_fill(
-    void* result, const int64_t* values, const uint64_t* buffers, const uint64_t* pads, const int* global_ranks) {
+    void* result, const int64_t* values, const uint64_t* buffers, const uint64_t* pads, const int* global_ranks,
+    const Signals* signals, int gpu) {
   auto& handle = *static_cast<Handle*>(result);
   handle.token = values[0];
   handle.rank = static_cast<int>(values[1]);
@@ -331,6 +457,10 @@ EXPORT void symmem_fill(
   handle.nbytes = values[3];
   handle.offset = values[4];
   handle.pad_nbytes = values[5];
+  if (signals) {
+    handle.signals = *signals;
+    handle.gpu = &cuda::gpu(gpu);
+  }
   for (int rank = 0; rank < handle.world; ++rank) {
     handle.buffers.push_back(reinterpret_cast<void*>(buffers[rank]));
     handle.pads.push_back(reinterpret_cast<void*>(pads[rank]));

@@ -13,13 +13,14 @@ import traceback
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from symmem import native
 from symmem.backends import get_backend
+from symmem.backends.base import Allocation
 from symmem.backends.host import HostAllocation, HostBackend
 from symmem.errors import ForkedError, UnsupportedError
 from symmem.group.group import Group
@@ -30,12 +31,17 @@ from symmem.memory.registry import block_at, register
 from symmem.native.build import load_library
 from symmem.tensor.tensor import SymmetricTensor
 
+if TYPE_CHECKING:
+    from symmem.backends.cuda_signals import CudaSignals
+
 __all__ = ["enable", "is_symmetric", "last_error"]
 
 _SOURCE = Path(native.__file__).parent / "torch_backend.cpp"
+_HEADERS = (_SOURCE.with_name("cuda_memory.h"),)
 
 _Rendezvous = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_char_p)
 _Signal = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_uint64)
+_Check = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)
 _Holds = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64)
 _Drop = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
 
@@ -46,6 +52,7 @@ class _Functions(ctypes.Structure):
     _fields_ = (
         ("rendezvous", _Rendezvous),
         ("signal", _Signal),
+        ("check", _Check),
         ("holds", _Holds),
         ("drop", _Drop),
         ("add_pending_call", ctypes.c_void_p),
@@ -62,7 +69,8 @@ class _Owner:
 
 _lock = threading.Lock()
 _enabled: tuple[int, ctypes.CDLL, _Functions] | None = None  # with the process that enabled it
-_handles: dict[int, tuple[SymmetricTensor, Group]] = {}  # what the handles of torch keep, by token
+# What the handles of torch keep, by token. On the CPU, signals are methods of the tensor.
+_handles: dict[int, tuple[SymmetricTensor, Group, CudaSignals | None]] = {}
 _tokens = itertools.count(1)
 _errors = threading.local()
 
@@ -84,6 +92,7 @@ def enable() -> None:
         functions = _Functions(
             _Rendezvous(_guarded(functools.partial(_rendezvous, library), library)),
             _Signal(_guarded(_signal, library)),
+            _Check(_guarded(_check, library)),
             _Holds(lambda address: block_at(address) is not None),
             _Drop(lambda _argument: _drop(library)),
             ctypes.cast(ctypes.pythonapi.Py_AddPendingCall, ctypes.c_void_p),
@@ -116,7 +125,8 @@ def _load() -> ctypes.CDLL:
     options = ["-std=c++20", "-O1", "-fvisibility=hidden", f"-I{root / 'include'}"]
     options.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     try:
-        return load_library(_SOURCE, options, [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"], torch.__version__)
+        libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+        return load_library(_SOURCE, options, libraries, torch.__version__, _HEADERS)
     except OSError as error:
         raise UnsupportedError(
             f"symmem cannot compile its backend for torch {torch.__version__}: {error}",
@@ -159,27 +169,44 @@ def _rendezvous(library: ctypes.CDLL, result: int, address: int, owner: int | No
     group = resolve_group(name.decode() or None)
     tensor.rendezvous(group)
     mapping = tensor._mapping("rendezvous", group)
-    pads, pad_nbytes = [0] * group.size, block.allocation.pad_nbytes
-    pointers = [pointer + block.offset for pointer in mapping.pointers]
-    if isinstance(block.allocation, AdoptedAllocation):
-        pads = [pointer + block.allocation.pad for pointer in mapping.pointers]
+    allocation = block.allocation
+    pads, pad_nbytes = [0] * group.size, allocation.pad_nbytes
+    pointers = [pointer + block.offset if pointer else 0 for pointer in mapping.pointers]
+    if pad_nbytes:
+        pads = [pointer + allocation.pad for pointer in mapping.pointers]
+    signals = words = None
+    if allocation.device.type == "cuda":
+        from symmem.torch_backend import gpu
+
+        if not pad_nbytes:
+            of_block = block.signals(mapping)
+            pads = [of_block.signal_pad(rank)[0] if pointer else 0 for rank, pointer in enumerate(pointers)]
+            pad_nbytes = of_block.signal_pad(group.rank)[1]
+        signals = gpu.CudaSignals(group, allocation.device, pads)
+        words = gpu.signal_words(signals)
     ranks = range(group.size) if group.process_group is None else dist.get_process_group_ranks(group.process_group)
     token = next(_tokens)
-    _handles[token] = tensor, group
+    _handles[token] = tensor, group, signals
     numbers = (ctypes.c_int64 * 6)(token, group.rank, group.size, block.nbytes, offset, pad_nbytes)
     addresses = ctypes.c_uint64 * group.size
     library.symmem_fill(
-        ctypes.c_void_p(result), numbers, addresses(*pointers), addresses(*pads), (ctypes.c_int * group.size)(*ranks)
+        ctypes.c_void_p(result),
+        numbers,
+        addresses(*pointers),
+        addresses(*pads),
+        (ctypes.c_int * group.size)(*ranks),
+        words and ctypes.byref(words),
+        -1 if words is None else allocation.device.index,
     )
 
 
 class AdoptedAllocation(HostAllocation):
-    """Memory that torch allocated, with a signal pad of torch at the offset ``pad``."""
+    """A memory file that torch allocated, with a signal pad of torch behind the data."""
 
-    def __init__(self, backend: HostBackend, library: ctypes.CDLL, owner: int, keeper: _Owner) -> None:
-        values = (ctypes.c_uint64 * 6)()
-        library.symmem_describe(ctypes.c_void_p(owner), values)
-        pointer, nbytes, extent, self.pad, self.pad_nbytes, descriptor = values
+    def __init__(self, values: list[int], keeper: _Owner) -> None:
+        backend = get_backend("host")
+        assert isinstance(backend, HostBackend)
+        pointer, nbytes, extent, self.pad, self.pad_nbytes, descriptor, _ordinal, _fabric = values
         super().__init__(backend, nbytes, pointer, descriptor, extent, keeper)
 
 
@@ -187,9 +214,14 @@ _adopting = threading.Lock()  # two threads may rendezvous one block in two grou
 
 
 def _adopt(library: ctypes.CDLL, owner: int, keeper: _Owner) -> Block:
-    backend = get_backend("host")
-    assert isinstance(backend, HostBackend)
-    allocation = AdoptedAllocation(backend, library, owner, keeper)
+    values = (ctypes.c_int64 * 8)()
+    library.symmem_describe(ctypes.c_void_p(owner), values)
+    if values[6] < 0:
+        allocation: Allocation = AdoptedAllocation(list(values), keeper)
+    else:
+        from symmem.torch_backend.gpu import AdoptedGpuAllocation
+
+        allocation = AdoptedGpuAllocation(list(values), keeper)
     with _adopting:
         block = block_at(allocation.pointer)
         if block is None:
@@ -199,7 +231,7 @@ def _adopt(library: ctypes.CDLL, owner: int, keeper: _Owner) -> Block:
 
 
 def _signal(token: int, kind: int, peer: int, channel: int, timeout_ms: int) -> None:
-    tensor, group = _handles[token]
+    tensor, group, _signals = _handles[token]
     timeout = timeout_ms / 1000 if timeout_ms else None
     if kind == 0:
         tensor.barrier(channel, timeout, group=group)
@@ -207,6 +239,12 @@ def _signal(token: int, kind: int, peer: int, channel: int, timeout_ms: int) -> 
         tensor.put_signal(peer, channel, timeout, group=group)
     else:
         tensor.wait_signal(peer, channel, timeout, group=group)
+
+
+def _check(token: int) -> None:
+    signals = _handles[token][2]
+    assert signals is not None, "the C++ file asks for memory of GPUs only"
+    signals.check_usable()
 
 
 def _drop(library: ctypes.CDLL) -> int:

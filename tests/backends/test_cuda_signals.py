@@ -13,7 +13,7 @@ import torch
 from symmem.backends import cuda_signals, kernel_status
 from symmem.backends.cuda_signals import CudaSignals
 from symmem.backends.kernel_words import NBYTES
-from symmem.backends.signal_kernels import OPERATIONS, SOURCE
+from symmem.backends.signal_kernels import FLAG_BARRIER, OPERATIONS, SOURCE
 from symmem.errors import OutOfMemoryError, PeerLostError, PeerTimeoutError, UnsupportedError
 
 WORLD = 3
@@ -64,7 +64,7 @@ class StubDriver:
 
 class StubKernels:
     def __init__(self, driver: Any, ordinal: int, source: str, names: Any, macros: Any, **_: str) -> None:
-        assert (source, names) == (SOURCE, OPERATIONS)
+        assert (source, names) == (SOURCE, (*OPERATIONS, FLAG_BARRIER))
         self.functions = {name: f"{name}/{macros['WORLD']}" for name in names}
 
 

@@ -294,7 +294,7 @@ def test_every_torch_has_its_own_library(monkeypatch: pytest.MonkeyPatch, tmp_pa
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", f"{compiler}")
     for version, files in (("1", 1), ("2", 2), ("1", 2)):
-        load_library(bridge._SOURCE, ["-O1", "-O1"], [], version)
+        load_library(bridge._SOURCE, ["-O1", "-O1"], [], version, bridge._HEADERS)
         assert len(list((tmp_path / "symmem" / "kernels").iterdir())) == files
 
 
