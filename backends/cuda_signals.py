@@ -21,7 +21,7 @@ from symmem.backends.driver import Driver, load_driver
 from symmem.backends.driver_errors import driver_error
 from symmem.backends.kernel_status import raise_failure
 from symmem.backends.kernel_words import NBYTES, KernelWords, name_steps
-from symmem.backends.signal_kernels import FLAG_BARRIER, OPERATIONS, SOURCE, pad_words
+from symmem.backends.signal_kernels import FLAG_BARRIER, OPERATIONS, SOURCE, flag_words, pad_words
 from symmem.errors import UnsupportedError
 
 __all__ = ["CudaSignals", "Device", "device_of", "name_steps"]
@@ -102,6 +102,11 @@ class CudaSignals:
     def nbytes(size: int) -> int:
         """Bytes of one pad in a group of ``size`` ranks."""
         return 4 * pad_words(size)
+
+    @staticmethod
+    def flag_nbytes(size: int) -> int:
+        """Bytes at the beginning of a pad that kernels of PyTorch may use for their signals."""
+        return 4 * flag_words(size)
 
     def barrier(self, channel: int, timeout: float) -> None:
         """See :meth:`Mapping.barrier`."""

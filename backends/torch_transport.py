@@ -76,11 +76,18 @@ class TorchTransport:
         """Make this torch's transport, unless it is.
 
         Raises:
-            BackendUnavailableError: torch refuses; the text names the active transport.
+            BackendUnavailableError: torch refuses; the text names the active transport. Or torch's symmetric memory is
+                symmem itself.
         """
         active = _symmetric_memory().get_backend(device)
         if active == self.name:
             return
+        if active == "SYMMEM":
+            raise BackendUnavailableError(
+                f"the backend {BACKENDS[self.name]!r} is torch's symmetric memory, which is symmem itself in this "
+                "process: symmem.torch_backend was enabled, and set_backend('SYMMEM') called",
+                hint="use the backend 'native' or 'nvshmem'; or leave out set_backend('SYMMEM')",
+            )
         try:
             _symmetric_memory().set_backend(self.name)
         except RuntimeError as error:

@@ -181,7 +181,7 @@ def _rendezvous(library: ctypes.CDLL, result: int, address: int, owner: int | No
         if not pad_nbytes:
             of_block = block.signals(mapping)
             pads = [of_block.signal_pad(rank)[0] if pointer else 0 for rank, pointer in enumerate(pointers)]
-            pad_nbytes = of_block.signal_pad(group.rank)[1]
+            pad_nbytes = gpu.CudaSignals.flag_nbytes(group.size)
         signals = gpu.CudaSignals(group, allocation.device, pads)
         words = gpu.signal_words(signals)
     ranks = range(group.size) if group.process_group is None else dist.get_process_group_ranks(group.process_group)

@@ -27,6 +27,7 @@ from symmem.backends.kernel_status import failure, gpu_waits
 from symmem.backends.kernel_words import NBYTES, KernelWords
 from symmem.backends.signal_kernels import (
     BEAT,
+    FLAG_BARRIER,
     GROUP_SPREAD,
     LATE,
     OPERATIONS,
@@ -35,6 +36,7 @@ from symmem.backends.signal_kernels import (
     SOURCE,
     TICK,
     lateness,
+    pad_words,
 )
 from symmem.errors import (
     InvalidArgumentError,
@@ -241,7 +243,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     # times while a reader looks.
     source = SOURCE.replace("const u32 SPINS = 64;", "const u32 SPINS = 4;")
     assert source != SOURCE
-    return emulate(source, REPLACED | WAITING, OPERATIONS, {"WORLD": str(WORLD)}, file)
+    return emulate(source, REPLACED | WAITING, KERNELS, {"WORLD": str(WORLD)}, file)
+
+
+KERNELS = (*OPERATIONS, FLAG_BARRIER)
 
 
 class Ranks:
@@ -250,7 +255,7 @@ class Ranks:
     def __init__(self, library: ctypes.CDLL, words: Words) -> None:
         self.library, self.words = library, words
         self.groups = [stub_group(f"of rank {rank}") for rank in range(WORLD)]
-        self.pads = [(ctypes.c_uint32 * 1024)() for _ in range(WORLD)]
+        self.pads = [(ctypes.c_uint32 * pad_words(WORLD))() for _ in range(WORLD)]
         self.threads: list[threading.Thread] = []
 
     def launch(self, operation: str, rank: int, channel: int, peer: int = 0, seconds: float = LONG) -> None:
@@ -263,7 +268,7 @@ class Ranks:
             peer=peer,
             group=self.words.enter(self.groups[rank]),
         )
-        which, count = OPERATIONS.index(operation), WORLD if operation == "barrier" else 1
+        which, count = KERNELS.index(operation), WORLD if "barrier" in operation else 1
         thread = threading.Thread(target=lambda: self.library.launch(which, ctypes.byref(call), 1, count))
         thread.start()
         self.threads.append(thread)
@@ -293,6 +298,20 @@ def test_kernels_that_wait_say_for_whom(library: ctypes.CDLL, words: Words) -> N
     ranks.launch("barrier", 2, 5)
     ranks.join()
     ranks.become()
+    assert words.failure() is None
+
+
+def test_a_barrier_of_flags_uses_no_other_words(library: ctypes.CDLL, words: Words) -> None:
+    ranks, step = Ranks(library, words), "barrier on channel 200"  # a channel of PyTorch's pads
+    for _turn in range(2):
+        ranks.launch(FLAG_BARRIER, 0, 200)
+        ranks.launch(FLAG_BARRIER, 1, 200)
+        ranks.become((0, step, (2,)), (1, step, (2,)))
+        used = [index for index, word in enumerate(ranks.pads[2]) if word]
+        assert used == [200 * WORLD, 200 * WORLD + 1]
+        ranks.launch(FLAG_BARRIER, 2, 200)
+        ranks.join()
+        assert not any(map(any, ranks.pads))
     assert words.failure() is None
 
 

@@ -57,6 +57,14 @@ def use(monkeypatch: pytest.MonkeyPatch, active: str | None, refusal: str = "") 
     return symm
 
 
+def test_symmem_below_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    symm = use(monkeypatch, "SYMMEM")
+    with pytest.raises(BackendUnavailableError, match=r"is symmem itself in this process") as info:
+        TorchTransport("CUDA").activate(GPU)
+    assert "'native'" in str(info.value.hint)
+    assert not symm.chosen
+
+
 # Probing.
 
 
