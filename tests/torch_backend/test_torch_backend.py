@@ -88,6 +88,7 @@ def two_doors_program() -> None:
         if hasattr(symm_mem, "is_symm_mem_tensor"):
             assert symm_mem.is_symm_mem_tensor(t)
         hdl = symm_mem.rendezvous(t, group)
+        assert symm_mem.rendezvous(t, group) is hdl
         t.fill_(rank)
         hdl.barrier()
         peer = (rank + 1) % size
@@ -154,6 +155,13 @@ def memory_program() -> None:
         hdl.barrier()
         del t, hdl
     assert counts() == before
+    t = symmem.allocate(1000).tensor
+    for _ in range(3):
+        hdl = symm_mem.rendezvous(t, group)
+        hdl.barrier()
+        assert counts() != before
+        del hdl
+        assert counts() == before
     hdl = symm_mem.rendezvous(symm_mem.empty(16, device="cpu").fill_(dist.get_rank()), group)
     hdl.barrier()  # the handle keeps the memory of all ranks
     assert [hdl.get_buffer(r, (1,), torch.float32).item() for r in range(hdl.world_size)] == [*range(hdl.world_size)]

@@ -68,6 +68,13 @@ SUITES = {
             _option("--ranks", type=positive, metavar="N", help="number of ranks (default: all GPUs)"),
         ),
     ),
+    "torch_backend": Suite(
+        "torch's symmetric memory with symmem as its backend, beside its own, on all GPUs of this machine",
+        (
+            _option("--ranks", type=positive, metavar="N", help="number of ranks (default: all GPUs)"),
+            _option("--rounds", type=positive, default=5, metavar="N", help="rounds of both sides (default 5)"),
+        ),
+    ),
     "p2p": Suite(
         "copies between all pairs of ranks, beside PyTorch's transport or a local copy",
         (
