@@ -15,12 +15,29 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
+
+// Raise torch's error with a text. Not by the arguments of TORCH_CHECK: they become text in a stream, and a number in a
+// stream crashes where torch and this file have two versions of the standard library.
+template <typename Part>
+std::string as_text(const Part& part) {
+  if constexpr (std::is_convertible_v<Part, std::string>)
+    return part;
+  else
+    return std::to_string(part);
+}
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::string text = "symmem: ";
+  (text.append(as_text(parts)), ...);
+  TORCH_CHECK(false, text);
+}
 
 namespace cuda {
 
@@ -86,12 +103,13 @@ struct Driver {
 
   Driver() {
     void* library = dlopen("libcuda.so.1", RTLD_NOW);
-    TORCH_CHECK(
-        library, "symmem: BackendUnavailableError: the NVIDIA driver library cannot be loaded: ", dlerror(),
-        ". Install the NVIDIA driver, and start a container with its GPUs (docker: --gpus all).");
-#define F(name, symbol, ...)                                                                            \
-  name = reinterpret_cast<decltype(name)>(dlsym(library, symbol));                                      \
-  TORCH_CHECK(name, "symmem: BackendUnavailableError: the NVIDIA driver has no ", symbol, ". Install a newer driver.");
+    if (!library)
+      fail(
+          "BackendUnavailableError: the NVIDIA driver library cannot be loaded: ", dlerror(),
+          ". Install the NVIDIA driver, and start a container with its GPUs (docker: --gpus all).");
+#define F(name, symbol, ...)                                       \
+  name = reinterpret_cast<decltype(name)>(dlsym(library, symbol)); \
+  if (!name) fail("BackendUnavailableError: the NVIDIA driver has no ", symbol, ". Install a newer driver.");
     SYMMEM_DRIVER(F)
 #undef F
     check(cuInit(0), "cuInit");
@@ -106,7 +124,7 @@ struct Driver {
   }
 
   void check(int code, const char* call) const {
-    TORCH_CHECK(!code, "symmem: ", call, ": ", text(code), ". Look in `dmesg` for Xid errors of the driver.");
+    if (code) fail(call, ": ", text(code), ". Look in `dmesg` for Xid errors of the driver.");
   }
 };
 
@@ -291,9 +309,9 @@ inline Mapped make(Gpu& gpu, uint64_t extent, uint64_t pad) {
   if (code) {
     give_back(made);
     const bool full = code == OUT_OF_MEMORY;
-    TORCH_CHECK(
-        false, "symmem: ", full ? "OutOfMemoryError" : "ResourceLimitError", ": cannot allocate ", extent,
-        " bytes on cuda:", gpu.ordinal, ": ", call, ": ", cu.text(code), ". ",
+    fail(
+        full ? "OutOfMemoryError" : "ResourceLimitError", ": cannot allocate ", extent, " bytes on cuda:", gpu.ordinal,
+        ": ", call, ": ", cu.text(code), ". ",
         full ? "Free tensors, or let torch release its unused cache: torch.cuda.empty_cache()."
              : "Look in `dmesg` for Xid errors, and check the limit on open files (`ulimit -n`).");
   }

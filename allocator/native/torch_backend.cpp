@@ -14,8 +14,8 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
-#include <fstream>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -67,7 +67,10 @@ struct Signals {
 };
 constexpr int LARGEST_WORLD = 480;  // 8 bytes per rank in 4 KiB of arguments
 
+constexpr int NOT_SYMMETRIC = 2;
+
 // The functions of symmem/torch_backend. Those that return int return 0, or 1 after they have called symmem_fail.
+// `rendezvous` returns NOT_SYMMETRIC for memory that Python does not know either.
 struct Python {
   int (*rendezvous)(void* result, Address address, void* owner, const char* group);
   int (*signal)(int64_t token, int kind, int peer, int channel, uint64_t timeout_ms);  // on the CPU
@@ -144,10 +147,10 @@ struct Handle : sm::SymmetricMemory {
   }
 
   std::vector<void*>& checked_pads() {
-    TORCH_CHECK(
-        pad_nbytes >= sm::get_signal_pad_size(), "symmem: this memory has a signal pad of ", pad_nbytes,
-        " bytes, and torch now expects ", sm::get_signal_pad_size(),
-        ". Call set_signal_pad_size before the allocation, and allocate with torch's empty if kernels use the pad.");
+    if (pad_nbytes < sm::get_signal_pad_size())
+      fail(
+          "this memory has a signal pad of ", pad_nbytes, " bytes, and torch now expects ", sm::get_signal_pad_size(),
+          ". Call set_signal_pad_size before the allocation, and allocate with torch's empty if kernels use the pad.");
     return pads;
   }
 };
@@ -171,15 +174,16 @@ struct State {
 
   // Refuse a forked child, which is not a rank and lacks the thread that may have held the mutex at the fork.
   void check(const char* operation) {
-    TORCH_CHECK(
-        process == getpid(), "symmem: ForkedError: ", operation,
-        ": this process was forked after symmem.torch_backend.enable(); the child is not a rank. "
-        "Start the child with the method spawn, and enable the backend there.");
+    if (process != getpid())
+      fail(
+          "ForkedError: ", operation,
+          ": this process was forked after symmem.torch_backend.enable(); the child is not a rank. "
+          "Start the child with the method spawn, and enable the backend there.");
   }
 
   void check_python(const char* operation) {
     check(operation);
-    TORCH_CHECK(!exiting, "symmem: ", operation, ": the interpreter is shutting down");
+    if (exiting) fail(operation, ": the interpreter is shutting down");
   }
 
   // Whether memory of torch or of symmem holds an address.
@@ -247,16 +251,16 @@ void Handle::signal(int kind, int peer, int channel, uint64_t timeout_ms) {
 void Handle::launch(int kind, int peer, int channel, uint64_t timeout_ms) {
   auto& all = state();
   const int64_t channels = pad_nbytes / (4 * world);
-  TORCH_CHECK(
-      channel >= 0 && channel < channels, "symmem: InvalidArgumentError: channel ", channel, " is not within 0 to ",
-      channels - 1, ": the signal pad has ", pad_nbytes, " bytes for ", world, " ranks");
-  TORCH_CHECK(
-      peer >= 0 && peer < world, "symmem: RankError: rank ", peer, " is not within 0 to ", world - 1,
-      " of the group (this is rank ", rank, ")");
-  TORCH_CHECK(
-      world <= LARGEST_WORLD && std::find(pads.begin(), pads.end(), nullptr) == pads.end(),
-      "symmem: UnsupportedError: no signals on rank ", rank, ": the group has more than ", LARGEST_WORLD,
-      " ranks, or ranks that are not load/store reachable from here. Use a group of ranks that reach each other.");
+  if (channel < 0 || channel >= channels)
+    fail(
+        "InvalidArgumentError: channel ", channel, " is not within 0 to ", channels - 1, ": the signal pad has ",
+        pad_nbytes, " bytes for ", world, " ranks");
+  if (peer < 0 || peer >= world)
+    fail("RankError: rank ", peer, " is not within 0 to ", world - 1, " of the group (this is rank ", rank, ")");
+  if (world > LARGEST_WORLD || std::find(pads.begin(), pads.end(), nullptr) != pads.end())
+    fail(
+        "UnsupportedError: no signals on rank ", rank, ": the group has more than ", LARGEST_WORLD,
+        " ranks, or ranks that are not load/store reachable from here. Use a group of ranks that reach each other.");
   if ((*signals.stopped || *signals.given_up) && all.python.check(token)) raise();
   struct {  // `struct Call` of the kernels behind the pads
     uint64_t status, limit;
@@ -271,12 +275,13 @@ void Handle::launch(int kind, int peer, int channel, uint64_t timeout_ms) {
 }
 
 uint64_t available_memory() {
-  std::ifstream file("/proc/meminfo");
-  std::string word;
-  uint64_t kibibytes = 0;
-  while (file >> word)
-    if (word == "MemAvailable:" && file >> kibibytes) return kibibytes * 1024;
-  return UINT64_MAX;
+  uint64_t kibibytes = UINT64_MAX / 1024;
+  if (FILE* file = std::fopen("/proc/meminfo", "re")) {
+    char line[256];
+    while (std::fgets(line, sizeof line, file) && std::sscanf(line, "MemAvailable: %lu", &kibibytes) != 1) continue;
+    std::fclose(file);
+  }
+  return kibibytes * 1024;
 }
 
 struct Allocator : sm::SymmetricMemoryAllocator {
@@ -284,9 +289,10 @@ struct Allocator : sm::SymmetricMemoryAllocator {
     auto& all = state();
     all.check("allocation");
     const uint64_t page = sysconf(_SC_PAGESIZE), available = available_memory();
-    TORCH_CHECK(
-        size <= available, "symmem: OutOfMemoryError: ", size, " bytes of shared memory were asked for, ", available,
-        " are available. Free memory, or allocate less.");
+    if (size > available)
+      fail(
+          "OutOfMemoryError: ", size, " bytes of shared memory were asked for, ", available,
+          " are available. Free memory, or allocate less.");
     auto memory = std::make_shared<Memory>(size, page, group);
     memory->descriptor = memfd_create("symmem", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     const bool made = memory->descriptor >= 0 && ftruncate(memory->descriptor, memory->extent) == 0 &&
@@ -294,9 +300,10 @@ struct Allocator : sm::SymmetricMemoryAllocator {
     void* place = !made
         ? MAP_FAILED
         : mmap(nullptr, memory->extent, PROT_READ | PROT_WRITE, MAP_SHARED, memory->descriptor, 0);
-    TORCH_CHECK(
-        place != MAP_FAILED, "symmem: ResourceLimitError: cannot make and map a memory file of ", memory->extent,
-        " bytes: ", std::strerror(errno), ". Hold fewer tensors, or raise `ulimit -n` or /proc/sys/vm/max_map_count.");
+    if (place == MAP_FAILED)
+      fail(
+          "ResourceLimitError: cannot make and map a memory file of ", memory->extent, " bytes: ", std::strerror(errno),
+          ". Hold fewer tensors, or raise `ulimit -n` or /proc/sys/vm/max_map_count.");
     memory->address = reinterpret_cast<Address>(place);
     return keep(memory);
   }
@@ -318,7 +325,8 @@ struct Allocator : sm::SymmetricMemoryAllocator {
     all.check("get_alloc_size");
     std::lock_guard lock(all.mutex);
     auto found = all.find(reinterpret_cast<Address>(pointer));
-    TORCH_CHECK(found != all.blocks.end(), "symmem: no live allocation of torch's symmetric memory holds ", pointer);
+    if (found == all.blocks.end())
+      fail("no live allocation of torch's symmetric memory holds ", reinterpret_cast<Address>(pointer));
     return found->second.memory->nbytes;
   }
 
@@ -344,12 +352,13 @@ struct Allocator : sm::SymmetricMemoryAllocator {
     }
     const auto current = process_group(group);
     if (known && known->process_group && known->process_group->lock() == current) return known;
-    if (!memory && !all.python.holds(address)) return {};  // not symmetric memory: None in Python, as torch's backends
     auto handle = c10::make_intrusive<Handle>();
     handle->memory = memory;
     handle->place = {address, group};
     Owner* owner = memory ? new Owner(memory) : nullptr;  // Python releases it
-    if (all.python.rendezvous(handle.get(), address, owner, group.c_str())) raise();
+    const int outcome = all.python.rendezvous(handle.get(), address, owner, group.c_str());
+    if (outcome == NOT_SYMMETRIC) return {};  // None in Python, as torch's backends
+    if (outcome) raise();
     // A name may refer to another process group later. A group without one is not cached.
     if (!current) return handle;
     handle->process_group.emplace(current);
@@ -445,11 +454,11 @@ EXPORT void symmem_describe(void* owner, uint64_t* values) {
 
 EXPORT void symmem_release(void* owner) { delete static_cast<Owner*>(owner); }
 
-// values: token, rank, world, bytes, offset, bytes of a pad. The arrays have an element per rank. For memory of a GPU
-// `signals` is not null, and `gpu` is its number.
+// values: token, rank, world, bytes, offset, bytes of a pad. pointers: every rank's memory, then every rank's pad. For
+// memory of a GPU `signals` is not null, and `gpu` is its number.
 EXPORT void symmem_fill(
-    void* result, const int64_t* values, const uint64_t* buffers, const uint64_t* pads, const int* global_ranks,
-    const Signals* signals, int gpu) {
+    void* result, const int64_t* values, const uint64_t* pointers, const int* global_ranks, const Signals* signals,
+    int gpu) {
   auto& handle = *static_cast<Handle*>(result);
   handle.token = values[0];
   handle.rank = static_cast<int>(values[1]);
@@ -462,8 +471,8 @@ EXPORT void symmem_fill(
     handle.gpu = &cuda::gpu(gpu);
   }
   for (int rank = 0; rank < handle.world; ++rank) {
-    handle.buffers.push_back(reinterpret_cast<void*>(buffers[rank]));
-    handle.pads.push_back(reinterpret_cast<void*>(pads[rank]));
+    handle.buffers.push_back(reinterpret_cast<void*>(pointers[rank]));
+    handle.pads.push_back(reinterpret_cast<void*>(pointers[handle.world + rank]));
     handle.global_ranks.push_back(global_ranks[rank]);
   }
 }

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["enable", "is_symmetric", "last_error"]
 
 _SOURCE = Path(native.__file__).parent / "torch_backend.cpp"
+_NOT_SYMMETRIC = 2
 _HEADERS = (_SOURCE.with_name("cuda_memory.h"),)
 
 _Rendezvous = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_char_p)
@@ -135,12 +136,12 @@ def _load() -> ctypes.CDLL:
         ) from error
 
 
-def _guarded(function: Callable[..., None], library: ctypes.CDLL) -> Callable[..., int]:
-    """Report an exception to the C++ file, which raises it as torch's error."""
+def _guarded(function: Callable[..., int | None], library: ctypes.CDLL) -> Callable[..., int]:
+    """Report an exception to the C++ file, which raises it as torch's error. Without one, None is 0."""
 
     def call(*arguments: Any) -> int:
         try:
-            function(*arguments)
+            return function(*arguments) or 0
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # their variables keep memory
             _errors.last = error
@@ -148,18 +149,17 @@ def _guarded(function: Callable[..., None], library: ctypes.CDLL) -> Callable[..
             if isinstance(error, KeyboardInterrupt):
                 _thread.interrupt_main()  # raised again after torch's error, or in its place
             return 1
-        return 0
 
     return call
 
 
-def _rendezvous(library: ctypes.CDLL, result: int, address: int, owner: int | None, name: bytes) -> None:
+def _rendezvous(library: ctypes.CDLL, result: int, address: int, owner: int | None, name: bytes) -> int:
     _drop(library)
     keeper = None if owner is None else _Owner(library, owner)
     block = block_at(address)
     if block is None:
-        assert keeper is not None, "the C++ file passes memory that torch or symmem knows"
-        assert owner is not None
+        if keeper is None or owner is None:
+            return _NOT_SYMMETRIC
         block = _adopt(library, owner, keeper)
     offset = address - block.pointer
     layout = block.layout
@@ -178,26 +178,34 @@ def _rendezvous(library: ctypes.CDLL, result: int, address: int, owner: int | No
     if allocation.device.type == "cuda":
         from symmem.torch_backend import gpu
 
+        signals, words = gpu.signals_of(group, allocation.device)
         if not pad_nbytes:
-            of_block = block.signals(mapping)
-            pads = [of_block.signal_pad(rank)[0] if pointer else 0 for rank, pointer in enumerate(pointers)]
-            pad_nbytes = gpu.CudaSignals.flag_nbytes(group.size)
-        signals = gpu.CudaSignals(group, allocation.device, pads)
-        words = gpu.signal_words(signals)
-    ranks = range(group.size) if group.process_group is None else dist.get_process_group_ranks(group.process_group)
+            pads, pad_nbytes = gpu.pads_of(block, mapping)
     token = next(_tokens)
     _handles[token] = tensor, group, signals
-    numbers = (ctypes.c_int64 * 6)(token, group.rank, group.size, block.nbytes, offset, pad_nbytes)
-    addresses = ctypes.c_uint64 * group.size
     library.symmem_fill(
         ctypes.c_void_p(result),
-        numbers,
-        addresses(*pointers),
-        addresses(*pads),
-        (ctypes.c_int * group.size)(*ranks),
-        words and ctypes.byref(words),
+        (ctypes.c_int64 * 6)(token, group.rank, group.size, block.nbytes, offset, pad_nbytes),
+        (ctypes.c_uint64 * (2 * group.size))(*pointers, *pads),
+        _global_ranks(group),
+        words,
         -1 if words is None else allocation.device.index,
     )
+    return 0
+
+
+class _Ranks(list[Any]):
+    """The global ranks of a group as a C array, once it was asked for."""
+
+
+def _global_ranks(group: Group) -> Any:
+    known = group.extension(_Ranks)
+    if not known:
+        job = group.process_group
+        known.append(
+            (ctypes.c_int * group.size)(*(range(group.size) if job is None else dist.get_process_group_ranks(job)))
+        )
+    return known[0]
 
 
 class AdoptedAllocation(HostAllocation):

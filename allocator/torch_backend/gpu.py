@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,7 +12,12 @@ from symmem.backends.cuda_signals import CudaSignals
 from symmem.backends.native import NativeAllocation, NativeBackend
 from symmem.backends.vmm import MemoryHandle
 
-__all__ = ["AdoptedGpuAllocation", "CudaSignals", "signal_words"]
+if TYPE_CHECKING:
+    from symmem.backends.base import Mapping
+    from symmem.group.group import Group
+    from symmem.memory.block import Block
+
+__all__ = ["AdoptedGpuAllocation", "pads_of", "signals_of"]
 
 
 class AdoptedGpuAllocation(NativeAllocation):
@@ -32,7 +38,7 @@ class AdoptedGpuAllocation(NativeAllocation):
         super().__init__(backend, torch.device("cuda", ordinal), nbytes, pointer, handle, extent, bool(fabric), owner)
 
 
-class SignalWords(ctypes.Structure):
+class _Words(ctypes.Structure):
     """The struct ``Signals`` of the C++ file."""
 
     _fields_ = (
@@ -45,7 +51,23 @@ class SignalWords(ctypes.Structure):
     )
 
 
-def signal_words(signals: CudaSignals) -> SignalWords:
-    """The words of signals in that layout."""
-    barrier, put, wait, *rest = signals.words()
-    return SignalWords((ctypes.c_void_p * 3)(barrier, put, wait), *rest)
+class _Signals(dict[torch.device, tuple[CudaSignals, Any]]):
+    """The results of :func:`signals_of` for one group."""
+
+
+def signals_of(group: Group, device: torch.device) -> tuple[CudaSignals, Any]:
+    """Signals that can tell whether kernels of the group have failed on a GPU, and a pointer to their words for C."""
+    known = group.extension(_Signals)
+    if device not in known:
+        signals = CudaSignals(group, device, ())
+        barrier, put, wait, *rest = signals.words()
+        words = _Words((ctypes.c_void_p * 3)(barrier, put, wait), *rest)
+        known[device] = signals, ctypes.pointer(words)
+    return known[device]
+
+
+def pads_of(block: Block, mapping: Mapping) -> tuple[list[int], int]:
+    """The address of every rank's signal pad of a block, 0 if it is not reachable; and its bytes for signals."""
+    signals = block.signals(mapping)
+    pads = [signals.signal_pad(rank)[0] if pointer else 0 for rank, pointer in enumerate(mapping.pointers)]
+    return pads, CudaSignals.flag_nbytes(mapping.group.size)
