@@ -87,10 +87,13 @@ class CudaSignals:
         device: The GPU for the kernels.
         pads: Address of every rank's pad; 0 if the rank is not reachable. A pad has :meth:`nbytes` bytes or more, and
             is zeroed before any rank signals.
+
+    Attributes:
+        pads: The same.
     """
 
     def __init__(self, group: RankGroup, device: torch.device, pads: Sequence[int]) -> None:
-        self._group, self._pads = group, tuple(pads)
+        self._group, self.pads = group, tuple(pads)
         self._ordinal = torch.cuda.current_device() if device.index is None else device.index
         self._device = device_of(self._ordinal)
         self._number = self._device.enter(group)
@@ -123,7 +126,7 @@ class CudaSignals:
     def signal_pad(self, rank: int) -> tuple[int, int]:
         """See :meth:`Mapping.signal_pad`. The words behind the flags are private."""
         self._check_reachable("signal pad", rank)
-        return self._pads[rank], 4 * SIGNAL_CHANNELS * self._group.size
+        return self.pads[rank], 4 * SIGNAL_CHANNELS * self._group.size
 
     def check(self) -> None:
         """See :meth:`Mapping.check`. Raises for a signal that has stopped the kernels on this GPU, of any group.
@@ -186,7 +189,7 @@ class CudaSignals:
         self._check_reachable(operation, peer)
         function = self._device.kernels(size)[operation]
         call = _call_type(size)(
-            pads=(ctypes.c_uint64 * size)(*self._pads),
+            pads=(ctypes.c_uint64 * size)(*self.pads),
             status=self._device.status_address,
             limit=int(timeout * 1e9),
             channel=channel,
@@ -202,7 +205,7 @@ class CudaSignals:
 
     def _check_reachable(self, operation: str, peer: int) -> None:
         needed = {"barrier": range(self._group.size), "wait_signal": ()}.get(operation, (peer,))
-        unreachable = tuple(rank for rank in needed if not self._pads[rank])
+        unreachable = tuple(rank for rank in needed if not self.pads[rank])
         if unreachable or self._group.size > _LARGEST_WORLD:
             why = f"ranks {list(unreachable)} are not load/store reachable from here"
             raise UnsupportedError(

@@ -161,7 +161,8 @@ class Settings:
     torch_backend: str = _declare(
         TORCH_BACKEND,
         "off",
-        "Whether torch.distributed._symmetric_memory uses symmem for CPU tensors, in a program that imports symmem.",
+        "Whether torch.distributed._symmetric_memory uses symmem for CPU tensors, and offers it for CUDA, in a program "
+        "that imports symmem.",
     )
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 

@@ -23,8 +23,8 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 
-// Raise torch's error with a text. Not by the arguments of TORCH_CHECK: they become text in a stream, and a number in a
-// stream crashes where torch and this file have two versions of the standard library.
+// Raise torch's error with a text. Not by the arguments of TORCH_CHECK, which become text in a stream of which a part is
+// torch's: with torch 2.11 and g++ 13, a number in it crashes.
 template <typename Part>
 std::string as_text(const Part& part) {
   if constexpr (std::is_convertible_v<Part, std::string>)
@@ -227,11 +227,11 @@ inline Gpu& gpu(int ordinal) {
 // Wait until a GPU has done all work of this process; false if a stream capture forbids it. A GPU that has failed does
 // no more work. The caller is within On.
 inline bool quiesce(const Gpu& gpu) {
+  const auto forbidden = [](int code) { return code >= FIRST_CAPTURE_ERROR && code <= LAST_CAPTURE_ERROR; };
   int capturing = 0;
-  driver().cuStreamIsCapturing(current_stream(gpu.ordinal), &capturing);
-  if (capturing) return false;  // the next call would end the capture
-  const int code = driver().cuCtxSynchronize();
-  return code < FIRST_CAPTURE_ERROR || code > LAST_CAPTURE_ERROR;
+  const int code = driver().cuStreamIsCapturing(current_stream(gpu.ordinal), &capturing);
+  if (capturing || forbidden(code)) return false;  // the next call would end the capture
+  return !forbidden(driver().cuCtxSynchronize());
 }
 
 // Physical memory and its mapping. The driver does not wait at an unmapping for kernels that use the memory.

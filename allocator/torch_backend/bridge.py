@@ -11,7 +11,7 @@ import os
 import threading
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,12 +90,13 @@ def enable() -> None:
             return
         get_backend("host").probe()
         library = _load()
+        dropped = ctypes.PyDLL(None, handle=library._handle).symmem_dropped  # keeps the GIL: it is short
         functions = _Functions(
-            _Rendezvous(_guarded(functools.partial(_rendezvous, library), library)),
+            _Rendezvous(_guarded(functools.partial(_rendezvous, library, dropped), library)),
             _Signal(_guarded(_signal, library)),
             _Check(_guarded(_check, library)),
             _Holds(lambda address: block_at(address) is not None),
-            _Drop(lambda _argument: _drop(library)),
+            _Drop(lambda _argument: _drop(dropped)),
             ctypes.cast(ctypes.pythonapi.Py_AddPendingCall, ctypes.c_void_p),
         )
         library.symmem_release.restype = None
@@ -153,8 +154,10 @@ def _guarded(function: Callable[..., int | None], library: ctypes.CDLL) -> Calla
     return call
 
 
-def _rendezvous(library: ctypes.CDLL, result: int, address: int, owner: int | None, name: bytes) -> int:
-    _drop(library)
+def _rendezvous(
+    library: ctypes.CDLL, dropped: Callable[[Any, int], int], result: int, address: int, owner: int | None, name: bytes
+) -> int:
+    _drop(dropped)
     keeper = None if owner is None else _Owner(library, owner)
     block = block_at(address)
     if block is None:
@@ -170,7 +173,8 @@ def _rendezvous(library: ctypes.CDLL, result: int, address: int, owner: int | No
     tensor.rendezvous(group)
     mapping = tensor._mapping("rendezvous", group)
     allocation = block.allocation
-    pads, pad_nbytes = [0] * group.size, allocation.pad_nbytes
+    pads: Sequence[int] = [0] * group.size
+    pad_nbytes = allocation.pad_nbytes
     pointers = [pointer + block.offset if pointer else 0 for pointer in mapping.pointers]
     if pad_nbytes:
         pads = [pointer + allocation.pad for pointer in mapping.pointers]
@@ -255,10 +259,10 @@ def _check(token: int) -> None:
     signals.check_usable()
 
 
-def _drop(library: ctypes.CDLL) -> int:
+def _drop(dropped: Callable[[Any, int], int]) -> int:
     """Forget the handles that torch has destroyed."""
     tokens = (ctypes.c_int64 * 64)()
-    while count := library.symmem_dropped(tokens, len(tokens)):
+    while count := dropped(tokens, len(tokens)):
         for token in tokens[:count]:
             del _handles[token]
     return 0

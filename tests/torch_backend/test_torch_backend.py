@@ -285,6 +285,34 @@ def test_end_of_a_process(end: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+ON_CUDA = """
+import torch, torch.distributed._symmetric_memory as symm_mem, symmem, symmem.torch_backend
+symmem.torch_backend.enable()
+symm_mem.set_backend("SYMMEM")
+symm_mem.set_backend("SYMMEM")
+print(symm_mem.get_backend(torch.device("cuda")))
+try:
+    symm_mem._SymmetricMemory.empty_strided_p2p((4,), (1,), torch.float32, torch.device("cuda", 0))
+except RuntimeError as error:
+    print(str(error).splitlines()[0])
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu() -> None:
+    """It can be put in force anywhere; the first allocation says what is missing."""
+    done = subprocess.run([sys.executable, "-c", ON_CUDA], capture_output=True, text=True)
+    name, error = done.stdout.splitlines()
+    assert name == "SYMMEM"
+    assert "BackendUnavailableError: the NVIDIA driver library cannot be loaded" in error
+
+
+def test_nothing_of_cuda_is_loaded_before_its_use() -> None:
+    program = START + "import sys; assert not {'symmem.torch_backend.gpu', 'symmem.backends.native'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_no_compiler_names_the_way_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nowhere/g++")
     with pytest.raises(UnsupportedError, match="compile") as caught:

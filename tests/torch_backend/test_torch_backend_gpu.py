@@ -68,8 +68,8 @@ def words_at(address: int, count: int, dtype: torch.dtype = torch.int64) -> list
 
 def meet() -> None:
     torch.cuda.synchronize()
-    dist.barrier()
-    torch.cuda.synchronize()
+    with symmem.resolve_group().collective("meet"):
+        pass
 
 
 def handle_program() -> None:
@@ -93,9 +93,11 @@ def handle_program() -> None:
     hdl.put_signal(peer, channel=1)
     hdl.wait_signal(peer, channel=1, timeout_ms=600000)
     assert t[60:].tolist() == [100.0 + peer] * 4
+    meet()
     pad = hdl.get_signal_pad(rank)
     assert pad.numel() * pad.itemsize == hdl.signal_pad_size == symm_mem.get_signal_pad_size()
     assert not pad.view(torch.uint8).any()
+    meet()
     hdl.put_signal(peer, channel=1000)  # PyTorch's pads have 1152 channels for 2 ranks
     meet()
     assert hdl.get_signal_pad(rank, (WORLD,), torch.int32, storage_offset=1000 * WORLD).tolist()[peer] == 1
@@ -374,8 +376,23 @@ def dying_program() -> None:
     assert isinstance(torch_backend.last_error(), PeerLostError)
 
 
-def test_a_rank_that_dies(new_pool: Any) -> None:
-    outcome = new_pool(WORLD).outcomes(dying_program)[0]
+def waited_for_program() -> None:
+    hdl = symm_mem.rendezvous(empty(4), world())
+    hdl.barrier()
+    torch.cuda.synchronize()
+    if dist.get_rank() == 1:
+        os._exit(1)
+    hdl.barrier()
+    torch.cuda.synchronize()  # the kernel gives up
+    with pytest.raises(RuntimeError, match="PeerLostError"):
+        hdl.put_signal(1)
+    assert isinstance(torch_backend.last_error(), PeerLostError)
+    assert (torch.ones(4, device="cuda") == 1).all()
+
+
+@pytest.mark.parametrize("program", [dying_program, waited_for_program])
+def test_a_rank_that_dies(new_pool: Any, program: Callable[[], None]) -> None:
+    outcome = new_pool(WORLD).outcomes(program)[0]
     assert outcome.error is None, outcome.error
 
 
