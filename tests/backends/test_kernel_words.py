@@ -342,13 +342,13 @@ def test_who_gives_up_has_said_so_before(library: ctypes.CDLL, words: Words) -> 
     assert caught.value.peers == (2,)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_waits_end_when_a_rank_is_lost(operation: str, library: ctypes.CDLL, words: Words) -> None:
-    ranks = Ranks(library, words)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_waits_end_when_a_rank_is_lost(kernel: str, library: ctypes.CDLL, words: Words) -> None:
+    ranks, operation = Ranks(library, words), kernel.removeprefix("flag_")
     if operation == "put_signal":
-        ranks.launch(operation, 0, 3, 1)
+        ranks.launch(kernel, 0, 3, 1)
         ranks.join()
-    ranks.launch(operation, 0, 3, 1)
+    ranks.launch(kernel, 0, 3, 1)
     ranks.become((0, f"{operation} on channel 3", (1, 2) if operation == "barrier" else (1,)))
     assert words.loss(0) is None
     ranks.groups[0].lose(2)  # type: ignore[attr-defined]
@@ -357,7 +357,7 @@ def test_waits_end_when_a_rank_is_lost(operation: str, library: ctypes.CDLL, wor
     assert isinstance(error, PeerLostError)
     assert (error.peers, error.group, error.step) == ((2,), "of rank 0", f"{operation} on channel 3")
     assert words.failure() is None  # this process can work on
-    ranks.launch(operation, 0, 3, 1)  # in a graph, for example
+    ranks.launch(kernel, 0, 3, 1)  # in a graph, for example
     ranks.join()
     words.enter(stub_group("another one"))
     assert words.loss(1) is None

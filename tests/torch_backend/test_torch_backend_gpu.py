@@ -377,7 +377,8 @@ def dying_program() -> None:
 
 
 def waited_for_program() -> None:
-    hdl = symm_mem.rendezvous(empty(4), world())
+    group = world()
+    hdl = symm_mem.rendezvous(empty(4), group)
     hdl.barrier()
     torch.cuda.synchronize()
     if dist.get_rank() == 1:

@@ -26,7 +26,7 @@ from symmem.tools.ranks import RankPool
 __all__ = ["run"]
 
 _FRESH = 64 << 20
-_TENSORS = 20  # in a warm arena
+_TENSORS, _SMALL = 200, 64 << 10  # in a warm arena: number and bytes
 _GRAPH = 20  # calls in a CUDA graph
 _KERNELS = (
     *(("one_shot_all_reduce_out", 1 << bits) for bits in (14, 19)),
@@ -104,7 +104,7 @@ def _side(ours: bool) -> list[float]:
         values.append(_host(clock, call, 100))
     warm = []
     if ours:
-        tensors = [symmem.allocate(_FRESH // _TENSORS, torch.uint8, "cuda", backend="native") for _ in range(_TENSORS)]
+        tensors = [symmem.allocate(_SMALL, torch.uint8, "cuda", backend="native") for _ in range(_TENSORS)]
         for st in tensors:
             memory = st.tensor
             begin = time.perf_counter()
@@ -144,4 +144,4 @@ def run(ranks: int | None, rounds: int, progress: Progress = SILENT) -> Iterator
     mine, other = ([statistics.median(column) * 1e6 for column in zip(*taken, strict=True)] for taken in sides)
     for (figure, nbytes), value, peer in zip(_NAMES, mine, other, strict=False):
         yield Figure(figure, "native", world, nbytes, value, "us", "torch_cuda", peer)
-    yield Figure("rendezvous_in_warm_arena", "native", world, _FRESH // _TENSORS, mine[-1], "us")
+    yield Figure("rendezvous_in_warm_arena", "native", world, _SMALL, mine[-1], "us")
