@@ -283,8 +283,8 @@ inline void free_pending() {
   for (const auto& memory : all) give_back(memory);
 }
 
-// New memory of `extent` bytes, a multiple of the granularity. Its last bytes, from `pad` on, are zero.
-inline Mapped make(Gpu& gpu, uint64_t extent, uint64_t pad) {
+// New memory of `extent` bytes, a multiple of the granularity. It is zero, as PyTorch's is: programs rely on that.
+inline Mapped make(Gpu& gpu, uint64_t extent) {
   const auto& cu = driver();
   free_pending();
   const On on(gpu);
@@ -304,7 +304,7 @@ inline Mapped make(Gpu& gpu, uint64_t extent, uint64_t pad) {
   next("cuMemMap", [&] { return cu.cuMemMap(made.address, extent, 0, made.handle, 0); });
   made.mapped = !code;
   next("cuMemSetAccess", [&] { return cu.cuMemSetAccess(made.address, extent, &access, 1); });
-  next("cuMemsetD8Async", [&] { return cu.cuMemsetD8Async(made.address + pad, 0, extent - pad, gpu.stream); });
+  next("cuMemsetD8Async", [&] { return cu.cuMemsetD8Async(made.address, 0, extent, gpu.stream); });
   next("cuStreamSynchronize", [&] { return cu.cuStreamSynchronize(gpu.stream); });
   if (code) {
     give_back(made);

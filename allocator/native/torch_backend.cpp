@@ -411,7 +411,7 @@ struct CudaAllocator : Allocator {
     auto& gpu = cuda::gpu(ordinal);
     auto memory = std::make_shared<Memory>(size, 256, group);
     memory->extent = gpu.round_up(memory->extent);
-    memory->on_gpu = cuda::make(gpu, memory->extent, memory->pad);
+    memory->on_gpu = cuda::make(gpu, memory->extent);
     memory->address = memory->on_gpu.address;
     return keep(memory);
   }

@@ -34,6 +34,7 @@ def world() -> Any:
 def handle_program() -> None:
     group = world()
     t = symm_mem.empty(64, dtype=torch.float32, device="cpu")
+    assert not t.any()
     assert symm_mem.get_backend(torch.device("cpu")) == "SYMMEM"
     hdl = symm_mem.rendezvous(t, group)
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -76,6 +76,7 @@ def handle_program() -> None:
     group = world()
     rank, peer = ring()
     t = empty(64)
+    assert not t.any()
     assert symm_mem.get_backend(torch.device("cuda")) == "SYMMEM"
     assert symm_mem.rendezvous(torch.empty(4, device="cuda"), group) is None  # plain memory
     hdl = symm_mem.rendezvous(t, group)
