@@ -21,7 +21,7 @@ from symmem.backends.driver import Driver, load_driver
 from symmem.backends.driver_errors import driver_error
 from symmem.backends.kernel_status import raise_failure
 from symmem.backends.kernel_words import NBYTES, KernelWords, name_steps
-from symmem.backends.signal_kernels import FLAG_BARRIER, OPERATIONS, SOURCE, flag_words, pad_words
+from symmem.backends.signal_kernels import FLAG_BARRIER, OPERATIONS, SOURCE, pad_words, torch_nbytes
 from symmem.errors import UnsupportedError
 
 __all__ = ["CudaSignals", "Device", "device_of", "name_steps"]
@@ -87,13 +87,10 @@ class CudaSignals:
         device: The GPU for the kernels.
         pads: Address of every rank's pad; 0 if the rank is not reachable. A pad has :meth:`nbytes` bytes or more, and
             is zeroed before any rank signals.
-
-    Attributes:
-        pads: The same.
     """
 
     def __init__(self, group: RankGroup, device: torch.device, pads: Sequence[int]) -> None:
-        self._group, self.pads = group, tuple(pads)
+        self._group, self._pads = group, tuple(pads)
         self._ordinal = torch.cuda.current_device() if device.index is None else device.index
         self._device = device_of(self._ordinal)
         self._number = self._device.enter(group)
@@ -104,12 +101,12 @@ class CudaSignals:
     @staticmethod
     def nbytes(size: int) -> int:
         """Bytes of one pad in a group of ``size`` ranks."""
-        return 4 * pad_words(size)
+        return 4 * pad_words(size) + torch_nbytes()
 
-    @staticmethod
-    def flag_nbytes(size: int) -> int:
-        """Bytes at the beginning of a pad that kernels of PyTorch may use for their signals."""
-        return 4 * flag_words(size)
+    def torch_pads(self) -> tuple[list[int], int]:
+        """Where every rank's pad has room for PyTorch's kernels, 0 for a rank that is not reachable; and its bytes."""
+        before = 4 * pad_words(self._group.size)
+        return [pad + before if pad else 0 for pad in self._pads], torch_nbytes()
 
     def barrier(self, channel: int, timeout: float) -> None:
         """See :meth:`Mapping.barrier`."""
@@ -126,7 +123,7 @@ class CudaSignals:
     def signal_pad(self, rank: int) -> tuple[int, int]:
         """See :meth:`Mapping.signal_pad`. The words behind the flags are private."""
         self._check_reachable("signal pad", rank)
-        return self.pads[rank], 4 * SIGNAL_CHANNELS * self._group.size
+        return self._pads[rank], 4 * SIGNAL_CHANNELS * self._group.size
 
     def check(self) -> None:
         """See :meth:`Mapping.check`. Raises for a signal that has stopped the kernels on this GPU, of any group.
@@ -189,7 +186,7 @@ class CudaSignals:
         self._check_reachable(operation, peer)
         function = self._device.kernels(size)[operation]
         call = _call_type(size)(
-            pads=(ctypes.c_uint64 * size)(*self.pads),
+            pads=(ctypes.c_uint64 * size)(*self._pads),
             status=self._device.status_address,
             limit=int(timeout * 1e9),
             channel=channel,
@@ -205,7 +202,7 @@ class CudaSignals:
 
     def _check_reachable(self, operation: str, peer: int) -> None:
         needed = {"barrier": range(self._group.size), "wait_signal": ()}.get(operation, (peer,))
-        unreachable = tuple(rank for rank in needed if not self.pads[rank])
+        unreachable = tuple(rank for rank in needed if not self._pads[rank])
         if unreachable or self._group.size > _LARGEST_WORLD:
             why = f"ranks {list(unreachable)} are not load/store reachable from here"
             raise UnsupportedError(

@@ -2,14 +2,15 @@
 
 A pad holds uint32 words, all 0 at first::
 
-    flag[channel, source]       1 while a signal from `source` has not been taken; as many as a pad of PyTorch has
+    flag[channel, source]       1 while a signal from `source` has not been taken
     arrived[channel, source]    how many barriers of this channel `source` has come to, modulo 2**32
     turn[channel]               how many the owner has come to
 
 To put a signal, ``source`` waits until its flag in the receiver's pad is 0, and sets it to 1. To take the signal, the
 receiver waits until the flag is 1, and sets it to 0. So every operation leaves the word as the next one needs it, and a
 captured CUDA graph can be replayed. PyTorch's CUDASymmetricMemory uses the same protocol, and its kernels can work on
-these flags. So there are as many of them as in its pads, though symmem itself uses 64 channels.
+these flags. They expect flags for more channels. Where symmem is PyTorch's symmetric memory, further flags for them are
+behind all other words.
 
 A barrier counts instead. In one kernel, every rank stores its turn into every peer's pad and waits until all have
 reached that turn. A store travels one way, but a compare-and-swap on a flag at the peer makes a round trip. The turn is
@@ -35,11 +36,13 @@ that wait for a rank.
 
 from __future__ import annotations
 
+import functools
+
 from symmem.backends.base import SIGNAL_CHANNELS
 
 __all__ = [
     *("BAD_CHANNEL", "BEAT", "DIFFERS", "FLAG_BARRIER", "GROUPS", "GROUP_SPREAD", "LATE", "OPERATIONS", "PLACES"),
-    *("REFUSED", "SOURCE", "TICK", "flag_words", "lateness", "memory_access", "pad_words"),
+    *("REFUSED", "SOURCE", "TICK", "for_torch", "lateness", "memory_access", "pad_words", "torch_nbytes"),
 ]
 
 OPERATIONS = ("barrier", "put_signal", "wait_signal")
@@ -68,17 +71,20 @@ LATE, REFUSED, DIFFERS = 1, 2, 3
 """Why kernels of collective operations gave up: a rank did not come in time, refused the call, or made another one."""
 
 
-_TORCH_WORDS = 32 * 72  # of a signal pad of PyTorch: 32 blocks, 72 ranks
+for_torch = False
+"""Whether pads end with room for PyTorch's kernels; the same on all ranks. :mod:`symmem.torch_backend` sets it, before the
+process makes its first pad."""
 
 
-def flag_words(world: int) -> int:
-    """The number of words at the beginning of a pad that are flags."""
-    return max(SIGNAL_CHANNELS * world, _TORCH_WORDS)
+@functools.cache
+def torch_nbytes() -> int:
+    """Bytes of that room: as many as PyTorch's own pads have by default, for 32 blocks and 72 ranks; or 0."""
+    return 4 * 32 * 72 if for_torch else 0
 
 
 def pad_words(world: int) -> int:
-    """The number of words of a pad in a group of ``world`` ranks."""
-    return flag_words(world) + SIGNAL_CHANNELS * (world + 1)
+    """The number of words of a pad in a group of ``world`` ranks, without the room for PyTorch's kernels."""
+    return SIGNAL_CHANNELS * (2 * world + 1)
 
 
 def memory_access(bits: int) -> str:
@@ -191,8 +197,7 @@ __device__ __forceinline__ bool waits_on(const Call *call, u32 what, u32 peer, u
 
 
 SOURCE = (
-    f"#define CHANNELS {SIGNAL_CHANNELS}\n"
-    f"#define FLAGS (CHANNELS * WORLD > {_TORCH_WORDS} ? CHANNELS * WORLD : {_TORCH_WORDS})"
+    f"#define CHANNELS {SIGNAL_CHANNELS}"
     + r"""
 // WORLD, the number of ranks, is defined on the compiler's command line.
 typedef unsigned int u32;
@@ -234,12 +239,12 @@ __device__ __forceinline__ void take(const Call &call, u32 operation, u32 peer) 
 }
 
 __device__ __forceinline__ u32 *arrived(const Call &call, u32 at, u32 source) {
-  return call.pads[at] + FLAGS + call.channel * WORLD + source;
+  return call.pads[at] + (CHANNELS + call.channel) * WORLD + source;
 }
 
 // One thread per rank. The fence and the load of the turn do not wait for each other.
 extern "C" __global__ void barrier(const __grid_constant__ Call call) {
-  u32 *turns = call.pads[call.rank] + FLAGS + CHANNELS * WORLD + call.channel;
+  u32 *turns = call.pads[call.rank] + 2 * CHANNELS * WORLD + call.channel;
   const u32 turn = load_relaxed(turns) + 1;
   const u32 peer = threadIdx.x;
   if (peer < WORLD && peer != call.rank) {

@@ -35,6 +35,7 @@ from symmem.errors import (
     ForkedError,
     GroupError,
     InvalidArgumentError,
+    SymmemError,
     from_wire,
     to_wire,
 )
@@ -111,7 +112,8 @@ class AllocationLog:
         in_transaction: True while a change is half done. See :meth:`check_idle`.
         restricted: True if an allocation must call :meth:`check_usable` first.
         divergence: The error with which the ranks have diverged. Every rank raises it once, or has raised it.
-        predecessor: The log before a divergence, until this one has a segment.
+        born: The number of the group's round in which the ranks met for the first segment; 0 before.
+        predecessor: The log that all ranks had before a divergence, until this one has a segment.
         usable: After a divergence, the last allocation that all ranks have made alike; 0 until they have met again.
         segments: In the order in which the arena grew.
         pads: The signal pads of the slots.
@@ -147,6 +149,7 @@ class AllocationLog:
         "agreed_bytes",
         "backend",
         "blocks",
+        "born",
         "changes",
         "collections",
         "count",
@@ -185,7 +188,7 @@ class AllocationLog:
         self.lock = threading.RLock()
         self.in_transaction = self.restricted = False
         self.divergence: DivergenceError | None = None
-        self.usable = 0
+        self.usable = self.born = 0
         self.predecessor: AllocationLog | None = None
         self.segments: list[Segment] = []
         self.acts: ActSequence | None = None
@@ -275,8 +278,7 @@ class AllocationLog:
                     (self.count, self.digest, perf_counter(), 0, 0, 0, _NO_MEMORY, *caller(frame), block)
                 )
             except BaseException as error:
-                if self.in_transaction:  # no other error comes while a change is half done
-                    self.stop("an entry", error)
+                self.stop_if_half_done("an entry", error)
                 raise
             self.in_transaction = False
 
@@ -291,7 +293,7 @@ class AllocationLog:
 
         Args:
             number: The allocation.
-            late: See :meth:`ActSequence.look`.
+            late: See :meth:`ActSequence.compare_counts`.
 
         Raises:
             DivergenceError: They differ, or have differed before.
@@ -302,7 +304,8 @@ class AllocationLog:
                     self.check_usable()
             elif self.acts is not None:
                 try:
-                    self.acts.look(self.count, late)
+                    self.acts.look(self.count)
+                    self.acts.compare_counts(self.count, late)
                 except DivergenceError as error:
                     self.in_transaction = False
                     self.invalidate(error)
@@ -325,6 +328,7 @@ class AllocationLog:
     def add_segment(self, allocation: Allocation, mapping: Mapping) -> Segment:
         """Add a segment; returns it."""
         segment = Segment(self.growths, allocation, self.group, mapping, self.blocks)
+        self.born = self.born or mapping.serial
         self.growths += 1
         self.segments.append(segment)
         self.predecessor = None
@@ -482,10 +486,23 @@ class AllocationLog:
             error.propagated_to = self.group.name
             raise error
 
-    def stop(self, change: str, error: BaseException) -> None:
-        """Tell all ranks that an exception of a signal handler has stopped a change half-way on this rank.
+    def stop_if_half_done(self, change: str, error: BaseException) -> None:
+        """Tell all ranks of an exception that has stopped a change, unless all ranks have it or know of it."""
+        if self.divergence is None and (self.in_transaction or not self.shares(error)):
+            self.group.fail("allocate", self.stop(change, error))
+            error.propagated_to = self.group.name  # type: ignore[attr-defined]  # an outer call must not report it again
 
-        This log may differ from the other ranks' logs now, so the arena begins again on all ranks.
+    def shares(self, error: BaseException) -> bool:
+        """Whether the other ranks fail too, or know of this error. They do not know of an exception of a handler."""
+        return isinstance(error, SymmemError) or getattr(error, "propagated_to", None) == self.group.name
+
+    def stop(self, change: str, error: BaseException) -> DivergenceError:
+        """Let the arena begin again on all ranks, because an exception has stopped a change half-way on this rank.
+
+        This log may differ from the other ranks' logs now.
+
+        Returns:
+            What the other ranks raise. The caller reports it to the group.
         """
         self.in_transaction = False
         reason = DivergenceError(
@@ -498,8 +515,7 @@ class AllocationLog:
         if self.acts is not None:
             self.acts.publish(reason)
         self.invalidate(reason)
-        self.group.fail("allocate", reason)
-        error.propagated_to = self.group.name  # type: ignore[attr-defined]  # an outer call must not report it again
+        return reason
 
     def invalidate(self, error: DivergenceError) -> None:
         """Note that the ranks have diverged. All ranks raise this error."""

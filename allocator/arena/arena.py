@@ -37,13 +37,13 @@ from symmem.arena.segment import GRANULE, GRANULE_BITS, Segment
 from symmem.backends.base import Capability
 from symmem.errors import DivergenceError, UnsupportedError
 from symmem.group.call_site import NOWHERE, CallSite, internal
+from symmem.group.group import Group
 
 if TYPE_CHECKING:
     from symmem.backends.base import Backend
-    from symmem.group.group import Group
     from symmem.memory.layout import Layout
 
-__all__ = ["Arena", "Arenas", "arena_for", "arenas_of", "supports_arenas", "used_arenas"]
+__all__ = ["Arena", "Arenas", "arena_for", "arenas_of", "compare_arenas", "supports_arenas", "used_arenas"]
 
 
 class Arena:
@@ -147,8 +147,8 @@ class Arena:
                 log.in_transaction = False
                 return block
             except BaseException as error:
-                if mine and log.in_transaction:  # no other error comes while a change is half done
-                    log.stop("an allocation", error)
+                if mine:
+                    log.stop_if_half_done("an allocation", error)
                 raise
 
     def _note(self, error: DivergenceError) -> None:
@@ -162,15 +162,16 @@ class Arena:
     def _current_log(self) -> AllocationLog:
         """The log to allocate from. After a divergence, the arena begins again with a new one.
 
-        A round of the group has failed with the divergence on every rank. So all ranks begin again at their next
-        allocation, and meet in the first growth.
+        Every rank that raises a divergence fails the same round of the group with it, or has failed it. So all ranks
+        begin again at their next allocation, and meet in the first growth.
         """
         old = self.log
         with old.lock:
             if self.log is old and old.divergence is not None and self.process == os.getpid():
                 new = AllocationLog(self.group, self.backend, self.device)
-                new.restricted, new.predecessor = self._checks_each, old
-                self._earlier.append(ref(old))
+                # If the ranks diverged again before they met, they still share the log of their last meeting.
+                new.restricted, new.predecessor = self._checks_each, old if old.growths else old.predecessor
+                self._earlier = [*(known for known in self._earlier if known()), ref(old)]
                 self._growth, self.log = Growth(new), new
         return self.log
 
@@ -243,3 +244,14 @@ def used_arenas(group: Group) -> list[Arena]:
     """
     used = [arena for arena in arenas_of(group) if arena.log.count and arena.log.divergence is None]
     return sorted(used, key=lambda arena: (arena.backend.name, str(arena.device)))
+
+
+def compare_arenas(group: object) -> None:
+    """Compare the allocations of the ranks from all arenas of a group, as far as this is possible locally.
+
+    Raises:
+        DivergenceError: They differ, and this rank has not been told before.
+    """
+    if isinstance(group, Group):
+        for arena in used_arenas(group):
+            arena.log.compare_acts(0)

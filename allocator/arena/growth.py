@@ -7,6 +7,7 @@ before they add memory.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -179,21 +180,20 @@ class Growth:
     def _begin(self, collective: CollectiveOperation) -> None:
         """Agree on the arena's sequence of the ledger, and on what the predecessor's ranks made alike. Collective."""
         log, ledger, old = self._log, self._log.group.ledger, self._log.predecessor
-        index, made = None, []
+        index, born, made = None, 0, []
         if old is not None:
-            made = [(record.number, record.digest) for record in old.recent()]
+            born, made = old.born, [(record.number, record.digest) for record in old.recent()]
             if old.acts is not None and ledger is not None:
                 index = old.acts.index
                 ledger.clear(index)  # all ranks have come here, so all have raised the error in it
-        received = exchange_json(collective, "ledger", [ledger and ledger.claimed, index, made])
-        if old is not None:
-            alike = set.intersection(*({tuple(each) for each in theirs} for _, _, theirs in received))
+        received = exchange_json(collective, "ledger", [ledger and ledger.claimed, [index, born], made])
+        claimed, before, histories = zip(*received, strict=True)
+        shared = all(each == before[0] for each in before)  # else an interrupt has come in between
+        if old is not None and shared:
+            alike = set.intersection(*({tuple(each) for each in history} for history in histories))
             old.usable = max((number for number, _ in alike), default=0)
         if ledger is not None:
-            indices = {theirs for _, theirs, _ in received}
-            if indices != {index} or index is None:
-                index = max(claimed for claimed, _, _ in received)
-            log.acts = ledger.claim(index, log.kind)
+            log.acts = ledger.claim(index if shared and index is not None else max(claimed), log.kind)
 
     @contextlib.contextmanager
     def _collective(self, operation: str, proposed: AllocationRecord) -> Iterator[CollectiveOperation]:
@@ -201,6 +201,7 @@ class Growth:
         log = self._log
         try:
             with log.group.collective(operation) as collective:
+                collective.half_done = functools.partial(log.stop, "an allocation")
                 cuda_graphs.refuse(log.device, "an arena cannot grow")
                 yield collective
         except (MismatchError, PeerTimeoutError) as error:

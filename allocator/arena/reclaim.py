@@ -56,8 +56,10 @@ class ReclaimRound:
         if self._started:
             for log in self._logs:
                 log.in_transaction = False
-                if self._applying and error is not None:
-                    log.stop("a collection", error)
+            if error is not None and (self._applying or not all(log.shares(error) for log in self._logs)):
+                for log in self._logs:
+                    log.group.fail("collect", log.stop("a collection", error))
+                    error.propagated_to = log.group.name  # type: ignore[attr-defined]  # not to report it again
         self._locks.close()
 
     def run(self, collective: CollectiveOperation) -> None:
@@ -100,6 +102,8 @@ class ReclaimRound:
             DivergenceError: The ranks have allocated differently. On all ranks.
             MismatchError: Only some ranks trim.
         """
+        if self._logs:
+            collective.half_done = self._stop
         kinds = [[str(arena["arena"]) for arena in metadata] for metadata in received]
         if any(kind != kinds[0] for kind in kinds):
             self._explain_kinds(collective, kinds)
@@ -118,6 +122,11 @@ class ReclaimRound:
             log.pads.clear(slots_of(agreed & signalled))
             self._agreed.append(agreed)
 
+    def _stop(self, error: BaseException) -> DivergenceError:
+        """Other ranks may have freed slots; see :attr:`CollectiveOperation.half_done`."""
+        reasons = [log.stop("a collection", error) for log in self._logs]
+        return reasons[0]
+
     def _explain_kinds(self, collective: CollectiveOperation, kinds: Sequence[list[str]]) -> None:
         """Raise the error that says which ranks use a backend that others do not use, and where. Collective."""
         common = set(kinds[0]).intersection(*kinds[1:])
@@ -130,7 +139,7 @@ class ReclaimRound:
             "with arena=False or in a group of those ranks",
             peers=peers,
         )
-        for log in only:
+        for log in self._logs:
             log.invalidate(error)
         raise error
 
@@ -164,14 +173,15 @@ def compare_logs(
         MismatchError: The arena would grow by different numbers of bytes, for the same allocations.
     """
     site = f"{proposed.site.code.co_name}:{proposed.site.line}" if sites else ""
-    mine = [[log.count, proposed.digest, site], nbytes]
+    mine = [[log.count, proposed.digest, site], f"{nbytes} bytes, with signal pads of {log.pads.nbytes} bytes"]
     received = exchange_json(collective, "compare", mine)
     if any(other[0] != received[0][0] for other in received):
         _explain([log], collective, proposed)
     check_equal(
-        [f"{other[1]} bytes" for other in received],
+        [other[1] for other in received],
         f"the arena of {log.backend.name!r} would grow differently: by",
-        "set arena_size, arena_growth and arena_limit to the same values on all ranks",
+        "set arena_size, arena_growth and arena_limit to the same values on all ranks; enable symmem.torch_backend on "
+        "all or on none, before they allocate",
     )
 
 

@@ -74,13 +74,16 @@ class CollectiveOperation:
         timeout: Seconds for the whole operation.
         deadline: The end of that time, by ``time.monotonic()``.
         propagated: Whether the other ranks know the error that this rank is about to raise.
+        is_agreeing: Whether this rank has done its part. If it fails from now on, other ranks may have succeeded.
+        half_done: Called with the error in that case. It returns what the others raise in their next round instead.
     """
 
     def __init__(self, group: RankGroup, rounds: Rounds, name: str, timeout: float) -> None:
         self.group, self.name, self.timeout = group, name, timeout
         self.deadline = time.monotonic() + timeout
         self._site = caller(sys._getframe(1))
-        self.propagated = False
+        self.propagated = self.is_agreeing = False
+        self.half_done: Callable[[BaseException], SymmemError] | None = None
         self._rounds = rounds
 
     @functools.cached_property
@@ -200,12 +203,18 @@ class Rounds:
             if self._late:
                 self._get_back_in_step(operation)
             yield operation
+            operation.is_agreeing = True
             self.exchange(operation, "agree")
         except AgreedError as agreed:
             agreed.error.propagated_to = self._name
             raise agreed.error from agreed.__cause__
         except BaseException as error:
-            local = as_symmem_error(error) if operation.propagated else self.report(operation, error)
+            if operation.propagated:
+                local = as_symmem_error(error)
+            elif operation.is_agreeing and operation.half_done is not None:
+                local = self.report(operation, operation.half_done(error))
+            else:
+                local = self.report(operation, error)
             local.propagated_to = error.propagated_to = self._name  # type: ignore[attr-defined]  # not to report it twice
             if local is error or not isinstance(error, Exception):
                 raise

@@ -139,9 +139,9 @@ class Ledger:
         return rings, _ring_type()(rings[self.rank], ids, head, mark, neighbours)
 
     def claim(self, index: int, name: str) -> ActSequence | None:
-        """The sequence with an index on which all ranks have agreed: the highest :attr:`claimed` of any rank.
+        """The sequence with an index on which all ranks have agreed.
 
-        Or the index of a sequence that all ranks have cleared.
+        The index is the highest :attr:`claimed` of any rank, or that of a sequence that all ranks have cleared.
 
         Returns:
             None if there is no room for another sequence. Its acts are compared when the ranks meet.
@@ -356,13 +356,11 @@ class ActSequence:
         """Let every rank raise this error with its next act or call."""
         self._ledger.publish(error, self.index)
 
-    def look(self, number: int, late: Sequence[int] = ()) -> None:
+    def look(self, number: int) -> None:
         """Look closer: at the mark of this rank, and at the latest acts of the neighbours.
 
         Args:
             number: This rank's latest act.
-            late: Ranks for which this rank has waited in vain. If one of them waits too, and has made more acts or
-                fewer, one of the two has skipped some.
 
         Raises:
             DivergenceError: The ranks differ. All ranks raise it, with their next act or call at the latest.
@@ -380,8 +378,22 @@ class ActSequence:
         if settled > self._before:
             del self._history[: settled - self._before]
             self._before = settled
+
+    def compare_counts(self, number: int, late: Sequence[int]) -> None:
+        """Compare the number of acts, after ranks have not come to a barrier in time.
+
+        If such a rank waits in a barrier too, and has made more acts or fewer, one of the two may have skipped some: it
+        waits with another tensor.
+
+        Args:
+            number: This rank's latest act.
+            late: The ranks.
+
+        Raises:
+            DivergenceError: The numbers differ. All ranks raise it, with their next act or call at the latest.
+        """
         for rank, text in self._ledger.waits_of(late, rounds=False).items():
-            if (made := self._heads[rank][0] >> 32) != number & _LOW:
+            if (made := self._heads[rank][0] >> 32) != number & _LOW and text.startswith("barrier on channel"):
                 raise self._found(
                     f"the ranks have made different numbers of allocations from the arena of {self._name!r}: rank "
                     f"{self._ledger.rank} has made {number & _LOW}, rank {rank} has made {made} and waits in {text}",

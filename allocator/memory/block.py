@@ -108,7 +108,7 @@ class Block:
         """Compare the allocations of the ranks from the arena of the block, as far as this is possible locally.
 
         Args:
-            late: Ranks of ``group`` for which this rank has waited in vain.
+            late: Ranks of ``group`` that have not come to a barrier in time.
             group: A group of the block.
 
         Raises:

@@ -150,7 +150,8 @@ struct Handle : sm::SymmetricMemory {
     if (pad_nbytes < sm::get_signal_pad_size())
       fail(
           "this memory has a signal pad of ", pad_nbytes, " bytes, and torch now expects ", sm::get_signal_pad_size(),
-          ". Call set_signal_pad_size before the allocation, and allocate with torch's empty if kernels use the pad.");
+          ". Allocate with torch's empty, after set_signal_pad_size. Tensors of symmem.allocate have such pads if "
+          "symmem.torch_backend.enable() is called before the first tensor on CUDA, and the size is the default.");
     return pads;
   }
 };
@@ -250,6 +251,7 @@ void Handle::signal(int kind, int peer, int channel, uint64_t timeout_ms) {
 // PyTorch's protocol on PyTorch's pads: word `channel * world + source` is 1 while a signal has not been taken.
 void Handle::launch(int kind, int peer, int channel, uint64_t timeout_ms) {
   auto& all = state();
+  checked_pads();
   const int64_t channels = pad_nbytes / (4 * world);
   if (channel < 0 || channel >= channels)
     fail(

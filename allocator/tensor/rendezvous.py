@@ -22,7 +22,8 @@ __all__ = ["rendezvous"]
 
 _HINTS = {
     "symmem": "install the same version of symmem on all ranks",
-    "bytes of the signal pad": "set the same signal pad size on all ranks before they allocate",
+    "bytes of the signal pad": "before the ranks allocate, set the same size of signal pads on all, and enable "
+    "symmem.torch_backend on all or on none",
     "backend": "choose one backend for all ranks, by argument, environment or SYMMEM_CONFIG",
 }
 
@@ -64,7 +65,8 @@ def rendezvous(block: Block, layout: Layout, group: Group, timeout: float | None
         "shape": list(layout.sizes),
         "strides": list(layout.strides),
         "offset in bytes": block.offset + layout.offset,
-        "bytes of the signal pad": allocation.pad_nbytes,  # before the sum that includes it
+        # Before the sum that may include it.
+        "bytes of the signal pad": allocation.pad_nbytes or allocation.backend.pad_nbytes(group.size),
         "allocated bytes": allocation.nbytes,
         "group of the arena": block.home and block.home[:2],
     }

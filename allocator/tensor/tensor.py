@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from symmem.arena.arena import compare_arenas
 from symmem.backends.base import SIGNAL_CHANNELS, tensor_at
 from symmem.backends.kernel_status import named, raise_failure
 from symmem.backends.neutral import is_in_mode, neutral, neutral_mode
@@ -329,8 +330,10 @@ class SymmetricTensor(BlockHandle):
         try:
             wait(*arguments)
         except PeerTimeoutError as error:
-            self._block.check_acts(error.peers, mapping.group)
-            raise explained(mapping.group, error, error.step, str(error.step).startswith("barrier")) from None
+            is_barrier = str(error.step).startswith("barrier")
+            self._block.check_acts(error.peers if is_barrier else (), mapping.group)
+            compare_arenas(mapping.group)
+            raise explained(mapping.group, error, error.step, is_barrier) from None
 
     def barrier(self, channel: int = 0, timeout: float | None = None, *, group: GroupLike = None) -> None:
         """Wait for all ranks. Afterwards all earlier stores of all ranks, to any rank's memory, are visible to all.

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from symmem import native
-from symmem.backends import get_backend
+from symmem.backends import get_backend, signal_kernels
 from symmem.backends.base import Allocation
 from symmem.backends.host import HostAllocation, HostBackend
 from symmem.errors import ForkedError, UnsupportedError
@@ -89,6 +89,7 @@ def enable() -> None:
                 )
             return
         get_backend("host").probe()
+        signal_kernels.for_torch = True
         library = _load()
         dropped = ctypes.PyDLL(None, handle=library._handle).symmem_dropped  # keeps the GIL: it is short
         functions = _Functions(

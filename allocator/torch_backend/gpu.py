@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,11 +66,7 @@ def signals_of(group: Group, device: torch.device) -> tuple[CudaSignals, Any]:
     return known[device]
 
 
-def pads_of(block: Block, mapping: Mapping) -> tuple[Sequence[int], int]:
-    """The address of every rank's signal pad of a block, 0 if it is not reachable; and its bytes for signals."""
+def pads_of(block: Block, mapping: Mapping) -> tuple[list[int], int]:
+    """The address of every rank's signal pad for PyTorch's kernels, 0 if it is not reachable; and its bytes, or 0."""
     signals = block.signals(mapping)
-    if isinstance(signals, CudaSignals):
-        pads: Sequence[int] = signals.pads
-    else:
-        pads = [signals.signal_pad(rank)[0] if pointer else 0 for rank, pointer in enumerate(mapping.pointers)]
-    return pads, CudaSignals.flag_nbytes(mapping.group.size)
+    return signals.torch_pads() if isinstance(signals, CudaSignals) else ([0] * mapping.group.size, 0)

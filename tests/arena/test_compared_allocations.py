@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -17,10 +19,12 @@ from told import Told, told
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import symmem
+from symmem.arena.allocation_log import AllocationLog
 from symmem.arena.arena import arenas_of
-from symmem.errors import DivergenceError, ForkedError
+from symmem.errors import DivergenceError, ForkedError, PeerTimeoutError
 from symmem.group import join
 from symmem.group.ledger import RING
+from symmem.group.transports import Message, SocketTransport
 from symmem.tools.ranks import RankPool, rank_store
 
 pytestmark = pytest.mark.ranks
@@ -232,6 +236,98 @@ def test_a_rank_that_ran_far_ahead_is_told_before_it_reads(pool: RankPool) -> No
     assert pool.run(differ_far_apart)[0].kind == "DivergenceError"
 
 
+def diverge_often(meetings: bool) -> list[Told]:
+    """Diverge more often than there are sequences, also while the ranks meet to begin again."""
+    group = group_of(f"often {meetings}")
+    if group is None:
+        return []
+    first = allocate(group, 8)
+    first.barrier()
+    found = []
+    for turn in range(20):
+        found.append(told(lambda turn=turn: use(allocate(group, 16 + group.rank + 10 * turn))))  # type: ignore[misc]
+        if meetings:
+            found.append(told(lambda turn=turn: allocate(group, 300 + group.rank + turn)))  # type: ignore[misc]
+        check_a_new_one(group)
+    first.tensor.fill_(group.rank + 1)
+    first.barrier()
+    assert value(first) == 2 - group.rank
+    assert arenas_of(group)[0].log.acts is not None
+    found.append(told(lambda: use(allocate(group, 16 + group.rank))))
+    check_a_new_one(group)
+    group.close()
+    return found
+
+
+def use(st: symmem.SymmetricTensor) -> None:
+    """Be told, if the other rank has not told this one before."""
+    st.barrier()
+    raise AssertionError("the barrier has passed")
+
+
+@pytest.mark.parametrize("meetings", [False, True])
+def test_ranks_may_diverge_again_and_again(meetings: bool, pool: RankPool) -> None:
+    for found in pool.run(diverge_often, meetings)[:2]:
+        assert {each.kind for each in found} == {"DivergenceError"}, found
+        assert len(found) == (41 if meetings else 21)
+
+
+def interrupt_a_growth(where: str, victim: int) -> tuple[list[str], bool]:
+    """One rank is interrupted where the others have made the segment, or are about to."""
+    group = group_of(f"growth {where} {victim}")
+    if group is None:
+        return [], True
+    before = allocate(group, 8)
+    before.barrier()
+    size = 17 << 20  # more than a segment has
+    found = []
+    handler = signal.signal(signal.SIGALRM, interrupted)
+
+    def go() -> None:
+        st = allocate(group, size)  # the arena grows
+        rank_store().set(f"{group.name} rank {group.rank} has allocated", "")
+        st.tensor[:1] = group.rank + 1
+        st.barrier()
+        assert value(st) == 2 - group.rank
+        st.barrier()
+
+    for turn in range(3):
+        with pytest.MonkeyPatch.context() as patch:
+            if turn == 0 and group.rank == victim:
+                if where == "agreement":
+                    name = "submit" if victim else "publish"
+                    send = functools.partial(send_and_stop, getattr(SocketTransport, name))
+                    patch.setattr(SocketTransport, name, lambda *args, send=send: send(*args))
+                else:
+                    patch.setattr(AllocationLog, where, interrupted)
+            try:
+                found.append(told(go).kind)
+            except Interrupt:
+                found.append("Interrupt")
+    signal.signal(signal.SIGALRM, handler)
+    before.tensor.fill_(group.rank + 1)
+    before.barrier()
+    right = value(before) == 2 - group.rank
+    group.close()
+    return found, right
+
+
+def send_and_stop(send: Callable[..., object], transport: SocketTransport, message: Message) -> None:
+    send(transport, message)
+    if message.step == "grow an arena: agree" and not message.error:
+        if own_rank():
+            rank_store().wait([f"growth agreement {own_rank()} rank 0 has allocated"])
+        signal.raise_signal(signal.SIGALRM)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("where", ["agreement", "add_segment"])
+def test_an_interrupt_at_the_end_of_a_growth(where: str, victim: int, pool: RankPool) -> None:
+    for rank, (found, right) in enumerate(pool.run(interrupt_a_growth, where, victim)[:2]):
+        assert found == ["Interrupt" if rank == victim else "DivergenceError", "", ""], found
+        assert right
+
+
 def skip_one_in_a_loop() -> list[Told]:
     """Rank 1 skips an allocation. All that follow are on the same line, so the ranks are one apart unnoticed."""
     group = group_of("one apart")
@@ -415,6 +511,33 @@ def forked_children() -> None:
     group.close()
 
 
+def polling() -> None:
+    """Rank 0 polls for a signal while rank 1 is an allocation ahead, and waits for rank 2."""
+    group = group_of("polling", (0, 1, 2))
+    assert group is not None
+    st = allocate(group, 8)
+    st.barrier()
+    if group.rank == 0:
+        rank_store().wait(["rank 1 is ahead"])
+        for _ in range(3):
+            with pytest.raises(PeerTimeoutError):
+                st.wait_signal(1, timeout=0.2)
+        rank_store().set("rank 0 has polled", "")
+        st.wait_signal(1)
+        ahead = allocate(group, 8, name="ahead")
+    elif group.rank == 1:
+        ahead = allocate(group, 8, name="ahead")
+        rank_store().set("rank 1 is ahead", "")
+        ahead.wait_signal(2)
+        st.put_signal(0)
+    else:
+        rank_store().wait(["rank 0 has polled"])
+        ahead = allocate(group, 8, name="ahead")
+        ahead.put_signal(1)
+    ahead.barrier()
+    group.close()
+
+
 def named_on_different_lines() -> None:
     group = group_of("named", (0, 1, 2))
     assert group is not None
@@ -427,7 +550,8 @@ def named_on_different_lines() -> None:
 
 
 @pytest.mark.parametrize(
-    "program", [threads, overlapping_groups, local_calls, far_ahead, forked_children, named_on_different_lines]
+    "program",
+    [threads, overlapping_groups, local_calls, far_ahead, forked_children, polling, named_on_different_lines],
 )
 def test_a_legal_program_raises_nothing(program: Callable[[], None], pool: RankPool) -> None:
     assert pool.run(program, timeout=LONG) == [None] * WORLD

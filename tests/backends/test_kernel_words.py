@@ -36,7 +36,6 @@ from symmem.backends.signal_kernels import (
     SOURCE,
     TICK,
     lateness,
-    pad_words,
 )
 from symmem.errors import (
     InvalidArgumentError,
@@ -255,7 +254,7 @@ class Ranks:
     def __init__(self, library: ctypes.CDLL, words: Words) -> None:
         self.library, self.words = library, words
         self.groups = [stub_group(f"of rank {rank}") for rank in range(WORLD)]
-        self.pads = [(ctypes.c_uint32 * pad_words(WORLD))() for _ in range(WORLD)]
+        self.pads = [(ctypes.c_uint32 * (32 * 72))() for _ in range(WORLD)]
         self.threads: list[threading.Thread] = []
 
     def launch(self, operation: str, rank: int, channel: int, peer: int = 0, seconds: float = LONG) -> None:

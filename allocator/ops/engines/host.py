@@ -35,6 +35,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from symmem.arena.arena import compare_arenas
 from symmem.backends import get_backend
 from symmem.backends.base import tensor_at
 from symmem.backends.libc import PAGE, round_up
@@ -414,6 +415,7 @@ class HostEngine:
                 raise
             error: SymmemError = raised
             if isinstance(raised, PeerTimeoutError):
+                compare_arenas(self._group)
                 error = explained(self._group, raised, self._describe())
             error.step = operation
             error.what = error.what.replace("barrier on this channel", "collective operation")
