@@ -72,7 +72,7 @@ LATE, REFUSED, DIFFERS = 1, 2, 3
 
 
 for_torch = False
-"""Whether pads end with room for PyTorch's kernels; the same on all ranks. :mod:`symmem.torch_backend` sets it, before the
+"""Whether pads end with room for PyTorch's kernels; the same on all ranks. :mod:`symmem.torch_backend` sets it before the
 process makes its first pad."""
 
 

@@ -69,4 +69,7 @@ def signals_of(group: Group, device: torch.device) -> tuple[CudaSignals, Any]:
 def pads_of(block: Block, mapping: Mapping) -> tuple[list[int], int]:
     """The address of every rank's signal pad for PyTorch's kernels, 0 if it is not reachable; and its bytes, or 0."""
     signals = block.signals(mapping)
-    return signals.torch_pads() if isinstance(signals, CudaSignals) else ([0] * mapping.group.size, 0)
+    if isinstance(signals, CudaSignals):
+        return signals.torch_pads()
+    pads = [signals.signal_pad(rank)[0] if pointer else 0 for rank, pointer in enumerate(mapping.pointers)]
+    return CudaSignals(mapping.group, block.allocation.device, pads).torch_pads()
