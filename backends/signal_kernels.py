@@ -72,8 +72,8 @@ LATE, REFUSED, DIFFERS = 1, 2, 3
 
 
 for_torch = False
-"""Whether pads end with room for PyTorch's kernels; the same on all ranks. :mod:`symmem.torch_backend` sets it before the
-process makes its first pad."""
+"""Whether pads end with room for PyTorch's kernels. :mod:`symmem.torch_backend` sets it. It counts at the first pad of
+the process, and must be the same on all ranks."""
 
 
 @functools.cache
