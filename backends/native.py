@@ -155,7 +155,7 @@ class NativeBackend(Backend):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.pads: weakref.WeakKeyDictionary[RankGroup, dict[int, GroupPads]] = weakref.WeakKeyDictionary()
+        self.pads: weakref.WeakKeyDictionary[RankGroup, GroupPads] = weakref.WeakKeyDictionary()
 
     def pad_nbytes(self, size: int) -> int:
         return CudaSignals.nbytes(size)
@@ -259,9 +259,9 @@ class NativeBackend(Backend):
         assert isinstance(allocation, NativeAllocation)
         driver, group = self.driver, collective.group
         ordinal = driver.ordinal(allocation.device)
-        pads = self.pads.setdefault(group, {}).setdefault(ordinal, GroupPads())
+        pads = self.pads.setdefault(group, GroupPads())
         with driver.on(ordinal), contextlib.ExitStack() as undo:
-            slot = pads.take(_pad_nbytes(group.size), functools.partial(self._make_block, ordinal, group.size))
+            slot = pads.take(ordinal, _pad_nbytes(group.size), functools.partial(self._make_block, ordinal, group.size))
             on_failure = undo.enter_context(contextlib.ExitStack())
             on_failure.callback(slot.give_back)
             # Zero the pad before the ranks agree that all have mapped: no rank signals before that.
@@ -274,7 +274,7 @@ class NativeBackend(Backend):
             metadata = [entry for entry, _tokens in received]
             tokens = [sent for _entry, sent in received]
             check_gpus(driver, metadata, ordinal, group)
-            pads.map(metadata, tokens, group, functools.partial(self._reserve, ordinal))
+            pads.map(metadata, tokens, group, ordinal, functools.partial(self._reserve, ordinal))
             region = self._map_peers(ordinal, allocation.extent, tokens, metadata, group)
             on_failure.callback(region.close)
             mapping = NativeMapping(self, allocation, group, region, pads, slot, metadata)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,43 +71,59 @@ class Slot:
 
 
 class GroupPads:
-    """The blocks of all ranks of one group, as mapped by this rank on one GPU.
+    """The blocks of all ranks of one group, as mapped by this rank.
+
+    A rank may use several GPUs in one group. Its own blocks are on the GPU of the memory that is rendezvoused. Peers
+    send a block once, so the blocks of peers are mapped once in a process, and opened to each GPU that comes later.
 
     It must not refer to the group, because it lives as long as the group. Only a collective of the group uses it, and
     a group has one at a time; slots may become free at any time.
     """
 
     def __init__(self) -> None:
-        self._free: deque[tuple[PadBlock, int]] = deque()
+        self._free: defaultdict[int, deque[tuple[PadBlock, int]]] = defaultdict(deque)  # by GPU
         self._peers: dict[tuple[int, int], tuple[int, DeviceRange]] = {}  # by rank and number: address and its range
 
-    def take(self, nbytes: int, make: Callable[[], PadBlock]) -> Slot:
-        """Take a slot of ``nbytes``, the same in every call. ``make`` makes a block if no slot is free."""
-        if not self._free:
+    def take(self, ordinal: int, nbytes: int, make: Callable[[], PadBlock]) -> Slot:
+        """Take a slot of ``nbytes``, the same in every call, on a GPU. ``make`` makes a block if no slot is free."""
+        free = self._free[ordinal]
+        if not free:
             block = make()
-            self._free += ((block, offset) for offset in range(0, block.nbytes - nbytes + 1, nbytes))
-        taken = self._free.popleft()
-        return Slot(*taken, functools.partial(self._free.append, taken))
+            free += ((block, offset) for offset in range(0, block.nbytes - nbytes + 1, nbytes))
+        taken = free.popleft()
+        return Slot(*taken, functools.partial(free.append, taken))
 
     def map(
         self,
         metadata: Sequence[dict[str, Any]],
         tokens: Sequence[tuple[Token, ...]],
         group: RankGroup,
+        ordinal: int,
         reserve: Callable[[int], DeviceRange],
     ) -> None:
-        """Map the received blocks that this rank does not have yet, all in one range.
+        """Map the received blocks that this rank does not have yet, all in one range, for a GPU.
 
         Args:
             metadata: The metadata of all ranks; its ``"pad"`` is :attr:`Slot.metadata`.
             tokens: Every rank's memory, then its :attr:`Slot.handles`.
             group: The group.
+            ordinal: The GPU.
             reserve: Makes a range of so many bytes.
         """
         others = [rank for rank in mapping_order(group) if len(tokens[rank]) > 1]
-        new = [rank for rank in others if (rank, metadata[rank]["pad"][0]) not in self._peers]
-        if not new:
-            return
+        if new := [rank for rank in others if (rank, metadata[rank]["pad"][0]) not in self._peers]:
+            self._map_new(new, metadata, tokens, group, reserve)
+        for rank in mapping_order(group):
+            self._peers[rank, metadata[rank]["pad"][0]][1].admit(ordinal)
+
+    def _map_new(
+        self,
+        new: Sequence[int],
+        metadata: Sequence[dict[str, Any]],
+        tokens: Sequence[tuple[Token, ...]],
+        group: RankGroup,
+        reserve: Callable[[int], DeviceRange],
+    ) -> None:
         with contextlib.ExitStack() as undo:
             region = reserve(sum(metadata[rank]["pad"][2] for rank in new))
             undo.callback(region.close)

@@ -88,12 +88,12 @@ class DeviceRange:
     """
 
     def __init__(self, driver: Driver, ordinal: int, nbytes: int, alignment: int) -> None:
-        self._driver, self._ordinal = driver, ordinal
+        self._driver, self._ordinal, self._gpus = driver, ordinal, {ordinal}
         self.address = driver.reserve(nbytes, alignment)
         self.pieces: list[tuple[int, int]] = []
         self.afterwards: list[Callable[[], object]] = []
         self._opened = 0  # number of pieces that the GPU may access
-        remains = _Remains(driver, ordinal, self.address, nbytes, self.pieces, self.afterwards)
+        remains = _Remains(driver, self._gpus, self.address, nbytes, self.pieces, self.afterwards)
         self._finalizer = weakref.finalize(self, _free, remains)
         self._finalizer.atexit = False
 
@@ -130,6 +130,13 @@ class DeviceRange:
             self._driver.allow(self._ordinal, *run)
         self._opened = len(self.pieces)
 
+    def admit(self, ordinal: int) -> None:
+        """Let another GPU of this process access what the first one may access."""
+        if ordinal not in self._gpus:
+            for run in _runs(self.pieces[: self._opened]):
+                self._driver.allow(ordinal, *run)
+            self._gpus.add(ordinal)
+
     def first_closed(self) -> int:
         """After an error, the index of the first piece that the GPU cannot access; else the number of pieces."""
         for index, piece in enumerate(self.pieces):
@@ -156,7 +163,7 @@ class _Remains:
     """The data to free a range that has no reference left."""
 
     driver: Driver
-    ordinal: int
+    gpus: set[int]  # that may access it
     address: int
     nbytes: int
     pieces: list[tuple[int, int]]
@@ -168,9 +175,11 @@ class _Remains:
         if self.process != os.getpid():
             return True  # the GPU's memory is the parent's
         try:
-            with self.driver.on(self.ordinal):
-                if not self.driver.quiesce(self.ordinal):
-                    return False
+            with contextlib.ExitStack() as contexts:
+                for gpu in self.gpus:
+                    contexts.enter_context(self.driver.on(gpu))
+                    if not self.driver.quiesce(gpu):
+                        return False
                 for piece in self.pieces:
                     quietly(self.driver.unmap, *piece)
                 quietly(self.driver.unreserve, self.address, self.nbytes)

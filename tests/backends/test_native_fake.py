@@ -508,6 +508,29 @@ def test_two_ranks_on_one_gpu(pools: Any) -> None:
     pools.get(2, "native").run(on_one_gpu)
 
 
+def another_gpu() -> None:
+    """Rank 1 moves to GPU 0, while its memory on GPU 1 stays. Its peer does not send its block of pads again."""
+    driver = fresh()
+    group = new_group("another GPU")
+    rank, peer = group.rank, 1 - group.rank
+    first = allocate(100).rendezvous(group)
+    driver.mine = 0
+    for _ in range(2):
+        st = allocate(100).rendezvous(group)
+        assert driver.access_to(st.signal_pad(peer).data_ptr()) == {rank, 0}
+        st.tensor.fill_(rank)
+        st.barrier()
+        assert (st.get(peer) == peer).all()
+        st.barrier()
+    first.barrier()
+    del first, st
+    group.close()
+
+
+def test_a_rank_may_use_another_gpu(pools: Any) -> None:
+    pools.get(2, "native").run(another_gpu)
+
+
 # Several hosts.
 
 
@@ -626,24 +649,23 @@ def test_multicast_that_is_switched_off_is_never_created(pools: Any) -> None:
 
 def native_pads() -> Any:
     backend: Any = get_backend("native")
-    (by_gpu,) = backend.pads.values()
-    (pads,) = by_gpu.values()
+    (pads,) = backend.pads.values()
     return pads
 
 
 def freed_amid_a_capture() -> None:
     driver = fresh()
     st = allocate(100).rendezvous()
-    slots = len(native_pads()._free)
+    slots = len(native_pads()._free[0])
     driver.capturing = True
     del st
     gc.collect()
     # The handle is released; mappings and the slot in the block of pads stay.
     assert driver.live == (1, 3, 2, 0)
-    assert len(native_pads()._free) == slots
+    assert len(native_pads()._free[0]) == slots
     driver.capturing = False
     allocate(100)
-    assert len(native_pads()._free) == slots + 1
+    assert len(native_pads()._free[0]) == slots + 1
     forget_pads()
     assert driver.live == NOTHING
 

@@ -79,6 +79,7 @@ class FakeDriver(Driver):
         self.reservations: dict[int, int] = {}
         self.mappings: dict[int, int] = {}
         self.bound: set[int] = set()
+        self._access: dict[int, set[int]] = {}  # by address of a mapping: GPUs
         self._next = 1000
         self._quiet = False
 
@@ -105,6 +106,11 @@ class FakeDriver(Driver):
                 fault()
             else:
                 raise driver_error(fault, f"{name}: {fault}")
+
+    def access_to(self, address: int) -> set[int]:
+        """The GPUs that may access the mapping that holds an address."""
+        (start,) = (start for start, nbytes in self.mappings.items() if start <= address < start + nbytes)
+        return self._access[start]
 
     @property
     def live(self) -> tuple[int, int, int, int]:
@@ -133,7 +139,7 @@ class FakeDriver(Driver):
 
     @contextlib.contextmanager
     def on(self, ordinal: int) -> Iterator[None]:
-        assert ordinal == self.mine
+        assert 0 <= ordinal < self.world
         yield
 
     def quiesce(self, ordinal: int) -> bool:
@@ -201,11 +207,14 @@ class FakeDriver(Driver):
     def unmap(self, address: int, nbytes: int) -> None:
         assert self._quiet, "unmapped while kernels may run"
         assert self.mappings.pop(address) == nbytes
+        self._access.pop(address, None)
         _mmap(address, nbytes, PRIVATE | FIXED | ANONYMOUS | NORESERVE, -1)
 
     def allow(self, ordinal: int, address: int, nbytes: int) -> None:
-        covered = sum(n for start, n in self.mappings.items() if address <= start < address + nbytes)
-        assert covered == nbytes, "access to a range that is not fully mapped"
+        covered = {start: n for start, n in self.mappings.items() if address <= start < address + nbytes}
+        assert sum(covered.values()) == nbytes, "access to a range that is not fully mapped"
+        for start in covered:
+            self._access.setdefault(start, set()).add(ordinal)
         assert _libc.mprotect(address, nbytes, 3) == 0
 
     def zero(self, ordinal: int, address: int, nbytes: int) -> None:
