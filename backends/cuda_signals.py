@@ -218,6 +218,6 @@ class CudaSignals:
 @functools.cache
 def _call_type(world: int) -> type[ctypes.Structure]:
     """``struct Call`` of :data:`symmem.backends.signal_kernels.SOURCE`."""
-    words = ("channel", "rank", "peer", "group")
+    words = ("channel", "rank", "peer", "group", "strict")
     fields = [("pads", ctypes.c_uint64 * world), ("status", ctypes.c_uint64), ("limit", ctypes.c_uint64)]
     return type("Call", (ctypes.Structure,), {"_fields_": [*fields, *((word, ctypes.c_uint32) for word in words)]})

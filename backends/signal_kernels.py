@@ -26,7 +26,8 @@ the same way, within milliseconds. The CUDA context and this process's memory st
 
 Timeout: such a kernel writes the awaited peer to host memory and traps. The trap makes the CUDA context of this process
 unusable on purpose: no later kernel, in a graph or not, can continue with data that never came. Collective operations
-give up instead, because they can replace the data by NaNs.
+give up instead, because they can replace the data by NaNs. A strict kernel traps for a lost rank too. Calls of
+PyTorch's interface that give a timeout are strict, because their programs expect ``torch.cuda.synchronize()`` to raise.
 
 Long waits: a waiting thread writes a report to the same memory, and again after every beat. It never removes the
 report. A reader that finds it unchanged in two readings knows that the wait is over
@@ -117,7 +118,7 @@ __device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.sys;" : : 
     )
 
 
-def lateness(operation: str, detail: str, timeout: str = "stop(call, what, peer);") -> str:
+def lateness(operation: str, detail: str, timeout: str = "stop(call, what, peer);", lost: str = "") -> str:
     """CUDA source: timeouts and reports of waiting threads, and the end of their wait if a rank is lost.
 
     The source uses ``status``, ``limit`` and ``group`` of a ``struct Call``.
@@ -128,6 +129,7 @@ def lateness(operation: str, detail: str, timeout: str = "stop(call, what, peer)
             argument of the waiting code.
         detail: C++ expression for the second word of the status, with the same variables.
         timeout: C++ statements for a thread that has waited for ``limit``. By default it traps.
+        lost: C++ statements for a thread that is about to give up because a rank is lost.
     """
     numbers = f"const u32 BEAT = {BEAT}, TICK = {TICK}, PLACES = {PLACES}, GROUP_SPREAD = {GROUP_SPREAD};\n"
     source = r"""
@@ -174,6 +176,7 @@ __device__ __forceinline__ bool waits_on(const Call *call, u32 what, u32 peer, u
   not_before(call, peer);
   u32 *record = record_of(call);
   if (began == GIVEN_UP) {  // the rank's last stores have not come since either
+    LOST
     leave_word(record + 4, OPERATION, DETAIL, peer, 0);
     return false;
   }
@@ -193,7 +196,9 @@ __device__ __forceinline__ bool waits_on(const Call *call, u32 what, u32 peer, u
   return true;
 }
 """
-    return numbers + source.replace("OPERATION", operation).replace("DETAIL", detail).replace("TIMEOUT", timeout)
+    for name, code in (("OPERATION", operation), ("DETAIL", detail), ("TIMEOUT", timeout), ("LOST", lost)):
+        source = source.replace(name, code)
+    return numbers + source
 
 
 SOURCE = (
@@ -208,6 +213,7 @@ struct Call {
   u32 *status;       // host memory: {operation, channel, peer, group} after a timeout; places of reports; records
   u64 limit;         // nanoseconds
   u32 channel, rank, peer, group;
+  u32 strict;        // whether the kernel traps if a rank is lost
 };
 
 enum Operation { BARRIER = 1, PUT = 2, WAIT = 3 };
@@ -221,7 +227,7 @@ __device__ __forceinline__ u32 swap_release(u32 *word, u32 expected, u32 value) 
 
 """
     + memory_access(32)
-    + lateness("what", "call->channel")
+    + lateness("what", "call->channel", lost="if (call->strict) stop(call, what, peer);")
     + r"""
 __device__ __forceinline__ void put(const Call &call, u32 operation, u32 peer) {
   u32 *flag = call.pads[peer] + call.channel * WORLD + call.rank;

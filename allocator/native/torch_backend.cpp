@@ -266,10 +266,10 @@ void Handle::launch(int kind, int peer, int channel, uint64_t timeout_ms) {
   if ((*signals.stopped || *signals.given_up) && all.python.check(token)) raise();
   struct {  // `struct Call` of the kernels behind the pads
     uint64_t status, limit;
-    uint32_t channel, rank, peer, group;
+    uint32_t channel, rank, peer, group, strict;
   } rest{
       signals.status, timeout_ms ? timeout_ms * 1000000 : signals.timeout, uint32_t(channel), uint32_t(rank),
-      uint32_t(peer), uint32_t(signals.group)};
+      uint32_t(peer), uint32_t(signals.group), timeout_ms != 0};
   std::vector<char> call(world * sizeof(void*) + sizeof(rest));
   std::memcpy(call.data(), pads.data(), world * sizeof(void*));
   std::memcpy(call.data() + world * sizeof(void*), &rest, sizeof(rest));

@@ -30,7 +30,7 @@ class Call(ctypes.Structure):
         ("pads", ctypes.c_uint64 * WORLD),
         ("status", ctypes.c_uint64),
         ("limit", ctypes.c_uint64),
-        *((word, ctypes.c_uint32) for word in ("channel", "rank", "peer", "group")),
+        *((word, ctypes.c_uint32) for word in ("channel", "rank", "peer", "group", "strict")),
     )
 
 
@@ -109,7 +109,7 @@ def test_what_a_launch_gets(driver: StubDriver) -> None:
     ]
     for call in driver.calls:
         assert list(call.pads) == [0x1000, 0x2000, 0x3000]
-        assert (call.status, call.rank, call.group) == (0xABC0, 1, 0)
+        assert (call.status, call.rank, call.group, call.strict) == (0xABC0, 1, 0, 0)
     words = [(call.limit, call.channel, call.peer) for call in driver.calls]
     assert words == [(1_500_000_000, 3, 1), (300_000_000_000, 4, 2), (250_000_000, 63, 0)]
 

@@ -257,7 +257,9 @@ class Ranks:
         self.pads = [(ctypes.c_uint32 * (32 * 72))() for _ in range(WORLD)]
         self.threads: list[threading.Thread] = []
 
-    def launch(self, operation: str, rank: int, channel: int, peer: int = 0, seconds: float = LONG) -> None:
+    def launch(
+        self, operation: str, rank: int, channel: int, peer: int = 0, seconds: float = LONG, strict: bool = False
+    ) -> None:
         call = _call_type(WORLD)(
             pads=(ctypes.c_uint64 * WORLD)(*map(ctypes.addressof, self.pads)),
             status=ctypes.addressof(self.words.memory),
@@ -266,6 +268,7 @@ class Ranks:
             rank=rank,
             peer=peer,
             group=self.words.enter(self.groups[rank]),
+            strict=strict,
         )
         which, count = KERNELS.index(operation), WORLD if "barrier" in operation else 1
         thread = threading.Thread(target=lambda: self.library.launch(which, ctypes.byref(call), 1, count))
@@ -360,6 +363,24 @@ def test_waits_end_when_a_rank_is_lost(kernel: str, library: ctypes.CDLL, words:
     ranks.join()
     words.enter(stub_group("another one"))
     assert words.loss(1) is None
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_strict_kernels_trap_when_a_rank_is_lost(kernel: str, library: ctypes.CDLL, words: Words) -> None:
+    ranks, operation = Ranks(library, words), kernel.removeprefix("flag_")
+    try:
+        if operation == "put_signal":
+            ranks.launch(kernel, 0, 3, 1)
+            ranks.join()
+        ranks.launch(kernel, 0, 3, 1, strict=True)
+        ranks.become((0, f"{operation} on channel 3", (1, 2) if operation == "barrier" else (1,)))
+        ranks.groups[0].lose(2)  # type: ignore[attr-defined]
+        ranks.join()
+    finally:
+        library.restart()
+    error = words.failure()
+    assert isinstance(error, PeerLostError)
+    assert (error.peers, error.step) == ((2,), f"{operation} on channel 3")
 
 
 def test_what_a_lost_rank_stored_before_is_taken(library: ctypes.CDLL, words: Words) -> None:
