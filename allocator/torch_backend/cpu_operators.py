@@ -185,17 +185,23 @@ def _parts(operation: str, group: str, tensor: torch.Tensor, dim: int) -> torch.
     return torch.stack(tensor.chunk(world, dim)) if dim else tensor.view(world, -1, *tensor.shape[1:])
 
 
+class _WordsError(InvalidArgumentError, RuntimeError):
+    """The error of PyTorch's kernels for memory of 32-bit words, which is a RuntimeError."""
+
+
 def _check_words(operation: str, tensor: torch.Tensor, offset: int, value: int, count: int) -> None:
-    """Raise as PyTorch's kernels do for memory of 32-bit words."""
+    """Raise as PyTorch's kernels do, with texts that programs can match."""
     if tensor.dim() != 1 or not tensor.is_contiguous() or tensor.dtype not in (torch.int32, torch.uint32):
         shape = list(tensor.shape)
-        problem = f"the input must be a flat, contiguous tensor of int32 or uint32, not {shape} of {tensor.dtype}"
+        problem = f"input must be a flat, contiguous uint32 tensor, or int32, not {shape} of {tensor.dtype}"
+    elif offset < 0:
+        problem = f"offset must be greater than or equal to 0, not {offset}"
     elif not 0 <= value < _WORD:
-        problem = f"the value must be in 0 to {_WORD - 1}, not {value}"
+        problem = f"val must be in the range of 0 to {_WORD - 1} (uint32_t), not {value}"
     elif count < 1:
-        problem = f"the count must be positive, not {count}"
-    elif offset < 0 or offset + count > tensor.numel():
-        problem = f"words {offset} to {offset + count - 1} are not all in a tensor of {tensor.numel()}"
+        problem = f"count must be a positive integer, not {count}"
+    elif offset + count > tensor.numel():
+        problem = f"offset + count is {offset + count}, which exceeded the numel of the input, {tensor.numel()}"
     else:
         return
-    raise InvalidArgumentError(f"symm_mem::{operation}: {problem}", step=operation)
+    raise _WordsError(f"symm_mem::{operation}: {problem}", step=operation)

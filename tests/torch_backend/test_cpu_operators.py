@@ -99,18 +99,21 @@ def words_program() -> None:
     assert ops.stream_write_value32_(t, 3, 2**32 - 1).tolist() == [0, 0, 0, -1, 0, 0, 0, 0]
     assert ops.memset32_(t, 1, 5, 2).tolist() == [0, 5, 5, -1, 0, 0, 0, 0]
     wrong: dict[str, Callable[[], object]] = {
-        "int32 or uint32": lambda: ops.memset32_(torch.zeros(8), 0, 1, 1),
-        "flat": lambda: ops.memset32_(t.view(2, 4), 0, 1, 1),
-        "the count": lambda: ops.memset32_(t, 0, 1, 0),
-        "the value": lambda: ops.memset32_(t, 0, 2**32, 1),
+        "a flat, contiguous uint32 tensor, or int32, not .* of torch.float32": lambda: ops.memset32_(
+            torch.zeros(8), 0, 1, 1
+        ),
+        r"a flat, contiguous uint32 tensor, or int32, not \[2, 4\]": lambda: ops.memset32_(t.view(2, 4), 0, 1, 1),
+        "count must be a positive integer": lambda: ops.memset32_(t, 0, 1, 0),
+        r"val must be in the range of.*\(uint32_t\), not 4294967296": lambda: ops.memset32_(t, 0, 2**32, 1),
         "not -1": lambda: ops.stream_write_value32_(t, 0, -1),
-        "words 7 to 8": lambda: ops.memset32_(t, 7, 1, 2),
-        "words 8 to 8": lambda: ops.stream_write_value32_(t, 8, 1),
-        "words -1 to -1": lambda: ops.stream_write_value32_(t, -1, 1),
+        r"offset \+ count is 9, which exceeded the numel of the input, 8": lambda: ops.memset32_(t, 7, 1, 2),
+        r"offset \+ count .* exceeded the numel": lambda: ops.stream_write_value32_(t, 8, 1),
+        "offset must be greater than or equal to 0": lambda: ops.stream_write_value32_(t, -1, 1),
     }
     for text, call in wrong.items():
-        with pytest.raises(InvalidArgumentError, match=text):
+        with pytest.raises(InvalidArgumentError, match=text) as caught:
             call()
+        assert isinstance(caught.value, RuntimeError)  # as PyTorch's kernels raise
     assert t.tolist() == [0, 5, 5, -1, 0, 0, 0, 0]
 
 

@@ -350,9 +350,23 @@ def memory_program() -> None:
     meet()
 
 
+def one_gpu_program() -> None:
+    """All ranks rendezvous memory on GPU 0, then each on its own."""
+    group = world()
+    rank, peer = ring()
+    for device in ("cuda:0", "cuda"):
+        with torch.cuda.device(torch.device(device)):
+            t = symm_mem.empty(16, device=device).fill_(rank)
+            hdl = symm_mem.rendezvous(t, group)
+            hdl.barrier()
+            assert (hdl.get_buffer(peer, (16,), torch.float32) == peer).all()
+            hdl.barrier()
+            meet()
+
+
 PROGRAMS: list[Callable[[], None]] = [
     *(handle_program, operators_program, fused_program, graph_program, pool_program),
-    *(threads_program, mismatch_program, doors_program, memory_program),
+    *(threads_program, mismatch_program, doors_program, memory_program, one_gpu_program),
 ]
 
 
@@ -392,7 +406,21 @@ def waited_for_program() -> None:
     assert (torch.ones(4, device="cuda") == 1).all()
 
 
-@pytest.mark.parametrize("program", [dying_program, waited_for_program])
+def waited_for_with_a_timeout_program() -> None:
+    group = world()
+    hdl = symm_mem.rendezvous(empty(4), group)
+    hdl.barrier()
+    torch.cuda.synchronize()
+    if dist.get_rank() == 1:
+        os._exit(1)
+    hdl.barrier(timeout_ms=int(LONG * 1000))
+    with pytest.raises(RuntimeError):
+        torch.cuda.synchronize()  # as with PyTorch's backend
+    with pytest.raises(RuntimeError, match="PeerLostError"):
+        hdl.barrier()
+
+
+@pytest.mark.parametrize("program", [dying_program, waited_for_program, waited_for_with_a_timeout_program])
 def test_a_rank_that_dies(new_pool: Any, program: Callable[[], None]) -> None:
     outcome = new_pool(WORLD).outcomes(program)[0]
     assert outcome.error is None, outcome.error
