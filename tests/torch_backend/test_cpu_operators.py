@@ -189,6 +189,33 @@ def placed_program(backend: str) -> None:
         torch.testing.assert_close(compiled(values(rank, rows, 8)), xs[0], rtol=1e-4, atol=1e-4)
 
 
+def async_tp_program() -> None:
+    """Inductor fuses matrix products with the collectives beside them, without NCCL."""
+    from torch._inductor import config
+    from torch._inductor.utils import run_and_get_code
+    from torch.distributed._functional_collectives import all_gather_tensor, reduce_scatter_tensor
+
+    rank, world = place()
+    a, b = values(7, 8, 16), values(8, 16, 4)
+    symm_mem.enable_symm_mem_for_group(NAME)
+    nccl, group = dist.is_nccl_available, dist.group.WORLD
+    assert group is not None
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        wide = all_gather_tensor(x, 0, group) @ a
+        return reduce_scatter_tensor(wide.relu() @ b, "sum", 0, group)
+
+    shards = [values(r, 4, 8) for r in range(world)]
+    expected = (torch.cat(shards) @ a).relu() @ b * world
+    with config.patch(_micro_pipeline_tp=True, fx_graph_cache=False):
+        result, (code,) = run_and_get_code(torch.compile(layer), shards[rank])
+    assert "symm_mem.fused_all_gather_matmul" in code
+    assert "symm_mem.fused_matmul_reduce_scatter" in code
+    assert dist.is_nccl_available is nccl
+    for got in (result, layer(shards[rank])):
+        torch.testing.assert_close(got, expected.chunk(world)[rank])
+
+
 PROGRAMS = [
     *(all_reduce_program, parts_program, fused_program, words_program, refused_program, two_doors_program),
 ]
@@ -208,3 +235,7 @@ def test_compiled(pools: Any, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["inductor", "symmem"])
 def test_placed(new_pool: Any, backend: str) -> None:
     new_pool(2).run(placed_program, backend)
+
+
+def test_async_tp(new_pool: Any) -> None:
+    new_pool(2).run(async_tp_program)
