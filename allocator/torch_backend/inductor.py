@@ -66,10 +66,10 @@ def _wrap_fusions() -> None:
 
 def _without_nccl(fuse: Callable[[Any], None], node: str) -> Callable[[Any], None]:
     """A fusion that asks whether there is NCCL is told so for CPU tensors, during the call."""
+    module, available = torch.distributed, torch.distributed.is_nccl_available
 
     @functools.wraps(fuse)
     def call(collective: Any) -> None:
-        available, module = torch.distributed.is_nccl_available, torch.distributed
         if getattr(collective, node).meta["val"].device.type == "cpu":
             module.is_nccl_available = lambda: True
         try:
