@@ -506,7 +506,7 @@ class AllocationLog:
         """
         self.in_transaction = False
         reason = DivergenceError(
-            f"rank {self.group.rank} stopped {change} half-way: {type(error).__name__} in a signal handler",
+            f"rank {self.group.rank} stopped {change} half-way: {type(error).__name__}",
             hint="the next allocation begins a new arena; allocate again on all ranks what was allocated last",
             peers=(self.group.rank,),
             arena=self.kind,

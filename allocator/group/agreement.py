@@ -151,6 +151,7 @@ class Rounds:
         self.presence = Presence(store, self._prefix, rank, size, lost_elsewhere)
         self.number = 0
         self._sent = 0  # the last round to which this rank has sent something
+        self._reported = 0  # the last round to which this rank has sent an error without waiting for the outcome
         self._late: tuple[int, ...] = ()  # the ranks for which the last round was given up, if this rank waited in it
         self.waiting: tuple[str, int, float, float] | None = None
         self.joined = size == 1
@@ -200,6 +201,8 @@ class Rounds:
         operation = CollectiveOperation(group, self, name, timeout)
         before = self.number
         try:
+            if self._reported:
+                self._follow_report(operation)
             if self._late:
                 self._get_back_in_step(operation)
             yield operation
@@ -231,8 +234,9 @@ class Rounds:
         reported = as_symmem_error(error)
         reported.located(rank=self._rank, group=self._name, step=operation.name)
         self.number = self._sent  # an interrupt may have come before this rank took part in a round that it began
+        self._skip_given_up(operation)
         message = self._message(operation, operation.name, error=reported)
-        self._sent = message.sequence
+        self._sent = self._reported = message.sequence
         self._late = ()
         if self._size > 1:
             try:
@@ -243,6 +247,42 @@ class Rounds:
             except (SymmemError, RuntimeError, OSError) as unsent:
                 log.warning("could not send this error to the group: %s; because: %s", reported, unsent)
         return reported
+
+    def _skip_given_up(self, operation: CollectiveOperation) -> None:
+        """Go on to the round in which the others get back in step, if they gave up the next one for this rank.
+
+        Does not wait.
+        """
+        given_up = self._size > 1
+        while given_up:
+            sequence, now = self.number + 1, time.monotonic()
+            found: dict[int, Message] = {}
+            with contextlib.suppress(SymmemError, RuntimeError, OSError):
+                if self._rank:
+                    found[0] = self.transport.verdict(sequence, now)
+                else:  # collect() returns after an error, although there may be more messages
+                    for _ in range(self._size):
+                        found |= self.transport.collect(sequence, now)
+            for each in found.values():
+                each.close()
+            given_up = any(self._rank in each.late for each in found.values())
+            if given_up:
+                message = self._message(operation, operation.name)
+                if self._rank == 0:  # the others that did not wait in the round look for its verdict
+                    waited = {rank: each.error for rank, each in found.items() if each.late}
+                    late = set(range(self._size)) - waited.keys()
+                    with contextlib.suppress(SymmemError, RuntimeError, OSError):
+                        self.transport.publish(message.replace((), next(iter(waited.values())), late))
+
+    def _follow_report(self, operation: CollectiveOperation) -> None:
+        """If the others had given up the round of this rank's last report, take part in the next one. Does not wait."""
+        reported, self._reported = self._reported, 0
+        if self._rank and reported == self._sent:
+            with contextlib.suppress(SymmemError, RuntimeError, OSError):
+                verdict = self.transport.verdict(reported, time.monotonic())
+                verdict.close()
+                if self._rank in verdict.late:
+                    self._catch_up(operation)
 
     def exchange(self, operation: CollectiveOperation, step: str, contribution: Contribution = _NOTHING) -> Received:
         """Exchange contributions.

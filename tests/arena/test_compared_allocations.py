@@ -357,6 +357,35 @@ def test_ranks_that_are_one_allocation_apart_are_told_at_a_timeout_and_begin_aga
         )
 
 
+def diverge_after_a_skipped_call(alone: int) -> list[Told]:
+    group = group_of(f"skipped by all but {alone}", (0, 1, 2))
+    assert group is not None
+    before = allocate(group, 8)
+    before.barrier()
+    found = []
+    if group.rank == alone:
+        found.append(told(lambda: symmem.collect(group, timeout=1.0)))
+    meet(group, "collected")
+    for turn in range(2):  # the first to allocate is told in the second turn
+        for rank in range(group.size):
+            meet(group, f"turn {turn} of {rank}")
+            if group.rank == rank and not any(each.kind == "DivergenceError" for each in found):
+                found.append(told(lambda: allocate(group, 8 if group.rank else 72)))
+    meet(group, "told")
+    for _ in range(2):
+        found.append(told(lambda: allocate(group, 8).barrier()))
+    group.close()
+    return found
+
+
+@pytest.mark.parametrize("alone", [0, 1, 2])
+def test_a_divergence_after_a_skipped_call_is_told_once(alone: int, pool: RankPool) -> None:
+    for rank, found in enumerate(pool.run(diverge_after_a_skipped_call, alone)):
+        kinds = [each.kind for each in found if each.kind]
+        assert kinds == ["PeerTimeoutError"] * (rank == alone) + ["DivergenceError"], found
+        assert [each.kind for each in found[-2:]] == ["", ""]
+
+
 class Interrupt(BaseException):
     pass
 
