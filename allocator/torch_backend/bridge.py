@@ -89,7 +89,6 @@ def enable() -> None:
                 )
             return
         get_backend("host").probe()
-        signal_kernels.for_torch = True
         library = _load()
         dropped = ctypes.PyDLL(None, handle=library._handle).symmem_dropped  # keeps the GIL: it is short
         functions = _Functions(
@@ -102,6 +101,7 @@ def enable() -> None:
         )
         library.symmem_release.restype = None
         library.symmem_enable(ctypes.byref(functions))
+        signal_kernels.for_torch = True  # only if nothing failed, because pads must be the same on all ranks
         atexit.register(library.symmem_exit)
         _enabled = os.getpid(), library, functions
 
@@ -178,7 +178,7 @@ def _rendezvous(
     pad_nbytes = allocation.pad_nbytes
     pointers = [pointer + block.offset if pointer else 0 for pointer in mapping.pointers]
     if pad_nbytes:
-        pads = [pointer + allocation.pad for pointer in mapping.pointers]
+        pads = [pointer + allocation.pad if pointer else 0 for pointer in mapping.pointers]
     signals = words = None
     if allocation.device.type == "cuda":
         from symmem.torch_backend import gpu

@@ -17,6 +17,7 @@ import torch.distributed._symmetric_memory
 
 import symmem
 from symmem import torch_backend
+from symmem.backends import signal_kernels
 from symmem.errors import MismatchError, PeerLostError, PeerTimeoutError, UnsupportedError
 from symmem.native.build import load_library
 from symmem.torch_backend import bridge
@@ -319,6 +320,11 @@ def test_no_compiler_names_the_way_without(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UnsupportedError, match="compile") as caught:
         bridge._load()
     assert "torch_compat" in str(caught.value)
+    monkeypatch.setattr(bridge, "_enabled", None)
+    monkeypatch.setattr(signal_kernels, "for_torch", False)
+    with pytest.raises(UnsupportedError, match="compile"):
+        torch_backend.enable()
+    assert not signal_kernels.for_torch  # this rank goes on without it, and its pads have no room for it
     monkeypatch.setenv("CXX", "sh -c 'case $1 in --version) exit 0;; esac; echo too old >&2; exit 1' sh")
     with pytest.raises(UnsupportedError, match="too old"):
         bridge._load()
