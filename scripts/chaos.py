@@ -198,8 +198,12 @@ class Program:
             store.set(f"step {step} of rank {self.rank}", "")
             store.wait([f"step {step} of rank {rank}" for rank in range(self.world)], timedelta(seconds=4 * TIMEOUT))
             try:
-                total = ops.all_reduce(torch.full((100,), float(step + self.rank)), self.group)
+                st = symmem.allocate(100, torch.float32, group=self.group, backend="host")
+                total = ops.all_reduce(st.tensor.fill_(float(step + self.rank)), self.group)
                 self.check(total.eq(step * self.world + sum(range(self.world))).all(), "ranks are out of step")
+                peer = st.remote_tensor((self.rank + 1) % self.world, group=self.group)
+                self.check(peer.eq(step + (self.rank + 1) % self.world).all(), "a peer's new memory is wrong")
+                ops.barrier(group=self.group)  # before this rank fills the next tensor
             except SymmemError as error:
                 failed.append(f"step {step}: {error}")
         if len(failed) > 2:
@@ -315,7 +319,7 @@ def episode(seed: int, folder: str, port: int, restarted: bool = False) -> Told:
             if step == at and fault == "exception":
                 chosen = Program.refused
             if step == at and fault == "skip":
-                chosen = Program.all_reduce
+                chosen = random.Random(seed).choice((Program.all_reduce, Program.allocate, Program.look))
             if step == at and rank == culprit:
                 if fault in ("kill", "restart"):
                     die()

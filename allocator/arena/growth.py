@@ -150,7 +150,7 @@ class Growth:
         if reserved + least <= limit:
             return limit - reserved
         error = ResourceLimitError(
-            f"{size} bytes do not fit into the arena of {log.backend.name!r}: it has {reserved} bytes, "
+            f"{size} bytes do not fit into the arena of {log.kind}: it has {reserved} bytes, "
             f"{log.live_bytes} of them live and {log.quarantined_bytes} in quarantine, and must not pass "
             f"arena_limit, {limit} bytes",
             hint="free tensors, raise arena_limit, or allocate with arena=False",
@@ -207,7 +207,7 @@ class Growth:
         except (MismatchError, PeerTimeoutError) as error:
             if not isinstance(error, DivergenceError):
                 error.hint = (
-                    f"{error.hint}. Rank {log.group.rank} is here because the arena of {log.backend.name!r} has no "
+                    f"{error.hint}. Rank {log.group.rank} is here because the arena of {log.kind} has no "
                     f"room for allocation {proposed.number}: {proposed}"
                 )
             raise

@@ -179,7 +179,7 @@ def compare_logs(
         _explain([log], collective, proposed)
     check_equal(
         [other[1] for other in received],
-        f"the arena of {log.backend.name!r} would grow differently: by",
+        f"the arena of {log.kind} would grow differently: by",
         "set arena_size, arena_growth and arena_limit to the same values on all ranks; enable symmem.torch_backend on "
         "all or on none, before they allocate",
     )
@@ -205,7 +205,7 @@ def _explain(
         text = f"not in the remembered allocations (up to number {number}): their offsets or the freed blocks differ"
     forgotten = "" if first == 1 else f" since allocation {first}, the oldest that is remembered,"
     error = DivergenceError(
-        f"the ranks have allocated differently from the arena of {log.backend.name!r}; the first difference"
+        f"the ranks have allocated differently from the arena of {log.kind}; the first difference"
         f"{forgotten} is {'' if same else f'allocation {number}: '}{text}",
         hint="all ranks of a group must make the same allocations from its arena, in the same order. If only some "
         "ranks need a tensor, allocate it with arena=False or in a group of those ranks. allocation_check(each) finds "

@@ -33,6 +33,7 @@ from symmem.config import Settings, load_settings
 from symmem.config.kinds import MAX_SECONDS
 from symmem.config.settings import unmatched_entries
 from symmem.errors import DivergenceError, ForkedError, GroupError, InvalidArgumentError, PeerLostError, SymmemError
+from symmem.group import launcher_peers
 from symmem.group.agreement import CollectiveOperation, Rounds
 from symmem.group.join import join
 from symmem.group.ledger import Ledger
@@ -146,6 +147,7 @@ class Group:
         self.process = os.getpid()
         self.closed = False
         self._rounds.presence.announce()
+        launcher_peers.find()
         _groups.add(self)
         for callback in group_made:
             callback(self)
@@ -410,10 +412,10 @@ def _world_ranks(group: Group) -> tuple[tuple[int, int], tuple[int, ...]] | None
 
 
 def _lost_elsewhere(group: Group | None) -> tuple[int, ...]:
-    """Return the ranks of a group with a process that has ended, as other open groups of this process know."""
+    """Return the ranks of a group with a process that has ended, as the kernel or other groups of this process know."""
     with contextlib.suppress(RuntimeError):  # another thread makes a group, or destroys a process group
         if group is not None and (own := _world_ranks(group)):
-            gone: set[int] = set()
+            gone = launcher_peers.lost(*own[0])
             for other in known_groups():
                 if other is not group and not other.closed and other.process == os.getpid() and (lost := other.lost()):
                     world = _world_ranks(other)

@@ -395,7 +395,7 @@ class ActSequence:
         for rank, text in self._ledger.waits_of(late, rounds=False).items():
             if (made := self._heads[rank][0] >> 32) != number & _LOW and text.startswith("barrier on channel"):
                 raise self._found(
-                    f"the ranks have made different numbers of allocations from the arena of {self._name!r}: rank "
+                    f"the ranks have made different numbers of allocations from the arena of {self._name}: rank "
                     f"{self._ledger.rank} has made {number & _LOW}, rank {rank} has made {made} and waits in {text}",
                     (rank,),
                 )
@@ -432,7 +432,7 @@ class ActSequence:
         _, others = differing(list(acted.values()))
         peers = tuple(list(acted)[other] for other in others)
         return self._found(
-            f"the ranks have allocated differently from the arena of {self._name!r}; the first difference is "
+            f"the ranks have allocated differently from the arena of {self._name}; the first difference is "
             f"allocation {number}: {text}",
             peers,
         )

@@ -39,6 +39,7 @@ so that the number of requests to the store grows linearly."""
 
 _BRIEF = 0.3  # seconds that a rank waits for the store to take a note
 _ABSENT = "absent"  # no value of a key
+_STARTED = 19  # the field of a process's status that says when it started
 
 
 class ProcessWatch:
@@ -115,8 +116,21 @@ class RankProcess:
     @classmethod
     def here(cls) -> RankProcess:
         """Return this process."""
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> RankProcess:
+        """Return a process that this one sees."""
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return cls(boot, os.stat("/proc/self/ns/pid").st_ino, os.getpid(), _started("self"))
+        return cls(boot, os.stat("/proc/self/ns/pid").st_ino, pid, int(_status(pid)[_STARTED]))
+
+    def has_ended(self) -> bool:
+        """Whether a process that this one sees has ended, also if its parent has not collected it yet."""
+        try:
+            status = _status(self.pid)
+        except OSError:
+            return True
+        return status[0] in "ZX" or int(status[_STARTED]) != self.started
 
     def watch(self) -> Descriptor | None:
         """Return a descriptor that becomes readable when the process ends; None if it cannot be watched from here.
@@ -133,16 +147,16 @@ class RankProcess:
             return None
         started = self.started
         with contextlib.suppress(OSError):  # a system may hide the processes of other users
-            started = _started(self.pid)
+            started = int(_status(self.pid)[_STARTED])
         if started != self.started:
             descriptor.close()
             raise ProcessLookupError(self.pid)
         return descriptor
 
 
-def _started(pid: int | str) -> int:
-    # The second field is the name of the program, which may contain anything.
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+def _status(pid: int) -> list[str]:
+    """The fields of a process that follow its name, from its state on. The name may contain anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 class Presence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -136,6 +137,53 @@ def test_a_death_that_another_group_knows_counts(
     monkeypatch.setenv("RANK", "1")
     result = run_ranks(1, lambda _: meet(Group.from_store(0, 2, store, "e"), timeout=1.0), timeout=60)[0]
     assert isinstance(result, PeerTimeoutError)
+
+
+LAUNCHED = """
+import os, sys, time
+if os.environ["RANK"] == "1":
+    time.sleep(600)  # it never comes to symmem
+import torch.distributed as dist, symmem
+from symmem.errors import PeerLostError
+group = symmem.Group.from_store(0, 2, dist.HashStore(), "launched")
+print("ready", flush=True)
+try:
+    with group.collective("meet", 120):
+        pass
+except PeerLostError as error:
+    print(error.peers, error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("port", ["1234", None], ids=["of one job", "of unknown jobs"])
+def test_a_launched_process_that_dies_before_it_uses_symmem_is_named(port: str | None) -> None:
+    """Without the variable MASTER_PORT, a process does not know which of its siblings are of the same job."""
+    variables = {**os.environ, "WORLD_SIZE": "2", **({"MASTER_PORT": port} if port else {})}
+    if port is None:
+        variables.pop("MASTER_PORT", None)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LAUNCHED], env={**variables, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    try:
+        output = ranks[0].stdout
+        assert output is not None
+        assert output.readline() == "ready\n"
+        ranks[1].kill()
+        if port is None:
+            with pytest.raises(subprocess.TimeoutExpired):
+                ranks[0].wait(2)
+        else:
+            begin = time.monotonic()
+            assert "(1,)" in (told := output.readline())
+            assert "the process of rank 1 ended" in told
+            assert time.monotonic() - begin < SOON
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
 
 
 def test_a_subgroup_may_name_its_ranks_of_the_job(
