@@ -69,7 +69,7 @@ from symmem.ops.engines.base import REDUCTIONS, Engine
 from symmem.ops.engines.select import engine_for
 from symmem.ops.gradients import with_gradient, without_gradient
 from symmem.ops.refusals import refuse, refusing
-from symmem.tensor.arguments import check_dense, check_integer, check_written
+from symmem.tensor.arguments import check_dense, check_integer, check_memory, check_written
 
 __all__ = ["KINDS", "LIBRARY", "OperatorKind", "begun", "functional", "in_place", "into"]
 
@@ -245,6 +245,7 @@ def functional(kind: OperatorKind, group: Group, x: torch.Tensor, options: Seque
     """The kernel of the functional form."""
     try:
         kind.check(x, options, group.size)
+        check_memory(x, "x")
         source = _plain(x)
         out = kind.result(source, group.size)
     except BaseException as error:
@@ -263,6 +264,8 @@ def into(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[An
         plain = _is_plain(out)
         if not plain:
             check_written(out, "out")
+        check_memory(x, "x")
+        check_memory(out, "out")
         _check_apart(kind, x, out)
         source = _plain(x)
         target = out if plain else torch.empty(out.shape, dtype=out.dtype, device=out.device)
@@ -283,6 +286,7 @@ def in_place(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequenc
         plain = _is_plain(x)
         if not plain:
             check_written(x, "x")
+        check_memory(x, "x")
         target = x if plain else _plain(x)
     except BaseException as error:
         refuse(group, x.device, kind.name, error)

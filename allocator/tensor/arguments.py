@@ -20,6 +20,7 @@ __all__ = [
     "check_flag",
     "check_integer",
     "check_like",
+    "check_memory",
     "check_name",
     "check_rank",
     "check_tensor",
@@ -85,6 +86,19 @@ def check_written(tensor: torch.Tensor, name: str) -> None:
         raise InvalidArgumentError(
             f"elements of {name} share memory, so results would overwrite one another",
             hint="pass a tensor that was not expanded",
+        )
+
+
+def check_memory(tensor: torch.Tensor, name: str) -> None:
+    """Refuse a tensor with a storage that was freed, because a kernel would read or write address 0.
+
+    Raises:
+        InvalidArgumentError: It is such a tensor.
+    """
+    if not tensor.data_ptr() and tensor.numel():
+        raise InvalidArgumentError(
+            f"{name} has no memory, because its storage was resized to 0 bytes",
+            hint="FSDP frees parameters like this: make the call while they are gathered",
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from symmem.backends.kernel_status import raise_failure
 from symmem.errors import InvalidArgumentError
 from symmem.memory.layout import Layout, may_share_elements
-from symmem.tensor.arguments import check_dense, check_written
+from symmem.tensor.arguments import check_dense, check_memory, check_written
 
 if TYPE_CHECKING:
     from symmem.backends.base import Mapping
@@ -58,6 +58,8 @@ def get_bytes(mapping: Mapping, rank: int, offset: int, tensor: torch.Tensor, ou
 
 def _check_apart(target: torch.Tensor, source: torch.Tensor) -> None:
     """Raise InvalidArgumentError if elements of the target share memory with each other, or with others of source."""
+    check_memory(source, "the source")
+    check_memory(target, "the target")
     distance = source.data_ptr() - target.data_ptr()
     if target.is_contiguous() and source.is_contiguous():
         overlap = distance and abs(distance) < target.nbytes

@@ -427,6 +427,32 @@ def test_a_dtensor_is_refused_with_a_hint(group: symmem.Group) -> None:
         ops.all_reduce(torch.ones(3).as_subclass(Sharded), group)
 
 
+def freed(like: torch.Tensor) -> torch.Tensor:
+    """FSDP frees parameters like this."""
+    tensor = like.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_operators_refuse_tensors_with_a_freed_storage(name: str, group: symmem.Group) -> None:
+    x, rest = torch.ones(1, 3), (*OPTIONS.get(name, ()), group.name)
+    for call in (
+        lambda: getattr(ops, name)(freed(x), group),
+        lambda: getattr(ops, name)(x, group, out=freed(getattr(ops, name)(x, group))),
+        lambda: op(f"{name}_")(freed(x), *rest),
+    ):
+        with pytest.raises(InvalidArgumentError, match="no memory"):
+            call()
+
+
+def test_copies_refuse_tensors_with_a_freed_storage(symmetric: torch.Tensor, group: symmem.Group) -> None:
+    with pytest.raises(InvalidArgumentError, match="the source has no memory"):
+        ops.put(symmetric, freed(symmetric), 0, group)
+    with pytest.raises(InvalidArgumentError, match="the target has no memory"):
+        ops.get(symmetric, 0, group, out=freed(symmetric))
+
+
 @pytest.mark.parametrize("value", [None, "0", 0.5, True])
 def test_peers_and_channels_are_integers(value: Any, symmetric: torch.Tensor, group: symmem.Group) -> None:
     calls: list[Callable[[], object]] = [
