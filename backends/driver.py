@@ -183,6 +183,11 @@ class Driver:
         """Another reference to the handle of the memory that is mapped at an address. The caller releases it."""
         return int(self._call("cuMemRetainAllocationHandle", address))
 
+    def range_of(self, address: int) -> tuple[int, int]:
+        """Address and bytes of the mapping that holds an address."""
+        base, nbytes = self._call("cuMemGetAddressRange", address)
+        return int(base), int(nbytes)
+
     def release(self, handle: int) -> None:
         """Release a handle. The memory lives on while it is mapped, exported or imported anywhere."""
         self._call("cuMemRelease", handle)

@@ -39,10 +39,8 @@ class NvshmemMapping(PaddedMapping):
     """The memory of all ranks of a group. NVSHMEM copies to and from peers that are not load/store reachable.
 
     Args:
-        backend: See :class:`Mapping`.
-        own: Address of this rank's memory. NVSHMEM uses it as the address on every PE.
+        allocation: See :class:`PaddedMapping`. NVSHMEM uses its address as the address on every PE.
         group: See :class:`Mapping`.
-        device: See :class:`Mapping`.
         pointers: See :class:`Mapping`.
         pads: See :class:`SignalledMapping`.
         pes: Every rank's PE.
@@ -52,17 +50,15 @@ class NvshmemMapping(PaddedMapping):
 
     def __init__(
         self,
-        backend: NvshmemBackend,
-        own: int,
+        allocation: Allocation,
         group: RankGroup,
-        device: torch.device,
         pointers: Sequence[int],
         pads: Sequence[int],
         pes: Sequence[int],
     ) -> None:
-        super().__init__(backend, group, device, pointers, pads)
+        super().__init__(allocation, group, pointers, pads)
         self._pes = tuple(pes)
-        self._own = own
+        self._own = allocation.pointer
 
     def put(self, rank: int, offset: int, source: torch.Tensor) -> None:
         """See :meth:`Mapping.put`."""
@@ -91,6 +87,7 @@ class NvshmemBackend(Backend):
     device_type = "cuda"
     capabilities = (
         Capability.REMOTE_TENSOR
+        | Capability.CONTIGUOUS_VIEW
         | Capability.MULTICAST
         | Capability.SIGNALS
         | Capability.ONE_SIDED
@@ -162,7 +159,7 @@ class NvshmemBackend(Backend):
                 allocation.slots,
                 pointers,
                 collective,
-                lambda pads: NvshmemMapping(self, allocation.pointer, group, device, pointers, pads, pes),
+                lambda pads: NvshmemMapping(allocation, group, pointers, pads, pes),
             )
 
     def _load(self) -> None:

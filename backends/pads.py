@@ -21,10 +21,12 @@ from symmem.backends.libc import round_up
 from symmem.backends.signal_kernels import pad_words
 from symmem.backends.signalled import SignalledMapping
 from symmem.backends.untraced import untraced
-from symmem.errors import ResourceLimitError
+from symmem.errors import ResourceLimitError, SymmemError
 
 if TYPE_CHECKING:
+    from symmem.backends.base import Allocation, RankGroup
     from symmem.backends.cuda_signals import CudaSignals
+    from symmem.backends.vmm import DeviceRange
 
 __all__ = ["MAX_RANKS", "SLOT_NBYTES", "PadSlots", "PaddedMapping", "padded"]
 
@@ -76,7 +78,39 @@ class PadSlots:
 
 
 class PaddedMapping(SignalledMapping):
-    """A mapping with pads inside the allocation and signals by kernels. See :class:`SignalledMapping`."""
+    """A mapping with pads inside the allocation and signals by kernels.
+
+    Args:
+        allocation: This rank's memory.
+        group: See :class:`Mapping`.
+        pointers: See :class:`Mapping`.
+        pads: See :class:`SignalledMapping`.
+    """
+
+    def __init__(self, allocation: Allocation, group: RankGroup, pointers: Sequence[int], pads: Sequence[int]) -> None:
+        super().__init__(allocation.backend, group, allocation.device, pointers, pads)
+        self._nbytes = allocation.nbytes
+        self._second: tuple[DeviceRange, int, int] | None = None
+        self._lock = threading.Lock()
+
+    def contiguous(self) -> tuple[int, int]:
+        """See :meth:`Mapping.contiguous`. The first call maps the memory of all ranks a second time."""
+        from symmem.backends.driver import load_driver
+        from symmem.backends.vmm import map_again
+
+        if not all(self.pointers):
+            self.unsupported("contiguous_view", "some ranks' memory is not load/store reachable from here")
+        driver = load_driver()
+        ordinal = driver.ordinal(self.device)
+        with self._lock, driver.on(ordinal):
+            if self._second is None:
+                try:
+                    self._second = map_again(driver, ordinal, self.pointers, self._nbytes)
+                except SymmemError as error:
+                    error.located(rank=self.group.rank, group=self.group.name, step="contiguous_view")
+                    raise
+        region, offset, stride = self._second
+        return region.address + offset, stride
 
     def signals_at(self, pads: Sequence[int]) -> CudaSignals:
         from symmem.backends.cuda_signals import CudaSignals

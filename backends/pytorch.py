@@ -68,9 +68,8 @@ class TorchMapping(PaddedMapping):
     """The memory of all ranks of a group.
 
     Args:
-        backend: See :class:`Mapping`.
+        allocation: See :class:`PaddedMapping`.
         group: See :class:`Mapping`.
-        device: See :class:`Mapping`.
         pointers: See :class:`Mapping`.
         pads: See :class:`SignalledMapping`.
         multicast: torch's multicast address of the memory, or 0.
@@ -79,15 +78,14 @@ class TorchMapping(PaddedMapping):
 
     def __init__(
         self,
-        backend: Backend,
+        allocation: Allocation,
         group: RankGroup,
-        device: torch.device,
         pointers: Sequence[int],
         pads: Sequence[int],
         multicast: int,
         keep: object,
     ) -> None:
-        super().__init__(backend, group, device, pointers, pads)
+        super().__init__(allocation, group, pointers, pads)
         self._multicast, self._keep = multicast, keep
 
     def multicast(self) -> int:
@@ -104,7 +102,13 @@ class _TorchBackend(Backend):
     """The common part of the three backends."""
 
     device_type = "cuda"
-    capabilities = Capability.REMOTE_TENSOR | Capability.SIGNALS | Capability.ONE_SIDED | Capability.SECOND_GROUP
+    capabilities = (
+        Capability.REMOTE_TENSOR
+        | Capability.CONTIGUOUS_VIEW
+        | Capability.SIGNALS
+        | Capability.ONE_SIDED
+        | Capability.SECOND_GROUP
+    )
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -173,7 +177,7 @@ class TorchBackend(_TorchBackend):
                 allocation.slots,
                 pointers,
                 collective,
-                lambda pads: TorchMapping(self, group, device, pointers, pads, handle.multicast_ptr, handle),
+                lambda pads: TorchMapping(allocation, group, pointers, pads, handle.multicast_ptr, handle),
             )
 
     def _check_group(self, collective: Collective, device: torch.device) -> ProcessGroup:
@@ -277,7 +281,7 @@ class TorchNvshmemBackend(_CollectiveAllocation):
     def rendezvous(self, allocation: Allocation, collective: Collective) -> TorchMapping:
         """See :meth:`Backend.rendezvous`. It does not call torch, so other ranks of the job need not take part."""
         assert isinstance(allocation, TorchNvshmemAllocation)
-        group, device = collective.group, allocation.device
+        group = collective.group
         with collective.exchange("translate", str(dist.get_rank()).encode()) as received:
             ranks = [int(contribution.payload) for contribution in received]
         pointers = [allocation.world_pointers[rank] for rank in ranks]
@@ -287,7 +291,7 @@ class TorchNvshmemBackend(_CollectiveAllocation):
             allocation.slots,
             pointers,
             collective,
-            lambda pads: TorchMapping(self, group, device, pointers, pads, multicast, None),
+            lambda pads: TorchMapping(allocation, group, pointers, pads, multicast, None),
         )
 
     def _make(self, nbytes: int, device: torch.device, collective: Collective, process_group: ProcessGroup) -> _Piece:

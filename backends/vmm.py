@@ -27,9 +27,9 @@ from symmem.backends.base import Collective
 from symmem.backends.driver import Driver
 from symmem.backends.libc import Descriptor
 from symmem.backends.untraced import untraced
-from symmem.errors import SymmemError
+from symmem.errors import SymmemError, UnsupportedError
 
-__all__ = ["DeviceRange", "MemoryHandle", "Token", "exchange_handles", "free_pending"]
+__all__ = ["DeviceRange", "MemoryHandle", "Token", "exchange_handles", "free_pending", "map_again"]
 
 log = logging.getLogger("symmem.vmm")
 
@@ -145,6 +145,52 @@ class DeviceRange:
             except SymmemError:
                 return index
         return len(self.pieces)
+
+
+def map_again(driver: Driver, ordinal: int, pointers: Sequence[int], nbytes: int) -> tuple[DeviceRange, int, int]:
+    """Map memory that another library has mapped a second time, so that all ranks' memory is side by side.
+
+    Args:
+        driver: The driver.
+        ordinal: The GPU that will access it.
+        pointers: Address of every rank's memory in this process.
+        nbytes: Bytes of every rank's memory.
+
+    Returns:
+        The range, the offset of the first rank's memory in it, and the bytes from one rank's memory to the next.
+
+    Raises:
+        UnsupportedError: The ranks' memory begins at different offsets of the driver's mappings.
+        SymmemError: The driver cannot map it a second time.
+    """
+    pieces = [_mapped_pieces(driver, pointer, nbytes) for pointer in pointers]
+    offsets = [pointer - first for pointer, ((first, _), *_rest) in zip(pointers, pieces, strict=True)]
+    if len(set(offsets)) > 1:
+        raise UnsupportedError(
+            f"the library has placed the ranks' memory differently: {offsets} bytes after the beginning of a mapping",
+            hint="use remote_tensor() for each rank, or the backend `native`",
+        )
+    stride = max(sum(size for _, size in each) for each in pieces)
+    region = DeviceRange(driver, ordinal, len(pointers) * stride, driver.granularity(ordinal, False))
+    for rank, each in enumerate(pieces):
+        at = rank * stride
+        for address, size in each:
+            handle = MemoryHandle(driver, driver.retain(address))
+            try:
+                region.map(at, handle, size)
+            finally:
+                handle.close()  # the mapping keeps the memory
+            at += size
+    region.open()
+    return region, offsets[0], stride
+
+
+def _mapped_pieces(driver: Driver, pointer: int, nbytes: int) -> list[tuple[int, int]]:
+    """Address and bytes of the mappings, one after the other, that hold a piece of memory."""
+    pieces = [driver.range_of(pointer)]
+    while (end := sum(pieces[-1])) < pointer + nbytes:
+        pieces.append(driver.range_of(end))
+    return pieces
 
 
 def _runs(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:

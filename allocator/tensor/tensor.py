@@ -290,11 +290,13 @@ class SymmetricTensor(BlockHandle):
     def contiguous_view(self, *, group: GroupLike = None) -> torch.Tensor:
         """Return all ranks' tensors as one, of shape [world, *shape]; ``[r]`` is rank r's memory. Local.
 
-        The view is contiguous if the bytes of a tensor are a multiple of the backend's granularity (host: 4096).
-        Otherwise its first stride skips the padding.
+        With ``host`` and ``native``, the view is contiguous if the bytes of a tensor outside of an arena are a multiple
+        of the granularity (host: 4096). Otherwise its first stride skips what is between the tensors. The first call
+        may map the memory of the ranks a second time.
 
         Raises:
             UnsupportedError: The backend cannot map all ranks' memory side by side.
+            BackendUnavailableError: It is memory of torch or NVSHMEM, and ``cuda-python`` is not installed.
         """
         mapping = self._mapping("contiguous_view", group)
         address, stride = mapping.contiguous()

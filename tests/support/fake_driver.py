@@ -78,6 +78,7 @@ class FakeDriver(Driver):
         self.handles: dict[int, int] = {}
         self.reservations: dict[int, int] = {}
         self.mappings: dict[int, int] = {}
+        self._mapped: dict[int, int] = {}  # by address of a mapping: its handle
         self.bound: set[int] = set()
         self._access: dict[int, set[int]] = {}  # by address of a mapping: GPUs
         self._next = 1000
@@ -202,7 +203,18 @@ class FakeDriver(Driver):
         assert any(start <= address and address + nbytes <= start + n for start, n in self.reservations.items())
         assert not any(start < address + nbytes and address < start + n for start, n in self.mappings.items())
         _mmap(address, nbytes, SHARED | FIXED, self.handles[handle])
-        self.mappings[address] = nbytes
+        self.mappings[address], self._mapped[address] = nbytes, handle
+
+    def range_of(self, address: int) -> tuple[int, int]:
+        """Like the driver's: for any address within a mapping."""
+        for start, nbytes in self.mappings.items():
+            if start <= address < start + nbytes:
+                return start, nbytes
+        raise driver_error("CUDA_ERROR_NOT_FOUND", "range_of: CUDA_ERROR_NOT_FOUND")
+
+    def retain(self, address: int) -> int:
+        """Like the driver's, but only while the handle that was mapped is not released."""
+        return self._enter(os.dup(self.handles[self._mapped[address]]))
 
     def unmap(self, address: int, nbytes: int) -> None:
         assert self._quiet, "unmapped while kernels may run"

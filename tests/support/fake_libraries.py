@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fake_driver import FakeSignals
+from fake_driver import FakeDriver, FakeSignals
 
-from symmem.backends import cuda_signals, get_backend, gpu, nvshmem, torch_transport
+from symmem.backends import cuda_signals, driver, get_backend, gpu, nvshmem, torch_transport
 from symmem.backends.libc import PAGE, Region, round_up
 
 HEAP = 1 << 27
@@ -36,6 +36,36 @@ def map_file(name: str, nbytes: int) -> int:
     address = _mapped[-1].place(0, descriptor, nbytes)
     os.close(descriptor)
     return address
+
+
+_mremap = ctypes.CDLL(None, use_errno=True).mremap
+_mremap.restype = ctypes.c_void_p
+_mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+MAYMOVE, TO_AN_ADDRESS = 1, 2
+
+
+class LibrariesDriver(FakeDriver):
+    """A fake driver for memory of :func:`map_file`; the handle of memory is its address."""
+
+    def granularity(self, ordinal: int, fabric: bool) -> int:
+        return PAGE
+
+    def range_of(self, address: int) -> tuple[int, int]:
+        (found,) = (each for each in _mapped if each.address <= address < each.address + each.nbytes)
+        return found.address, found.nbytes
+
+    def retain(self, address: int) -> int:
+        assert any(each.address == address for each in _mapped)
+        return address
+
+    def release(self, handle: int) -> None:
+        """There is nothing to release."""
+
+    def map(self, address: int, nbytes: int, handle: int) -> None:
+        # With an old size of 0, Linux maps shared memory a second time.
+        result = _mremap(handle, 0, nbytes, MAYMOVE | TO_AN_ADDRESS, address)
+        assert result == address, os.strerror(ctypes.get_errno())
+        self.mappings[address] = nbytes
 
 
 def agree(what: int, *values: int, group: Any = None) -> list[list[int]]:
@@ -236,6 +266,8 @@ def install() -> tuple[FakeNvshmem, FakeTorch]:
     vars(torch_transport)["backend_of"] = lambda group, device: "nccl"
     vars(torch_transport)["_lack_of_nccl"] = vars(torch_transport)["_lack_of_nvshmem"] = lambda: None
     vars(nvshmem)["NvshmemLibrary"] = lambda: library
+    libraries_driver = LibrariesDriver()
+    vars(driver)["load_driver"] = lambda: libraries_driver
     os.environ["NCCL_NVLS_ENABLE"] = "0"
     for name in ("nvshmem", "pytorch_cuda", "pytorch_nccl", "pytorch_nvshmem"):
         backend: Any = get_backend(name)

@@ -112,7 +112,7 @@ def contiguous_view_holds_all_ranks(ctx: Context) -> None:
         ctx.meet()
         assert (st.tensor == -ctx.previous).all().item()  # the same memory, not a copy
         ctx.meet()
-    if not ctx.arena:
+    if not ctx.arena and ctx.backend.name in ("host", "native"):  # other backends have signal pads behind the tensor
         assert st.contiguous_view().is_contiguous()  # 2 MiB per rank, a multiple of any granularity
 
 
