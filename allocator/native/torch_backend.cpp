@@ -149,8 +149,8 @@ struct Handle : sm::SymmetricMemory {
   std::vector<void*>& checked_pads() {
     if (pad_nbytes < sm::get_signal_pad_size())
       fail(
-          "this memory has a signal pad of ", pad_nbytes, " bytes, and torch now expects ", sm::get_signal_pad_size(),
-          ". Allocate with torch's empty, after set_signal_pad_size. Tensors of symmem.allocate have such pads if "
+          "UnsupportedError", "this memory has a signal pad of ", pad_nbytes, " bytes, and torch now expects ",
+          sm::get_signal_pad_size(), ". Allocate with torch's empty, after set_signal_pad_size. Tensors of symmem.allocate have such pads if "
           "symmem.torch_backend.enable() is called before the first tensor on CUDA, and the size is the default.");
     return pads;
   }
@@ -177,14 +177,14 @@ struct State {
   void check(const char* operation) {
     if (process != getpid())
       fail(
-          "ForkedError: ", operation,
+          "ForkedError", operation,
           ": this process was forked after symmem.torch_backend.enable(); the child is not a rank. "
           "Start the child with the method spawn, and enable the backend there.");
   }
 
   void check_python(const char* operation) {
     check(operation);
-    if (exiting) fail(operation, ": the interpreter is shutting down");
+    if (exiting) fail("ClosedError", operation, ": the interpreter is shutting down");
   }
 
   // Whether memory of torch or of symmem holds an address.
@@ -221,10 +221,6 @@ Memory::~Memory() {
   if (descriptor >= 0) close(descriptor);
 }
 
-thread_local std::string failure;
-
-[[noreturn]] void raise() { TORCH_CHECK(false, failure); }
-
 void Handle::drop() {
   auto& all = state();
   if (!token || all.process != getpid() || all.exiting) return;
@@ -255,13 +251,13 @@ void Handle::launch(int kind, int peer, int channel, uint64_t timeout_ms) {
   const int64_t channels = pad_nbytes / (4 * world);
   if (channel < 0 || channel >= channels)
     fail(
-        "InvalidArgumentError: channel ", channel, " is not within 0 to ", channels - 1, ": the signal pad has ",
+        "InvalidArgumentError", "channel ", channel, " is not within 0 to ", channels - 1, ": the signal pad has ",
         pad_nbytes, " bytes for ", world, " ranks");
   if (peer < 0 || peer >= world)
-    fail("RankError: rank ", peer, " is not within 0 to ", world - 1, " of the group (this is rank ", rank, ")");
+    fail("RankError", "rank ", peer, " is not within 0 to ", world - 1, " of the group (this is rank ", rank, ")");
   if (world > LARGEST_WORLD || std::find(pads.begin(), pads.end(), nullptr) != pads.end())
     fail(
-        "UnsupportedError: no signals on rank ", rank, ": the group has more than ", LARGEST_WORLD,
+        "UnsupportedError", "no signals on rank ", rank, ": the group has more than ", LARGEST_WORLD,
         " ranks, or ranks that are not load/store reachable from here. Use a group of ranks that reach each other.");
   if ((*signals.stopped || *signals.given_up) && all.python.check(token)) raise();
   struct {  // `struct Call` of the kernels behind the pads
@@ -293,7 +289,7 @@ struct Allocator : sm::SymmetricMemoryAllocator {
     const uint64_t page = sysconf(_SC_PAGESIZE), available = available_memory();
     if (size > available)
       fail(
-          "OutOfMemoryError: ", size, " bytes of shared memory were asked for, ", available,
+          "OutOfMemoryError", size, " bytes of shared memory were asked for, ", available,
           " are available. Free memory, or allocate less.");
     auto memory = std::make_shared<Memory>(size, page, group);
     memory->descriptor = memfd_create("symmem", MFD_CLOEXEC | MFD_ALLOW_SEALING);
@@ -304,7 +300,7 @@ struct Allocator : sm::SymmetricMemoryAllocator {
         : mmap(nullptr, memory->extent, PROT_READ | PROT_WRITE, MAP_SHARED, memory->descriptor, 0);
     if (place == MAP_FAILED)
       fail(
-          "ResourceLimitError: cannot make and map a memory file of ", memory->extent, " bytes: ", std::strerror(errno),
+          "ResourceLimitError", "cannot make and map a memory file of ", memory->extent, " bytes: ", std::strerror(errno),
           ". Hold fewer tensors, or raise `ulimit -n` or /proc/sys/vm/max_map_count.");
     memory->address = reinterpret_cast<Address>(place);
     return keep(memory);
@@ -328,7 +324,7 @@ struct Allocator : sm::SymmetricMemoryAllocator {
     std::lock_guard lock(all.mutex);
     auto found = all.find(reinterpret_cast<Address>(pointer));
     if (found == all.blocks.end())
-      fail("no live allocation of torch's symmetric memory holds ", reinterpret_cast<Address>(pointer));
+      fail("NotSymmetricError", "no live allocation of torch's symmetric memory holds ", uintptr_t(pointer));
     return found->second.memory->nbytes;
   }
 
@@ -435,8 +431,11 @@ EXPORT void symmem_enable(const Python* python) {
 // From here on nothing calls Python.
 EXPORT void symmem_exit() { state().exiting = true; }
 
-// The text of the error that torch raises on this thread.
-EXPORT void symmem_fail(const char* text) { failure = text; }
+// The text of the error that torch raises next on this thread.
+EXPORT void symmem_fail(const char* text) { failure() = text; }
+
+// The text of the last error on this thread; empty if there was none.
+EXPORT const char* symmem_failure() { return failure().c_str(); }
 
 EXPORT int symmem_holds(uint64_t address) { return state().holds(address); }
 

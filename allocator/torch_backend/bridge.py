@@ -22,7 +22,7 @@ from symmem import native
 from symmem.backends import get_backend, signal_kernels
 from symmem.backends.base import Allocation
 from symmem.backends.host import HostAllocation, HostBackend
-from symmem.errors import ForkedError, UnsupportedError
+from symmem.errors import ForkedError, UnsupportedError, from_wire
 from symmem.group.group import Group
 from symmem.group.resolve import resolve_group
 from symmem.memory.block import Block
@@ -100,6 +100,7 @@ def enable() -> None:
             ctypes.cast(ctypes.pythonapi.Py_AddPendingCall, ctypes.c_void_p),
         )
         library.symmem_release.restype = None
+        library.symmem_failure.restype = ctypes.c_char_p
         library.symmem_enable(ctypes.byref(functions))
         signal_kernels.for_torch = True  # only if nothing failed, because pads must be the same on all ranks
         atexit.register(library.symmem_exit)
@@ -114,11 +115,21 @@ def is_symmetric(tensor: torch.Tensor) -> bool:
 
 
 def last_error() -> BaseException | None:
-    """The exception behind the last RuntimeError that symmem raised through torch on this thread; None if none.
+    """The error behind the last RuntimeError of torch's symmetric memory on this thread that is symmem's. Local.
 
-    Torch reports every error as a RuntimeError with the text alone.
+    Torch reports an error of its backend as a RuntimeError with the text alone. This has the class, and the attributes
+    that are known: an allocation, a free and a signal on CUDA fail without Python, so their errors have a text only.
+
+    Returns:
+        A SymmemError, or the exception of another library that symmem called, or a KeyboardInterrupt; None if there was
+        no error.
     """
-    return getattr(_errors, "last", None)
+    text = "" if _enabled is None else _enabled[1].symmem_failure().decode(errors="replace")
+    last: tuple[str, BaseException | None] = getattr(_errors, "last", ("", None))
+    if text != last[0]:  # from C++, later than the last one from Python
+        _symmem, kind, what = text.split(": ", 2)
+        _errors.last = last = text, from_wire({"type": kind, "what": what})
+    return last[1]
 
 
 def _load() -> ctypes.CDLL:
@@ -146,8 +157,9 @@ def _guarded(function: Callable[..., int | None], library: ctypes.CDLL) -> Calla
             return function(*arguments) or 0
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # their variables keep memory
-            _errors.last = error
-            library.symmem_fail(f"symmem: {type(error).__name__}: {error}".encode())
+            text = f"symmem: {type(error).__name__}: {error}"
+            _errors.last = text, error
+            library.symmem_fail(text.encode())
             if isinstance(error, KeyboardInterrupt):
                 _thread.interrupt_main()  # raised again after torch's error, or in its place
             return 1

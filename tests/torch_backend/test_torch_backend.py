@@ -18,7 +18,14 @@ import torch.distributed._symmetric_memory
 import symmem
 from symmem import torch_backend
 from symmem.backends import signal_kernels
-from symmem.errors import MismatchError, PeerLostError, PeerTimeoutError, UnsupportedError
+from symmem.errors import (
+    InvalidArgumentError,
+    MismatchError,
+    OutOfMemoryError,
+    PeerLostError,
+    PeerTimeoutError,
+    UnsupportedError,
+)
 from symmem.native.build import load_library
 from symmem.torch_backend import bridge
 
@@ -107,7 +114,7 @@ def mismatch_program() -> None:
     t = symm_mem.empty(100 + dist.get_rank() % 2, device="cpu")
     with pytest.raises(RuntimeError, match="400"):
         symm_mem.rendezvous(t, group)
-    assert isinstance(torch_backend.last_error(), MismatchError)
+    assert isinstance(symmem.last_error(), MismatchError)
     symm_mem.rendezvous(symm_mem.empty(100, device="cpu"), group)
 
 
@@ -135,9 +142,37 @@ def timeout_program() -> None:
     if dist.get_rank() == 0:
         with pytest.raises(RuntimeError, match="PeerTimeoutError"):
             hdl.wait_signal(1, channel=5, timeout_ms=50)
-        assert isinstance(torch_backend.last_error(), PeerTimeoutError)
+        assert isinstance(symmem.last_error(), PeerTimeoutError)
     with pytest.raises(RuntimeError, match="channel"):
         hdl.barrier(channel=64)
+    hdl.barrier()
+
+
+def last_error_program() -> None:
+    """Every thread has its own, from Python or from C++, whichever was last."""
+    group = world()
+    hdl = symm_mem.rendezvous(symm_mem.empty(4, device="cpu"), group)
+    with pytest.raises(RuntimeError, match="channel"):
+        hdl.barrier(channel=64)
+    first = symmem.last_error()
+    assert isinstance(first, InvalidArgumentError)
+    assert first.step == "barrier"
+    others: list[object] = []
+    thread = threading.Thread(target=lambda: others.append(symmem.last_error()))
+    thread.start()
+    thread.join()
+    assert others == [None]
+    with pytest.raises(RuntimeError, match="OutOfMemoryError") as caught:
+        symm_mem.empty(2**50, device="cpu")
+    second = symmem.last_error()
+    assert isinstance(second, OutOfMemoryError)
+    assert second.what in str(caught.value)
+    assert symmem.last_error() is second
+    with pytest.raises(RuntimeError, match="channel"):
+        hdl.barrier(channel=64)
+    third = symmem.last_error()
+    assert isinstance(third, InvalidArgumentError)
+    assert third is not first
     hdl.barrier()
 
 
@@ -222,6 +257,7 @@ def groups_program() -> None:
         mismatch_program,
         pads_program,
         timeout_program,
+        last_error_program,
         memory_program,
         local_program,
         groups_program,
@@ -239,7 +275,7 @@ def dying_program() -> None:
         os._exit(1)
     with pytest.raises(RuntimeError, match="PeerLostError"):
         symm_mem.rendezvous(symm_mem.empty(4, device="cpu"), group)
-    assert isinstance(torch_backend.last_error(), PeerLostError)
+    assert isinstance(symmem.last_error(), PeerLostError)
 
 
 def test_a_rank_that_dies(new_pool: Any) -> None:
@@ -311,6 +347,12 @@ def test_cuda_without_a_gpu() -> None:
 
 def test_nothing_of_cuda_is_loaded_before_its_use() -> None:
     program = START + "import sys; assert not {'symmem.torch_backend.gpu', 'symmem.backends.native'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_no_error_before_it_is_enabled() -> None:
+    program = "import symmem; assert symmem.last_error() is None"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
