@@ -12,7 +12,6 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +27,6 @@ from symmem.group.resolve import resolve_group
 from symmem.memory.block import Block
 from symmem.memory.layout import Layout
 from symmem.memory.registry import block_at, register
-from symmem.native.build import load_library
 from symmem.tensor.tensor import SymmetricTensor
 
 if TYPE_CHECKING:
@@ -36,9 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["enable", "is_symmetric", "last_error"]
 
-_SOURCE = Path(native.__file__).parent / "torch_backend.cpp"
 _NOT_SYMMETRIC = 2
-_HEADERS = (_SOURCE.with_name("cuda_memory.h"),)
 
 _Rendezvous = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_char_p)
 _Signal = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_uint64)
@@ -89,7 +85,11 @@ def enable() -> None:
                 )
             return
         get_backend("host").probe()
-        library = _load()
+        if not dist.is_available():
+            raise UnsupportedError(
+                "this build of torch has no torch.distributed", hint="install another build of torch"
+            )
+        library = native.torch_library()
         dropped = ctypes.PyDLL(None, handle=library._handle).symmem_dropped  # keeps the GIL: it is short
         functions = _Functions(
             _Rendezvous(_guarded(functools.partial(_rendezvous, library, dropped), library)),
@@ -130,23 +130,6 @@ def last_error() -> BaseException | None:
         _symmem, kind, what = text.split(": ", 2)
         _errors.last = last = text, from_wire({"type": kind, "what": what})
     return last[1]
-
-
-def _load() -> ctypes.CDLL:
-    if not dist.is_available():
-        raise UnsupportedError("this build of torch has no torch.distributed", hint="install another build of torch")
-    root = Path(torch.__file__).parent
-    options = ["-std=c++20", "-O1", "-fvisibility=hidden", f"-I{root / 'include'}"]
-    options.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
-    try:
-        libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-        return load_library(_SOURCE, options, libraries, torch.__version__, _HEADERS)
-    except OSError as error:
-        raise UnsupportedError(
-            f"symmem cannot compile its backend for torch {torch.__version__}: {error}",
-            hint="install g++ 11 or newer (or name a compiler in CXX); or use symmem.torch_compat, which needs none",
-            step="enable",
-        ) from error
 
 
 def _guarded(function: Callable[..., int | None], library: ctypes.CDLL) -> Callable[..., int]:
