@@ -4,8 +4,8 @@
 // end. It uses neither Python's headers nor pybind11.
 //
 // alloc and free run no Python: torch calls them with the GIL or its own locks held, and a thread that waits for the
-// GIL there would wait forever. So they make and free memory here: memory files for the CPU, and the driver's memory for
-// CUDA (cuda_memory.h). The first rendezvous of a block and group calls Python, where the ranks meet; every later one is
+// GIL there would wait forever. So they make and free memory here: memory files for the CPU, and the driver's memory
+// for CUDA (cuda_memory.h). The first rendezvous of a block and group calls Python, where the ranks meet; every later one is
 // answered from the table below. The table's mutex is never held during a call of Python, of torch, or of a destructor
 // of a handle.
 #include <fcntl.h>
@@ -78,6 +78,7 @@ struct Python {
   int (*holds)(Address address);
   int (*drop)(void*);                                  // drops the tokens that symmem_dropped returns
   int (*add_pending_call)(int (*)(void*), void*);      // Py_AddPendingCall: needs no GIL
+  const char* memory_limits;                           // files with limits of control groups, one a line
 };
 
 struct State;
@@ -150,7 +151,8 @@ struct Handle : sm::SymmetricMemory {
     if (pad_nbytes < sm::get_signal_pad_size())
       fail(
           "UnsupportedError", "this memory has a signal pad of ", pad_nbytes, " bytes, and torch now expects ",
-          sm::get_signal_pad_size(), ". Allocate with torch's empty, after set_signal_pad_size. Tensors of symmem.allocate have such pads if "
+          sm::get_signal_pad_size(),
+          ". Allocate with torch's empty, after set_signal_pad_size. Tensors of symmem.allocate have such pads if "
           "symmem.torch_backend.enable() is called before the first tensor on CUDA, and the size is the default.");
     return pads;
   }
@@ -170,6 +172,7 @@ struct State {
   std::map<std::pair<Address, std::string>, c10::weak_intrusive_ptr<Handle>> others;
   std::vector<int64_t> dropped;
   Python python{};
+  std::vector<std::string> memory_limits;
   pid_t process = getpid();
   bool exiting = false;
 
@@ -272,14 +275,28 @@ void Handle::launch(int kind, int peer, int channel, uint64_t timeout_ms) {
   cuda::launch(*gpu, signals.kernels[kind], kind ? 1 : (world + 31) / 32 * 32, call.data());
 }
 
-uint64_t available_memory() {
-  uint64_t kibibytes = UINT64_MAX / 1024;
-  if (FILE* file = std::fopen("/proc/meminfo", "re")) {
+// The number in the first line of a file that fits a format of scanf, if there is one.
+std::optional<uint64_t> number_in(const std::string& path, const char* format) {
+  std::optional<uint64_t> found;
+  if (FILE* file = std::fopen(path.c_str(), "re")) {
     char line[256];
-    while (std::fgets(line, sizeof line, file) && std::sscanf(line, "MemAvailable: %lu", &kibibytes) != 1) continue;
+    unsigned long number;
+    while (!found && std::fgets(line, sizeof line, file))
+      if (std::sscanf(line, format, &number) == 1) found = number;
     std::fclose(file);
   }
-  return kibibytes * 1024;
+  return found;
+}
+
+// As available_memory in backends/libc.py, which finds the files with the limits.
+uint64_t available_memory() {
+  uint64_t available = number_in("/proc/meminfo", "MemAvailable: %lu").value_or(UINT64_MAX / 1024) * 1024;
+  for (const auto& limit : state().memory_limits) {
+    const auto most = number_in(limit, "%lu");
+    const auto used = number_in(limit.substr(0, limit.rfind('/')) + "/memory.current", "%lu");
+    if (most && used) available = std::min(available, *most - std::min(*most, *used));
+  }
+  return available;
 }
 
 struct Allocator : sm::SymmetricMemoryAllocator {
@@ -290,7 +307,7 @@ struct Allocator : sm::SymmetricMemoryAllocator {
     if (size > available)
       fail(
           "OutOfMemoryError", size, " bytes of shared memory were asked for, ", available,
-          " are available. Free memory, or allocate less.");
+          " are available. Free memory, allocate less, or raise the container's memory limit.");
     auto memory = std::make_shared<Memory>(size, page, group);
     memory->descriptor = memfd_create("symmem", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     const bool made = memory->descriptor >= 0 && ftruncate(memory->descriptor, memory->extent) == 0 &&
@@ -300,8 +317,8 @@ struct Allocator : sm::SymmetricMemoryAllocator {
         : mmap(nullptr, memory->extent, PROT_READ | PROT_WRITE, MAP_SHARED, memory->descriptor, 0);
     if (place == MAP_FAILED)
       fail(
-          "ResourceLimitError", "cannot make and map a memory file of ", memory->extent, " bytes: ", std::strerror(errno),
-          ". Hold fewer tensors, or raise `ulimit -n` or /proc/sys/vm/max_map_count.");
+          "ResourceLimitError", "cannot make and map a memory file of ", memory->extent, " bytes: ",
+          std::strerror(errno), ". Hold fewer tensors, or raise `ulimit -n` or /proc/sys/vm/max_map_count.");
     memory->address = reinterpret_cast<Address>(place);
     return keep(memory);
   }
@@ -423,6 +440,9 @@ struct CudaAllocator : Allocator {
 
 EXPORT void symmem_enable(const Python* python) {
   state().python = *python;
+  const std::string limits = python->memory_limits;
+  for (size_t begin = 0, end; (end = limits.find('\n', begin)) != limits.npos; begin = end + 1)
+    state().memory_limits.push_back(limits.substr(begin, end - begin));
   auto allocator = c10::make_intrusive<Allocator>();
   sm::register_allocator(c10::DeviceType::CPU, allocator);
   sm::register_availability(allocator->name(), c10::make_intrusive<CudaAllocator>());  // for set_backend: CUDA

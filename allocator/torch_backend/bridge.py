@@ -21,6 +21,7 @@ from symmem import native
 from symmem.backends import get_backend, signal_kernels
 from symmem.backends.base import Allocation
 from symmem.backends.host import HostAllocation, HostBackend
+from symmem.backends.libc import memory_limits
 from symmem.errors import ForkedError, UnsupportedError, from_wire
 from symmem.group.group import Group
 from symmem.group.resolve import resolve_group
@@ -53,6 +54,7 @@ class _Functions(ctypes.Structure):
         ("holds", _Holds),
         ("drop", _Drop),
         ("add_pending_call", ctypes.c_void_p),
+        ("memory_limits", ctypes.c_char_p),
     )
 
 
@@ -98,6 +100,7 @@ def enable() -> None:
             _Holds(lambda address: block_at(address) is not None),
             _Drop(lambda _argument: _drop(dropped)),
             ctypes.cast(ctypes.pythonapi.Py_AddPendingCall, ctypes.c_void_p),
+            b"".join(os.fsencode(path) + b"\n" for path in memory_limits()),
         )
         library.symmem_release.restype = None
         library.symmem_failure.restype = ctypes.c_char_p

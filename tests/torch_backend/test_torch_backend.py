@@ -356,6 +356,39 @@ def test_no_error_before_it_is_enabled() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+LIMITED = """
+import pathlib, sys, torch, torch.distributed as dist, torch.distributed._symmetric_memory as symm_mem
+from symmem.backends import libc
+libc.memory_limits = lambda: [pathlib.Path(folder) / "memory.max" for folder in sys.argv[1:]]
+import symmem, symmem.torch_backend
+symmem.torch_backend.enable()
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+doors = {
+    "torch's": lambda count: symm_mem.empty(count, dtype=torch.uint8, device="cpu"),
+    "ours": lambda count: symmem.allocate(count, dtype=torch.uint8, arena=False),
+}
+for door, allocate in doors.items():
+    assert allocate(2000) is not None
+    try:
+        allocate(1 << 20)
+    except (RuntimeError, symmem.errors.OutOfMemoryError) as error:
+        assert "1048576 bytes of shared memory were asked for, 5000 are available" in str(error), (door, error)
+    else:
+        raise AssertionError(door)
+"""
+
+
+def test_both_doors_know_the_limits_of_control_groups(tmp_path: Path) -> None:
+    for name, most, used in (("a", "max", 0), ("b", "9000", 4000), ("c", "90000", 4000)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "memory.max").write_text(f"{most}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+    folders = [str(tmp_path / name) for name in "abc"]
+    done = subprocess.run([sys.executable, "-c", LIMITED, *folders], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_without_a_compiler_nothing_is_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nowhere/g++")
     monkeypatch.setattr(bridge, "_enabled", None)
