@@ -36,6 +36,7 @@ __all__ = [
     "futex_wake",
     "is_limit",
     "limit_error",
+    "memory_limits",
     "require_signals",
     "round_up",
 ]
@@ -84,7 +85,7 @@ def available_memory() -> int:
     try:
         meminfo = Path("/proc/meminfo").read_text()
         available = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
-        for limit in _limits():
+        for limit in memory_limits():
             if (text := limit.read_text().strip()) != "max":
                 used = int(limit.with_name("memory.current").read_text())
                 available = min(available, max(int(text) - used, 0))
@@ -93,8 +94,11 @@ def available_memory() -> int:
     return available
 
 
-def _limits() -> list[Path]:
-    """The files with the memory limits of this process's control group and its parents."""
+def memory_limits() -> list[Path]:
+    """The files with the memory limits of this process's control group and its parents.
+
+    Each has a number of bytes, or "max". The file ``memory.current`` beside it has the bytes in use.
+    """
     root, own = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
     lines = own.read_text().splitlines() if own.exists() else []
     path = next((line[3:] for line in lines if line.startswith("0::")), "/")

@@ -28,7 +28,6 @@ all ranks have entered the acts before such an access, so the difference is foun
 from __future__ import annotations
 
 import ctypes
-import functools
 import json
 import logging
 import sys
@@ -37,9 +36,9 @@ import time
 import weakref
 from array import array
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from symmem import native
 from symmem.backends import pending_waits
 from symmem.backends.libc import PAGE, Region, full_fence, round_up
 from symmem.backends.memory_files import check_memory_file, make_memory_file
@@ -47,7 +46,6 @@ from symmem.backends.pending_waits import Wait
 from symmem.errors import DivergenceError, PeerTimeoutError, SymmemError, from_wire, to_wire
 from symmem.group.call_site import program_line
 from symmem.group.compare import SAME_CALLS, differing
-from symmem.native.build import load_extension
 
 if TYPE_CHECKING:
     from symmem.backends.base import RankGroup
@@ -492,10 +490,5 @@ class PythonRing:
         return look
 
 
-@functools.cache
 def _ring_type() -> Any:
-    try:
-        return load_extension("_ledger", Path(__file__).parents[1] / "native" / "ledger.c").Ring
-    except Exception as error:
-        log.warning("allocations are compared by slower code in Python: %s", error)
-        return PythonRing
+    return getattr(native.module(), "Ring", PythonRing)

@@ -23,8 +23,17 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 
-// Raise torch's error with a text. Not by the arguments of TORCH_CHECK, which become text in a stream of which a part is
-// torch's: with torch 2.11 and g++ 13, a number in it crashes.
+// The text of the last error of this thread: "symmem: ", the name of a class of symmem.errors, ": ", and what happened.
+inline std::string& failure() {
+  static thread_local std::string text;
+  return text;
+}
+
+// Raise torch's error with that text.
+[[noreturn]] inline void raise() { TORCH_CHECK(false, failure()); }
+
+// Raise torch's error of a class. The text is not made by the arguments of TORCH_CHECK: they become text in a stream of
+// which a part is torch's, and with torch 2.11 and g++ 13, a number in it crashes.
 template <typename Part>
 std::string as_text(const Part& part) {
   if constexpr (std::is_convertible_v<Part, std::string>)
@@ -33,10 +42,10 @@ std::string as_text(const Part& part) {
     return std::to_string(part);
 }
 template <typename... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::string text = "symmem: ";
-  (text.append(as_text(parts)), ...);
-  TORCH_CHECK(false, text);
+[[noreturn]] void fail(const char* error, const Parts&... parts) {
+  failure() = std::string("symmem: ") + error + ": ";
+  (failure().append(as_text(parts)), ...);
+  raise();
 }
 
 namespace cuda {
@@ -105,11 +114,11 @@ struct Driver {
     void* library = dlopen("libcuda.so.1", RTLD_NOW);
     if (!library)
       fail(
-          "BackendUnavailableError: the NVIDIA driver library cannot be loaded: ", dlerror(),
+          "BackendUnavailableError", "the NVIDIA driver library cannot be loaded: ", dlerror(),
           ". Install the NVIDIA driver, and start a container with its GPUs (docker: --gpus all).");
 #define F(name, symbol, ...)                                       \
   name = reinterpret_cast<decltype(name)>(dlsym(library, symbol)); \
-  if (!name) fail("BackendUnavailableError: the NVIDIA driver has no ", symbol, ". Install a newer driver.");
+  if (!name) fail("BackendUnavailableError", "the NVIDIA driver has no ", symbol, ". Install a newer driver.");
     SYMMEM_DRIVER(F)
 #undef F
     check(cuInit(0), "cuInit");
@@ -124,7 +133,7 @@ struct Driver {
   }
 
   void check(int code, const char* call) const {
-    if (code) fail(call, ": ", text(code), ". Look in `dmesg` for Xid errors of the driver.");
+    if (code) fail("SymmemError", call, ": ", text(code), ". Look in `dmesg` for Xid errors of the driver.");
   }
 };
 
@@ -266,11 +275,13 @@ inline Pending& pending() {
 }
 
 inline void give_back(const Mapped& memory) noexcept {
+  const std::string before = failure();
   try {
     if (memory.release()) return;
     std::lock_guard lock(pending().mutex);
     pending().all.push_back(memory);
   } catch (const c10::Error&) {  // the context is gone, and its memory with it
+    failure() = before;
   }
 }
 
@@ -310,7 +321,7 @@ inline Mapped make(Gpu& gpu, uint64_t extent) {
     give_back(made);
     const bool full = code == OUT_OF_MEMORY;
     fail(
-        full ? "OutOfMemoryError" : "ResourceLimitError", ": cannot allocate ", extent, " bytes on cuda:", gpu.ordinal,
+        full ? "OutOfMemoryError" : "ResourceLimitError", "cannot allocate ", extent, " bytes on cuda:", gpu.ordinal,
         ": ", call, ": ", cu.text(code), ". ",
         full ? "Free tensors, or let torch release its unused cache: torch.cuda.empty_cache()."
              : "Look in `dmesg` for Xid errors, and check the limit on open files (`ulimit -n`).");

@@ -96,15 +96,11 @@ static PyType_Slot ring_slots[] = {{Py_tp_init, ring_init},
                                    {0}};
 
 static PyType_Spec ring_spec = {
-    .name = "_ledger.Ring", .basicsize = sizeof(Ring), .flags = Py_TPFLAGS_DEFAULT, .slots = ring_slots};
+    .name = "_native.Ring", .basicsize = sizeof(Ring), .flags = Py_TPFLAGS_DEFAULT, .slots = ring_slots};
 
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "_ledger", .m_size = -1};
-
-PyMODINIT_FUNC PyInit__ledger(void) {
-  PyObject *module = PyModule_Create(&definition), *type = module ? PyType_FromSpec(&ring_spec) : NULL;
-  if (!type || PyModule_AddObject(module, "Ring", type) < 0) {
-    Py_XDECREF(type);
-    Py_CLEAR(module);
-  }
-  return module;
+int add_ledger(PyObject *module) {
+  PyObject *type = PyType_FromSpec(&ring_spec);
+  const int outcome = type ? PyModule_AddType(module, (PyTypeObject *)type) : -1;
+  Py_XDECREF(type);
+  return outcome;
 }

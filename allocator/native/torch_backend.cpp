@@ -4,8 +4,8 @@
 // end. It uses neither Python's headers nor pybind11.
 //
 // alloc and free run no Python: torch calls them with the GIL or its own locks held, and a thread that waits for the
-// GIL there would wait forever. So they make and free memory here: memory files for the CPU, and the driver's memory for
-// CUDA (cuda_memory.h). The first rendezvous of a block and group calls Python, where the ranks meet; every later one is
+// GIL there would wait forever. So they make and free memory here: memory files for the CPU, and the driver's memory
+// for CUDA (cuda_memory.h). The first rendezvous of a block and group calls Python, where the ranks meet; every later one is
 // answered from the table below. The table's mutex is never held during a call of Python, of torch, or of a destructor
 // of a handle.
 #include <fcntl.h>
@@ -78,6 +78,7 @@ struct Python {
   int (*holds)(Address address);
   int (*drop)(void*);                                  // drops the tokens that symmem_dropped returns
   int (*add_pending_call)(int (*)(void*), void*);      // Py_AddPendingCall: needs no GIL
+  const char* memory_limits;                           // files with limits of control groups, one a line
 };
 
 struct State;
@@ -149,7 +150,8 @@ struct Handle : sm::SymmetricMemory {
   std::vector<void*>& checked_pads() {
     if (pad_nbytes < sm::get_signal_pad_size())
       fail(
-          "this memory has a signal pad of ", pad_nbytes, " bytes, and torch now expects ", sm::get_signal_pad_size(),
+          "UnsupportedError", "this memory has a signal pad of ", pad_nbytes, " bytes, and torch now expects ",
+          sm::get_signal_pad_size(),
           ". Allocate with torch's empty, after set_signal_pad_size. Tensors of symmem.allocate have such pads if "
           "symmem.torch_backend.enable() is called before the first tensor on CUDA, and the size is the default.");
     return pads;
@@ -170,6 +172,7 @@ struct State {
   std::map<std::pair<Address, std::string>, c10::weak_intrusive_ptr<Handle>> others;
   std::vector<int64_t> dropped;
   Python python{};
+  std::vector<std::string> memory_limits;
   pid_t process = getpid();
   bool exiting = false;
 
@@ -177,14 +180,14 @@ struct State {
   void check(const char* operation) {
     if (process != getpid())
       fail(
-          "ForkedError: ", operation,
+          "ForkedError", operation,
           ": this process was forked after symmem.torch_backend.enable(); the child is not a rank. "
           "Start the child with the method spawn, and enable the backend there.");
   }
 
   void check_python(const char* operation) {
     check(operation);
-    if (exiting) fail(operation, ": the interpreter is shutting down");
+    if (exiting) fail("ClosedError", operation, ": the interpreter is shutting down");
   }
 
   // Whether memory of torch or of symmem holds an address.
@@ -221,10 +224,6 @@ Memory::~Memory() {
   if (descriptor >= 0) close(descriptor);
 }
 
-thread_local std::string failure;
-
-[[noreturn]] void raise() { TORCH_CHECK(false, failure); }
-
 void Handle::drop() {
   auto& all = state();
   if (!token || all.process != getpid() || all.exiting) return;
@@ -255,13 +254,13 @@ void Handle::launch(int kind, int peer, int channel, uint64_t timeout_ms) {
   const int64_t channels = pad_nbytes / (4 * world);
   if (channel < 0 || channel >= channels)
     fail(
-        "InvalidArgumentError: channel ", channel, " is not within 0 to ", channels - 1, ": the signal pad has ",
+        "InvalidArgumentError", "channel ", channel, " is not within 0 to ", channels - 1, ": the signal pad has ",
         pad_nbytes, " bytes for ", world, " ranks");
   if (peer < 0 || peer >= world)
-    fail("RankError: rank ", peer, " is not within 0 to ", world - 1, " of the group (this is rank ", rank, ")");
+    fail("RankError", "rank ", peer, " is not within 0 to ", world - 1, " of the group (this is rank ", rank, ")");
   if (world > LARGEST_WORLD || std::find(pads.begin(), pads.end(), nullptr) != pads.end())
     fail(
-        "UnsupportedError: no signals on rank ", rank, ": the group has more than ", LARGEST_WORLD,
+        "UnsupportedError", "no signals on rank ", rank, ": the group has more than ", LARGEST_WORLD,
         " ranks, or ranks that are not load/store reachable from here. Use a group of ranks that reach each other.");
   if ((*signals.stopped || *signals.given_up) && all.python.check(token)) raise();
   struct {  // `struct Call` of the kernels behind the pads
@@ -276,14 +275,28 @@ void Handle::launch(int kind, int peer, int channel, uint64_t timeout_ms) {
   cuda::launch(*gpu, signals.kernels[kind], kind ? 1 : (world + 31) / 32 * 32, call.data());
 }
 
-uint64_t available_memory() {
-  uint64_t kibibytes = UINT64_MAX / 1024;
-  if (FILE* file = std::fopen("/proc/meminfo", "re")) {
+// The number in the first line of a file that fits a format of scanf, if there is one.
+std::optional<uint64_t> number_in(const std::string& path, const char* format) {
+  std::optional<uint64_t> found;
+  if (FILE* file = std::fopen(path.c_str(), "re")) {
     char line[256];
-    while (std::fgets(line, sizeof line, file) && std::sscanf(line, "MemAvailable: %lu", &kibibytes) != 1) continue;
+    unsigned long number;
+    while (!found && std::fgets(line, sizeof line, file))
+      if (std::sscanf(line, format, &number) == 1) found = number;
     std::fclose(file);
   }
-  return kibibytes * 1024;
+  return found;
+}
+
+// As available_memory in backends/libc.py, which finds the files with the limits.
+uint64_t available_memory() {
+  uint64_t available = number_in("/proc/meminfo", "MemAvailable: %lu").value_or(UINT64_MAX / 1024) * 1024;
+  for (const auto& limit : state().memory_limits) {
+    const auto most = number_in(limit, "%lu");
+    const auto used = number_in(limit.substr(0, limit.rfind('/')) + "/memory.current", "%lu");
+    if (most && used) available = std::min(available, *most - std::min(*most, *used));
+  }
+  return available;
 }
 
 struct Allocator : sm::SymmetricMemoryAllocator {
@@ -293,8 +306,8 @@ struct Allocator : sm::SymmetricMemoryAllocator {
     const uint64_t page = sysconf(_SC_PAGESIZE), available = available_memory();
     if (size > available)
       fail(
-          "OutOfMemoryError: ", size, " bytes of shared memory were asked for, ", available,
-          " are available. Free memory, or allocate less.");
+          "OutOfMemoryError", size, " bytes of shared memory were asked for, ", available,
+          " are available. Free memory, allocate less, or raise the container's memory limit.");
     auto memory = std::make_shared<Memory>(size, page, group);
     memory->descriptor = memfd_create("symmem", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     const bool made = memory->descriptor >= 0 && ftruncate(memory->descriptor, memory->extent) == 0 &&
@@ -304,8 +317,8 @@ struct Allocator : sm::SymmetricMemoryAllocator {
         : mmap(nullptr, memory->extent, PROT_READ | PROT_WRITE, MAP_SHARED, memory->descriptor, 0);
     if (place == MAP_FAILED)
       fail(
-          "ResourceLimitError: cannot make and map a memory file of ", memory->extent, " bytes: ", std::strerror(errno),
-          ". Hold fewer tensors, or raise `ulimit -n` or /proc/sys/vm/max_map_count.");
+          "ResourceLimitError", "cannot make and map a memory file of ", memory->extent, " bytes: ",
+          std::strerror(errno), ". Hold fewer tensors, or raise `ulimit -n` or /proc/sys/vm/max_map_count.");
     memory->address = reinterpret_cast<Address>(place);
     return keep(memory);
   }
@@ -328,7 +341,7 @@ struct Allocator : sm::SymmetricMemoryAllocator {
     std::lock_guard lock(all.mutex);
     auto found = all.find(reinterpret_cast<Address>(pointer));
     if (found == all.blocks.end())
-      fail("no live allocation of torch's symmetric memory holds ", reinterpret_cast<Address>(pointer));
+      fail("NotSymmetricError", "no live allocation of torch's symmetric memory holds ", uintptr_t(pointer));
     return found->second.memory->nbytes;
   }
 
@@ -427,6 +440,9 @@ struct CudaAllocator : Allocator {
 
 EXPORT void symmem_enable(const Python* python) {
   state().python = *python;
+  const std::string limits = python->memory_limits;
+  for (size_t begin = 0, end; (end = limits.find('\n', begin)) != limits.npos; begin = end + 1)
+    state().memory_limits.push_back(limits.substr(begin, end - begin));
   auto allocator = c10::make_intrusive<Allocator>();
   sm::register_allocator(c10::DeviceType::CPU, allocator);
   sm::register_availability(allocator->name(), c10::make_intrusive<CudaAllocator>());  // for set_backend: CUDA
@@ -435,8 +451,11 @@ EXPORT void symmem_enable(const Python* python) {
 // From here on nothing calls Python.
 EXPORT void symmem_exit() { state().exiting = true; }
 
-// The text of the error that torch raises on this thread.
-EXPORT void symmem_fail(const char* text) { failure = text; }
+// The text of the error that torch raises next on this thread.
+EXPORT void symmem_fail(const char* text) { failure() = text; }
+
+// The text of the last error on this thread; empty if there was none.
+EXPORT const char* symmem_failure() { return failure().c_str(); }
 
 EXPORT int symmem_holds(uint64_t address) { return state().holds(address); }
 

@@ -1,10 +1,9 @@
 """Repeat eager calls of the collective operators on CUDA in C.
 
 In Python a call takes 8 to 13 microseconds besides the kernel launch. This is more than small messages take on the GPU.
-So a module in C (``eager.c``) remembers the launch of a call, and makes the next call with the same shapes, dtype and
-options without Python. It returns calls that differ in any way to Python. The machine's C compiler compiles the module
-in a second, at the first use. The result is cached beside the compiled kernels, as Triton does with its launchers.
-Without a compiler the operators do the same, only slower, and a warning says why.
+So C code (``symmem/native/eager.c``) remembers the launch of a call, and makes the next call with the same shapes,
+dtype and options without Python. It returns calls that differ in any way to Python. Without it the operators do the
+same, only slower, and a warning says why.
 """
 
 from __future__ import annotations
@@ -13,14 +12,13 @@ import ctypes
 import logging
 import threading
 import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from symmem import native
 from symmem.group.group import Group
-from symmem.native.build import load_extension
 from symmem.ops.dispatch import USUAL_THREADS
 from symmem.ops.engines.base import Engines
 
@@ -29,9 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("symmem.ops")
 
-__all__ = ["compiled", "learn", "run"]
+__all__ = ["learn", "run"]
 
-_SOURCE = Path(__file__).with_name("eager.c")
 _NEW, _SAME, _OTHER = range(3)  # the destinations of results in eager.c
 
 
@@ -95,11 +92,6 @@ def learn(
     )
 
 
-def compiled() -> Any:
-    """Compile and load the module in C; see :func:`symmem.native.build.load_extension`."""
-    return load_extension("_eager", _SOURCE)
-
-
 def _driver() -> dict[str, int]:
     """Addresses of the driver functions that the module calls."""
     library = ctypes.CDLL("libcuda.so.1")
@@ -116,17 +108,19 @@ def _begun() -> Any:
     global _module, run
     with _lock:
         if _module is None:
+            _module = native.module() or False
             try:
-                _module = _begin()
-                run = _module.run
+                if _module:
+                    _begin(_module)
+                    run = _module.run
             except Exception as error:  # the operator itself has succeeded
                 log.warning("collective operators use the slower calls through Python: %s", error)
                 _module = False
         return _module or None
 
 
-def _begin() -> Any:
-    module, world = compiled(), dist.distributed_c10d._world
+def _begin(module: Any) -> None:
+    world = dist.distributed_c10d._world
     module.begin(
         exchange=torch.Tensor.__dlpack_c_exchange_api__,
         **_driver(),
@@ -143,4 +137,3 @@ def _begin() -> Any:
         process_groups=world.pg_map,
         forward_mode=torch.autograd.forward_ad,
     )
-    return module

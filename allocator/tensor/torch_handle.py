@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from symmem.backends.base import Mapping, Signals
     from symmem.memory.block import Block
 
-__all__ = ["TorchHandle", "rendezvous"]
+__all__ = ["TorchHandle", "fill_words", "rendezvous"]
 
 _WORDS = (torch.int32, torch.uint32)
 
@@ -408,29 +408,37 @@ class TorchHandle(metaclass=_SignalPadSize):
         Raises:
             InvalidArgumentError: An argument is wrong, or a word is not in the tensor. Nothing is written.
         """
-        return _fill(input, offset, val, count, "memset32")
+        return fill_words(input, offset, val, count, "memset32")
 
     @staticmethod
     def stream_write_value32(input: torch.Tensor, offset: int, val: int) -> torch.Tensor:
         """:meth:`memset32` of one word."""
-        return _fill(input, offset, val, 1, "stream_write_value32")
+        return fill_words(input, offset, val, 1, "stream_write_value32")
 
 
-def _fill(words: torch.Tensor, offset: int, value: int, count: int, operation: str) -> torch.Tensor:
+class _WordsError(InvalidArgumentError, RuntimeError):
+    """The error of PyTorch's kernels for memory of 32-bit words, which is a RuntimeError."""
+
+
+def fill_words(words: torch.Tensor, offset: int, value: int, count: int, operation: str) -> torch.Tensor:
+    """Fill words as :meth:`TorchHandle.memset32` does. The texts of errors are PyTorch's, which programs may match."""
     for name, number in (("offset", offset), ("val", value), ("count", count)):
         check_integer(number, name, operation)
     if words.dim() != 1 or not words.is_contiguous() or words.dtype not in _WORDS:
-        problem = f"the tensor must be flat, contiguous and uint32 or int32, not {words.dtype} of {list(words.shape)}"
+        shape = list(words.shape)
+        problem = f"input must be a flat, contiguous uint32 tensor, or int32, not {shape} of {words.dtype}"
+    elif offset < 0:
+        problem = f"offset must be greater than or equal to 0, not {offset}"
     elif not 0 <= value < 2**32:
-        problem = f"val must be in 0 to {2**32 - 1}, not {value}"
+        problem = f"val must be in the range of 0 to {2**32 - 1} (uint32_t), not {value}"
     elif count < 1:
-        problem = f"count must be positive, not {count}"
-    elif offset < 0 or offset + count > words.numel():
-        problem = f"words {offset} to {offset + count - 1} are not all in a tensor of {words.numel()}"
+        problem = f"count must be a positive integer, not {count}"
+    elif offset + count > words.numel():
+        problem = f"offset + count is {offset + count}, which exceeded the numel of the input, {words.numel()}"
     else:
         words.view(torch.int32)[offset : offset + count] = value - 2**32 if value >= 2**31 else value
         return words
-    raise InvalidArgumentError(f"{operation}: {problem}", step=operation)
+    raise _WordsError(f"{operation}: {problem}", step=operation)
 
 
 @neutral

@@ -13,9 +13,8 @@ different things, and compare at the rendezvous. docs/torch_backend.md says what
 """
 
 from symmem.torch_backend import bridge
-from symmem.torch_backend.bridge import last_error
 
-__all__ = ["enable", "last_error"]
+__all__ = ["enable"]
 
 
 def enable() -> None:

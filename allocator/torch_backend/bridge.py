@@ -12,7 +12,6 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,13 +21,13 @@ from symmem import native
 from symmem.backends import get_backend, signal_kernels
 from symmem.backends.base import Allocation
 from symmem.backends.host import HostAllocation, HostBackend
-from symmem.errors import ForkedError, UnsupportedError
+from symmem.backends.libc import memory_limits
+from symmem.errors import ForkedError, UnsupportedError, from_wire
 from symmem.group.group import Group
 from symmem.group.resolve import resolve_group
 from symmem.memory.block import Block
 from symmem.memory.layout import Layout
 from symmem.memory.registry import block_at, register
-from symmem.native.build import load_library
 from symmem.tensor.tensor import SymmetricTensor
 
 if TYPE_CHECKING:
@@ -36,9 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["enable", "is_symmetric", "last_error"]
 
-_SOURCE = Path(native.__file__).parent / "torch_backend.cpp"
 _NOT_SYMMETRIC = 2
-_HEADERS = (_SOURCE.with_name("cuda_memory.h"),)
 
 _Rendezvous = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_char_p)
 _Signal = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_uint64)
@@ -57,6 +54,7 @@ class _Functions(ctypes.Structure):
         ("holds", _Holds),
         ("drop", _Drop),
         ("add_pending_call", ctypes.c_void_p),
+        ("memory_limits", ctypes.c_char_p),
     )
 
 
@@ -89,7 +87,11 @@ def enable() -> None:
                 )
             return
         get_backend("host").probe()
-        library = _load()
+        if not dist.is_available():
+            raise UnsupportedError(
+                "this build of torch has no torch.distributed", hint="install another build of torch"
+            )
+        library = native.torch_library()
         dropped = ctypes.PyDLL(None, handle=library._handle).symmem_dropped  # keeps the GIL: it is short
         functions = _Functions(
             _Rendezvous(_guarded(functools.partial(_rendezvous, library, dropped), library)),
@@ -98,8 +100,10 @@ def enable() -> None:
             _Holds(lambda address: block_at(address) is not None),
             _Drop(lambda _argument: _drop(dropped)),
             ctypes.cast(ctypes.pythonapi.Py_AddPendingCall, ctypes.c_void_p),
+            b"".join(os.fsencode(path) + b"\n" for path in memory_limits()),
         )
         library.symmem_release.restype = None
+        library.symmem_failure.restype = ctypes.c_char_p
         library.symmem_enable(ctypes.byref(functions))
         signal_kernels.for_torch = True  # only if nothing failed, because pads must be the same on all ranks
         atexit.register(library.symmem_exit)
@@ -114,28 +118,21 @@ def is_symmetric(tensor: torch.Tensor) -> bool:
 
 
 def last_error() -> BaseException | None:
-    """The exception behind the last RuntimeError that symmem raised through torch on this thread; None if none.
+    """The error behind the last RuntimeError of torch's symmetric memory on this thread that is symmem's. Local.
 
-    Torch reports every error as a RuntimeError with the text alone.
+    Torch reports an error of its backend as a RuntimeError with the text alone. This has the class, and the attributes
+    that are known: an allocation, a free and a signal on CUDA fail without Python, so their errors have a text only.
+
+    Returns:
+        A SymmemError, or the exception of another library that symmem called, or a KeyboardInterrupt; None if there was
+        no error.
     """
-    return getattr(_errors, "last", None)
-
-
-def _load() -> ctypes.CDLL:
-    if not dist.is_available():
-        raise UnsupportedError("this build of torch has no torch.distributed", hint="install another build of torch")
-    root = Path(torch.__file__).parent
-    options = ["-std=c++20", "-O1", "-fvisibility=hidden", f"-I{root / 'include'}"]
-    options.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
-    try:
-        libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-        return load_library(_SOURCE, options, libraries, torch.__version__, _HEADERS)
-    except OSError as error:
-        raise UnsupportedError(
-            f"symmem cannot compile its backend for torch {torch.__version__}: {error}",
-            hint="install g++ 11 or newer (or name a compiler in CXX); or use symmem.torch_compat, which needs none",
-            step="enable",
-        ) from error
+    text = "" if _enabled is None else _enabled[1].symmem_failure().decode(errors="replace")
+    last: tuple[str, BaseException | None] = getattr(_errors, "last", ("", None))
+    if text != last[0]:  # from C++, later than the last one from Python
+        _symmem, kind, what = text.split(": ", 2)
+        _errors.last = last = text, from_wire({"type": kind, "what": what})
+    return last[1]
 
 
 def _guarded(function: Callable[..., int | None], library: ctypes.CDLL) -> Callable[..., int]:
@@ -146,8 +143,9 @@ def _guarded(function: Callable[..., int | None], library: ctypes.CDLL) -> Calla
             return function(*arguments) or 0
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # their variables keep memory
-            _errors.last = error
-            library.symmem_fail(f"symmem: {type(error).__name__}: {error}".encode())
+            text = f"symmem: {type(error).__name__}: {error}"
+            _errors.last = text, error
+            library.symmem_fail(text.encode())
             if isinstance(error, KeyboardInterrupt):
                 _thread.interrupt_main()  # raised again after torch's error, or in its place
             return 1

@@ -7,6 +7,7 @@ that need multicast or another library (NVSHMEM, NCCL) have no meaning on the CP
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from symmem.backends.untraced import untraced
 from symmem.errors import InvalidArgumentError, NotSymmetricError, SymmemError
 from symmem.group.resolve import resolve_group
 from symmem.ops.refusals import refuse_in
+from symmem.tensor.torch_handle import fill_words
 from symmem.torch_backend.bridge import is_symmetric
 
 __all__ = ["register"]
@@ -25,7 +27,6 @@ __all__ = ["register"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 _symm_mem: Any = _symmetric_memory
-_WORD = 2**32  # an uint32 is smaller
 
 # PyTorch's own definitions in terms of functional collectives and matmul. PyTorch traces with them.
 _FUSED = (
@@ -68,25 +69,30 @@ def _check_symmetric(operation: str, group: str, tensor: torch.Tensor, what: str
     raise error
 
 
-@_kernel
-def one_shot_all_reduce(input: torch.Tensor, reduce_op: str, group_name: str) -> torch.Tensor:
-    """The reduction of all ranks' inputs, on every rank."""
-    _check_symmetric("one_shot_all_reduce", group_name, input, "input")
-    return ops.all_reduce(input, group_name, reduce_op)
-
-
-@_kernel
-def one_shot_all_reduce_out(input: torch.Tensor, reduce_op: str, group_name: str, out: torch.Tensor) -> torch.Tensor:
-    """The same, into ``out``."""
-    _check_symmetric("one_shot_all_reduce_out", group_name, input, "input")
+@untraced
+def _all_reduce(
+    operation: str, input: torch.Tensor, reduce_op: str, group_name: str, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The reduction of all ranks' inputs, on every rank; into ``out`` if it is given."""
+    _check_symmetric(operation, group_name, input, "input")
     return ops.all_reduce(input, group_name, reduce_op, out=out)
+
+
+for _name in ("one_shot_all_reduce", "one_shot_all_reduce_out", "two_shot_all_reduce_out"):
+    _kernels[_name] = functools.partial(_all_reduce, _name)
+
+
+@_kernel
+def two_shot_all_reduce_(input: torch.Tensor, reduce_op: str, group_name: str) -> torch.Tensor:
+    """Replace every rank's input by the reduction of all."""
+    return _all_reduce("two_shot_all_reduce_", input, reduce_op, group_name, input)
 
 
 @_kernel
 def one_shot_all_reduce_copy(
     symm_buffer: torch.Tensor, local_input: torch.Tensor, reduce_op: str, group_name: str
 ) -> torch.Tensor:
-    """The same of any memory, which is copied into a symmetric buffer first."""
+    """The reduction of any memory, which is copied into a symmetric buffer first."""
     out = torch.empty_like(local_input)
     return one_shot_all_reduce_copy_out(symm_buffer, local_input, reduce_op, group_name, out)
 
@@ -108,20 +114,6 @@ def one_shot_all_reduce_copy_out(
         raise refused from error
     part.copy_(local_input)
     return ops.all_reduce(part, group_name, reduce_op, out=out)
-
-
-@_kernel
-def two_shot_all_reduce_(input: torch.Tensor, reduce_op: str, group_name: str) -> torch.Tensor:
-    """Replace every rank's input by the reduction of all."""
-    _check_symmetric("two_shot_all_reduce_", group_name, input, "input")
-    return ops.all_reduce(input, group_name, reduce_op, out=input)
-
-
-@_kernel
-def two_shot_all_reduce_out(input: torch.Tensor, reduce_op: str, group_name: str, output: torch.Tensor) -> torch.Tensor:
-    """The same, into ``output``."""
-    _check_symmetric("two_shot_all_reduce_out", group_name, input, "input")
-    return ops.all_reduce(input, group_name, reduce_op, out=output)
 
 
 @_kernel
@@ -158,17 +150,13 @@ def get_remote_tensors(x: torch.Tensor, group_name: str) -> list[torch.Tensor]:
 @_kernel
 def stream_write_value32_(input: torch.Tensor, offset: int, val: int) -> torch.Tensor:
     """Store a word. On the CPU there is no stream, so it is stored at once."""
-    _check_words("stream_write_value32_", input, offset, val, 1)
-    input.view(torch.uint32)[offset] = val
-    return input
+    return fill_words(input, offset, val, 1, "symm_mem::stream_write_value32_")
 
 
 @_kernel
 def memset32_(input: torch.Tensor, offset: int, val: int, count: int = 1) -> torch.Tensor:
     """Store ``count`` equal words."""
-    _check_words("memset32_", input, offset, val, count)
-    input.view(torch.uint32)[offset : offset + count] = val
-    return input
+    return fill_words(input, offset, val, count, "symm_mem::memset32_")
 
 
 def _parts(operation: str, group: str, tensor: torch.Tensor, dim: int) -> torch.Tensor:
@@ -183,25 +171,3 @@ def _parts(operation: str, group: str, tensor: torch.Tensor, dim: int) -> torch.
         refuse_in(group, "reduce_scatter", error, tensor)
         raise
     return torch.stack(tensor.chunk(world, dim)) if dim else tensor.view(world, -1, *tensor.shape[1:])
-
-
-class _WordsError(InvalidArgumentError, RuntimeError):
-    """The error of PyTorch's kernels for memory of 32-bit words, which is a RuntimeError."""
-
-
-def _check_words(operation: str, tensor: torch.Tensor, offset: int, value: int, count: int) -> None:
-    """Raise as PyTorch's kernels do, with texts that programs can match."""
-    if tensor.dim() != 1 or not tensor.is_contiguous() or tensor.dtype not in (torch.int32, torch.uint32):
-        shape = list(tensor.shape)
-        problem = f"input must be a flat, contiguous uint32 tensor, or int32, not {shape} of {tensor.dtype}"
-    elif offset < 0:
-        problem = f"offset must be greater than or equal to 0, not {offset}"
-    elif not 0 <= value < _WORD:
-        problem = f"val must be in the range of 0 to {_WORD - 1} (uint32_t), not {value}"
-    elif count < 1:
-        problem = f"count must be a positive integer, not {count}"
-    elif offset + count > tensor.numel():
-        problem = f"offset + count is {offset + count}, which exceeded the numel of the input, {tensor.numel()}"
-    else:
-        return
-    raise _WordsError(f"symm_mem::{operation}: {problem}", step=operation)

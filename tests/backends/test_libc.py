@@ -191,4 +191,4 @@ def test_limits_of_the_own_control_group_count(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(libc, "Path", lambda path: places.get(path) or Path(path))
     assert libc.available_memory() == 5000
     own.write_text("0::/../job/task\n")  # a path of another namespace
-    assert libc._limits() == [tmp_path / "memory.max"]
+    assert libc.memory_limits() == [tmp_path / "memory.max"]

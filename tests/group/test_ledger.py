@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
 from thread_ranks import descriptors
 
+from symmem import native
 from symmem.errors import DivergenceError
 from symmem.group import ledger as module
 from symmem.group.ledger import RING, ActSequence, Ledger, PythonRing
-from symmem.native.build import load_extension
-
-SOURCE = Path(module.__file__).parents[1] / "native" / "ledger.c"
 
 
 @pytest.fixture(params=["c", "python"], autouse=True)
 def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = load_extension("_ledger", SOURCE).Ring if request.param == "c" else PythonRing
+    kind = native.load_module().Ring if request.param == "c" else PythonRing
     monkeypatch.setattr(module, "_ring_type", lambda: kind)
 
 

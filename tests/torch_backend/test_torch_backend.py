@@ -18,8 +18,14 @@ import torch.distributed._symmetric_memory
 import symmem
 from symmem import torch_backend
 from symmem.backends import signal_kernels
-from symmem.errors import MismatchError, PeerLostError, PeerTimeoutError, UnsupportedError
-from symmem.native.build import load_library
+from symmem.errors import (
+    InvalidArgumentError,
+    MismatchError,
+    OutOfMemoryError,
+    PeerLostError,
+    PeerTimeoutError,
+    UnsupportedError,
+)
 from symmem.torch_backend import bridge
 
 symm_mem: Any = torch.distributed._symmetric_memory
@@ -107,7 +113,7 @@ def mismatch_program() -> None:
     t = symm_mem.empty(100 + dist.get_rank() % 2, device="cpu")
     with pytest.raises(RuntimeError, match="400"):
         symm_mem.rendezvous(t, group)
-    assert isinstance(torch_backend.last_error(), MismatchError)
+    assert isinstance(symmem.last_error(), MismatchError)
     symm_mem.rendezvous(symm_mem.empty(100, device="cpu"), group)
 
 
@@ -135,9 +141,37 @@ def timeout_program() -> None:
     if dist.get_rank() == 0:
         with pytest.raises(RuntimeError, match="PeerTimeoutError"):
             hdl.wait_signal(1, channel=5, timeout_ms=50)
-        assert isinstance(torch_backend.last_error(), PeerTimeoutError)
+        assert isinstance(symmem.last_error(), PeerTimeoutError)
     with pytest.raises(RuntimeError, match="channel"):
         hdl.barrier(channel=64)
+    hdl.barrier()
+
+
+def last_error_program() -> None:
+    """Every thread has its own, from Python or from C++, whichever was last."""
+    group = world()
+    hdl = symm_mem.rendezvous(symm_mem.empty(4, device="cpu"), group)
+    with pytest.raises(RuntimeError, match="channel"):
+        hdl.barrier(channel=64)
+    first = symmem.last_error()
+    assert isinstance(first, InvalidArgumentError)
+    assert first.step == "barrier"
+    others: list[object] = []
+    thread = threading.Thread(target=lambda: others.append(symmem.last_error()))
+    thread.start()
+    thread.join()
+    assert others == [None]
+    with pytest.raises(RuntimeError, match="OutOfMemoryError") as caught:
+        symm_mem.empty(2**50, device="cpu")
+    second = symmem.last_error()
+    assert isinstance(second, OutOfMemoryError)
+    assert second.what in str(caught.value)
+    assert symmem.last_error() is second
+    with pytest.raises(RuntimeError, match="channel"):
+        hdl.barrier(channel=64)
+    third = symmem.last_error()
+    assert isinstance(third, InvalidArgumentError)
+    assert third is not first
     hdl.barrier()
 
 
@@ -222,6 +256,7 @@ def groups_program() -> None:
         mismatch_program,
         pads_program,
         timeout_program,
+        last_error_program,
         memory_program,
         local_program,
         groups_program,
@@ -239,7 +274,7 @@ def dying_program() -> None:
         os._exit(1)
     with pytest.raises(RuntimeError, match="PeerLostError"):
         symm_mem.rendezvous(symm_mem.empty(4, device="cpu"), group)
-    assert isinstance(torch_backend.last_error(), PeerLostError)
+    assert isinstance(symmem.last_error(), PeerLostError)
 
 
 def test_a_rank_that_dies(new_pool: Any) -> None:
@@ -315,30 +350,52 @@ def test_nothing_of_cuda_is_loaded_before_its_use() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_no_compiler_names_the_way_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_error_before_it_is_enabled() -> None:
+    program = "import symmem; assert symmem.last_error() is None"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+LIMITED = """
+import pathlib, sys, torch, torch.distributed as dist, torch.distributed._symmetric_memory as symm_mem
+from symmem.backends import libc
+libc.memory_limits = lambda: [pathlib.Path(folder) / "memory.max" for folder in sys.argv[1:]]
+import symmem, symmem.torch_backend
+symmem.torch_backend.enable()
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+doors = {
+    "torch's": lambda count: symm_mem.empty(count, dtype=torch.uint8, device="cpu"),
+    "ours": lambda count: symmem.allocate(count, dtype=torch.uint8, arena=False),
+}
+for door, allocate in doors.items():
+    assert allocate(2000) is not None
+    try:
+        allocate(1 << 20)
+    except (RuntimeError, symmem.errors.OutOfMemoryError) as error:
+        assert "1048576 bytes of shared memory were asked for, 5000 are available" in str(error), (door, error)
+    else:
+        raise AssertionError(door)
+"""
+
+
+def test_both_doors_know_the_limits_of_control_groups(tmp_path: Path) -> None:
+    for name, most, used in (("a", "max", 0), ("b", "9000", 4000), ("c", "90000", 4000)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "memory.max").write_text(f"{most}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+    folders = [str(tmp_path / name) for name in "abc"]
+    done = subprocess.run([sys.executable, "-c", LIMITED, *folders], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_a_compiler_nothing_is_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nowhere/g++")
-    with pytest.raises(UnsupportedError, match="compile") as caught:
-        bridge._load()
-    assert "torch_compat" in str(caught.value)
     monkeypatch.setattr(bridge, "_enabled", None)
     monkeypatch.setattr(signal_kernels, "for_torch", False)
     with pytest.raises(UnsupportedError, match="compile"):
         torch_backend.enable()
     assert not signal_kernels.for_torch  # this rank goes on without it, and its pads have no room for it
-    monkeypatch.setenv("CXX", "sh -c 'case $1 in --version) exit 0;; esac; echo too old >&2; exit 1' sh")
-    with pytest.raises(UnsupportedError, match="too old"):
-        bridge._load()
-
-
-def test_every_torch_has_its_own_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiler = tmp_path / "g++"  # links nothing: only the files in the cache count
-    compiler.write_text('#!/bin/sh\nif [ "$1" = --version ]; then exit; fi\nexec cc -shared -xc /dev/null -o "$6"\n')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", f"{compiler}")
-    for version, files in (("1", 1), ("2", 2), ("1", 2)):
-        load_library(bridge._SOURCE, ["-O1", "-O1"], [], version, bridge._HEADERS)
-        assert len(list((tmp_path / "symmem" / "kernels").iterdir())) == files
 
 
 # The setting.

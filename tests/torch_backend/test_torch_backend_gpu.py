@@ -278,7 +278,7 @@ def mismatch_program() -> None:
     group = world()
     with pytest.raises(RuntimeError, match="404"):
         symm_mem.rendezvous(empty(100 + dist.get_rank() % 2), group)
-    assert isinstance(torch_backend.last_error(), MismatchError)
+    assert isinstance(symmem.last_error(), MismatchError)
     symm_mem.rendezvous(empty(100), group).barrier()
     with pytest.raises(RuntimeError, match=r"OutOfMemoryError: cannot allocate \d+ bytes on cuda:\d"):
         empty(1 << 50, dtype=torch.uint8)
@@ -388,7 +388,7 @@ def dying_program() -> None:
         os._exit(1)
     with pytest.raises(RuntimeError, match="PeerLostError"):
         symm_mem.rendezvous(empty(4), group)
-    assert isinstance(torch_backend.last_error(), PeerLostError)
+    assert isinstance(symmem.last_error(), PeerLostError)
 
 
 def waited_for_program() -> None:
@@ -402,7 +402,7 @@ def waited_for_program() -> None:
     torch.cuda.synchronize()  # the kernel gives up
     with pytest.raises(RuntimeError, match="PeerLostError"):
         hdl.put_signal(1)
-    assert isinstance(torch_backend.last_error(), PeerLostError)
+    assert isinstance(symmem.last_error(), PeerLostError)
     assert (torch.ones(4, device="cuda") == 1).all()
 
 

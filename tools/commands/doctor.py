@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from symmem import native
 from symmem.backends import available_names, get_backend
 from symmem.backends.base import Capability
 from symmem.errors import SymmemError
-from symmem.ops import eager
 from symmem.tools.table import render
 from symmem.version import VERSION
 
@@ -57,13 +57,13 @@ def examine(name: str) -> Finding:
     return Finding(name, True, backend.device_type, flags)
 
 
-def _eager_calls() -> str:
-    """How collective operators are called on CUDA. Compiles the C module if needed."""
+def _native_module() -> str:
+    """Whether the module in C can be used. Compiles it if needed."""
     try:
-        eager.compiled()
+        native.load_module()
     except (ImportError, OSError) as error:
-        return f"in Python, because the C module does not compile ({error})"
-    return "in C"
+        return f"missing, so Python does the same more slowly ({error})"
+    return "works"
 
 
 def run(*, as_json: bool) -> int:
@@ -73,7 +73,7 @@ def run(*, as_json: bool) -> int:
         "symmem": VERSION,
         "torch": torch.__version__,
         "cuda devices": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        "eager calls": _eager_calls(),
+        "module in C": _native_module(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
     }
     if as_json:

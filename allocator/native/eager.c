@@ -456,7 +456,7 @@ static PyMemberDef calls_members[] = {
 };
 
 static PyTypeObject calls_type = {
-    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "_eager.Calls",
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "_native.Calls",
     .tp_doc = "The calls of one group on one device.",
     .tp_basicsize = sizeof(Calls),
     .tp_flags = Py_TPFLAGS_DEFAULT,
@@ -472,10 +472,7 @@ static PyMethodDef functions[] = {
     {NULL},
 };
 
-static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, .m_name = "_eager", .m_size = -1, .m_methods = functions};
-
-PyMODINIT_FUNC PyInit__eager(void) {
+int add_eager(PyObject *module) {
   struct {
     PyObject **name;
     const char *text;
@@ -484,9 +481,7 @@ PyMODINIT_FUNC PyInit__eager(void) {
                {&s_is_inference, "is_inference"}, {&s_default_pg, "default_pg"},
                {&s_current_level, "_current_level"}};
   for (size_t index = 0; index < sizeof texts / sizeof *texts; ++index)
-    if (!(*texts[index].name = PyUnicode_InternFromString(texts[index].text))) return NULL;
-  PyObject *module = PyModule_Create(&definition);
-  if (!module || !(zero = PyLong_FromLong(0)) || !(minus_one = PyLong_FromLong(-1)) ||
-      PyModule_AddType(module, &calls_type)) Py_CLEAR(module);
-  return module;
+    if (!(*texts[index].name = PyUnicode_InternFromString(texts[index].text))) return -1;
+  if (!(zero = PyLong_FromLong(0)) || !(minus_one = PyLong_FromLong(-1))) return -1;
+  return PyModule_AddFunctions(module, functions) < 0 ? -1 : PyModule_AddType(module, &calls_type);
 }
