@@ -103,10 +103,11 @@ class CudaSignals:
         """Bytes of one pad in a group of ``size`` ranks."""
         return 4 * pad_words(size) + torch_nbytes()
 
-    def torch_pads(self) -> tuple[list[int], int]:
-        """Where every rank's pad has room for PyTorch's kernels, 0 for a rank that is not reachable; and its bytes."""
-        before = 4 * pad_words(self._group.size)
-        return [pad + before if pad else 0 for pad in self._pads], torch_nbytes()
+    @staticmethod
+    def torch_pads(pads: Sequence[int]) -> tuple[list[int], int]:
+        """Where the ranks' pads have room for PyTorch's kernels, 0 for a rank that is not reachable; and its bytes."""
+        before = 4 * pad_words(len(pads))
+        return [pad + before if pad else 0 for pad in pads], torch_nbytes()
 
     def barrier(self, channel: int, timeout: float) -> None:
         """See :meth:`Mapping.barrier`."""

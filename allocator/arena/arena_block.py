@@ -117,7 +117,19 @@ class ArenaBlock(Block):
             self._signals = {**self._signals, mapping: signals}
         return self._signals[mapping]
 
+    def pads(self, mapping: Mapping) -> list[int]:
+        """See :meth:`Block.pads`."""
+        if mapping in self._signals or Capability.SIGNALS not in mapping.backend.capabilities:
+            return super().pads(mapping)
+        self._mark = SIGNALLED
+        segment, offset = self.log.pads.locate(self.slot)
+        return _addresses(segment.mapping, (offset,) * mapping.group.size)
+
 
 def _signals_at(mapping: Mapping, offsets: Sequence[int]) -> Signals:
     """Signals over the pads at every rank's offset."""
-    return mapping.signals_at([p + o if p else 0 for p, o in zip(mapping.pointers, offsets, strict=True)])
+    return mapping.signals_at(_addresses(mapping, offsets))
+
+
+def _addresses(mapping: Mapping, offsets: Sequence[int]) -> list[int]:
+    return [pointer + offset if pointer else 0 for pointer, offset in zip(mapping.pointers, offsets, strict=True)]

@@ -163,6 +163,11 @@ class Block:
         """The signals of the block, in the group of one of its mappings."""
         return mapping
 
+    def pads(self, mapping: Mapping) -> list[int]:
+        """The address of every rank's signal pad in this process; 0 for a rank that is not reachable."""
+        signals = self.signals(mapping)
+        return [signals.signal_pad(rank)[0] if pointer else 0 for rank, pointer in enumerate(mapping.pointers)]
+
     def key(self, group: Group, layout: Layout) -> Group | tuple[Group, Layout]:
         """The member of ``compared`` that stands for a group and a layout."""
         return group if layout is self.layout else (group, layout)

@@ -353,8 +353,10 @@ struct Allocator : sm::SymmetricMemoryAllocator {
     Owner memory;
     HandlePtr known;
     std::string group = group_name.value_or("");
+    bool drops;
     {
       std::lock_guard lock(all.mutex);
+      drops = !all.dropped.empty();
       if (auto found = all.find(address); found != all.blocks.end()) {
         memory = found->second.memory;
         if (!group_name) group = memory->group.value_or("");
@@ -367,6 +369,7 @@ struct Allocator : sm::SymmetricMemoryAllocator {
     }
     const auto current = process_group(group);
     if (known && known->process_group && known->process_group->lock() == current) return known;
+    if (drops) all.python.drop(nullptr);
     auto handle = c10::make_intrusive<Handle>();
     handle->memory = memory;
     handle->place = {address, group};
@@ -475,11 +478,9 @@ EXPORT void symmem_describe(void* owner, uint64_t* values) {
 
 EXPORT void symmem_release(void* owner) { delete static_cast<Owner*>(owner); }
 
-// values: token, rank, world, bytes, offset, bytes of a pad. pointers: every rank's memory, then every rank's pad. For
-// memory of a GPU `signals` is not null, and `gpu` is its number.
-EXPORT void symmem_fill(
-    void* result, const int64_t* values, const uint64_t* pointers, const int* global_ranks, const Signals* signals,
-    int gpu) {
+// values: token, rank, world, bytes, offset, bytes of a pad; then the address of every rank's memory, and of every
+// rank's pad. For memory of a GPU `signals` is not null, and `gpu` is its number.
+EXPORT void symmem_fill(void* result, const int64_t* values, const int* global_ranks, const Signals* signals, int gpu) {
   auto& handle = *static_cast<Handle*>(result);
   handle.token = values[0];
   handle.rank = static_cast<int>(values[1]);
@@ -491,6 +492,7 @@ EXPORT void symmem_fill(
     handle.signals = *signals;
     handle.gpu = &cuda::gpu(gpu);
   }
+  const int64_t* pointers = values + 6;
   for (int rank = 0; rank < handle.world; ++rank) {
     handle.buffers.push_back(reinterpret_cast<void*>(pointers[rank]));
     handle.pads.push_back(reinterpret_cast<void*>(pointers[handle.world + rank]));

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import itertools
 import os
+import struct
 import threading
 import traceback
 import weakref
@@ -94,7 +95,7 @@ def enable() -> None:
         library = native.torch_library()
         dropped = ctypes.PyDLL(None, handle=library._handle).symmem_dropped  # keeps the GIL: it is short
         functions = _Functions(
-            _Rendezvous(_guarded(functools.partial(_rendezvous, library, dropped), library)),
+            _Rendezvous(_guarded(functools.partial(_rendezvous, library), library)),
             _Signal(_guarded(_signal, library)),
             _Check(_guarded(_check, library)),
             _Holds(lambda address: block_at(address) is not None),
@@ -153,10 +154,7 @@ def _guarded(function: Callable[..., int | None], library: ctypes.CDLL) -> Calla
     return call
 
 
-def _rendezvous(
-    library: ctypes.CDLL, dropped: Callable[[Any, int], int], result: int, address: int, owner: int | None, name: bytes
-) -> int:
-    _drop(dropped)
+def _rendezvous(library: ctypes.CDLL, result: int, address: int, owner: int | None, name: bytes) -> int:
     keeper = None if owner is None else _Owner(library, owner)
     block = block_at(address)
     if block is None:
@@ -183,13 +181,13 @@ def _rendezvous(
 
         signals, words = gpu.signals_of(group, allocation.device)
         if not pad_nbytes:
-            pads, pad_nbytes = gpu.pads_of(block, mapping)
+            pads, pad_nbytes = signals.torch_pads(block.pads(mapping))
     token = next(_tokens)
     _handles[token] = tensor, group, signals
+    values = token, group.rank, group.size, block.nbytes, offset, pad_nbytes, *pointers, *pads
     library.symmem_fill(
         ctypes.c_void_p(result),
-        (ctypes.c_int64 * 6)(token, group.rank, group.size, block.nbytes, offset, pad_nbytes),
-        (ctypes.c_uint64 * (2 * group.size))(*pointers, *pads),
+        struct.pack(f"{len(values)}q", *values),
         _global_ranks(group),
         words,
         -1 if words is None else allocation.device.index,

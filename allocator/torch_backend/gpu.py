@@ -13,11 +13,9 @@ from symmem.backends.native import NativeAllocation, NativeBackend
 from symmem.backends.vmm import MemoryHandle
 
 if TYPE_CHECKING:
-    from symmem.backends.base import Mapping
     from symmem.group.group import Group
-    from symmem.memory.block import Block
 
-__all__ = ["AdoptedGpuAllocation", "pads_of", "signals_of"]
+__all__ = ["AdoptedGpuAllocation", "signals_of"]
 
 
 class AdoptedGpuAllocation(NativeAllocation):
@@ -64,12 +62,3 @@ def signals_of(group: Group, device: torch.device) -> tuple[CudaSignals, Any]:
         words = _Words((ctypes.c_void_p * 3)(barrier, put, wait), *rest)
         known[device] = signals, ctypes.pointer(words)
     return known[device]
-
-
-def pads_of(block: Block, mapping: Mapping) -> tuple[list[int], int]:
-    """The address of every rank's signal pad for PyTorch's kernels, 0 if it is not reachable; and its bytes, or 0."""
-    signals = block.signals(mapping)
-    if isinstance(signals, CudaSignals):
-        return signals.torch_pads()
-    pads = [signals.signal_pad(rank)[0] if pointer else 0 for rank, pointer in enumerate(mapping.pointers)]
-    return CudaSignals(mapping.group, block.allocation.device, pads).torch_pads()
