@@ -68,14 +68,14 @@ class Driver:
             )
 
     def _call(self, function: str, *arguments: object) -> Any:
-        """Call a function of the driver; returns its result, or None."""
+        """Call a function of the driver; returns its result, a list of several results, or None."""
         try:
             code, *results = getattr(self.bindings, function)(*arguments)
         except RuntimeError as error:  # the installed driver is older than this function
             raise UnsupportedError(f"{function}: {error}", hint="install a newer NVIDIA driver") from error
         if code:
             raise driver_error(code.name, f"{function}: {self._text(code)}")
-        return results[0] if results else None
+        return results if len(results) > 1 else results[0] if results else None
 
     def _text(self, code: Any) -> str:
         _, text = self.bindings.cuGetErrorString(code)

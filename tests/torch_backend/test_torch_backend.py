@@ -184,6 +184,7 @@ def counts() -> tuple[int, int, int]:
 def memory_program() -> None:
     group = world()
     symm_mem.rendezvous(symm_mem.empty(4, device="cpu"), group).barrier()
+    ours = symmem.allocate(1000).tensor  # makes the arena, if no other test has
     before = counts()
     for _ in range(5):
         t = symm_mem.empty(1000, device="cpu")
@@ -191,9 +192,8 @@ def memory_program() -> None:
         hdl.barrier()
         del t, hdl
     assert counts() == before
-    t = symmem.allocate(1000).tensor
     for _ in range(3):
-        hdl = symm_mem.rendezvous(t, group)
+        hdl = symm_mem.rendezvous(ours, group)
         hdl.barrier()
         assert counts() != before
         del hdl
