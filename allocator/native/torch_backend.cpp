@@ -1,13 +1,13 @@
 // Symmetric memory for torch.distributed._symmetric_memory: an allocator, and the handles of its rendezvous.
 //
-// symmem/torch_backend compiles this file for the installed torch, loads it with ctypes and calls the functions at the
-// end. It uses neither Python's headers nor pybind11.
+// symmem/native compiles this file for the installed torch and loads it with ctypes. symmem/torch_backend/bridge.py calls
+// the functions at the end. It uses neither Python's headers nor pybind11.
 //
 // alloc and free run no Python: torch calls them with the GIL or its own locks held, and a thread that waits for the
 // GIL there would wait forever. So they make and free memory here: memory files for the CPU, and the driver's memory
-// for CUDA (cuda_memory.h). The first rendezvous of a block and group calls Python, where the ranks meet; every later one is
-// answered from the table below. The table's mutex is never held during a call of Python, of torch, or of a destructor
-// of a handle.
+// for CUDA (cuda_memory.h). The first rendezvous of a block and group calls Python, where the ranks meet; every later
+// one is answered from the table below. The table's mutex is never held during a call of Python, of torch, or of a
+// destructor of a handle.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>

@@ -65,10 +65,12 @@ from symmem.backends.untraced import untraced
 from symmem.errors import InvalidArgumentError, RankError
 from symmem.group.group import Group
 from symmem.group.resolve import group_named
+from symmem.ops import eager
+from symmem.ops.dispatch import is_usual_keyset
 from symmem.ops.engines.base import REDUCTIONS, Engine
 from symmem.ops.engines.select import engine_for
 from symmem.ops.gradients import with_gradient, without_gradient
-from symmem.ops.refusals import refuse, refusing
+from symmem.ops.refusals import refuse, refuse_in, refusing
 from symmem.tensor.arguments import check_dense, check_integer, check_memory, check_written
 
 __all__ = ["KINDS", "LIBRARY", "OperatorKind", "begun", "functional", "in_place", "into"]
@@ -354,6 +356,29 @@ def _by_name(work: Callable[..., Any], kind: OperatorKind, is_real: bool = True)
     return kernel
 
 
+def _repeating(kind: OperatorKind, is_in_place: bool, run: Callable[..., Any]) -> Callable[..., Any]:
+    """The Autograd kernel for CUDA: it repeats the launch of an earlier call, or else is ``run``."""
+
+    @untraced
+    def kernel(keyset: torch._C.DispatchKeySet, x: torch.Tensor, *rest: Any, **options: torch.Tensor) -> Any:
+        if not is_usual_keyset(keyset) or (x.requires_grad and torch.is_grad_enabled()):
+            return run(keyset, x, *rest, **options)
+        option, name = rest[0] if kind.option else None, rest[-1]
+        out = x if is_in_place else options.get("out")
+        try:
+            made = eager.run(kind, x, name, option, out)
+        except BaseException as error:  # it has launched nothing
+            begun.kernels += 1  # an outer call must not report the error again
+            refuse_in(name, kind.name, error, x, out)
+            raise
+        if made is None:
+            made = run(keyset, x, *rest, **options)
+            eager.learn(kind, group_named(name), x, option, out, made if out is None else out)
+        return made if out is None else None
+
+    return kernel
+
+
 def _define(kind: OperatorKind) -> None:
     name, option = kind.name, f"{kind.option}, " if kind.option else ""
     forms: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
@@ -371,7 +396,8 @@ def _define(kind: OperatorKind) -> None:
             LIBRARY.impl(form, _by_name(_not_dense, kind), key)
         torch.library.register_fake(f"symmem::{form}", _by_name(fake, kind, is_real=False), lib=LIBRARY)
         connect = with_gradient if form == name else without_gradient
-        connect(LIBRARY, getattr(torch.ops.symmem, form).default, kernel)
+        run = connect(LIBRARY, getattr(torch.ops.symmem, form).default, kernel)
+        LIBRARY.impl(form, _repeating(kind, form == f"{name}_", run), "AutogradCUDA", with_keyset=True)
 
 
 for _kind in KINDS.values():

@@ -12,7 +12,7 @@ import ctypes
 import logging
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,6 @@ from symmem.group.group import Group
 from symmem.ops.dispatch import USUAL_THREADS
 from symmem.ops.engines.base import Engines
 
-if TYPE_CHECKING:
-    from symmem.ops.collectives import OperatorKind
-
 log = logging.getLogger("symmem.ops")
 
 __all__ = ["learn", "run"]
@@ -32,7 +29,23 @@ __all__ = ["learn", "run"]
 _NEW, _SAME, _OTHER = range(3)  # the destinations of results in eager.c
 
 
-def _nothing(kind: OperatorKind, x: torch.Tensor, group: object, option: object, out: torch.Tensor | None, /) -> Any:
+class Kind(Protocol):
+    """What an operation needs to be repeated; see :class:`symmem.ops.collectives.OperatorKind`."""
+
+    @property
+    def name(self) -> str:
+        """The name of the operator."""
+
+    @property
+    def in_place(self) -> object:
+        """Not None if a call in place is more than a launch."""
+
+    @property
+    def like_x(self) -> bool:
+        """Whether the result has the shape of ``x``."""
+
+
+def _nothing(kind: Kind, x: torch.Tensor, group: object, option: object, out: torch.Tensor | None, /) -> Any:
     return None
 
 
@@ -45,7 +58,7 @@ bound to the function of the C module as soon as a call can be repeated.
 
 
 def learn(
-    kind: OperatorKind, group: Group, x: torch.Tensor, option: object, out: torch.Tensor | None, result: torch.Tensor
+    kind: Kind, group: Group, x: torch.Tensor, option: object, out: torch.Tensor | None, result: torch.Tensor
 ) -> None:
     """Remember the launch of a call that was just made, if this launch is enough to repeat the call. Local.
 

@@ -79,8 +79,10 @@ class _WithinTransform(_Rule, torch.autograd.function._SingleLevelFunction):
     """Does so for the innermost transform, such as torch.func.grad. Outer ones are handled below Autograd."""
 
 
-def with_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> None:
+def with_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Register the gradient of a functional operator. Its first argument must be its only tensor.
+
+    Returns the kernel for the Autograd keys. It takes the keys of the call and the arguments of the operator.
 
     Args:
         library: The ``torch.library.Library`` that defines the operator.
@@ -101,9 +103,10 @@ def with_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> N
         return kernel(x, *rest) if is_usual_keyset(keyset) else _beneath(op, keyset, x, *rest)
 
     library.impl(op._opname, run, "Autograd", with_keyset=True)
+    return run
 
 
-def without_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> None:
+def without_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Make an operator that writes to its arguments raise if one requires a gradient. See :func:`with_gradient`."""
     several = sum(isinstance(argument.type, torch.TensorType) for argument in op._schema.arguments) > 1
 
@@ -124,6 +127,7 @@ def without_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -
         return _beneath(op, keyset, x, *rest, **options)
 
     library.impl(op._opname, run, "Autograd", with_keyset=True)
+    return run
 
 
 # The gradient of x is the gradient of the sum of all ranks' losses.

@@ -27,9 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from symmem import native
 from symmem.backends import cuda_signals, kernel_status, kernel_words
-from symmem.errors import GroupError, InvalidArgumentError, PeerTimeoutError, SymmemError
+from symmem.errors import GroupError, InvalidArgumentError, PeerTimeoutError, SymmemError, UnsupportedError
 from symmem.group.group import Group
-from symmem.ops import eager
+from symmem.ops import collectives, eager
 from symmem.ops import functions as ops
 from symmem.ops.collectives import KINDS
 from symmem.ops.engines import cuda
@@ -565,6 +565,75 @@ def one_process_group(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, world: Any) -> 
     ops.functional(KINDS["all_reduce"], group, x, ("sum",))  # type: ignore[attr-defined]
     eager.learn(KINDS["all_reduce"], group, x, "sum", None, torch.ones(4))
     return process_group, group
+
+
+# Calls through the dispatcher.
+
+
+def dispatched(name: str, x: torch.Tensor, *rest: Any, **out: torch.Tensor) -> Any:
+    """Call an operator, as the dispatcher does for a CUDA tensor."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCUDA)
+    keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    return getattr(torch.ops.symmem, name).default.redispatch(keys, x, *rest, **out)
+
+
+@pytest.fixture
+def named(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A group that operators know by its name."""
+    process_group, group = one_process_group(gpu, monkeypatch, SimpleNamespace(default_pg=None, pg_map={}))
+    monkeypatch.setattr(collectives, "group_named", lambda name: group)
+    monkeypatch.setattr("symmem.ops.refusals.resolve_group", lambda name: group)
+    group.extension(Engines)[CPU].calls.clear()
+    gpu.by.clear()
+    return group, process_group
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_operator_is_repeated(name: str, named: Any, gpu: Gpu) -> None:
+    kind = KINDS[name]
+    rest = [*(["sum"] if kind.option.startswith("str") else [1] if kind.option else []), "g"]
+    for turn in range(3):
+        x = torch.ones(shape_of(name, 4))
+        out = kind.result(x, WORLD)
+        made = dispatched(name, x, *rest)
+        assert (made.shape, made.data_ptr() == x.data_ptr()) == (out.shape, False)
+        before = out._version
+        assert dispatched(f"{name}_out", x, *rest, out=out) is None
+        assert out._version == before + 1
+        assert gpu.by == (["C"] if turn else ["Python"]) * 2
+        gpu.by.clear()
+        if kind.in_place is None:
+            before = x._version
+            assert dispatched(f"{name}_", x, *rest) is None
+            assert x._version == before + 1
+            assert gpu.by == ["C" if turn else "Python"]
+        gpu.by.clear()
+
+
+def test_an_operator_with_a_gradient_is_not_repeated(named: Any, gpu: Gpu) -> None:
+    for _ in range(3):
+        x = torch.ones(4, requires_grad=True)
+        assert dispatched("all_reduce", x, "sum", "g").requires_grad
+        with torch.no_grad():
+            assert not dispatched("all_reduce", x, "sum", "g").requires_grad
+    assert gpu.by == ["Python", "Python", *["Python", "C"] * 2]
+    with pytest.raises(UnsupportedError, match="has no gradient"):
+        dispatched("all_reduce_out", x, "sum", "g", out=torch.empty(4))
+
+
+def test_an_operator_that_is_interrupted_is_refused_once(named: Any, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = named[0].extension(Engines)[CPU]
+    refused: list[object] = []
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eager, "run", interrupted)
+    monkeypatch.setattr(type(engine), "refuse", lambda self, *arguments: refused.append(arguments))
+    with pytest.raises(KeyboardInterrupt):
+        dispatched("all_reduce", torch.ones(4), "sum", "g")
+    assert len(refused) == 1
+    assert gpu.by == []
 
 
 def test_an_interrupt_is_not_lost(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

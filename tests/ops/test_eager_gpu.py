@@ -84,6 +84,25 @@ def all_right() -> None:
     assert (counted.left, counted.done) == (kinds, kinds * 3)
 
 
+def through_the_dispatcher() -> tuple[int, int]:
+    """The operators themselves, in their three forms. Counts calls in C and in Python."""
+    rank, world, name = dist.get_rank(), dist.get_world_size(), symmem.resolve_group().name
+    operators, total = torch.ops.symmem, world * (world + 1) / 2
+    with Counted() as counted:
+        for _ in range(4):
+            x = torch.full((77,), rank + 1.0, device="cuda")
+            out = torch.empty_like(x)
+            assert (operators.all_reduce(x, "sum", name) == total).all()
+            operators.all_reduce_out(x, "sum", name, out=out)
+            assert (out == total).all()
+            operators.broadcast_(x, world - 1, name)
+            assert (x == world).all()
+    x.requires_grad_()
+    operators.all_reduce(x, "sum", name).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, world))  # type: ignore[arg-type]
+    return counted.done, counted.left
+
+
 def on_streams_and_in_graphs() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     x, out = torch.full((1000,), rank + 1.0, device="cuda"), torch.empty(1000, device="cuda")
@@ -173,6 +192,11 @@ def other_groups() -> list[str]:
 
 def test_all_results_are_right(pool: RankPool) -> None:
     pool.run(all_right)
+
+
+def test_operators(pool: RankPool) -> None:
+    for seen in pool.run(through_the_dispatcher):
+        assert seen == (9, 3)
 
 
 def test_streams_and_graphs(pool: RankPool) -> None:
