@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from hypothesis import HealthCheck, settings
 from patience import OPTIONS
 from programs import serving
 
-from symmem.config import BACKENDS
-from symmem.service import server
-from symmem.tools.ranks import RankPool
+# Until all tests are collected: what is imported stays, and the trees of rewritten assertions are no circles.
+gc.disable()
+
+from symmem.config import BACKENDS  # noqa: E402
+from symmem.service import server  # noqa: E402
+from symmem.tools.ranks import RankPool  # noqa: E402
 
 # A failing assertion shows its values in these modules as well. Some are imported only by ranks.
 HERE = Path(__file__).parent
@@ -58,6 +61,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tier = 0 if compiles else 1 if item.get_closest_marker("ranks") else 2
         tiers[item.path] = min(tier, tiers.get(item.path, tier))
     items.sort(key=lambda item: tiers[item.path])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,13 +17,20 @@ import socket
 import sys
 
 
+def _import_torch() -> None:
+    """Collections of garbage in programs, of which one is at the end, leave out what this makes."""
+    gc.disable()
+    importlib.import_module("torch")
+    gc.freeze()
+    gc.enable()
+
+
 def _next_connection() -> socket.socket:
     """Accept connections, each in a forked process; returns in such a process."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nothing waits for these processes
     listener = socket.socket(fileno=int(sys.argv[1]))
     while listener in select.select([listener, sys.stdin], [], [])[0]:
-        importlib.import_module("torch")  # not before, because many runs of tests have no programs
-        gc.freeze()  # collections in programs, of which one is at the end, leave out torch
+        _import_torch()  # not before, because many runs of tests have no programs
         connection, _ = listener.accept()
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
