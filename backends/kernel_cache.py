@@ -25,7 +25,9 @@ log = logging.getLogger("symmem.ops")
 
 _MAGIC = b"symmem kernel 1\n"
 _DIGEST = 32
-_PATIENCE = 60.0  # seconds that a process waits while another one compiles the same program
+# Seconds that a process waits while another one compiles the same program. C++ that includes torch's headers takes 12 s
+# of a CPU, and minutes on a slow and busy machine.
+_PATIENCE = 300.0
 
 
 def cache_directory() -> Path | None:

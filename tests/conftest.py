@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from patience import OPTIONS
+from programs import serving
 
-from symmem.config import BACKENDS
-from symmem.service import server
-from symmem.tools.ranks import RankPool
+# Until all tests are collected: what is imported stays, and the trees of rewritten assertions are no circles.
+gc.disable()
+
+from symmem.config import BACKENDS  # noqa: E402
+from symmem.service import server  # noqa: E402
+from symmem.tools.ranks import RankPool  # noqa: E402
 
 # A failing assertion shows its values in these modules as well. Some are imported only by ranks.
 HERE = Path(__file__).parent
 MODULES = {path.stem for path in HERE.glob("*/*.py") if not path.stem.startswith("test_")}
-pytest.register_assert_rewrite(*(MODULES - {"patience"}))
+pytest.register_assert_rewrite(*(MODULES - {"patience", "programs"}))
 
 # The machine may be busy, and no test depends on its speed, so nothing that Hypothesis does has a time limit.
 settings.register_profile("symmem", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -33,6 +38,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backends", default=",".join(BACKENDS), help="names of backends to run conformance on")
     parser.addoption("--require", default="", help="names of backends whose skips are failures")
     parser.addoption("--worlds", default="2,4", help="numbers of ranks for conformance")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # workers of pytest-xdist use the server of the process that started them
+        server = contextlib.ExitStack()
+        server.enter_context(serving())
+        config.add_cleanup(server.close)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,6 +61,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tier = 0 if compiles else 1 if item.get_closest_marker("ranks") else 2
         tiers[item.path] = min(tier, tiers.get(item.path, tier))
     items.sort(key=lambda item: tiers[item.path])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from arena_rank import Make, Rank, mapped
-from patience import TASK
+from programs import run_program
 
 import symmem
 from symmem.arena.segment import GRANULE
@@ -177,7 +175,7 @@ allocate()
 
 @pytest.mark.slow
 def test_tensors_that_live_until_the_interpreter_ends() -> None:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, timeout=TASK)
+    done = run_program(PROGRAM)
     assert (done.returncode, done.stderr) == (0, "")
     # Two tensors were dropped by then: the source of the float copy, and the tensor of the last line.
     assert done.stdout.split() == ["512", "gone"]

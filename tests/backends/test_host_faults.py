@@ -14,8 +14,6 @@ import os
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +22,8 @@ from typing import Any
 
 import pytest
 import torch
-from patience import LONG, SOON, TASK
+from patience import LONG, SOON
+from programs import run_program
 from told import Told
 from told import told as told_of_any_group
 
@@ -674,10 +673,12 @@ def test_freed_memory_stays_with_those_who_use_it(mortals: RankPool) -> None:
 # What is left.
 
 PROGRAM = """
-import os, signal, sys, time, torch.distributed as dist
+import os, signal, sys, torch.distributed as dist
 import symmem
 
 file, mode = sys.argv[1:]
+os.setsid()
+print(os.getpid(), flush=True)
 
 def rank(rank):
     group = symmem.Group.from_store(rank, 2, dist.FileStore(file + mode, 2), "ends")
@@ -711,25 +712,24 @@ def _nothing_left(address: str) -> bool:
 @pytest.mark.parametrize(("mode", "code"), [("normal", 0), ("exception", 1), ("killed", -9)])
 def test_however_ranks_end_nothing_is_left(mode: str, code: int, tmp_path: Path) -> None:
     """After a normal exit, an exception or SIGKILL of all ranks: no file, no socket, no process."""
-    marker = str(tmp_path / "store")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM, marker, mode], capture_output=True, text=True, timeout=TASK
-    )
+    done = run_program(PROGRAM, str(tmp_path / "store"), mode)
     assert done.returncode == code, done.stderr
     assert done.stderr.count("on purpose") >= (mode == "exception")
     assert mode == "exception" or done.stderr == ""
+    session, address = done.stdout.split()
     deadline = time.monotonic() + LONG
-    while _processes_of(marker) and time.monotonic() < deadline:
+    while _processes_of(session) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert _processes_of(marker) == []
-    assert _nothing_left(done.stdout.strip())
+    assert _processes_of(session) == []
+    assert _nothing_left(address)
 
 
-def _processes_of(marker: str) -> list[str]:
+def _processes_of(session: str) -> list[str]:
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            if marker.encode() in path.read_bytes():
+            state, _parent, _group, its_session = path.read_text().rpartition(")")[2].split()[:4]
+            if its_session == session and state != "Z":
                 found.append(path.parent.name)
     return found
 

@@ -15,7 +15,7 @@ from symmem.tools.ranks import PRELOAD, RankPool
 # Every rank that compiles would load Inductor, in 4 s. If these tests are collected, all ranks of the run have it.
 # Inductor imports Triton, and that reads the variable then. Without GPUs, all kernels run in Triton's interpreter.
 if not torch.cuda.is_available():
-    PRELOAD.append("symmem.tools.warm_inductor")
+    PRELOAD.insert(0, "symmem.tools.warm_inductor")
     os.environ["TRITON_INTERPRET"] = "1"
 
 

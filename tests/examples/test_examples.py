@@ -6,12 +6,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from patience import TASK
+from programs import run_program
 
 from symmem.config import BACKENDS
 from symmem.tools.examples import run_file
@@ -30,55 +30,33 @@ class Way:
     options: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
     ranks: int = 2
-    torchrun: bool = False
 
 
 WAYS = {
-    "default": Way(torchrun=True),
+    "default": Way(),
     "argument": Way(("--backend", "host"), ranks=4),
     "SYMMEM_ENABLE": Way(env={"SYMMEM_ENABLE": "symmetric_memory_backend(host)"}),
     "NVFUSER_ENABLE": Way(env={"NVFUSER_ENABLE": "other_option(1),symmetric_memory_backend(host)"}),
     "SYMMEM_CONFIG": Way(env={"SYMMEM_CONFIG": LAPTOP}),
-    # The argument is wrong, and wins over the file.
-    "wrong": Way(("--backend", "hots"), {"SYMMEM_CONFIG": LAPTOP}, ranks=1, torchrun=True),
 }
-UNDER_TORCHRUN = [name for name, way in WAYS.items() if way.torchrun]
 
 
-@pytest.fixture(scope="module")
-def runs() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """Start all runs of torchrun at once, because they mostly wait for their processes to start."""
-    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    started = {}
-    try:
-        for name in UNDER_TORCHRUN:
-            way = WAYS[name]
-            # --standalone takes a free port per run, so that runs do not join each other.
-            launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(way.ranks))
-            started[name] = subprocess.Popen(
-                [sys.executable, *launch, str(HELLO), *way.options],
-                env=clean | {"PYTHONUNBUFFERED": "1"} | way.env,  # every write appears at once
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        yield started
-    finally:
-        for process in started.values():
-            with process:  # closes its pipes
-                process.terminate()
+def without_choices() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in VARIABLES}
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", [name for name in UNDER_TORCHRUN if name != "wrong"])
-def test_hello_works_under_torchrun(name: str, runs: dict[str, subprocess.Popen[str]]) -> None:
-    out, err = runs[name].communicate(timeout=TASK)
-    assert runs[name].returncode == 0, err
-    check(name, out)
+def test_hello_works_under_torchrun() -> None:
+    # --standalone takes a free port per run, so that runs do not join each other.
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WAYS["default"].ranks))
+    env = without_choices() | {"PYTHONUNBUFFERED": "1"}  # every write appears at once
+    done = subprocess.run([sys.executable, *launch, str(HELLO)], env=env, capture_output=True, text=True, timeout=TASK)
+    assert done.returncode == 0, done.stderr
+    check("default", done.stdout)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", [name for name in WAYS if name not in UNDER_TORCHRUN])
+@pytest.mark.parametrize("name", [name for name in WAYS if name != "default"])
 def test_hello_works_with_the_environment_of_a_pool(name: str) -> None:
     way = WAYS[name]
     env: dict[str, str | None] = {**dict.fromkeys(VARIABLES), **way.env}
@@ -97,10 +75,14 @@ def check(name: str, out: str) -> None:
 
 
 @pytest.mark.ranks
-def test_a_wrong_choice_is_an_error_that_lists_the_valid_ones(runs: dict[str, subprocess.Popen[str]]) -> None:
-    out, err = runs["wrong"].communicate(timeout=TASK)
-    assert runs["wrong"].returncode == 1
-    assert "memory" not in out
-    assert "ConfigError: argument backend: unknown backend 'hots'" in err
-    assert f"use one of: {', '.join(('auto', *BACKENDS))}" in err
-    assert "did you mean 'host'?" in err
+def test_a_wrong_choice_is_an_error_that_lists_the_valid_ones() -> None:
+    """The argument wins over the file. The program has the environment that torchrun gives it."""
+    program = f"import runpy, sys; sys.argv[0] = {str(HELLO)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    env = without_choices() | alone | {"SYMMEM_CONFIG": LAPTOP}
+    done = run_program(program, "--backend", "hots", env=env)
+    assert done.returncode == 1
+    assert "memory" not in done.stdout
+    assert "ConfigError: argument backend: unknown backend 'hots'" in done.stderr
+    assert f"use one of: {', '.join(('auto', *BACKENDS))}" in done.stderr
+    assert "did you mean 'host'?" in done.stderr

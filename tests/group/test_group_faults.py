@@ -7,8 +7,6 @@ import os
 import select
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from patience import LONG, SOON
+from programs import Run, run_program, run_python
 from thread_ranks import make_groups, meet, run_ranks, succeed
 
 import symmem.backends
@@ -523,16 +522,15 @@ cycle.append(cycle)
 
 
 @pytest.mark.parametrize(
-    "imports",
+    ("run", "imports"),
     [
-        "import symmem, torch, torch.distributed as dist",
-        "import torch, torch.distributed as dist, symmem",
-        "from symmem.group.group import Group; import symmem, torch, torch.distributed as dist",
-        "import symmem.tensor.tensor, symmem, torch, torch.distributed as dist",
+        (run_python, "import symmem, torch, torch.distributed as dist"),
+        (run_program, "import torch, torch.distributed as dist, symmem"),
+        (run_python, "from symmem.group.group import Group; import symmem, torch, torch.distributed as dist"),
+        (run_python, "import symmem.tensor.tensor, symmem, torch, torch.distributed as dist"),
     ],
 )
-def test_a_group_that_lives_until_exit_prints_nothing(imports: str) -> None:
+def test_a_group_that_lives_until_exit_prints_nothing(run: Run, imports: str) -> None:
     """At exit, modules lose their globals before the last groups are deleted."""
-    program = f"{imports}\n{ALIVE_AT_EXIT}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    done = run(f"{imports}\n{ALIVE_AT_EXIT}")
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")

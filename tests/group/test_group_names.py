@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run_program
 
 FILE = """
 version: 1
@@ -48,7 +47,7 @@ def run(tmp_path: Path, world: str, text: str = FILE, **variables: str) -> tuple
     file = tmp_path / "cluster.yaml"
     file.write_text(text)
     env = {**os.environ, "SYMMEM_CONFIG": str(file), **variables}
-    done = subprocess.run([sys.executable, "-c", PROGRAM, world], env=env, capture_output=True, text=True, timeout=120)
+    done = run_program(PROGRAM, world, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from programs import Program
 from thread_ranks import make_groups, meet, run_ranks
 
 import symmem.group.group
@@ -29,7 +30,7 @@ SOON = 20.0
 PATIENT = 60.0
 """Seconds that a rank waits for the store to take a note. By default it drops the note early on a busy machine."""
 
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[[str], Program]
 
 
 @pytest.fixture(autouse=True)
@@ -50,25 +51,21 @@ def store(tmp_path: Path) -> dist.FileStore:
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a process, which waits after ``code`` until it is killed."""
     begin = (
-        "import sys, time, torch.distributed as dist, symmem\n"
+        "import os, time, torch.distributed as dist, symmem\n"
         "from symmem.group import presence\n"
         f"presence._BRIEF = {PATIENT}\n"
         f"store = dist.FileStore({str(tmp_path / 'store')!r}, -1)\n"
     )
-    processes: list[subprocess.Popen[str]] = []
+    processes: list[Program] = []
 
-    def run(code: str) -> subprocess.Popen[str]:
-        program = f"{begin}{code}\nprint('here', flush=True)\ntime.sleep(600)"
-        process = subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        processes.append(process)
-        return process
+    def run(code: str) -> Program:
+        processes.append(Program(f"{begin}{code}\nstore.set(f'{{os.getpid()}} waits', '')\ntime.sleep(600)"))
+        return processes[-1]
 
     yield run
     for process in processes:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def waits(group: Group) -> tuple[Any, float]:
@@ -81,8 +78,7 @@ def waits(group: Group) -> tuple[Any, float]:
 def test_a_process_that_dies_before_it_joins_is_named(store: dist.FileStore, start: Start) -> None:
     """It has made the group, so the others know its process."""
     process = start("group = symmem.Group.from_store(1, 2, store, 'a')")
-    assert process.stdout is not None
-    assert process.stdout.readline() == "here\n"
+    store.wait([f"{process.pid} waits"])
     group = Group.from_store(0, 2, store, "a")
     threading.Timer(0.7, process.kill).start()
     error, seconds = waits(group)
@@ -129,8 +125,7 @@ def test_a_death_that_another_group_knows_counts(
     assert error.peers == (1,)
     assert seconds < SOON
     new = start("group = symmem.Group.from_store(1, 2, store, 'd')")
-    assert new.stdout is not None
-    new.stdout.readline()
+    store.wait([f"{new.pid} waits"])
     result = run_ranks(1, lambda _: meet(Group.from_store(0, 2, store, "d"), timeout=2.0), timeout=60)[0]
     assert isinstance(result, PeerTimeoutError)
     # A group of which this process has another rank may have other members.

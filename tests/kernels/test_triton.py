@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from patience import TASK
+from programs import run_program
 
 import symmem
 
@@ -139,7 +137,7 @@ def test_what_it_is_compiled_to(world: int, tmp_path: Path) -> None:
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=TASK)
+    done = run_program(script, env=env)
     assert done.returncode == 0, done.stderr
     ptx = done.stdout
     chunks = -(-world // 32)
@@ -167,6 +165,6 @@ def test_without_triton_the_error_is_named() -> None:
         "try: symmem.triton\n"
         "except symmem.errors.UnsupportedError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=TASK)
+    done = run_program(script)
     assert "symmem.triton needs Triton" in done.stdout, done.stderr
     assert "pip install triton" in done.stdout

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +14,7 @@ import numpy
 import pytest
 import torch
 import torch.distributed as dist
-from patience import TASK
+from programs import run_program
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -247,7 +245,7 @@ compiled = torch.compile(lambda x: all_reduce(x), fullgraph=True, backend="eager
 assert compiled(torch.ones(3)).tolist() == [1] * 3
 dist.destroy_process_group()
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=TASK)
+    run_program(code).check_returncode()
 
 
 def test_compiled_code_changes_its_arguments_in_place(group: symmem.Group) -> None:

@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import re
-import subprocess
-import sys
 import threading
 import time
 import types
@@ -22,7 +20,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patience import LONG, TASK
+from patience import LONG
+from programs import run_program, run_python
 from torch._C._distributed_c10d import _SymmetricMemory
 from torch._library.simple_registry import singleton
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -590,7 +589,7 @@ def test_ops_that_a_torch_lacks_are_left_out() -> None:
         "built_in.NEED['nosuch'] = built_in.Need(('x',)); "
         "assert len(registered()) > 20"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=TASK)
+    run_program(code).check_returncode()
 
 
 @pytest.mark.slow
@@ -602,9 +601,8 @@ def test_ops_that_a_torch_has_otherwise_are_left_out() -> None:
         "assert len(registered()) > 20 and registration('symm_mem::tile_reduce') is None; "
         "assert known_op('symm_mem::tile_reduce')"
     )
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], stderr=subprocess.PIPE, text=True, check=True, timeout=TASK
-    )
+    run = run_program(code)
+    run.check_returncode()
     assert "symm_mem::tile_reduce has no argument 'x'" in run.stderr
 
 
@@ -620,7 +618,7 @@ assert set(registry._entries) == {'aten::mm'}
 assert symmem.ops.registration('symm_mem::one_shot_all_reduce').source == 'symmem'
 assert symmem.ops.registration('symm_mem::get_remote_tensors').args == ('x',)
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=TASK)
+    run_python(code).check_returncode()
 
 
 # The fingerprint and the version.
@@ -660,14 +658,10 @@ def test_the_fingerprint_is_of_what_is_registered(define: Define) -> None:
 @pytest.mark.slow
 def test_the_fingerprint_is_the_same_in_another_process() -> None:
     code = "from symmem.ops import fingerprint; print(fingerprint())"
-    found = set()
-    for seed in ("1", "2"):  # in this process other tests may have registered something
-        command = [sys.executable, "-W", "ignore", "-c", code]
-        env = {**os.environ, "PYTHONHASHSEED": seed}
-        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=TASK, env=env, check=True)
-        found.add(run.stdout.strip())
-    (fingerprint,) = found
-    assert len(fingerprint) == 64
+    # In this process other tests may have registered something. Hashes of texts differ in an interpreter with a seed.
+    done = run_program(code), run_python(code, env={**os.environ, "PYTHONHASHSEED": "1"})
+    (fingerprint,) = {each.stdout.strip() for each in done}
+    assert len(fingerprint) == 64, done
 
 
 def test_threads_register_and_look_at_once(define: Define) -> None:
@@ -1094,8 +1088,8 @@ def test_the_command_imports_first(tmp_path: Path, capsys: pytest.CaptureFixture
         "lib.define('op(Tensor x) -> ()')\n"
         "lib.register_symm_mem_args('op', ['x'])\n"
     )
-    command = [sys.executable, "-W", "ignore", "-m", "symmem", "ops", "list", "--import", "my_ops"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=TASK, cwd=tmp_path)
+    code = "import runpy; runpy.run_module('symmem', run_name='__main__')"
+    done = run_program(code, "ops", "list", "--import", "my_ops", folder=tmp_path)
     assert done.returncode == 0
     row = next(line for line in done.stdout.splitlines() if line.startswith("my_ops::op "))
     assert row.split()[1:] == ["x", "default", "group", "my_ops:4"]

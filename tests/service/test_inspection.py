@@ -8,8 +8,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,7 +23,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from patience import LONG, TASK
+from patience import LONG
+from programs import run_program
 
 import symmem
 from symmem.arena.arena import arenas_of
@@ -234,10 +233,8 @@ def test_close_leaves_nothing(folder: Path) -> None:
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
 
 
-def run_program(program: str, runtime: Path, **environ: str) -> str:
-    # Standard error stays apart, because torch warns of NumPy there.
-    env = {**os.environ, "XDG_RUNTIME_DIR": str(runtime), **environ}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=TASK)
+def output_of(program: str, runtime: Path, **environ: str) -> str:
+    done = run_program(program, env={**os.environ, "XDG_RUNTIME_DIR": str(runtime), **environ})
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -259,19 +256,19 @@ sys.stdout.flush()
 
 
 def test_it_begins_with_a_group_and_ends_with_the_process(tmp_path: Path) -> None:
-    assert run_program(PROGRAM, tmp_path).split() == ["1", "True"]
+    assert output_of(PROGRAM, tmp_path).split() == ["1", "True"]
     assert list((tmp_path / "symmem").iterdir()) == []
 
 
 def test_switched_off(tmp_path: Path) -> None:
-    assert run_program(PROGRAM, tmp_path, SYMMEM_ENABLE="inspection(off)").split() == ["0", "None"]
+    assert output_of(PROGRAM, tmp_path, SYMMEM_ENABLE="inspection(off)").split() == ["0", "None"]
     assert not (tmp_path / "symmem").exists()
 
 
 def test_what_a_killed_process_left_is_removed(folder: Path, serve: Callable[..., Server]) -> None:
     """The tools remove it, and so does the next process that starts. The socket of a live process stays."""
     for remove in (lambda: ask_all([]), serve):
-        run_program(PROGRAM + "os._exit(0)", folder.parent)
+        output_of(PROGRAM + "os._exit(0)", folder.parent)
         left = [path for path in folder.iterdir() if Name.parse(path.name).pid != os.getpid()]  # type: ignore[union-attr]
         assert len(left) == 1
         remove()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +13,8 @@ from typing import Any, NoReturn
 
 import pytest
 import torch.distributed as dist
-from patience import LONG, TASK
+from patience import LONG
+from programs import run_program
 
 from symmem.tools.ranks import RankPool, RanksFailedError, rank_store
 
@@ -195,14 +195,9 @@ def _wait_for_ever() -> None:
 
 @pytest.mark.ranks
 def test_hung_ranks_show_where_they_are() -> None:
-    code = f"import {__name__.rpartition('.')[2]} as test; test._hang_in_a_pool_of_its_own()"
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=TASK,
+    path = [str(Path(__file__).parent), *sys.path]
+    done = run_program(
+        f"import sys; sys.path[:] = {path!r}; import {Path(__file__).stem} as test; test._hang_in_a_pool_of_its_own()"
     )
     assert done.returncode == 0, done.stderr
     for rank in range(2):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory
+from programs import Program, run_program, run_python
 
 import symmem
 from symmem import torch_backend
@@ -318,7 +317,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 @pytest.mark.parametrize("end", ENDS)
 def test_end_of_a_process(end: str) -> None:
-    done = subprocess.run([sys.executable, "-c", START + ENDS[end]], capture_output=True, text=True)
+    done = run_program(START + ENDS[end])
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -338,7 +337,7 @@ except RuntimeError as error:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu() -> None:
     """It can be put in force anywhere; the first allocation says what is missing."""
-    done = subprocess.run([sys.executable, "-c", ON_CUDA], capture_output=True, text=True)
+    done = run_program(ON_CUDA)
     name, error = done.stdout.splitlines()
     assert name == "SYMMEM"
     assert "BackendUnavailableError: the NVIDIA driver library cannot be loaded" in error
@@ -346,13 +345,13 @@ def test_cuda_without_a_gpu() -> None:
 
 def test_nothing_of_cuda_is_loaded_before_its_use() -> None:
     program = START + "import sys; assert not {'symmem.torch_backend.gpu', 'symmem.backends.native'} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = run_program(program)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_no_error_before_it_is_enabled() -> None:
     program = "import symmem; assert symmem.last_error() is None"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = run_program(program)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -385,7 +384,7 @@ def test_both_doors_know_the_limits_of_control_groups(tmp_path: Path) -> None:
         (folder / "memory.max").write_text(f"{most}\n")
         (folder / "memory.current").write_text(f"{used}\n")
     folders = [str(tmp_path / name) for name in "abc"]
-    done = subprocess.run([sys.executable, "-c", LIMITED, *folders], capture_output=True, text=True)
+    done = Program(LIMITED, *folders).wait()
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -416,7 +415,7 @@ import {first}
 import symmem, torch, torch.distributed._symmetric_memory as symm_mem
 print(symm_mem.get_backend(torch.device("cpu")))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | env, capture_output=True, text=True, timeout=300, check=False
-    )
+    # A new interpreter for the usual program: the variable is set, and symmem is imported before torch.
+    start = run_python if (source, first) == ("variable", "symmem") else run_program
+    done = start(program, env=os.environ | env)
     assert (done.returncode, done.stdout.strip()) == (0, "None" if source == "off" else "SYMMEM"), done.stderr

@@ -6,8 +6,6 @@ import ast
 import functools
 import importlib.util
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -20,6 +18,8 @@ import symmem.errors
 from symmem.errors import SymmemError
 from symmem.tools.capabilities import capability_table
 from symmem.tools.cli import main
+from symmem.tools.examples import run_file
+from symmem.tools.ranks import RankPool
 
 DOCS = ROOT / "docs"
 NAMES = [str(path.relative_to(ROOT)) for path in pages()]
@@ -186,13 +186,14 @@ def test_a_message_that_is_not_in_the_code_is_found() -> None:
 # The API reference.
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_the_reference_has_every_public_name(tmp_path: Path) -> None:
+    """On a rank, which need not import torch and its compiler again."""
     if importlib.util.find_spec("pdoc") is None:
         pytest.skip("pdoc is not installed: pip install pdoc")
-    command = [sys.executable, "scripts/api_reference.py", str(tmp_path)]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TASK)
-    assert made.returncode == 0, made.stderr
+    with RankPool(1, process_group=None, timeout=TASK) as pool:
+        pool.run(run_file, str(ROOT / "scripts/api_reference.py"), str(tmp_path))
     for module, names in {"symmem": symmem.__all__, "symmem.errors": symmem.errors.__all__}.items():
         page = (tmp_path / f"{module.replace('.', '/')}.html").read_text()
         assert [name for name in names if f'id="{name}"' not in page] == []

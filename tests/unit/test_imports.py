@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+from programs import Run, run_program, run_python
 
 pytestmark = pytest.mark.slow
 
@@ -68,28 +68,25 @@ QUICK = {
 }
 
 
-def run(program: str, *path: Path) -> Any:
-    """Run a program in a new process; returns what it prints as JSON."""
-    program = f"import sys; sys.path[:0] = {[str(each) for each in path]!r}\n{program}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+def printed(done: CompletedProcess[str]) -> Any:
+    """What a program printed as JSON."""
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def loaded_by(program: str) -> set[str]:
-    return set(run(f"{program}\nimport json, sys; print(json.dumps(sorted(sys.modules)))"))
+PRINT_MODULES = "\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
 
 
 def test_importing_symmem_loads_no_torch() -> None:
-    loaded = loaded_by("import symmem")
+    loaded = printed(run_python("import symmem" + PRINT_MODULES))
     assert "torch" not in loaded
     assert {name for name in loaded if name.startswith("symmem.")} <= QUICK
 
 
 def test_a_simple_program_loads_no_optional_subsystem() -> None:
-    loaded = loaded_by(ALLOCATE_RENDEZVOUS_BARRIER)
+    loaded = printed(run_program(ALLOCATE_RENDEZVOUS_BARRIER + PRINT_MODULES))
     assert "symmem.tensor.tensor" in loaded
-    assert sorted(set(OPTIONAL) & loaded) == []
+    assert sorted(set(OPTIONAL).intersection(loaded)) == []
 
 
 OPERATORS = """
@@ -108,15 +105,15 @@ print(json.dumps({
 
 
 @pytest.mark.parametrize(
-    "imports",
+    ("run", "imports"),
     [
-        "import symmem, importlib.util; assert importlib.util.find_spec('torch'); import torch",
-        "import torch; torch.ops.symmem; import symmem; assert 'symmem.ops' not in sys.modules",
-        "import torch, symmem, importlib; importlib.reload(symmem)",
+        (run_python, "import symmem, importlib.util; assert importlib.util.find_spec('torch'); import torch"),
+        (run_program, "import torch; torch.ops.symmem; import symmem; assert 'symmem.ops' not in sys.modules"),
+        (run_program, "import torch, symmem, importlib; importlib.reload(symmem)"),
     ],
 )
-def test_operators_exist_in_every_order_of_imports(imports: str) -> None:
-    found = run(imports + OPERATORS)
+def test_operators_exist_in_every_order_of_imports(run: Run, imports: str) -> None:
+    found = printed(run(f"import sys; {imports}{OPERATORS}"))
     assert found["names"] == ["symmem::all_reduce", "symmem::put"]
     assert found["modules"] == ["torch._ops.symmem", "torch._ops.aten"]
     assert found["plain"]
@@ -130,6 +127,7 @@ def test_an_import_of_torch_may_fail(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("import missing_library")
     program = """
 import importlib, json, sys
+sys.path.insert(0, sys.argv[1])
 import symmem
 
 def attempt():
@@ -151,7 +149,7 @@ kinds += [[type(finder).__name__ for finder in sys.meta_path].count("_WaitingFin
 print(json.dumps([errors, kinds, type(sys.modules["torch"].ops.symmem).__name__]))
 """
     missing = "missing_library"
-    assert run(program, tmp_path) == [[missing, missing, "torch", None], [1, 0], "LazyNamespace"]
+    assert printed(run_python(program, str(tmp_path))) == [[missing, missing, "torch", None], [1, 0], "LazyNamespace"]
 
 
 def test_the_first_op_in_symmetric_memory_imports_no_compiler() -> None:
@@ -162,5 +160,5 @@ def test_the_first_op_in_symmetric_memory_imports_no_compiler() -> None:
         "assert symmem.find(y) and y.tolist() == [2, 2, 2]\n"
         "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = run_program(program)
     assert done.returncode == 0, done.stderr
