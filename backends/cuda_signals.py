@@ -21,7 +21,7 @@ from symmem.backends.driver import Driver, load_driver
 from symmem.backends.driver_errors import driver_error
 from symmem.backends.kernel_status import raise_failure
 from symmem.backends.kernel_words import NBYTES, KernelWords, name_steps
-from symmem.backends.signal_kernels import FLAG_BARRIER, OPERATIONS, SOURCE, pad_words, torch_nbytes
+from symmem.backends.signal_kernels import FLAG_BARRIER, OPERATIONS, SOURCE, pad_nbytes, pad_words, torch_nbytes
 from symmem.errors import UnsupportedError
 
 __all__ = ["CudaSignals", "Device", "device_of", "name_steps"]
@@ -101,7 +101,7 @@ class CudaSignals:
     @staticmethod
     def nbytes(size: int) -> int:
         """Bytes of one pad in a group of ``size`` ranks."""
-        return 4 * pad_words(size) + torch_nbytes()
+        return pad_nbytes(size)
 
     @staticmethod
     def torch_pads(pads: Sequence[int]) -> tuple[list[int], int]:

@@ -21,7 +21,7 @@ from symmem.backends.collective_heap import CollectiveHeap, job_group
 from symmem.backends.nvshmem_job import start
 from symmem.backends.nvshmem_library import NvshmemLibrary, Staging
 from symmem.backends.pads import PaddedMapping, PadSlots, padded
-from symmem.backends.signal_kernels import pad_words
+from symmem.backends.signal_kernels import pad_nbytes
 from symmem.errors import InvalidArgumentError, OutOfMemoryError
 
 __all__ = ["NvshmemAllocation", "NvshmemBackend", "NvshmemMapping"]
@@ -109,7 +109,7 @@ class NvshmemBackend(Backend):
 
     def pad_nbytes(self, size: int) -> int:
         """See :meth:`Backend.pad_nbytes`."""
-        return 4 * pad_words(size)
+        return pad_nbytes(size)
 
     def probe(self) -> None:
         """See :meth:`Backend.probe`. It only loads the library and reads its version.

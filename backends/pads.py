@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from symmem.backends.base import Collective
 from symmem.backends.libc import round_up
-from symmem.backends.signal_kernels import pad_words
+from symmem.backends.signal_kernels import pad_nbytes
 from symmem.backends.signalled import SignalledMapping
 from symmem.backends.untraced import untraced
 from symmem.errors import ResourceLimitError, SymmemError
@@ -28,13 +28,10 @@ if TYPE_CHECKING:
     from symmem.backends.cuda_signals import CudaSignals
     from symmem.backends.vmm import DeviceRange
 
-__all__ = ["MAX_RANKS", "SLOT_NBYTES", "PadSlots", "PaddedMapping", "padded"]
+__all__ = ["MAX_RANKS", "PadSlots", "PaddedMapping", "padded"]
 
 MAX_RANKS = 72
 """The largest group that has signals: NVLink joins as many GPUs today, and torch's own pads have the same limit."""
-
-SLOT_NBYTES = round_up(4 * pad_words(MAX_RANKS), 256)
-"""Bytes of a slot; see :mod:`symmem.backends.signal_kernels`."""
 
 SLOTS = 8
 """Number of groups that may rendezvous one allocation."""
@@ -48,11 +45,13 @@ class PadSlots:
 
     Attributes:
         extent: Bytes to allocate; at least one of them is the user's. The caller fills them with zeros.
+        slot_nbytes: Bytes of a slot; see :mod:`symmem.backends.signal_kernels`.
     """
 
     def __init__(self, nbytes: int) -> None:
         self._begin = round_up(max(nbytes, 1), 256)
-        self.extent = self._begin + SLOTS * SLOT_NBYTES
+        self.slot_nbytes = round_up(pad_nbytes(MAX_RANKS), 256)
+        self.extent = self._begin + SLOTS * self.slot_nbytes
         self._free = list(range(SLOTS))
         self._lock = threading.Lock()
 
@@ -68,13 +67,13 @@ class PadSlots:
                     f"{SLOTS} groups have rendezvoused this memory, and there is no room for more signal pads",
                     hint="allocate another tensor for the other groups",
                 )
-            return self._begin + self._free.pop(0) * SLOT_NBYTES
+            return self._begin + self._free.pop(0) * self.slot_nbytes
 
     @untraced
     def give_back(self, offset: int) -> None:
         """Make a slot available to another group. Its words must be 0, as they are if no mapping over it was used."""
         # The garbage collector calls this too, so it takes no lock: an append is atomic.
-        self._free.append((offset - self._begin) // SLOT_NBYTES)
+        self._free.append((offset - self._begin) // self.slot_nbytes)
 
 
 class PaddedMapping(SignalledMapping):

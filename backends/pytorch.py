@@ -30,7 +30,7 @@ from symmem.backends import gpu
 from symmem.backends.base import Allocation, Backend, Capability, Collective, RankGroup
 from symmem.backends.collective_heap import CollectiveHeap, job_group
 from symmem.backends.pads import PaddedMapping, PadSlots, padded
-from symmem.backends.signal_kernels import pad_words
+from symmem.backends.signal_kernels import pad_nbytes
 from symmem.backends.torch_transport import BACKENDS, TorchTransport, backend_of, connect
 from symmem.errors import GroupError, OutOfMemoryError, RendezvousError
 
@@ -118,7 +118,7 @@ class _TorchBackend(Backend):
 
     def pad_nbytes(self, size: int) -> int:
         """See :meth:`Backend.pad_nbytes`."""
-        return 4 * pad_words(size)
+        return pad_nbytes(size)
 
     def probe(self) -> None:
         """See :meth:`Backend.probe`. It only checks that torch has the transport.

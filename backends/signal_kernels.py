@@ -43,7 +43,7 @@ from symmem.backends.base import SIGNAL_CHANNELS
 
 __all__ = [
     *("BAD_CHANNEL", "BEAT", "DIFFERS", "FLAG_BARRIER", "GROUPS", "GROUP_SPREAD", "LATE", "OPERATIONS", "PLACES"),
-    *("REFUSED", "SOURCE", "TICK", "for_torch", "lateness", "memory_access", "pad_words", "torch_nbytes"),
+    *("REFUSED", "SOURCE", "TICK", "for_torch", "lateness", "memory_access", "pad_nbytes", "pad_words", "torch_nbytes"),
 ]
 
 OPERATIONS = ("barrier", "put_signal", "wait_signal")
@@ -86,6 +86,11 @@ def torch_nbytes() -> int:
 def pad_words(world: int) -> int:
     """The number of words of a pad in a group of ``world`` ranks, without the room for PyTorch's kernels."""
     return SIGNAL_CHANNELS * (2 * world + 1)
+
+
+def pad_nbytes(world: int) -> int:
+    """Bytes of a pad in a group of ``world`` ranks."""
+    return 4 * pad_words(world) + torch_nbytes()
 
 
 def memory_access(bits: int) -> str:

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 import symmem
-from symmem.backends import get_backend, gpu, torch_transport
+from symmem.backends import cuda_signals, get_backend, gpu, signal_kernels, torch_transport
 from symmem.backends.collective_heap import job_group
 from symmem.backends.nvshmem_library import NvshmemLibrary
-from symmem.backends.pads import SLOT_NBYTES, SLOTS, PadSlots
+from symmem.backends.pads import MAX_RANKS, SLOTS, PadSlots
 from symmem.backends.torch_transport import BACKENDS, TorchTransport
 from symmem.errors import (
     BackendUnavailableError,
@@ -198,13 +199,29 @@ def test_which_group_is_the_job() -> None:
 def test_the_slots_of_pads() -> None:
     slots = PadSlots(1000)
     taken = [slots.take() for _ in range(SLOTS)]
-    assert taken == [1024 + SLOT_NBYTES * number for number in range(SLOTS)]
-    assert slots.extent == taken[-1] + SLOT_NBYTES
+    assert taken == [1024 + slots.slot_nbytes * number for number in range(SLOTS)]
+    assert slots.extent == taken[-1] + slots.slot_nbytes
     with pytest.raises(ResourceLimitError):
         slots.take()
     slots.give_back(taken[3])
     assert slots.take() == taken[3]
     assert PadSlots(0).take() == 256
+
+
+@pytest.fixture
+def for_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """symmem.torch_backend is enabled."""
+    monkeypatch.setattr(signal_kernels, "for_torch", True)
+    signal_kernels.torch_nbytes.cache_clear()
+    yield
+    signal_kernels.torch_nbytes.cache_clear()
+
+
+def test_slots_have_room_for_the_pads_of_pytorchs_kernels(for_torch: None) -> None:
+    slots = PadSlots(1000)
+    pads, nbytes = cuda_signals.CudaSignals.torch_pads([slots.take()] * MAX_RANKS)
+    assert nbytes > 0
+    assert pads[0] + nbytes <= slots.take()
 
 
 # NVSHMEM4Py.
