@@ -62,6 +62,7 @@ __all__ = [
     "memory_snapshot",
     "memory_stats",
     "register_symm_mem_args",
+    "requires_symmetric_memory",
     "resolve_group",
     "use_symmetric_memory",
 ]
@@ -84,6 +85,7 @@ __getattr__, __dir__ = lazy_exports(
         "memory_snapshot": "symmem.arena.statistics",
         "memory_stats": "symmem.arena.statistics",
         "register_symm_mem_args": "symmem.ops.registry.registry",
+        "requires_symmetric_memory": "symmem.ops.registry.registry",
         "resolve_group": "symmem.group.resolve",
         "use_symmetric_memory": "symmem.redirect.context",
     },

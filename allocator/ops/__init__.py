@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         register_symm_mem_args,
         registered,
         registration,
+        requires_symmetric_memory,
         unregister,
         version,
     )
@@ -63,6 +64,7 @@ __all__ = [
     "put_signal",
     "reduce_scatter",
     "register_symm_mem_args",
+    "requires_symmetric_memory",
     "registered",
     "registration",
     "unregister",
@@ -83,7 +85,16 @@ __getattr__, __dir__ = lazy_exports(
         ),
         **dict.fromkeys(("get", "put", "put_signal", "wait_signal"), "symmem.ops.functions"),
         **dict.fromkeys(
-            ("fingerprint", "lookup", "register_symm_mem_args", "registered", "registration", "unregister", "version"),
+            (
+                "fingerprint",
+                "lookup",
+                "register_symm_mem_args",
+                "registered",
+                "registration",
+                "requires_symmetric_memory",
+                "unregister",
+                "version",
+            ),
             "symmem.ops.registry.registry",
         ),
     },

@@ -1102,6 +1102,27 @@ def test_the_command_imports_first(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "symmem: InvalidArgumentError: cannot import 'nosuchmodule'" in err
 
 
+@pytest.mark.parametrize(("inputs", "args"), [(0, ("x",)), (2, ("ys",)), ("ys", ("ys",)), ([2, "x"], ("ys", "x"))])
+def test_inputs_by_position_or_name(define: Define, inputs: Any, args: tuple[str, ...]) -> None:
+    name = define("op(Tensor x, str group_name, Tensor[] ys) -> ()")
+    assert symmem.requires_symmetric_memory(name, inputs).args == args
+
+
+@pytest.mark.parametrize("wrong", [1, 3, -1, True, [0, "x"]])
+def test_wrong_inputs_are_refused(define: Define, wrong: Any) -> None:
+    name = define("op(Tensor x, str group_name, Tensor[] ys) -> ()")
+    with pytest.raises(InvalidArgumentError, match=name):
+        symmem.requires_symmetric_memory(name, input=wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "group"), [("Any group_name", "group_name"), ("Any pg, Any x", "pg"), ("Any x", None)]
+)
+def test_an_argument_of_type_any_may_carry_the_group(define: Define, arguments: str, group: str | None) -> None:
+    name = define(f"op(Tensor t, {arguments}) -> ()")
+    assert symmem.requires_symmetric_memory(name).group_arg == group
+
+
 def test_schema_hint() -> None:
     """``symm`` before an argument's type registers it. Torch sees the schema without it."""
     lib = ops.Library("symm_hint", "DEF")
@@ -1110,6 +1131,11 @@ def test_schema_hint() -> None:
     assert known is not None
     assert (known.args, known.group_arg) == (("x", "outs"), "group_name")
     assert "symm " not in str(torch.ops.symm_hint.op.default._schema)
+    lib.define("torchs(SymmMemTensor x, SymmMemTensor(a!)[] outs, str group_name) -> ()")
+    lib.define("by_name(Tensor x, Tensor y, str group_name) -> ()", symm_mem_hint="y")
+    lib.define("by_position(symm Tensor x, Tensor y, str group_name) -> ()", symm_mem_hint=[1])
+    wanted = {"torchs": ("x", "outs"), "by_name": ("y",), "by_position": ("x", "y")}
+    assert {name: ops.registration(f"symm_hint::{name}").args for name in wanted} == wanted  # type: ignore[union-attr]
     lib.define("plain(Tensor symm, str group_name) -> ()")
     assert ops.registration("symm_hint::plain") is None
     with pytest.raises(InvalidArgumentError, match="symm_hint::bad"):

@@ -14,7 +14,7 @@ from symmem.ops.registry.schema import OpLike, find_op
 
 __all__ = ["Library"]
 
-_HINT = re.compile(r"\bsymm\s+(\S+)\s+(\w+)")
+_HINT = re.compile(r"\b(?:symm\s+|SymmMem(?=Tensor))(\S+)\s+(\w+)")
 
 
 class Library(torch.library.Library):
@@ -27,23 +27,30 @@ class Library(torch.library.Library):
     If only one argument of an op can carry the group, the schema itself can say it::
 
         lib.define("op(symm Tensor x, str group_name) -> Tensor")
+        lib.define("op(SymmMemTensor x, str group_name) -> Tensor")  # the same
+        lib.define("op(Tensor x, str group_name) -> Tensor", symm_mem_hint="x")  # the same
 
     Registrations end with the library, like its ops.
     """
 
-    def define(self, schema: str, *args: Any, **kwargs: Any) -> Any:
-        """``torch.library.Library.define``, which also registers arguments with ``symm`` before their type.
+    def define(
+        self, schema: str, *args: Any, symm_mem_hint: str | int | Iterable[str | int] = (), **kwargs: Any
+    ) -> Any:
+        """``torch.library.Library.define``, which also registers arguments.
 
         Args:
-            schema: For example ``"op(symm Tensor x, symm Tensor(a!)[] outs, str group_name) -> ()"``.
+            schema: For example ``"op(symm Tensor x, symm Tensor(a!)[] outs, str group_name) -> ()"``. It registers the
+                arguments with ``symm`` before their type, and those of a type that begins with ``SymmMemTensor``.
             args: See ``torch.library.Library.define``.
+            symm_mem_hint: Further arguments to register, by name or position.
             kwargs: See ``torch.library.Library.define``.
 
         Raises:
             InvalidArgumentError: As :func:`symmem.register_symm_mem_args`.
         """
         name = super().define(_HINT.sub(r"\1 \2", schema), *args, **kwargs)  # type: ignore[no-untyped-call]
-        hinted = [match.group(2) for match in _HINT.finditer(schema)]
+        hinted: list[str | int] = [match.group(2) for match in _HINT.finditer(schema)]
+        hinted += [symm_mem_hint] if isinstance(symm_mem_hint, str | int) else symm_mem_hint
         if hinted:
             self.register_symm_mem_args(schema.partition("(")[0].strip(), hinted)
         return name
@@ -51,7 +58,7 @@ class Library(torch.library.Library):
     def register_symm_mem_args(
         self,
         op_name: OpLike,
-        arg_names: Iterable[str],
+        arg_names: Iterable[str | int],
         *,
         group_arg: str | None = FROM_SCHEMA,
         exit_barrier: bool = False,

@@ -17,7 +17,7 @@ import importlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
@@ -39,6 +39,7 @@ __all__ = [
     "register_symm_mem_args",
     "registered",
     "registration",
+    "requires_symmetric_memory",
     "unregister",
     "version",
 ]
@@ -62,7 +63,7 @@ listeners: list[Callable[[str], None]] = []
 @overload
 def register_symm_mem_args(
     op: OpLike,
-    arg_names: Iterable[str],
+    arg_names: Iterable[str | int],
     *,
     group_arg: str | None = ...,
     exit_barrier: bool = ...,
@@ -73,7 +74,7 @@ def register_symm_mem_args(
 
 @overload
 def register_symm_mem_args(
-    op: list[str] | tuple[str, ...],
+    op: list[str | int] | tuple[str | int, ...],
     *,
     group_arg: str | None = ...,
     exit_barrier: bool = ...,
@@ -84,7 +85,7 @@ def register_symm_mem_args(
 
 def register_symm_mem_args(
     op: Any,
-    arg_names: Iterable[str] | None = None,
+    arg_names: Iterable[str | int] | None = None,
     *,
     group_arg: str | None = FROM_SCHEMA,
     exit_barrier: bool = False,
@@ -108,11 +109,13 @@ def register_symm_mem_args(
     Args:
         op: ``"lib::op"``, ``"lib::op.overload"``, a member of ``torch.ops``, or a ``torch.library.custom_op``. Without
             an overload, the default or only overload is used. Omitted in the form of a decorator.
-        arg_names: Names of arguments that are tensors or hold tensors: ``Tensor``, ``Tensor?``, ``Tensor[]``, ...
-        group_arg: Name of the argument that carries the group, as a process group or its name (``str``, ``str?``). If
-            None, the op uses the default process group. By default, the schema decides: a single argument that is a
-            process group, or a string with a name such as ``group_name``, carries the group. An op without strings and
-            process groups uses the default process group. In all other cases ``group_arg`` is required.
+        arg_names: Names, or positions from 0, of arguments that are tensors or hold tensors: ``Tensor``, ``Tensor?``,
+            ``Tensor[]``, ...
+        group_arg: Name of the argument that carries the group, as a process group or its name (``str``, ``str?``,
+            ``Any``). If None, the op uses the default process group. By default, the schema decides: a single argument
+            that is a process group, or a string or ``Any`` with a name such as ``group_name``, carries the group. An op
+            without strings and process groups uses the default process group. In all other cases ``group_arg`` is
+            required.
         exit_barrier: Whether peers no longer read or write these arguments when the op completes on its stream.
         one_sided: Whether a single rank calls the op. Plain memory is then never copied.
         replace: Whether to replace an earlier registration.
@@ -143,6 +146,27 @@ def register_symm_mem_args(
     return made
 
 
+def requires_symmetric_memory(op: OpLike, input: str | int | Iterable[str | int] = 0, **options: Any) -> Registration:
+    """:func:`register_symm_mem_args` for one input, by name or by position.
+
+        symmem.requires_symmetric_memory(torch.ops.lib.op)
+        symmem.requires_symmetric_memory("lib::op", input="x", group_arg="tp")
+
+    Args:
+        op: See :func:`register_symm_mem_args`.
+        input: The name or the position of an argument, or several; default the first one.
+        options: The keyword arguments of :func:`register_symm_mem_args`.
+
+    Returns:
+        The registration.
+
+    Raises:
+        InvalidArgumentError: See :func:`register_symm_mem_args`.
+    """
+    made: Registration = register_symm_mem_args(op, [input] if isinstance(input, str | int) else input, **options)
+    return made
+
+
 def caller_line() -> str:
     frame = caller()
     return f"{frame.f_globals.get('__name__', '?')}:{frame.f_lineno}"
@@ -150,7 +174,7 @@ def caller_line() -> str:
 
 def described(
     op: OpOverload,
-    arg_names: Iterable[str],
+    arg_names: Iterable[str | int],
     group_arg: str | None,
     exit_barrier: bool,
     one_sided: bool,
@@ -171,10 +195,10 @@ def described(
     return Registration(op._name, args, group_arg, exit_barrier, one_sided, source, (), op._schema, known)
 
 
-def _tensor_arguments(op: OpOverload, names: Iterable[str], known: Mapping[str, Parameter]) -> tuple[str, ...]:
+def _tensor_arguments(op: OpOverload, names: Iterable[str | int], known: Mapping[str, Parameter]) -> tuple[str, ...]:
     if isinstance(names, str):
         raise InvalidArgumentError(f"{op._name}: the arguments must be a list of names", hint=f"pass [{names!r}]")
-    args = tuple(names)
+    args = tuple(_name_at(op, each, list(known)) if isinstance(each, int) else each for each in names)
     tensors = [parameter.name for parameter in known.values() if parameter.tensor]
     hint = f"arguments that hold tensors: {_listed(tensors)}"
     if not args:
@@ -188,6 +212,12 @@ def _tensor_arguments(op: OpOverload, names: Iterable[str], known: Mapping[str, 
         if args.count(name) > 1:
             raise InvalidArgumentError(f"{op._name}: the argument {name!r} is named twice", hint="name it once")
     return args
+
+
+def _name_at(op: OpOverload, position: int, names: Sequence[str]) -> str:
+    if isinstance(position, bool) or not 0 <= position < len(names):
+        raise InvalidArgumentError(f"{op._name} has no argument {position!r}: {op._schema}", hint="count from 0")
+    return names[position]
 
 
 def _check_group(op: OpOverload, name: str, known: Mapping[str, Parameter]) -> None:

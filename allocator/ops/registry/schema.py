@@ -36,6 +36,7 @@ class Parameter:
         mutated: Whether the op writes to it.
         text: Whether it is a string, or an optional string.
         process_group: Whether it is a process group, or an optional process group.
+        anything: Whether it is of type ``Any``, as ``group_name`` of ``_c10d_functional`` since torch 2.13.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Parameter:
     mutated: bool
     text: bool
     process_group: bool
+    anything: bool = False
 
 
 def find_op(op: object) -> OpOverload:
@@ -131,6 +133,7 @@ def parameters(schema: Any) -> dict[str, Parameter]:
             mutated=mutated,
             text=element.kind() == "StringType",
             process_group=element.kind() == "ClassType" and str(element).endswith(_PROCESS_GROUP),
+            anything=element.kind() == "AnyType",
         )
     return made
 
@@ -151,21 +154,21 @@ def _type_text(kind: Any) -> str:
 
 def is_group(parameter: Parameter) -> bool:
     """Whether an argument can carry a group."""
-    return parameter.text or parameter.process_group
+    return parameter.text or parameter.process_group or parameter.anything
 
 
 def find_group(known: Mapping[str, Parameter]) -> tuple[str | None, tuple[str, ...]]:
     """Return the argument that carries the group, or None and the candidates if the schema is ambiguous.
 
-    An argument carries the group if it is a process group, or a string with a name such as ``group_name``. Other
-    strings may name a reduction, for example. If several arguments qualify, or there are only other strings, the caller
-    who registers must choose.
+    An argument carries the group if it is a process group, or a string or ``Any`` with a name such as ``group_name``.
+    Other strings may name a reduction, for example. If several arguments qualify, or there are only other strings, the
+    caller who registers must choose.
     """
     carriers = [parameter for parameter in known.values() if is_group(parameter)]
     named = [carrier.name for carrier in carriers if carrier.process_group or _is_called_group(carrier.name)]
     if len(named) == 1:
         return named[0], ()
-    return None, tuple(named or (carrier.name for carrier in carriers))
+    return None, tuple(named or (carrier.name for carrier in carriers if not carrier.anything))
 
 
 def _is_called_group(name: str) -> bool:
