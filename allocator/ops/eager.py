@@ -29,7 +29,7 @@ __all__ = ["learn", "run"]
 _NEW, _SAME, _OTHER = range(3)  # the destinations of results in eager.c
 
 
-class Kind(Protocol):
+class Repeatable(Protocol):
     """What an operation needs to be repeated; see :class:`symmem.ops.collectives.OperatorKind`."""
 
     @property
@@ -45,7 +45,7 @@ class Kind(Protocol):
         """Whether the result has the shape of ``x``."""
 
 
-def _nothing(kind: Kind, x: torch.Tensor, group: object, option: object, out: torch.Tensor | None, /) -> Any:
+def _nothing(kind: Repeatable, x: torch.Tensor, group: object, option: object, out: torch.Tensor | None, /) -> Any:
     return None
 
 
@@ -58,7 +58,7 @@ bound to the function of the C module as soon as a call can be repeated.
 
 
 def learn(
-    kind: Kind, group: Group, x: torch.Tensor, option: object, out: torch.Tensor | None, result: torch.Tensor
+    kind: Repeatable, group: Group, x: torch.Tensor, option: object, out: torch.Tensor | None, result: torch.Tensor
 ) -> None:
     """Remember the launch of a call that was just made, if this launch is enough to repeat the call. Local.
 
