@@ -7,19 +7,20 @@ import gc
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from patience import OPTIONS
 from programs import serving
 
+from symmem.config import BACKENDS
+
+if TYPE_CHECKING:  # this module imports no torch, because the process that starts the workers needs none
+    from symmem.tools.ranks import RankPool
+
 # Until all tests are collected: what is imported stays, and the trees of rewritten assertions are no circles.
 gc.disable()
-
-from symmem.config import BACKENDS  # noqa: E402
-from symmem.service import server  # noqa: E402
-from symmem.tools.ranks import RankPool  # noqa: E402
 
 # A failing assertion shows its values in these modules as well. Some are imported only by ranks.
 HERE = Path(__file__).parent
@@ -58,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("gpu") or POOLS & set(getattr(item, "fixturenames", ())):
             item.add_marker("ranks")
         compiles = item.path.parent.name in ("compile", "examples") or item.path.stem == "test_docs_code"
-        tier = 0 if compiles else 1 if item.get_closest_marker("ranks") else 2
+        tier = 0 if compiles else 1 if item.get_closest_marker("ranks") or item.get_closest_marker("slow") else 2
         tiers[item.path] = min(tier, tiers.get(item.path, tier))
     items.sort(key=lambda item: tiers[item.path])
 
@@ -89,8 +90,14 @@ def ranks_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.fail("this test starts ranks: mark it with pytest.mark.ranks")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RankPool, "__init__", refuse)
+        patch.setattr("symmem.tools.ranks.RankPool.__init__", refuse)
         yield
+
+
+def new_rank_pool(size: int, **options: Any) -> RankPool:
+    from symmem.tools.ranks import RankPool
+
+    return RankPool(size, **OPTIONS | options)
 
 
 class Pools:
@@ -104,7 +111,7 @@ class Pools:
         if key in self._pools and not self._pools[key].alive:
             self._pools.pop(key).close()
         if key not in self._pools:
-            self._pools[key] = RankPool(size, **OPTIONS)
+            self._pools[key] = new_rank_pool(size)
         return self._pools[key]
 
     def keep_only(self, purpose: str) -> None:
@@ -122,6 +129,8 @@ def own_folders() -> Iterator[None]:
 
     The socket of this process stays as long as it does.
     """
+    from symmem.service import server
+
     with tempfile.TemporaryDirectory(prefix="symmem-tests-") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", folder)
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{folder}/inductor")
@@ -147,7 +156,7 @@ def living_pool() -> Iterator[Callable[..., RankPool]]:
 
     def get(size: int, **options: Any) -> RankPool:
         if not made or not made[-1].alive:
-            made.append(RankPool(size, **OPTIONS | options))
+            made.append(new_rank_pool(size, **options))
         return made[-1]
 
     yield get
@@ -161,7 +170,7 @@ def new_pool() -> Iterator[Callable[..., RankPool]]:
     made: list[RankPool] = []
 
     def make(size: int, **options: Any) -> RankPool:
-        made.append(RankPool(size, **OPTIONS | options))
+        made.append(new_rank_pool(size, **options))
         return made[-1]
 
     yield make
