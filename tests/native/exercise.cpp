@@ -34,6 +34,7 @@ bool is_elsewhere(Address address) {
 }
 
 int drop(void*) {
+  std::lock_guard lock(gil);
   int64_t dropped[8];
   while (const int count = symmem_dropped(dropped, 8))
     for (int i = 0; i < count; ++i) {
@@ -47,7 +48,6 @@ int drop(void*) {
 
 int meet(void* result, Address address, void* owner, const char* group) {
   std::lock_guard lock(gil);
-  drop(nullptr);
   if (!owner && !is_elsewhere(address)) return NOT_SYMMETRIC;
   if (!*group) {
     if (owner) symmem_release(owner);
@@ -58,10 +58,11 @@ int meet(void* result, Address address, void* owner, const char* group) {
   if (owner) symmem_describe(owner, described);
   const uint64_t offset = address - described[0];
   owners[++tokens] = owner;
-  const int64_t values[] = {tokens, 0, WORLD, int64_t(described[1]), int64_t(offset), int64_t(described[4])};
-  const uint64_t pad = described[0] + described[3], pointers[] = {described[0], described[0], pad, pad};
+  const auto [memory, nbytes] = std::pair<int64_t, int64_t>(described[0], described[1]);
+  const auto [pad, pad_nbytes] = std::pair<int64_t, int64_t>(memory + described[3], described[4]);
+  const int64_t values[] = {tokens, 0, WORLD, nbytes, int64_t(offset), pad_nbytes, memory, memory, pad, pad};
   const int ranks[] = {0, 1};
-  symmem_fill(result, values, pointers, ranks, nullptr, -1);
+  symmem_fill(result, values, ranks, nullptr, -1);
   return 0;
 }
 
@@ -141,10 +142,7 @@ int main() {
   REQUIRE(fails([&] { allocator->rendezvous(shared, std::nullopt); }, "GroupError"));
   std::thread interpreter([] {
     while (!done) {
-      if (wanted.exchange(false)) {
-        std::lock_guard lock(gil);
-        drop(nullptr);
-      }
+      if (wanted.exchange(false)) drop(nullptr);
       std::this_thread::yield();
     }
   });
