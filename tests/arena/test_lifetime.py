@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from arena_rank import Make, Rank, mapped
-from programs import run_program, run_python
+from programs import run_python
 
 import symmem
 from symmem.arena.segment import GRANULE
