@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -20,6 +22,7 @@ __all__ = [
     "enough",
     "in_turns",
     "mean",
+    "pinned",
     "repeated",
     "slowest",
 ]
@@ -132,6 +135,18 @@ def _event() -> Any:
 def clock_of(device_type: str) -> Clock:
     """The clock for "cpu" or "cuda"."""
     return CudaClock() if device_type == "cuda" else HostClock()
+
+
+@contextmanager
+def pinned(rank: int) -> Iterator[None]:
+    """Keep this thread on one CPU, which is the same one for this rank of other pools: CPUs differ by a factor of 2."""
+    before = os.sched_getaffinity(0)
+    cpus = sorted(before)
+    os.sched_setaffinity(0, {cpus[(2 + 8 * rank) % len(cpus)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def repeated(call: Call, count: int) -> Call:

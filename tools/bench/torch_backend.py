@@ -1,6 +1,7 @@
 """``symmem bench torch_backend``: torch's symmetric memory with symmem as its backend, beside torch's own for CUDA.
 
-A process has one backend of torch, so the two sides are two pools of ranks on the same GPUs. They measure in turns.
+A process has one backend of torch, so the two sides are two pools of ranks on the same GPUs and CPUs. They measure in
+turns.
 Only fresh memory is measured with one pool at a time: while any process maps a peer's memory, the driver makes the next
 mapping in a fraction of the time. Kernels are measured on several tensors, because where the driver places a tensor
 changes their time by up to 5 %.
@@ -21,7 +22,7 @@ import symmem
 from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.gpu import check_gpus
 from symmem.tools.bench.progress import SILENT, Progress
-from symmem.tools.bench.timing import CudaClock, repeated, slowest
+from symmem.tools.bench.timing import CudaClock, pinned, repeated, slowest
 from symmem.tools.ranks import RankPool
 
 __all__ = ["run"]
@@ -87,7 +88,11 @@ def _first_rendezvous(ours: bool) -> list[float]:
 
 def _side(ours: bool) -> list[float]:
     """Seconds of every figure, in the order of :data:`_NAMES`; the last is symmem's alone."""
-    symm_mem, clock = _symmetric_memory(ours), CudaClock()
+    with pinned(dist.get_rank()):
+        return _figures(_symmetric_memory(ours), CudaClock(), ours)
+
+
+def _figures(symm_mem: Any, clock: CudaClock, ours: bool) -> list[float]:
     places = [_fresh(symm_mem, max(nbytes for _, nbytes in _KERNELS)) for _ in range(_PLACES)]
     for memory, _ in places:
         memory.zero_()
