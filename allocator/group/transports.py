@@ -37,7 +37,7 @@ from symmem.errors import (
     SymmemError,
     from_wire,
 )
-from symmem.group.interrupts import held_back
+from symmem.group.interrupts import held_back, to_the_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -459,10 +459,12 @@ class SocketTransport:
                 sock.shutdown(socket.SHUT_RDWR)
 
     def _send(self, peer: int, message: Message, deadline: float | None = None) -> None:
+        deadline = deadline or max(message.deadline, time.monotonic() + 1.0)
+        parts = message.header(), message.body(), message.descriptors(), deadline
+        sent: list[int] = []
         with held_back():  # after a part of a message, the connection could not be used
             try:
-                deadline = deadline or max(message.deadline, time.monotonic() + 1.0)
-                scm.send(self._peers[peer], message.header(), message.body(), message.descriptors(), deadline)
+                interrupt = to_the_end(lambda: scm.send(self._peers[peer], *parts, sent))
             except ConnectionError as error:
                 raise _lost((peer,)) from error
             except OSError as error:
@@ -473,6 +475,8 @@ class SocketTransport:
             except BaseException:
                 self._drop(peer)
                 raise
+        if interrupt is not None:
+            raise interrupt
 
     def _drop(self, peer: int) -> None:
         """Treat a rank as gone, because the next data on its stream could be the rest of an earlier message."""
@@ -488,15 +492,26 @@ class SocketTransport:
         events = self._poll.poll(remaining * 1000)
         for descriptor, _event in events:
             with held_back():  # after a part of a message, the connection could not be used
-                self._read(self._at[descriptor], max(deadline, time.monotonic() + 1.0))
+                interrupt = self._read(self._at[descriptor], max(deadline, time.monotonic() + 1.0))
+            if interrupt is not None:
+                raise interrupt
         return bool(events)
 
-    def _read(self, peer: int, deadline: float) -> None:
-        """Put a message that has begun to come into the inbox."""
+    def _read(self, peer: int, deadline: float) -> BaseException | None:
+        """Put a message that has begun to come into the inbox. Returns an exception that came in between."""
+        inbox, progress, known = self._inbox[peer], scm.Progress(), list[Message]()
+
+        def read() -> None:
+            if not known:
+                known.append(Message.unpack(*scm.receive(self._peers[peer], deadline, progress)))
+            if not inbox or inbox[-1] is not known[0]:
+                inbox.append(known[0])
+
         try:
-            self._inbox[peer].append(Message.unpack(*scm.receive(self._peers[peer], deadline)))
+            return to_the_end(read)
         except (EOFError, ConnectionError):
             self._drop(peer)
+            return None
         except TimeoutError as error:
             self._drop(peer)
             raise PeerTimeoutError(f"rank {peer} stopped in the middle of a message", peers=(peer,)) from error
