@@ -83,7 +83,8 @@ class Message:
     ``sequence`` is the number of the round, so that messages of earlier rounds can be dropped. ``deadline`` is by
     the clock of this process. The header carries the seconds until then, because other processes may have other clocks:
     on other hosts, or in another time namespace. ``line`` is the line of the program that called the operation.
-    ``late`` names the ranks that did not come in time, if the sender gave up the round for them.
+    ``late`` names the ranks that did not come in time, if the sender gave up the round for them. ``given_up`` is when it
+    did, by the wall clock, which is the same for all processes of a host.
     """
 
     sequence: int
@@ -93,12 +94,18 @@ class Message:
     error: dict[str, Any] | None = None
     line: str = ""
     late: tuple[int, ...] = ()
+    given_up: float = 0.0
 
     def replace(
-        self, contributions: Iterable[Contribution], error: dict[str, Any] | None, late: Iterable[int] = ()
+        self,
+        contributions: Iterable[Contribution],
+        error: dict[str, Any] | None,
+        late: Iterable[int] = (),
+        given_up: float = 0.0,
     ) -> Message:
         """Return a message of the same round with other contents."""
-        return Message(self.sequence, self.step, self.deadline, list(contributions), error, late=tuple(late))
+        contributions, late = list(contributions), tuple(late)
+        return Message(self.sequence, self.step, self.deadline, contributions, error, late=late, given_up=given_up)
 
     def header(self) -> dict[str, Any]:
         """Return everything except the payloads and descriptors, as plain data."""
@@ -111,6 +118,7 @@ class Message:
             "error": self.error,
             "line": self.line,
             "late": self.late,
+            "given_up": self.given_up,
         }
 
     @classmethod
@@ -128,8 +136,8 @@ class Message:
             contributions.append(Contribution(body[at : at + size], descriptors[first : first + count]))
             at, first = at + size, first + count
         deadline = time.monotonic() + header["seconds"]
-        late = tuple(header["late"])
-        return cls(header["sequence"], header["step"], deadline, contributions, header["error"], header["line"], late)
+        rest = header["error"], header["line"], tuple(header["late"]), header["given_up"]
+        return cls(header["sequence"], header["step"], deadline, contributions, *rest)
 
     def body(self) -> bytes:
         """Return all payloads in order."""
@@ -155,6 +163,7 @@ def _is_sound(header: dict[str, Any], nbytes: int, descriptors: int) -> bool:
             and isinstance(header["step"], str)
             and isinstance(header["line"], str)
             and math.isfinite(header["seconds"])
+            and math.isfinite(header["given_up"])
             and len(sizes) == len(counts)
             and all(isinstance(number, int) and number >= 0 for number in (*sizes, *counts, *header["late"]))
             and (sum(sizes), sum(counts)) == (nbytes, descriptors)
@@ -438,7 +447,7 @@ class SocketTransport:
                 message = inbox[0]
                 if message.sequence == sequence:
                     # Set first, so that this rank knows the outcome of the round even after an interrupt.
-                    self._last_verdict = message.replace((), message.error, message.late)
+                    self._last_verdict = message.replace((), message.error, message.late, message.given_up)
                     return inbox.popleft()
                 inbox.popleft().close()
             if self._last_verdict is not None and self._last_verdict.sequence == sequence:
