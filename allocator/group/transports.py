@@ -83,8 +83,8 @@ class Message:
     ``sequence`` is the number of the round, so that messages of earlier rounds can be dropped. ``deadline`` is by
     the clock of this process. The header carries the seconds until then, because other processes may have other clocks:
     on other hosts, or in another time namespace. ``line`` is the line of the program that called the operation.
-    ``late`` names the ranks that did not come in time, if the sender gave up the round for them. ``given_up`` is when it
-    did, by the wall clock, which is the same for all processes of a host.
+    ``late`` names the ranks that did not come in time, if the sender gave up the round for them. ``given_up`` is when
+    this was, by the wall clock, which is the same for all processes of a host.
     """
 
     sequence: int
