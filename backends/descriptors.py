@@ -11,6 +11,7 @@ the data of a connection, and a follower that finds the queue full tries again.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import hmac
 import json
@@ -29,7 +30,7 @@ from typing import Any
 
 from symmem.backends.libc import Descriptor, Inbox, close_all
 from symmem.config.machine import peer_of
-from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError, ResourceLimitError
+from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError, ResourceLimitError, SymmemError
 
 __all__ = ["Contribution", "Listener", "Received", "Welcome", "connect", "receive", "send"]
 
@@ -91,26 +92,57 @@ def send(
     body: bytes,
     descriptors: Sequence[int],
     deadline: float,
+    sent: list[int] | None = None,
 ) -> None:
     """Send one message.
 
+    Args:
+        sock: The connection.
+        header: Plain data.
+        body: The body.
+        descriptors: They stay open, and belong to the caller.
+        deadline: When it gives up, by ``time.monotonic()``.
+        sent: The bytes that have been sent. If an exception ends the call, another call goes on from there.
+
     Raises:
-        TimeoutError: The peer did not read it by ``deadline`` (``time.monotonic()``).
+        TimeoutError: The peer did not read it by ``deadline``.
         OSError: The peer is gone.
     """
     head = json.dumps(header).encode()
-    sock.settimeout(_remaining(deadline))
     prefix = _PREFIX.pack(len(head), len(body), len(descriptors))
-    if descriptors:
-        sock.sendall(prefix)
-        for start in range(0, len(descriptors), _BATCH):
-            socket.send_fds(sock, [b"\0"], list(descriptors[start : start + _BATCH]))
-        prefix = b""
-    sock.sendall(prefix + head + body)
+    batches = [descriptors[start : start + _BATCH] for start in range(0, len(descriptors), _BATCH)]
+    data = prefix + bytes(len(batches)) + head + body
+    sent = [] if sent is None else sent
+    # A single call of C code sends and counts, so that no exception comes in between.
+    while (at := sum(sent)) < len(data):
+        sock.settimeout(_remaining(deadline))
+        if batches and at < len(prefix):
+            sent.extend(map(sock.send, (prefix[at:],)))
+        elif 0 <= (batch := at - len(prefix)) < len(batches):
+            control = socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", batches[batch])
+            sent.extend(map(sock.sendmsg, ([b"\0"],), ([control],)))
+        else:
+            sent.extend(map(sock.send, (memoryview(data)[at:],)))
 
 
-def receive(sock: socket.socket, deadline: float) -> tuple[dict[str, Any], bytes, tuple[Descriptor, ...]]:
+class Progress:
+    """The parts of a message that have come."""
+
+    def __init__(self) -> None:
+        self.prefix: list[bytes] = []
+        self.inboxes: list[Inbox] = []
+        self.rest: list[bytes] = []
+
+
+def receive(
+    sock: socket.socket, deadline: float, progress: Progress | None = None
+) -> tuple[dict[str, Any], bytes, tuple[Descriptor, ...]]:
     """Receive one message: its header, body and descriptors.
+
+    Args:
+        sock: The connection.
+        deadline: When it gives up, by ``time.monotonic()``.
+        progress: If an exception ends the call, another call goes on from there.
 
     Raises:
         EOFError: The peer closed the connection.
@@ -118,17 +150,17 @@ def receive(sock: socket.socket, deadline: float) -> tuple[dict[str, Any], bytes
         ResourceLimitError: This process may not have so many descriptors. The received ones are closed.
         RendezvousError: The data is not a message.
     """
-    sizes = _PREFIX.unpack(_receive_exactly(sock, _PREFIX.size, deadline))
-    descriptors: list[Descriptor] = []
+    progress = progress or Progress()
+    sizes = _PREFIX.unpack(_receive_exactly(sock, _PREFIX.size, deadline, progress.prefix))
+    inboxes = progress.inboxes
+    for start in range(0, sizes[2], _BATCH):
+        if len(inboxes) * _BATCH <= start:
+            inboxes.append(Inbox(min(_BATCH, sizes[2] - start)))
+        _receive_into(inboxes[start // _BATCH], sock, deadline)
+    body = _receive_exactly(sock, sizes[0] + sizes[1], deadline, progress.rest)
+    descriptors = tuple(descriptor for inbox in inboxes for descriptor in inbox.take())
     try:
-        truncated = False
-        for start in range(0, sizes[2], _BATCH):
-            inbox = Inbox(min(_BATCH, sizes[2] - start))
-            _receive_into(inbox, sock, deadline)
-            descriptors += inbox.take()
-            truncated |= inbox.is_truncated
-        body = _receive_exactly(sock, sizes[0] + sizes[1], deadline)
-        if truncated:
+        if any(inbox.is_truncated for inbox in inboxes):
             raise ResourceLimitError(
                 f"of {sizes[2]} file descriptors that peers sent, {len(descriptors)} fit under this process's "
                 "limit (RLIMIT_NOFILE)",
@@ -136,8 +168,8 @@ def receive(sock: socket.socket, deadline: float) -> tuple[dict[str, Any], bytes
             )
         if len(descriptors) != sizes[2]:
             raise RendezvousError(f"a peer announced {sizes[2]} file descriptors, and {len(descriptors)} came")
-        return parse_header(body[: sizes[0]]), body[sizes[0] :], tuple(descriptors)
-    except BaseException:
+        return parse_header(body[: sizes[0]]), body[sizes[0] :], descriptors
+    except SymmemError:
         close_all(descriptors)
         raise
 
@@ -146,13 +178,12 @@ def _receive_into(inbox: Inbox, sock: socket.socket, deadline: float) -> None:
     """Wait for a byte and its descriptors."""
     ready = select.poll()
     ready.register(sock, select.POLLIN)
-    while True:
+    while not inbox.has_come:
         if not ready.poll(_remaining(deadline) * 1000):
             raise TimeoutError("timed out")
         with contextlib.suppress(BlockingIOError, InterruptedError):
-            if inbox.receive(sock):
-                return
-            raise EOFError("the peer closed the connection")
+            if not inbox.receive(sock):
+                raise EOFError("the peer closed the connection")
 
 
 def parse_header(data: bytes) -> dict[str, Any]:
@@ -170,15 +201,15 @@ def parse_header(data: bytes) -> dict[str, Any]:
     return header
 
 
-def _receive_exactly(sock: socket.socket, nbytes: int, deadline: float) -> bytes:
-    data = bytearray()
-    while len(data) < nbytes:
+def _receive_exactly(sock: socket.socket, nbytes: int, deadline: float, parts: list[bytes] | None = None) -> bytes:
+    """Receive bytes, after the ``parts`` that have come."""
+    parts = [] if parts is None else parts
+    while missing := nbytes - sum(map(len, parts)):
         sock.settimeout(_remaining(deadline))
-        chunk = sock.recv(min(nbytes - len(data), _CHUNK))
-        if not chunk:
+        parts.extend(map(sock.recv, (min(missing, _CHUNK),)))  # a single call of C code, as in `send`
+        if not parts[-1]:
             raise EOFError("the peer closed the connection")
-        data += chunk
-    return bytes(data)
+    return b"".join(parts)
 
 
 def _close_sockets(sockets: Iterable[socket.socket]) -> None:

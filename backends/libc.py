@@ -161,12 +161,14 @@ _CONTROL = struct.Struct("Nii")  # `struct cmsghdr`: bytes with this header, lev
 class Inbox:
     """Room for one byte and the descriptors that accompany it. Descriptors that nobody takes are closed with it.
 
-    The system writes them into memory of this object. So none is lost if an interrupt ends the call that receives, as
-    would be possible with ``socket.recvmsg``, which returns them as numbers.
+    The system writes them into memory of this object. So none is lost if an exception ends the call that receives, as
+    would be possible with ``socket.recvmsg``, which returns them as numbers. All calls can then be made again. The byte
+    must be 0.
     """
 
     def __init__(self, number: int) -> None:
-        self._byte = ctypes.create_string_buffer(1)
+        self._byte = ctypes.create_string_buffer(b"\1", 1)
+        self._taken: list[Descriptor] = []
         self._control = ctypes.create_string_buffer(socket.CMSG_SPACE(number * _INT))
         self._vector = _Vector(ctypes.addressof(self._byte), 1)
         control = ctypes.addressof(self._control)
@@ -186,18 +188,22 @@ class Inbox:
         return received > 0
 
     @property
+    def has_come(self) -> bool:
+        """Whether the byte has come."""
+        return self._byte.raw == b"\0"
+
+    @property
     def is_truncated(self) -> bool:
         """Whether more descriptors came than this process may have."""
         return bool(self._message.flags & socket.MSG_CTRUNC)
 
     def take(self) -> list[Descriptor]:
-        """The descriptors that have come, and were not taken."""
+        """The descriptors that have come. They are closed with the last reference."""
         nbytes, level, kind = _CONTROL.unpack_from(self._control)
-        if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            return []
-        numbers = array.array("i", self._control.raw[_CONTROL.size : nbytes])
-        ctypes.memset(self._control, 0, _CONTROL.size)
-        return [Descriptor(number) for number in numbers]
+        if not self._taken and (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            numbers = array.array("i", self._control.raw[_CONTROL.size : nbytes])
+            self._taken.extend(map(Descriptor, numbers))  # a single step, so that no number is closed twice
+        return self._taken
 
     def __del__(self) -> None:
         self.take()

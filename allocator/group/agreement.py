@@ -270,9 +270,9 @@ class Rounds:
                 message = self._message(operation, operation.name)
                 if self._rank == 0:  # the others that did not wait in the round look for its verdict
                     waited = {rank: each.error for rank, each in found.items() if each.late}
-                    late = set(range(self._size)) - waited.keys()
+                    late, since = set(range(self._size)) - waited.keys(), _given_up(found.values())
                     with contextlib.suppress(SymmemError, RuntimeError, OSError):
-                        self.transport.publish(message.replace((), next(iter(waited.values())), late))
+                        self.transport.publish(message.replace((), next(iter(waited.values())), late, since))
 
     def _follow_report(self, operation: CollectiveOperation) -> None:
         """If the others had given up the round of this rank's last report, take part in the next one. Does not wait."""
@@ -300,6 +300,7 @@ class Rounds:
 
     def _exchange(self, operation: CollectiveOperation, message: Message) -> Received:
         self.waiting = message.step, message.sequence, time.monotonic(), message.deadline
+        began = time.time()
         end, ledger = None, self.ledger  # another thread may close the group
         if ledger is not None:
             end = ledger.show_wait(f"{message.step} at {operation.line}", message.deadline, message.sequence)
@@ -313,7 +314,8 @@ class Rounds:
             ledger.passed = message.sequence
         if verdict.error:
             verdict.close()
-            if self._rank in verdict.late:
+            # On one host, all ranks have the same wall clock. So a rank knows that others gave up before it came.
+            if self._rank in verdict.late or (verdict.late and self.sockets and began > verdict.given_up):
                 self._catch_up(operation)
             else:
                 self._late = verdict.late
@@ -396,7 +398,7 @@ class Rounds:
             reason = as_symmem_error(error)
             self._complete(reason, message, operation)
             late = error.peers if isinstance(error, PeerTimeoutError) else ()
-            verdict = self._publish(message, error=reason, late=late)
+            verdict = self._publish(message, error=reason, late=late, given_up=time.time())
             if isinstance(error, Exception):
                 return verdict
             operation.propagated = True  # an interrupt keeps its type on this rank
@@ -406,7 +408,7 @@ class Rounds:
             if wrong is not None:
                 wrong.located(rank=self._rank, group=self._name, step=message.step)
                 late = tuple({rank for each in messages.values() for rank in each.late})
-                return self._publish(message, error=wrong, late=late)
+                return self._publish(message, error=wrong, late=late, given_up=_given_up(messages.values()))
             others = [messages[rank].contributions[0] for rank in range(1, self._size)]
             is_published = False
             try:
@@ -434,8 +436,9 @@ class Rounds:
         contributions: Sequence[Contribution] = (),
         error: SymmemError | None = None,
         late: Iterable[int] = (),
+        given_up: float = 0.0,
     ) -> Message:
-        verdict = message.replace(contributions, to_wire(error) if error else None, late)
+        verdict = message.replace(contributions, to_wire(error) if error else None, late, given_up)
         self.transport.publish(verdict)
         return verdict
 
@@ -478,7 +481,7 @@ class Rounds:
     def _withdraw(self, message: Message, error: SymmemError, late: Iterable[int] = ()) -> None:
         """Replace a submitted message by an error. Too late if rank 0 has decided the round."""
         with contextlib.suppress(SymmemError, RuntimeError, OSError):
-            self.transport.submit(message.replace((), to_wire(error), late))
+            self.transport.submit(message.replace((), to_wire(error), late, time.time()))
 
     def _outcome(self, sequence: int) -> Message | None:
         """Return the verdict on a round from which this rank has withdrawn; None if rank 0 is gone or late.
@@ -533,6 +536,11 @@ def as_symmem_error(error: BaseException) -> SymmemError:
     if isinstance(error, MemoryError):
         return OutOfMemoryError("this process may have no more memory", hint="raise `ulimit -v`, or allocate less")
     return from_wire(to_wire(error))
+
+
+def _given_up(messages: Iterable[Message]) -> float:
+    """When the first rank gave up the round of these messages, by the wall clock."""
+    return min((each.given_up for each in messages if each.late), default=0.0)
 
 
 def _judge(messages: dict[int, Message]) -> SymmemError | None:

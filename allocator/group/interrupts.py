@@ -1,14 +1,16 @@
-"""Exceptions of signal handlers, held back while an operation must not be cut short."""
+"""Exceptions of signal handlers and of other threads, held back while an operation must not be cut short."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
-__all__ = ["held_back"]
+from symmem.errors import SymmemError
+
+__all__ = ["held_back", "to_the_end"]
 
 _SIGNALS = tuple(
     getattr(signal, name)
@@ -16,6 +18,33 @@ _SIGNALS = tuple(
     if hasattr(signal, name)
 )
 """The signals for which programs have handlers that raise."""
+
+_MOST_TRIES = 8
+
+
+def to_the_end(step: Callable[[], object]) -> BaseException | None:
+    """Call a step again after every exception that comes from outside, until it has ended.
+
+    Python code can raise an exception in another thread (``PyThreadState_SetAsyncExc``), between any two instructions.
+
+    Args:
+        step: It raises OSError, EOFError and SymmemError itself. After another exception, it goes on where it was.
+
+    Returns:
+        The last exception from outside, for the caller to raise; None if none came.
+    """
+    interrupt = None
+    for tries in range(_MOST_TRIES):
+        try:
+            step()
+            break
+        except (OSError, EOFError, SymmemError):
+            raise
+        except BaseException as error:
+            if tries == _MOST_TRIES - 1:
+                raise
+            interrupt = error
+    return interrupt
 
 
 @contextlib.contextmanager

@@ -9,6 +9,10 @@ that comes to a point writes it to its slot, sets the mark of all other ranks, a
 A rank with a mark reads the slots in its next call of such a function, and while it waits for a signal. If it has
 passed the point without coming, it can no longer come: it writes an error to its slot, and raises it. A rank that finds
 such an error raises the same one. So every rank passes or fails every point, or finds that the others are further.
+
+A rank that did not come in time is told when it comes. It may have skipped a call: then the others wait for it in their
+next call while it is told of the one before, so they give up two points in a row. In that case their next call fails
+too, as soon as all ranks have been told. So all ranks make the call after that together.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from symmem.backends import pending_waits
@@ -43,6 +47,9 @@ _FAILED, _FUNCTION, _CAUSE, _ERROR = 11, 12, 13, 14  # the latest point that fai
 _LEFT = 15  # whether the rank has left the group
 _ACTS = 16, 17  # number of its latest act when it came, by parity
 _HEAD = 18
+_GAVE_UP = 19  # the latest point that the rank gave up at its timeout
+_IN_A_ROW = 20  # how many points without a gap it gave up so, up to that one
+_CAME_LATE = 21  # the latest point of which it was told without having waited for it
 
 _LOW = 0xFFFFFFFF
 _NAP = 0.05  # seconds between two checks that the awaited ranks are alive
@@ -95,6 +102,7 @@ class SyncPoints:
         self._acts = 0  # number of the latest act; the same on all ranks
         self.acts_left = 0
         self._serial = 0  # of the last point that this rank has passed or failed
+        self._unsettled = 0  # the last point that has failed here, until :meth:`_settle` has dealt with it
         self._count = 0  # number of functions that have passed a point
         self._functions: weakref.WeakValueDictionary[int, Stateful] = weakref.WeakValueDictionary()
         self._indices: weakref.WeakKeyDictionary[Stateful, int] = weakref.WeakKeyDictionary()
@@ -114,12 +122,16 @@ class SyncPoints:
 
         Raises:
             DivergenceError: A rank has passed the point without coming, or is at another one. On all ranks.
-            PeerTimeoutError: A rank did not come in time.
+            PeerTimeoutError: A rank did not come in time, or was late for the last two points.
         """
         if os.getpid() != self._process:
             return  # the round raises
         with self._lock:
+            self._settle(step, timeout)
             serial = max(self._serial + 1, *(self._slots[rank][_COMING] for rank in self._others))
+            for rank in self._others:
+                if self._slots[rank][_FAILED] >= serial:
+                    raise self._told(rank, came_late=True)
             index = self._indices.get(function, self._count)
             key = index, call, zlib.crc32(step.encode())
             text = f"{step} at {program_line(sys._getframe(1))}"
@@ -132,6 +144,8 @@ class SyncPoints:
                 self._wait(serial, key, step, text, timeout)
             except BaseException as error:
                 if self._serial < serial:
+                    if isinstance(error, PeerTimeoutError):
+                        own[_IN_A_ROW], own[_GAVE_UP] = 1 + self._given_up(serial - 1), serial
                     self._fail(serial, index, self._rank, f"rank {self._rank} gave up {text}: {error}")
                 raise
             self._serial = serial
@@ -143,15 +157,55 @@ class SyncPoints:
                 self._functions[index], self._indices[function] = function, index
 
     def _wait(self, serial: int, key: tuple[int, int, int], step: str, text: str, timeout: float) -> None:
+        def has_come(rank: int) -> bool:
+            if self._slots[rank][_FAILED] >= serial:
+                raise self._told(rank)
+            return self._slots[rank][_COMING] >= serial
+
+        for rank in self._wait_for_all(has_come, step, text, timeout):
+            slot = self._slots[rank]
+            if slot[_COMING] == serial and tuple(slot[_KEYS[serial & 1]]) != key:
+                ranks = sorted((self._rank, rank))
+                texts = ", ".join(f"{self._text(each, _TEXTS[serial & 1])} on rank {each}" for each in ranks)
+                raise self._fail(serial, key[0], rank, f"the ranks are at different steps: {texts}")
+        fence()
+
+    def _settle(self, step: str, timeout: float) -> None:
+        """If ranks gave up the last two points, wait until all have been told, and fail this call too. Once."""
+        serial = self._unsettled
+        if self._given_up(serial) < 2 or self._own[_CAME_LATE] == serial:
+            return
+        text = f"{step} at {program_line(sys._getframe(2))}"
+        told = list(self._wait_for_all(lambda rank: self._slots[rank][_FAILED] >= serial, step, text, timeout))
+        self._unsettled = 0
+        if late := tuple(rank for rank in told if self._slots[rank][_CAME_LATE] == serial):
+            raise PeerTimeoutError(
+                f"ranks {list(late)} did not come in time to the last two steps, so they may have skipped a call. They "
+                "have come now, so the next call works",
+                hint=f"find out why ranks {list(late)} were late or skipped a call",
+                rank=self._rank,
+                group=self._ledger.name,
+                step=step,
+                peers=late,
+            )
+
+    def _given_up(self, serial: int) -> int:
+        """How many points in a row, up to this one, ranks have given up at their timeouts."""
+        return max(slot[_IN_A_ROW] if slot[_GAVE_UP] == serial else 0 for slot in self._slots)
+
+    def _wait_for_all(self, is_here: Callable[[int], bool], step: str, text: str, timeout: float) -> Iterator[int]:
+        """Yield the other ranks, one after the other, when they are here. It ends early if a rank ended or left.
+
+        Raises:
+            PeerTimeoutError: A rank is not here in time.
+        """
         deadline, end = time.monotonic() + timeout, None
         try:
             for rank in self._others:
                 slot, spins = self._slots[rank], 0
                 while True:
                     changes = slot[_CHANGES]
-                    if slot[_FAILED] >= serial:
-                        raise self._told(rank)
-                    if slot[_COMING] >= serial:
+                    if is_here(rank):
                         break
                     if (spins := spins + 1) < _SPINS:
                         os.sched_yield()
@@ -162,13 +216,9 @@ class SyncPoints:
                     if group is None or group.lost() or slot[_LEFT] or self._own[_LEFT]:
                         return
                     if remaining <= 0:
-                        raise self._late(serial, step, timeout)
+                        raise self._late(is_here, step, timeout)
                     futex_wait(self._address[rank], changes & 0xFFFFFFFF, min(_NAP, remaining))
-                if slot[_COMING] == serial and tuple(slot[_KEYS[serial & 1]]) != key:
-                    ranks = sorted((self._rank, rank))
-                    texts = ", ".join(f"{self._text(each, _TEXTS[serial & 1])} on rank {each}" for each in ranks)
-                    raise self._fail(serial, key[0], rank, f"the ranks are at different steps: {texts}")
-            fence()
+                yield rank
         finally:
             if end is not None:
                 end()
@@ -216,7 +266,7 @@ class SyncPoints:
             for rank in self._others:
                 slot = self._slots[rank]
                 if slot[_FAILED] > self._serial:
-                    raise self._told(rank)
+                    raise self._told(rank, came_late=True)
                 serial = slot[_COMING]
                 if serial <= self._serial:
                     continue
@@ -238,10 +288,8 @@ class SyncPoints:
         """Note that this rank has raised an error, so that the failures of others so far do not concern it any more."""
         with self._lock:
             for rank in self._others:
-                slot = self._slots[rank]
-                if slot[_FAILED] > self._serial:
-                    self._serial, self.acts_left = slot[_FAILED], 0
-                    self._forget(slot[_FUNCTION])
+                if self._slots[rank][_FAILED] > self._serial:
+                    self._told(rank)
 
     def leave(self) -> None:
         """Let no rank wait for this one any more."""
@@ -259,7 +307,8 @@ class SyncPoints:
 
     def _fail(self, serial: int, index: int, cause: int, what: str) -> DivergenceError:
         """Fail a point, and let the other ranks raise the same error, which is returned."""
-        self._serial, self.acts_left = serial, 0  # not all ranks have made the same acts
+        self._serial = self._unsettled = serial
+        self.acts_left = 0  # not all ranks have made the same acts
         self._own[_FUNCTION], self._own[_CAUSE] = index, cause
         self._own[_ERROR] = self._ledger.add_text(what)
         self._publish(_FAILED, serial)
@@ -269,16 +318,18 @@ class SyncPoints:
         error.of_sync_point = True  # type: ignore[attr-defined]
         return error
 
-    def _told(self, rank: int) -> DivergenceError:
+    def _told(self, rank: int, came_late: bool = False) -> DivergenceError:
         slot = self._slots[rank]
+        if came_late:
+            self._own[_CAME_LATE] = slot[_FAILED]
         return self._fail(slot[_FAILED], slot[_FUNCTION], slot[_CAUSE], self._text(rank, _ERROR))
 
     def _forget(self, index: int) -> None:
         if (function := self._functions.get(index)) is not None:
             function.forget()
 
-    def _late(self, serial: int, step: str, timeout: float) -> PeerTimeoutError:
-        late = tuple(rank for rank in self._others if self._slots[rank][_COMING] < serial)
+    def _late(self, is_here: Callable[[int], bool], step: str, timeout: float) -> PeerTimeoutError:
+        late = tuple(rank for rank in self._others if not is_here(rank))
         waits = "".join(f"; rank {rank} waits in {text}" for rank, text in self._ledger.waits_of(late).items())
         return PeerTimeoutError(
             f"ranks {list(late)} did not come in time (timeout {timeout:g} s){waits}",

@@ -37,7 +37,7 @@ from symmem.errors import (
     SymmemError,
     from_wire,
 )
-from symmem.group.interrupts import held_back
+from symmem.group.interrupts import held_back, to_the_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -83,7 +83,8 @@ class Message:
     ``sequence`` is the number of the round, so that messages of earlier rounds can be dropped. ``deadline`` is by
     the clock of this process. The header carries the seconds until then, because other processes may have other clocks:
     on other hosts, or in another time namespace. ``line`` is the line of the program that called the operation.
-    ``late`` names the ranks that did not come in time, if the sender gave up the round for them.
+    ``late`` names the ranks that did not come in time, if the sender gave up the round for them. ``given_up`` is when
+    this was, by the wall clock, which is the same for all processes of a host.
     """
 
     sequence: int
@@ -93,12 +94,18 @@ class Message:
     error: dict[str, Any] | None = None
     line: str = ""
     late: tuple[int, ...] = ()
+    given_up: float = 0.0
 
     def replace(
-        self, contributions: Iterable[Contribution], error: dict[str, Any] | None, late: Iterable[int] = ()
+        self,
+        contributions: Iterable[Contribution],
+        error: dict[str, Any] | None,
+        late: Iterable[int] = (),
+        given_up: float = 0.0,
     ) -> Message:
         """Return a message of the same round with other contents."""
-        return Message(self.sequence, self.step, self.deadline, list(contributions), error, late=tuple(late))
+        contributions, late = list(contributions), tuple(late)
+        return Message(self.sequence, self.step, self.deadline, contributions, error, late=late, given_up=given_up)
 
     def header(self) -> dict[str, Any]:
         """Return everything except the payloads and descriptors, as plain data."""
@@ -111,6 +118,7 @@ class Message:
             "error": self.error,
             "line": self.line,
             "late": self.late,
+            "given_up": self.given_up,
         }
 
     @classmethod
@@ -128,8 +136,8 @@ class Message:
             contributions.append(Contribution(body[at : at + size], descriptors[first : first + count]))
             at, first = at + size, first + count
         deadline = time.monotonic() + header["seconds"]
-        late = tuple(header["late"])
-        return cls(header["sequence"], header["step"], deadline, contributions, header["error"], header["line"], late)
+        rest = header["error"], header["line"], tuple(header["late"]), header["given_up"]
+        return cls(header["sequence"], header["step"], deadline, contributions, *rest)
 
     def body(self) -> bytes:
         """Return all payloads in order."""
@@ -155,6 +163,7 @@ def _is_sound(header: dict[str, Any], nbytes: int, descriptors: int) -> bool:
             and isinstance(header["step"], str)
             and isinstance(header["line"], str)
             and math.isfinite(header["seconds"])
+            and math.isfinite(header["given_up"])
             and len(sizes) == len(counts)
             and all(isinstance(number, int) and number >= 0 for number in (*sizes, *counts, *header["late"]))
             and (sum(sizes), sum(counts)) == (nbytes, descriptors)
@@ -438,7 +447,7 @@ class SocketTransport:
                 message = inbox[0]
                 if message.sequence == sequence:
                     # Set first, so that this rank knows the outcome of the round even after an interrupt.
-                    self._last_verdict = message.replace((), message.error, message.late)
+                    self._last_verdict = message.replace((), message.error, message.late, message.given_up)
                     return inbox.popleft()
                 inbox.popleft().close()
             if self._last_verdict is not None and self._last_verdict.sequence == sequence:
@@ -459,10 +468,12 @@ class SocketTransport:
                 sock.shutdown(socket.SHUT_RDWR)
 
     def _send(self, peer: int, message: Message, deadline: float | None = None) -> None:
+        deadline = deadline or max(message.deadline, time.monotonic() + 1.0)
+        parts = message.header(), message.body(), message.descriptors(), deadline
+        sent: list[int] = []
         with held_back():  # after a part of a message, the connection could not be used
             try:
-                deadline = deadline or max(message.deadline, time.monotonic() + 1.0)
-                scm.send(self._peers[peer], message.header(), message.body(), message.descriptors(), deadline)
+                interrupt = to_the_end(lambda: scm.send(self._peers[peer], *parts, sent))
             except ConnectionError as error:
                 raise _lost((peer,)) from error
             except OSError as error:
@@ -473,6 +484,8 @@ class SocketTransport:
             except BaseException:
                 self._drop(peer)
                 raise
+        if interrupt is not None:
+            raise interrupt
 
     def _drop(self, peer: int) -> None:
         """Treat a rank as gone, because the next data on its stream could be the rest of an earlier message."""
@@ -488,15 +501,26 @@ class SocketTransport:
         events = self._poll.poll(remaining * 1000)
         for descriptor, _event in events:
             with held_back():  # after a part of a message, the connection could not be used
-                self._read(self._at[descriptor], max(deadline, time.monotonic() + 1.0))
+                interrupt = self._read(self._at[descriptor], max(deadline, time.monotonic() + 1.0))
+            if interrupt is not None:
+                raise interrupt
         return bool(events)
 
-    def _read(self, peer: int, deadline: float) -> None:
-        """Put a message that has begun to come into the inbox."""
+    def _read(self, peer: int, deadline: float) -> BaseException | None:
+        """Put a message that has begun to come into the inbox. Returns an exception that came in between."""
+        inbox, progress, known = self._inbox[peer], scm.Progress(), list[Message]()
+
+        def read() -> None:
+            if not known:
+                known.append(Message.unpack(*scm.receive(self._peers[peer], deadline, progress)))
+            if not inbox or inbox[-1] is not known[0]:
+                inbox.append(known[0])
+
         try:
-            self._inbox[peer].append(Message.unpack(*scm.receive(self._peers[peer], deadline)))
+            return to_the_end(read)
         except (EOFError, ConnectionError):
             self._drop(peer)
+            return None
         except TimeoutError as error:
             self._drop(peer)
             raise PeerTimeoutError(f"rank {peer} stopped in the middle of a message", peers=(peer,)) from error

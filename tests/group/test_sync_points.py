@@ -146,6 +146,27 @@ def test_a_rank_that_does_not_come() -> None:
     assert all_call([here, late]) == [None] * 2
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_rank_that_skips_a_call(size: int) -> None:
+    """All ranks make their next call at the same time, whatever came of the last one, and come to work together."""
+    ranks = ranks_of(size)
+    assert all_call(ranks) == [None] * size
+    for skipping in ranks:
+        waiting = [partial(each.call, "x", timeout=0.05) for each in ranks if each is not skipping]
+        assert all(isinstance(error, SymmemError) for error in errors_of(waiting))
+        for each in ranks:  # in the next call, the rank that skipped one is told of that one, and does not wait
+            if each is skipping:
+                with pytest.raises(DivergenceError, match="did not come in time"):
+                    each.call("x")
+        assert all(isinstance(error, SymmemError) for error in errors_of(waiting))
+        errors = all_call(ranks)
+        assert [type(error) for error in errors if error is not None and "may have skipped a call" in error.what] == [
+            PeerTimeoutError
+        ] * (size - 1)
+        assert None not in errors
+        assert all_call(ranks) == [None] * size
+
+
 def test_a_rank_that_raised_for_another_reason_is_not_told_again() -> None:
     first, second = ranks_of(2)
     assert all_call([first, second]) == [None] * 2

@@ -8,11 +8,13 @@ import json
 import math
 import os
 import socket
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from patience import LONG, SOON
 from thread_ranks import descriptors, run_ranks
 
 from symmem.backends import descriptors as scm
-from symmem.backends.descriptors import Contribution
+from symmem.backends.descriptors import Contribution, Received
 from symmem.backends.libc import Descriptor
 from symmem.errors import (
     OutOfMemoryError,
@@ -356,3 +358,70 @@ def test_a_failed_call_of_the_store_keeps_nothing_of_its_caller() -> None:
     finally:
         gc.enable()
     assert "symmem-store" not in [thread.name for thread in threading.enumerate()]
+
+
+class InterruptError(Exception):
+    pass
+
+
+def interrupt_at(instruction: int, names: set[str]) -> Callable[[], bool]:
+    """Raise an exception before an instruction of these functions, as another thread can; returns whether it came."""
+    left = instruction
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        caller = frame.f_back.f_code.co_name if frame.f_back else ""
+        if frame.f_code.co_name not in names or caller == "__del__":  # there, Python ignores exceptions
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left < 0:
+                raise InterruptError
+        return trace
+
+    sys.settrace(trace)
+    return lambda: left < 0
+
+
+@pytest.mark.parametrize("way", ["send", "receive"])
+def test_an_exception_at_any_instruction_leaves_the_message_whole(way: str) -> None:
+    """Also with descriptors. The connection stays, and the exception is raised after the message."""
+    ours, theirs = socket.socketpair()
+    leader, follower = SocketTransport({1: ours}), SocketTransport({0: theirs})
+    names = {
+        "send": {"send"},
+        "receive": {"receive", "_receive_exactly", "_receive_into", "take", "read", "unpack"},
+    }[way]
+    before = descriptors()
+    for sequence in range(1, 100_000):
+        message = Message(sequence, "step", soon(), [Contribution(b"payload", (0, 1))])
+
+        def publish(message: Message = message) -> None:
+            leader.publish(message)
+
+        def check(sequence: int = sequence) -> None:
+            with Received(follower.verdict(sequence, soon()).contributions) as received:
+                assert received[0].payload == b"payload"
+                assert [os.fstat(descriptor).st_ino for descriptor in received[0].descriptors] == [
+                    os.fstat(descriptor).st_ino for descriptor in (0, 1)
+                ]
+
+        if way == "receive":
+            publish()
+        has_come = interrupt_at(sequence - 1, names)
+        try:
+            (publish if way == "send" else check)()
+            whole = way == "receive"
+        except InterruptError:
+            whole = False
+        finally:
+            sys.settrace(None)
+        if not whole:
+            check()
+        if not has_come():
+            break
+    assert sequence > 50
+    assert descriptors() == before
+    leader.close()
+    follower.close()
