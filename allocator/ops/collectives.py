@@ -151,6 +151,10 @@ class OperatorKind:
         """Whether the result has the shape of ``x``, so that it can replace ``x``."""
         return self.shape is _as_x
 
+    def shared_row(self, rank: int) -> int | None:
+        """The row of the larger of ``x`` and ``out`` that the smaller may be; None if they must not share memory."""
+        return 0 if self.in_place is None else None if self.like_x else rank
+
     def result(self, x: torch.Tensor, world: int) -> torch.Tensor:
         """Allocate the result. ``x`` must be contiguous."""
         return torch.empty_like(x) if self.like_x else x.new_empty(self.shape(x.shape, world))  # empty_like is quicker
@@ -172,16 +176,11 @@ def _check_root(root: int, world: int) -> None:
 
 
 def _gather(engine: Engine, group: Group, x: torch.Tensor) -> None:
-    with refusing(group, x.device, "all_gather"):
-        source = x[group.rank].clone()
-    engine.all_gather(source, x)
+    engine.all_gather(x[group.rank], x)
 
 
 def _scatter(engine: Engine, group: Group, x: torch.Tensor, reduction: str) -> None:
-    with refusing(group, x.device, "reduce_scatter"):
-        out = torch.empty_like(x[group.rank])
-    engine.reduce_scatter(x, out, reduction)
-    x[group.rank].copy_(out)
+    engine.reduce_scatter(x, x[group.rank], reduction)
 
 
 def _transpose(engine: Engine, group: Group, x: torch.Tensor) -> None:
@@ -228,16 +227,18 @@ def _check_mode(tensor: torch.Tensor, name: str) -> None:
         )
 
 
-def _check_apart(kind: OperatorKind, x: torch.Tensor, out: torch.Tensor) -> None:
+def _check_apart(kind: OperatorKind, group: Group, x: torch.Tensor, out: torch.Tensor) -> None:
     """Raise if results would overwrite memory that is still read. Tensors that are copied first cannot overlap."""
     begin, other = x.data_ptr(), out.data_ptr()
     if begin + x.nbytes <= other or other + out.nbytes <= begin or not (_is_plain(x) and _is_plain(out)):
         return
-    same = kind.in_place is None
-    if not (same and begin == other):
+    row = kind.shared_row(group.rank)
+    if row is None or abs(begin - other) != row * min(x.nbytes, out.nbytes):
+        whole = "x" if kind.rows[0] else "out"
+        allowed = "the same tensor" if kind.in_place is None else f"this rank's row of {whole}"
         raise InvalidArgumentError(
-            "x and out share memory" + (", but are not the same tensor" if same else ""),
-            hint="pass another out" + ("" if same else f", or call symmem::{kind.name}_ to work in place"),
+            "x and out share memory" + (f", but are not {allowed}" if row is not None else ""),
+            hint="pass another out" + (f", or call symmem::{kind.name}_ to work in place" if row is None else ""),
         )
 
 
@@ -263,7 +264,7 @@ def into(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[An
         plain = _is_plain(out)
         if not plain:
             check_written(out, "out")
-        _check_apart(kind, x, out)
+        _check_apart(kind, group, x, out)
         source = _plain(x)
         target = out if plain else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     except BaseException as error:
