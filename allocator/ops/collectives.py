@@ -66,12 +66,13 @@ from symmem.errors import InvalidArgumentError, RankError
 from symmem.group.group import Group
 from symmem.group.resolve import group_named
 from symmem.ops.engines.base import REDUCTIONS, Engine
+from symmem.ops.engines.collective_kernels import TYPES
 from symmem.ops.engines.select import engine_for
 from symmem.ops.gradients import with_gradient, without_gradient
 from symmem.ops.refusals import refuse, refusing
 from symmem.tensor.arguments import check_dense, check_integer, check_written
 
-__all__ = ["KINDS", "LIBRARY", "OperatorKind", "begun", "functional", "in_place", "into"]
+__all__ = ["KINDS", "LIBRARY", "OperatorKind", "begun", "functional", "in_place", "into", "is_reduced"]
 
 LIBRARY: Any = torch.library.Library("symmem", "FRAGMENT")  # type: ignore[no-untyped-call]  # so are its methods
 """Defines the operators. They exist as long as this object."""
@@ -87,6 +88,12 @@ _REDUCED = {
     **dict.fromkeys((torch.complex64, torch.complex128), ("sum", "avg")),
 }
 """Valid reductions by dtype."""
+
+
+def is_reduced(device: torch.device, dtype: torch.dtype, reduction: str) -> bool:
+    """Whether the operators have a reduction of a dtype on a device."""
+    return reduction in _REDUCED.get(dtype, ()) and (device.type != "cuda" or dtype in TYPES)
+
 
 Shape = Sequence[int]  # or symbolic integers
 
