@@ -100,18 +100,22 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
             self._group = group
         return self._group
 
-    def _serve(self, name: str, arguments: tuple[Any, ...]) -> Any:
+    def _serve(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Run a method by symmem or by the inner group, and count it."""
         method, group = METHODS[name], self.group
-        obstacle = self._obstacle or method.obstacle(*arguments)
+        has_options = not named and hasattr(arguments[-1], "asyncOp")  # as torch.distributed calls the methods
+        obstacle = self._obstacle or (method.obstacle(*arguments) if has_options else "a call without options")
         self.counts[name, obstacle] += 1
         if obstacle:
-            return getattr(self.inner, name)(*arguments)
-        return self._run(functools.partial(_call, method, group, arguments), arguments[-1].asyncOp, arguments[0])
+            return getattr(self.inner, name)(*arguments, **named)
+        call = functools.partial(_call, method, group, arguments)
+        if _is_profiling():
+            call = _profiled(method.operator, call, arguments[:-1][1:2] or arguments[:1])
+        return self._run(call, arguments[-1].asyncOp, arguments[0])
 
     def _run(self, call: Callable[[], None], is_asynchronous: bool, outputs: Any) -> Any:
         """Run a call now, or in the thread behind those that it still has."""
-        if not is_asynchronous and self._thread.is_idle:
+        if not is_asynchronous and self._thread.is_idle and not _is_profiling():
             call()
             return _COMPLETE
         work = self._thread.submit(call, [outputs] if isinstance(outputs, torch.Tensor) else outputs)
@@ -214,6 +218,27 @@ def _call(method: Method, group: Group, arguments: tuple[Any, ...]) -> None:
         method.run(group, *arguments)
 
 
+def _profiled(operator: str, call: Callable[[], None], inputs: Any) -> Callable[[], None]:
+    """Show a call to the profiler as one event until its end, as torch's backends do. The call is in another thread."""
+    record: Any = torch.autograd._record_function_with_args_enter(f"symmem:{operator}", *_flat(inputs))
+
+    def run() -> None:
+        try:
+            call()
+        finally:
+            torch.autograd._record_function_with_args_exit(record)
+
+    return run
+
+
+def _flat(tensors: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tensors, torch.Tensor):
+        yield tensors
+    else:
+        for each in tensors:
+            yield from _flat(each)
+
+
 def _inner_backends(store: Store, rank: int, size: int, timeout: timedelta) -> Iterator[tuple[torch.device, Any, Any]]:
     """The inner backends: device, type, backend."""
     if not dist.is_gloo_available():
@@ -241,6 +266,7 @@ def _completed() -> Any:
 
 
 _COMPLETE = _completed()
+_is_profiling = torch._C._autograd._profiler_enabled
 _NO_MODE: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
@@ -258,8 +284,8 @@ group_made.append(_take_timeout)
 
 
 def _make_method(name: str) -> Callable[..., Any]:
-    def method(self: SymmemProcessGroup, *arguments: Any) -> Any:
-        return self._serve(name, arguments)
+    def method(self: SymmemProcessGroup, *arguments: Any, **named: Any) -> Any:
+        return self._serve(name, arguments, named)
 
     method.__name__ = name
     method.__doc__ = f"Call the operator {METHODS[name].operator} or the inner group. See :meth:`SymmemProcessGroup`."

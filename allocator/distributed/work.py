@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import queue
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from torch.distributed.distributed_c10d import Work
 
 from symmem.errors import PeerTimeoutError
+from symmem.group.call_site import program_line, submitted
 
 __all__ = ["AsynchronousWork", "WorkThread"]
 
@@ -28,6 +30,7 @@ class AsynchronousWork(Work):
     def __init__(self, outputs: Any) -> None:
         super().__init__()
         self.done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self.submitted_at = program_line(sys._getframe(1))
         self._outputs = outputs
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
@@ -108,6 +111,7 @@ def _run(waiting: queue.SimpleQueue[tuple[Callable[[], None], AsynchronousWork] 
     with torch.inference_mode():
         while (item := waiting.get()) is not None:
             call, work = item
+            submitted.at = work.submitted_at
             try:
                 call()
             except BaseException as error:
