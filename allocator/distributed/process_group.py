@@ -27,6 +27,7 @@ from symmem.tensor.tensor import SymmetricTensor
 __all__ = ["Served", "SymmemProcessGroup", "make_process_group", "report"]
 
 _c10d: Any = torch._C._distributed_c10d  # its stubs lack much
+_autograd: Any = torch.autograd
 _ProcessGroup: Any = _c10d.ProcessGroup
 _UNSET = timedelta(milliseconds=-1)  # the timeout of torch's options, if the program gives none
 
@@ -105,10 +106,10 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
         method, group = METHODS[name], self.group
         has_options = not named and hasattr(arguments[-1], "asyncOp")  # as torch.distributed calls the methods
         obstacle = self._obstacle or (method.obstacle(*arguments) if has_options else "a call without options")
-        self.counts[name, obstacle] += 1
+        self.counts[method.operator, obstacle] += 1
         if obstacle:
             return getattr(self.inner, name)(*arguments, **named)
-        call = functools.partial(_call, method, group, arguments)
+        call: Callable[[], None] = functools.partial(_call, method, group, arguments)
         if _is_profiling():
             call = _profiled(method.operator, call, arguments[:-1][1:2] or arguments[:1])
         return self._run(call, arguments[-1].asyncOp, arguments[0])
@@ -177,16 +178,16 @@ class _Backend:
 
 
 class Served(NamedTuple):
-    """How often a method of a process group was called.
+    """How often an operation of a process group was called.
 
     Attributes:
-        method: The name of the method.
+        operation: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``all_to_all``, ``broadcast`` or ``barrier``.
         by: ``"symmem"`` or ``"inner"``.
         why: Why symmem does not serve these calls; empty if it does.
         calls: Their number.
     """
 
-    method: str
+    operation: str
     by: str
     why: str
     calls: int
@@ -195,8 +196,7 @@ class Served(NamedTuple):
 def report(group: GroupLike = None) -> list[Served]:
     """Tell which calls of a process group symmem has served, and which ones the inner group. Local.
 
-    Methods that symmem never serves are not counted: send, recv, gather, scatter, reduce, all_to_all of lists,
-    monitored_barrier.
+    Operations that symmem never serves are not counted: send, recv, gather, scatter, reduce, all_to_all of lists.
 
     Args:
         group: A process group of the backend ``symmem``, or what names one; default the default group.
@@ -208,7 +208,7 @@ def report(group: GroupLike = None) -> list[Served]:
     if not isinstance(process_group, SymmemProcessGroup):
         raise GroupError("the group is not of the backend symmem", hint='make it with backend="symmem"', step="report")
     counts = sorted(process_group.counts.items())
-    return [Served(method, "inner" if why else "symmem", why, calls) for (method, why), calls in counts]
+    return [Served(operation, "inner" if why else "symmem", why, calls) for (operation, why), calls in counts]
 
 
 def _call(method: Method, group: Group, arguments: tuple[Any, ...]) -> None:
@@ -220,13 +220,13 @@ def _call(method: Method, group: Group, arguments: tuple[Any, ...]) -> None:
 
 def _profiled(operator: str, call: Callable[[], None], inputs: Any) -> Callable[[], None]:
     """Show a call to the profiler as one event until its end, as torch's backends do. The call is in another thread."""
-    record: Any = torch.autograd._record_function_with_args_enter(f"symmem:{operator}", *_flat(inputs))
+    record = _autograd._record_function_with_args_enter(f"symmem:{operator}", *_flat(inputs))
 
     def run() -> None:
         try:
             call()
         finally:
-            torch.autograd._record_function_with_args_exit(record)
+            _autograd._record_function_with_args_exit(record)
 
     return run
 

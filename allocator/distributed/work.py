@@ -78,7 +78,13 @@ class AsynchronousWork(Work):
         """A future with the results. Its error is a RuntimeError with the text of the operation's error."""
         future: torch.futures.Future[Any] = torch.futures.Future()
         self.done.add_done_callback(lambda done: future.set_result(None))
-        return future.then(lambda _: self.result())
+
+        def outputs(_: object) -> Any:
+            if (error := self.done.exception()) is not None:
+                raise error.with_traceback(None)  # torch puts the traceback into the text
+            return self._outputs
+
+        return future.then(outputs)
 
 
 class WorkThread:

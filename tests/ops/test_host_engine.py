@@ -123,7 +123,7 @@ def call(name: str, form: int, x: torch.Tensor, shape: tuple[int, ...], how: int
         return rows
     before = x.clone()
     if form == 3 and name == "reduce_scatter":
-        ops.reduce_scatter(x, None, *options, out=x[group.rank])
+        ops.reduce_scatter(x, None, options[0], x[group.rank])
     else:
         getattr(torch.ops.symmem, f"{name}_")(x, *options, group.name)
     if name != "reduce_scatter":
