@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,9 @@ Tensors = Sequence[torch.Tensor]
 Lists = Sequence[Tensors]
 
 _ReduceOp: Any = dist.ReduceOp
-_REDUCTIONS = {_ReduceOp(getattr(_ReduceOp, name.upper())): name for name in ("sum", "avg", "min", "max")}
+_REDUCTIONS = {hash(_ReduceOp(getattr(_ReduceOp, name.upper()))): name for name in ("sum", "avg", "min", "max")}
+"""The reductions by torch's number for them, which is the hash: looking up the object itself takes a microsecond."""
+
 _CLASSES = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -29,9 +32,9 @@ class Method(NamedTuple):
 
     Attributes:
         operator: The operator.
-        run: Calls the operator. Takes the group before the arguments.
+        run: Calls the operator. Takes the group and the reduction, if there is one, before the arguments.
         tensors: The tensors of a call.
-        special: Why a call has no such operator, beside its tensors; empty if it has.
+        special: Why the operator cannot serve a call, apart from the tensors; empty if it can.
     """
 
     operator: str
@@ -39,53 +42,67 @@ class Method(NamedTuple):
     tensors: Callable[..., Tensors]
     special: Callable[..., str]
 
-    def obstacle(self, *arguments: Any) -> str:
-        """Why the operator cannot serve a call; empty if it can. All ranks get the same answer for matching calls."""
-        reduces = self.operator in ("all_reduce", "reduce_scatter")
-        reduction = _REDUCTIONS.get(arguments[-1].reduceOp) if reduces else None
-        if reduces and reduction is None:
-            return "a reduction other than sum, avg, min and max"
+    def plan(self, group: Group, arguments: Sequence[Any]) -> Callable[[], None] | str:
+        """Return what makes a call, or why the operator cannot. For matching calls, all ranks get the same answer."""
+        options, reduction = arguments[-1], None
+        if self.operator in ("all_reduce", "reduce_scatter"):
+            reduction = _REDUCTIONS.get(hash(options.reduceOp))
+            if reduction is None:
+                return "a reduction other than sum, avg, min and max"
+        is_protected = False
         for x in self.tensors(*arguments):
             if type(x) not in _CLASSES or x.layout is not torch.strided or x.is_quantized or x.is_nested:
                 return "a tensor that is not dense"
             device = x.device.type
-            if device != "cpu" and (device != "cuda" or arguments[-1].asyncOp):
+            if device != "cpu" and (device != "cuda" or options.asyncOp):
                 return f"asynchronous calls on {device}"
-            if reduction is not None and not is_reduced(x.device, x.dtype, reduction):
+            if reduction is not None and not is_reduced(device, x.dtype, reduction):
                 return f"{reduction} of {x.dtype} on {device}"
-        return self.special(*arguments)
+            is_protected = is_protected or x.requires_grad or x.is_inference()
+        if obstacle := self.special(*arguments):
+            return obstacle
+        call = functools.partial(self.run, group, reduction, *arguments)
+        return functools.partial(_in_inference_mode, call) if is_protected else call
 
 
-def _all_reduce(group: Group, tensors: Tensors, options: Any) -> None:
+def _in_inference_mode(call: Callable[[], None]) -> None:
+    """Make a call that may write to any tensor, as torch's backends do: to parameters, and to tensors of this mode."""
+    with torch.inference_mode():
+        call()
+
+
+def _all_reduce(group: Group, reduction: str, tensors: Tensors, options: Any) -> None:
     for x in tensors:
-        ops.all_reduce(x, group, _REDUCTIONS[options.reduceOp], x)
+        ops.all_reduce(x, group, reduction, x)
 
 
-def _broadcast(group: Group, tensors: Tensors, options: Any) -> None:
+def _broadcast(group: Group, reduction: None, tensors: Tensors, options: Any) -> None:
     for x in tensors:
         ops.broadcast(x, group, options.rootRank, x)
 
 
-def _all_gather(group: Group, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
+def _all_gather(group: Group, reduction: None, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
     ops.all_gather(x, group, _rows("all_gather", out, group, x.shape))
 
 
-def _all_gather_lists(group: Group, lists: Lists, inputs: Tensors, options: Any) -> None:
+def _all_gather_lists(group: Group, reduction: None, lists: Lists, inputs: Tensors, options: Any) -> None:
     for outs, x in zip(lists, inputs, strict=True):
         for out, row in zip(outs, ops.all_gather(x, group), strict=True):
             out.copy_(row.view(out.shape))
 
 
-def _reduce_scatter(group: Group, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
-    ops.reduce_scatter(_rows("reduce_scatter", x, group, out.shape), group, _REDUCTIONS[options.reduceOp], out)
+def _reduce_scatter(group: Group, reduction: str, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
+    ops.reduce_scatter(_rows("reduce_scatter", x, group, out.shape), group, reduction, out)
 
 
-def _reduce_scatter_lists(group: Group, outs: Tensors, lists: Lists, options: Any) -> None:
+def _reduce_scatter_lists(group: Group, reduction: str, outs: Tensors, lists: Lists, options: Any) -> None:
     for out, parts in zip(outs, lists, strict=True):
-        _reduce_scatter(group, out, torch.stack(tuple(parts)), options)
+        _reduce_scatter(group, reduction, out, torch.stack(tuple(parts)), options)
 
 
-def _all_to_all(group: Group, out: torch.Tensor, x: torch.Tensor, outs: Any, ins: Any, options: Any) -> None:
+def _all_to_all(
+    group: Group, reduction: None, out: torch.Tensor, x: torch.Tensor, outs: Any, ins: Any, options: Any
+) -> None:
     shape = (x.shape[0] // group.size, *x.shape[1:]) if x.dim() else x.shape
     ops.all_to_all(_rows("all_to_all", x, group, shape), group, _rows("all_to_all", out, group, shape))
 
@@ -107,9 +124,9 @@ def _rows(operator: str, tensor: torch.Tensor, group: Group, shape: Sequence[int
 def _each(run: Callable[..., None]) -> Callable[..., None]:
     """The coalesced form of a method with two tensors."""
 
-    def run_each(group: Group, outs: Tensors, inputs: Tensors, options: Any) -> None:
+    def run_each(group: Group, reduction: str | None, outs: Tensors, inputs: Tensors, options: Any) -> None:
         for out, x in zip(outs, inputs, strict=True):
-            run(group, out, x, options)
+            run(group, reduction, out, x, options)
 
     return run_each
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections import Counter
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from symmem.config.kinds import MAX_SECONDS
-from symmem.distributed.methods import METHODS, Method
+from symmem.distributed.methods import METHODS
 from symmem.distributed.work import WorkThread
 from symmem.errors import BackendUnavailableError, GroupError, UnsupportedError
 from symmem.group.group import Group, check_timeout
@@ -103,16 +102,18 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
 
     def _serve(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Run a method by symmem or by the inner group, and count it."""
-        method, group = METHODS[name], self.group
-        has_options = not named and hasattr(arguments[-1], "asyncOp")  # as torch.distributed calls the methods
-        obstacle = self._obstacle or (method.obstacle(*arguments) if has_options else "a call without options")
-        self.counts[method.operator, obstacle] += 1
-        if obstacle:
+        method, group = METHODS[name], self._group or self.group
+        if named or not hasattr(arguments[-1], "asyncOp"):  # not as torch.distributed calls it
+            plan: Callable[[], None] | str = "a call without options"
+        else:
+            plan = self._obstacle or method.plan(group, arguments)
+        if isinstance(plan, str):
+            self.counts[method.operator, plan] += 1
             return getattr(self.inner, name)(*arguments, **named)
-        call: Callable[[], None] = functools.partial(_call, method, group, arguments)
+        self.counts[method.operator, ""] += 1
         if _is_profiling():
-            call = _profiled(method.operator, call, arguments[:-1][1:2] or arguments[:1])
-        return self._run(call, arguments[-1].asyncOp, arguments[0])
+            plan = _profiled(method.operator, plan, arguments[:-1][1:2] or arguments[:1])
+        return self._run(plan, arguments[-1].asyncOp, arguments[0])
 
     def _run(self, call: Callable[[], None], is_asynchronous: bool, outputs: Any) -> Any:
         """Run a call now, or in the thread behind those that it still has."""
@@ -211,13 +212,6 @@ def report(group: GroupLike = None) -> list[Served]:
     return [Served(operation, "inner" if why else "symmem", why, calls) for (operation, why), calls in counts]
 
 
-def _call(method: Method, group: Group, arguments: tuple[Any, ...]) -> None:
-    """Call a method's operator. Like torch's backends, it writes to tensors that need gradients."""
-    tensors = method.tensors(*arguments)
-    with torch.inference_mode() if any(x.requires_grad or x.is_inference() for x in tensors) else _NO_MODE:
-        method.run(group, *arguments)
-
-
 def _profiled(operator: str, call: Callable[[], None], inputs: Any) -> Callable[[], None]:
     """Show a call to the profiler as one event until its end, as torch's backends do. The call is in another thread."""
     record = _autograd._record_function_with_args_enter(f"symmem:{operator}", *_flat(inputs))
@@ -267,7 +261,6 @@ def _completed() -> Any:
 
 _COMPLETE = _completed()
 _is_profiling = torch._C._autograd._profiler_enabled
-_NO_MODE: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
 def _take_timeout(group: Any) -> None:
