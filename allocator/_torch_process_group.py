@@ -26,4 +26,4 @@ def _register() -> None:
 
 def _make(options: Any, backend_options: Any) -> Any:
     """Make a process group. The modules that it needs are loaded here, because few programs make one."""
-    return importlib.import_module("symmem.distributed").make_process_group(options, backend_options)
+    return importlib.import_module("symmem.distributed.process_group").make_process_group(options, backend_options)

@@ -10,6 +10,6 @@ group runs all others: gloo on the CPU, NCCL on CUDA. :func:`report` tells which
 
 from __future__ import annotations
 
-from symmem.distributed.process_group import Served, SymmemProcessGroup, make_process_group, report
+from symmem.distributed.process_group import Served, SymmemProcessGroup, report
 
-__all__ = ["Served", "SymmemProcessGroup", "make_process_group", "report"]
+__all__ = ["Served", "SymmemProcessGroup", "report"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -77,6 +78,7 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
         self.inner = _ProcessGroup(PrefixStore("inner/", store), rank, size)
         self.counts: Counter[tuple[str, str]] = Counter()
         self._group: Group | None = None
+        self._lock = threading.Lock()  # threads of a rank meet the other ranks once
         self._thread = WorkThread()
         self._obstacle = ""  # why no call of this group can be served
         for device, kind, backend in _inner_backends(PrefixStore("inner/", store), rank, size, timeout):
@@ -91,19 +93,20 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
     @property
     def group(self) -> Group:
         """The :class:`symmem.Group` of the same ranks. They meet when it is first used."""
-        if self._group is None:
-            group = resolve_group(self)
-            with group.collective("process group"):
-                pass
-            if group.size > 1 and group.ledger is None:
-                self._obstacle = "ranks that share no memory: on several hosts, or in several containers"
-            self._group = group
-        return self._group
+        with self._lock:
+            if self._group is None:
+                group = resolve_group(self)
+                with group.collective("process group"):
+                    pass
+                if group.size > 1 and group.ledger is None:
+                    self._obstacle = "ranks that share no memory: on several hosts, or in several containers"
+                self._group = group
+            return self._group
 
     def _serve(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Run a method by symmem or by the inner group, and count it."""
         method, group = METHODS[name], self._group or self.group
-        if named or not hasattr(arguments[-1], "asyncOp"):  # not as torch.distributed calls it
+        if named or not arguments or not hasattr(arguments[-1], "asyncOp"):  # not as torch.distributed calls it
             plan: Callable[[], None] | str = "a call without options"
         else:
             plan = self._obstacle or method.plan(group, arguments)
@@ -111,17 +114,19 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
             self.counts[method.operator, plan] += 1
             return getattr(self.inner, name)(*arguments, **named)
         self.counts[method.operator, ""] += 1
-        if _is_profiling():
-            plan = _profiled(method.operator, plan, arguments[:-1][1:2] or arguments[:1])
-        return self._run(plan, arguments[-1].asyncOp, arguments[0])
+        return self._run(method.operator, plan, arguments)
 
-    def _run(self, call: Callable[[], None], is_asynchronous: bool, outputs: Any) -> Any:
-        """Run a call now, or in the thread behind those that it still has."""
-        if not is_asynchronous and self._thread.is_idle and not _is_profiling():
+    def _run(self, operator: str, call: Callable[[], None], arguments: tuple[Any, ...]) -> Any:
+        """Run a call now, or in the thread behind those that it still has. A call on CUDA belongs to this stream."""
+        outputs, options = arguments[0], arguments[-1]
+        profiling = _is_profiling()
+        if (not (options.asyncOp or profiling) and self._thread.is_idle) or any(x.is_cuda for x in _flat(outputs)):
             call()
             return _COMPLETE
+        if profiling:
+            call = _profiled(operator, call, arguments[1] if len(arguments) > 2 else outputs)
         work = self._thread.submit(call, [outputs] if isinstance(outputs, torch.Tensor) else outputs)
-        if not is_asynchronous:
+        if not options.asyncOp:
             work.wait()
         return work
 
@@ -134,7 +139,7 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
         self.counts["barrier", obstacle] += 1
         if obstacle:
             return self.inner.barrier(opts)
-        return self._run(functools.partial(ops.barrier, None, group), opts.asyncOp, [])
+        return self._run("barrier", functools.partial(ops.barrier, None, group), ([], opts))
 
     def shutdown(self) -> None:
         """Leave the group. Local. Torch calls it in ``destroy_process_group``."""

@@ -104,7 +104,7 @@ class WorkThread:
 
     def submit(self, call: Callable[[], None], outputs: Any) -> AsynchronousWork:
         """Run a call behind all earlier ones."""
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():  # in a forked child it is not
             self._thread = threading.Thread(target=_run, args=(self._waiting,), name="symmem work", daemon=True)
             self._thread.start()
         work = self._latest = AsynchronousWork(outputs)

@@ -15,7 +15,15 @@ import torch
 import torch.distributed as dist
 from patience import SOON
 
-from symmem.errors import GroupError, InvalidArgumentError, MismatchError, PeerLostError, PeerTimeoutError, SymmemError
+from symmem.errors import (
+    ForkedError,
+    GroupError,
+    InvalidArgumentError,
+    MismatchError,
+    PeerLostError,
+    PeerTimeoutError,
+    SymmemError,
+)
 from symmem.ops.engines.base import Engines
 from symmem.tools.ranks import rank_store
 
@@ -137,6 +145,26 @@ def test_a_rank_dies_in_training(new_pool: Any, program: Callable[[], None]) -> 
     outcomes = pool.outcomes(program, timeout=SOON)
     assert outcomes[0].error is None, outcomes[0].trace
     assert "died with exit code 3" in str(outcomes[1].error)
+
+
+def forked() -> None:
+    """A forked child is no rank. It has no thread of the process group either."""
+    dist.all_reduce(torch.ones(1), async_op=True).wait()
+    child = os.fork()
+    if child == 0:
+        try:
+            dist.all_reduce(torch.ones(1), async_op=True).wait()
+        except ForkedError:
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    dist.all_reduce(torch.ones(1), async_op=True).wait()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_is_no_rank(pool_of: Any) -> None:
+    pool_of(2).run(forked)
 
 
 def kept() -> dict[str, int]:
