@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -16,7 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from symmem.config.kinds import MAX_SECONDS
 from symmem.distributed.methods import METHODS
-from symmem.distributed.work import WorkThread
+from symmem.distributed.work import WorkQueue
 from symmem.errors import BackendUnavailableError, GroupError, UnsupportedError
 from symmem.group.group import Group, check_timeout
 from symmem.group.observers import group_made
@@ -56,8 +57,8 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
     """A process group with collective operations over shared memory.
 
     symmem's operators serve the methods in :data:`symmem.distributed.methods.METHODS`, if they have the reduction, the
-    dtype and the form. The inner process group serves all other calls and methods. A thread of the group runs the
-    asynchronous operations on the CPU. The operations of a group run in the order of their calls.
+    dtype and the form. The inner process group serves all other calls and methods. The operations of a group run in the
+    order of their calls; for asynchronous ones see :mod:`symmem.distributed.work`.
 
     Making one is collective, and makes the inner group. The ranks meet in shared memory at the first operation.
 
@@ -79,7 +80,8 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
         self.counts: Counter[tuple[str, str]] = Counter()
         self._group: Group | None = None
         self._lock = threading.Lock()  # threads of a rank meet the other ranks once
-        self._thread = WorkThread()
+        self._queue = WorkQueue()
+        weakref.finalize(self, self._queue.close)
         self._obstacle = ""  # why no call of this group can be served
         for device, kind, backend in _inner_backends(PrefixStore("inner/", store), rank, size, timeout):
             for group in (self, self.inner):  # torch's methods of this group find the backend here
@@ -117,15 +119,17 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
         return self._run(method.operator, plan, arguments)
 
     def _run(self, operator: str, call: Callable[[], None], arguments: tuple[Any, ...]) -> Any:
-        """Run a call now, or in the thread behind those that it still has. A call on CUDA belongs to this stream."""
+        """Run a call now or later, behind the earlier ones. A call on CUDA belongs to the current stream."""
         outputs, options = arguments[0], arguments[-1]
-        profiling = _is_profiling()
-        if (not (options.asyncOp or profiling) and self._thread.is_idle) or any(x.is_cuda for x in _flat(outputs)):
+        if any(x.is_cuda for x in _flat(outputs)):
             call()
             return _COMPLETE
-        if profiling:
+        if not (options.asyncOp or _is_profiling()):
+            self._queue.run(call)
+            return _COMPLETE
+        if profiling := _is_profiling():
             call = _profiled(operator, call, arguments[1] if len(arguments) > 2 else outputs)
-        work = self._thread.submit(call, [outputs] if isinstance(outputs, torch.Tensor) else outputs)
+        work = self._queue.submit(call, [outputs] if isinstance(outputs, torch.Tensor) else outputs, profiling)
         if not options.asyncOp:
             work.wait()
         return work
@@ -152,7 +156,7 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
         self.inner.abort()
 
     def _leave(self) -> None:
-        self._thread.close()
+        self._queue.close()
         if self._group is not None:
             self._group.close()
         self._group = None  # its memory goes now, even if the program keeps the process group

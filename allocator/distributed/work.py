@@ -1,12 +1,18 @@
-"""Collective operations on the CPU that a program does not wait for: the thread that runs them, and their handles."""
+"""Collective operations on the CPU that a program does not wait for: their order, their thread, and their handles.
+
+The operations of a process group run one after the other. The thread that waits for one runs it, and those before it:
+that is quicker than a change of threads. If nobody waits for a millisecond, or a future needs the result, a thread of
+the group runs them, so that they go on while the program computes or communicates in other ways.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import queue
 import sys
 import threading
-import weakref
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -17,21 +23,39 @@ from torch.distributed.distributed_c10d import Work
 from symmem.errors import PeerTimeoutError
 from symmem.group.call_site import program_line, submitted
 
-__all__ = ["AsynchronousWork", "WorkThread"]
+__all__ = ["AsynchronousWork", "WorkQueue"]
+
+_PATIENCE = 1e-3  # seconds in which a program may wait for an operation itself
 
 
 class AsynchronousWork(Work):
-    """The handle of an operation. A :class:`WorkThread` completes ``done``.
+    """The handle of an operation.
 
     Args:
+        operations: Where the operation waits for its turn.
+        call: Runs it.
         outputs: The tensors that torch expects from :meth:`result` and from the future.
+        in_thread: Only the thread may run it.
     """
 
-    def __init__(self, outputs: Any) -> None:
+    def __init__(self, operations: WorkQueue, call: Callable[[], None], outputs: Any, in_thread: bool) -> None:
         super().__init__()
-        self.done: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self.submitted_at = program_line(sys._getframe(1))
-        self._outputs = outputs
+        self._operations, self._call, self._outputs, self._in_thread = operations, call, outputs, in_thread
+        self._done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._submitted_at = program_line(sys._getframe(1))
+
+    def run(self) -> None:
+        """Run the operation. Does not raise."""
+        before, submitted.at = submitted.at, self._submitted_at
+        try:
+            self._call()
+        except BaseException as error:
+            self._done.set_exception(error)
+        else:
+            self._done.set_result(None)
+        finally:
+            submitted.at = before
+            del self._call  # with the tensors
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Wait until the operation is complete.
@@ -43,11 +67,16 @@ class AsynchronousWork(Work):
             SymmemError: The error of the operation.
             PeerTimeoutError: It is not complete in time.
         """
+        seconds = timeout.total_seconds()
+        if seconds > 0 or self._in_thread:
+            self._operations.wake(at_once=True)
+        else:
+            self._operations.run_until(self)
         try:
-            self.done.result(timeout.total_seconds() or None)
+            self._done.result(seconds if seconds > 0 else None)
         except concurrent.futures.TimeoutError:
             raise PeerTimeoutError(
-                f"the operation is not complete after {timeout.total_seconds():g} s",
+                f"the operation is not complete after {seconds:g} s",
                 hint="look at the other ranks; or wait longer",
                 step="wait",
             ) from None
@@ -59,15 +88,15 @@ class AsynchronousWork(Work):
 
     def is_completed(self) -> bool:
         """Whether the operation has ended."""
-        return self.done.done()
+        return self._done.done()
 
     def is_success(self) -> bool:
         """Whether the operation has ended without an error."""
-        return self.done.done() and self.done.exception() is None
+        return self._done.done() and self._done.exception() is None
 
     def exception(self) -> BaseException | None:
         """The error of an operation that has ended."""
-        return self.done.exception() if self.done.done() else None
+        return self._done.exception() if self._done.done() else None
 
     def result(self) -> Any:
         """Wait, and return the tensors with the results."""
@@ -77,51 +106,76 @@ class AsynchronousWork(Work):
     def get_future(self) -> torch.futures.Future[Any]:
         """A future with the results. Its error is a RuntimeError with the text of the operation's error."""
         future: torch.futures.Future[Any] = torch.futures.Future()
-        self.done.add_done_callback(lambda done: future.set_result(None))
+        self._done.add_done_callback(lambda done: future.set_result(None))
 
         def outputs(_: object) -> Any:
-            if (error := self.done.exception()) is not None:
+            if (error := self._done.exception()) is not None:
                 raise error.with_traceback(None)  # torch puts the traceback into the text
             return self._outputs
 
-        return future.then(outputs)
+        result = future.then(outputs)
+        self._operations.wake(at_once=True)
+        return result
 
 
-class WorkThread:
-    """Runs the asynchronous operations of one process group in their order. The thread begins with the first one."""
+class WorkQueue:
+    """The operations of one process group that nobody has run yet, and the thread that does in the end."""
 
     def __init__(self) -> None:
-        self._waiting: queue.SimpleQueue[tuple[Callable[[], None], AsynchronousWork] | None] = queue.SimpleQueue()
+        self._waiting: deque[AsynchronousWork] = deque()
+        self._turn = threading.RLock()  # held by the thread that runs operations; a callback may begin another one
+        self._signals: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
+        self._is_woken = False
         self._thread: threading.Thread | None = None
-        self._latest: AsynchronousWork | None = None
-        self.close = weakref.finalize(self, self._waiting.put, None)
-        """End the thread behind its last operation, without waiting for it. It also ends when this object goes."""
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether all operations have ended. Otherwise the next one must be behind them."""
-        return self._latest is None or self._latest.done.done()
-
-    def submit(self, call: Callable[[], None], outputs: Any) -> AsynchronousWork:
-        """Run a call behind all earlier ones."""
-        if self._thread is None or not self._thread.is_alive():  # in a forked child it is not
-            self._thread = threading.Thread(target=_run, args=(self._waiting,), name="symmem work", daemon=True)
-            self._thread.start()
-        work = self._latest = AsynchronousWork(outputs)
-        self._waiting.put((call, work))
+    def submit(self, call: Callable[[], None], outputs: Any, in_thread: bool = False) -> AsynchronousWork:
+        """Add an operation. See :class:`AsynchronousWork`."""
+        work = AsynchronousWork(self, call, outputs, in_thread)
+        self._waiting.append(work)
+        self.wake(at_once=in_thread)
         return work
 
+    def run(self, call: Callable[[], None]) -> None:
+        """Run an operation now, behind those that wait."""
+        with self._turn:
+            while self._waiting:
+                self._waiting.popleft().run()
+            call()
 
-def _run(waiting: queue.SimpleQueue[tuple[Callable[[], None], AsynchronousWork] | None]) -> None:
-    # In inference mode a thread may write to any tensor: to parameters, and to tensors that were made in this mode.
-    with torch.inference_mode():
-        while (item := waiting.get()) is not None:
-            call, work = item
-            submitted.at = work.submitted_at
-            try:
-                call()
-            except BaseException as error:
-                work.done.set_exception(error)
-            else:
-                work.done.set_result(None)
-            del item, call, work  # while the thread waits, nothing may keep tensors alive
+    def run_until(self, work: AsynchronousWork) -> None:
+        """Run the operations that wait, until this one is complete. If another thread runs some, leave them to it."""
+        if not self._turn.acquire(blocking=False):
+            self.wake(at_once=True)  # it may run later ones too, so this thread does not wait for its turn
+            return
+        try:
+            while self._waiting and not work.is_completed():
+                self._waiting.popleft().run()
+        finally:
+            self._turn.release()
+
+    def wake(self, at_once: bool) -> None:
+        """Let the thread run all operations that wait: at once, or soon."""
+        if self._thread is None or not self._thread.is_alive():  # in a forked child it is not
+            self._thread = threading.Thread(target=self._serve, name="symmem work", daemon=True)
+            self._thread.start()
+        if at_once:
+            self._signals.put(True)
+        elif not self._is_woken:
+            self._is_woken = True
+            self._signals.put(False)
+
+    def close(self) -> None:
+        """End the thread behind the operations that wait. Does not wait for it."""
+        self._signals.put(None)
+        self._thread = None
+
+    def _serve(self) -> None:
+        signal: bool | None = True
+        while signal is not None:
+            signal = self._signals.get()
+            if signal is False:
+                with contextlib.suppress(queue.Empty):
+                    signal = self._signals.get(timeout=_PATIENCE)
+            self._is_woken = False
+            if self._waiting:
+                self.run(lambda: None)

@@ -197,6 +197,26 @@ def asynchronous() -> None:
         work = dist.all_reduce(x.fill_(1), async_op=True)
     work.wait()
     assert x.tolist() == [size] * 4
+    # An operation goes on if nobody waits for it.
+    if rank == 0:
+        work = dist.all_reduce(x, async_op=True)
+        dist.recv(message, 1)
+        assert work.wait()
+    else:
+        dist.all_reduce(x)
+        dist.send(message, 0)
+    # Who waits for one does not wait for a later one, even if the thread has begun with it.
+    if rank == 0:
+        first, second = (dist.all_reduce(x, async_op=True) for _ in range(2))
+        second.get_future()
+        first.wait()
+        dist.send(message, 1)
+        second.wait()
+    else:
+        dist.all_reduce(x)
+        dist.recv(message, 0)
+        dist.all_reduce(x)
+    assert x.tolist() == [size**4] * 4
 
 
 def test_asynchronous_operations(pool_of: Any) -> None:
