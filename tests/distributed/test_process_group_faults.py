@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -145,6 +146,28 @@ def test_a_rank_dies_in_training(new_pool: Any, program: Callable[[], None]) -> 
     outcomes = pool.outcomes(program, timeout=SOON)
     assert outcomes[0].error is None, outcomes[0].trace
     assert "died with exit code 3" in str(outcomes[1].error)
+
+
+def aborted() -> None:
+    """A thread that waits for other ranks stops if another thread destroys or aborts the group."""
+    for end in (dist.destroy_process_group, dist.distributed_c10d._abort_process_group):
+        group: Any = dist.new_group()
+        dist.barrier(group=group)
+        if dist.get_rank() == 0:
+            work = dist.all_reduce(torch.ones(2), group=group, async_op=True)
+            work.get_future()  # the thread begins
+            while group._queue._waiting:
+                time.sleep(0.001)
+            end(group)
+            with pytest.raises(GroupError, match=r"was closed while this rank waited|is closed"):
+                work.wait()
+        dist.barrier()
+        if dist.get_rank() == 1:
+            end(group)
+
+
+def test_abort(pool_of: Any) -> None:
+    pool_of(2).run(aborted)
 
 
 def forked() -> None:
