@@ -18,7 +18,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from symmem import _torch_backend_setting, _torch_ops
+from symmem import _torch_backend_setting, _torch_ops, _torch_process_group
 from symmem._lazy import lazy_exports
 from symmem.errors import PlatformError
 from symmem.group.observers import group_made
@@ -90,8 +90,9 @@ __getattr__, __dir__ = lazy_exports(
         "use_symmetric_memory": "symmem.redirect.context",
     },
     # Layers above this one, and one that needs Triton: the type checker must not see imports of them here.
-    subpackages=frozenset({"compile", "ops", "torch_backend", "triton"}),
+    subpackages=frozenset({"compile", "distributed", "ops", "torch_backend", "triton"}),
 )
 
 _torch_ops.install()
 _torch_backend_setting.install()
+_torch_process_group.install()

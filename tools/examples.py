@@ -42,6 +42,8 @@ EXAMPLES: Mapping[str, Example] = {
     "tensor_parallel.py": Example(cuda_modules=("cuda.core",), compiles=True),
     "custom_op.py": Example(),
     "expert_dispatch.py": Example(),
+    "data_parallel.py": Example(),
+    "fully_sharded.py": Example(),
     "anywhere.py": Example(cuda_modules=("cuda.core",)),
 }
 """All examples of ``examples/``, by file name."""

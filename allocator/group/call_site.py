@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from types import CodeType, FrameType
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["NOWHERE", "CallSite", "caller", "internal", "outside", "program_line"]
+__all__ = ["NOWHERE", "CallSite", "caller", "internal", "outside", "program_line", "submitted"]
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -32,6 +33,16 @@ class CallSite(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.code.co_filename}:{self.line} in {self.code.co_name}"
+
+
+class _Submitted(threading.local):
+    """See :data:`submitted`."""
+
+    at: CallSite | None = None
+
+
+submitted = _Submitted()
+"""``submitted.at`` is the place in the program that submitted the call of this thread, if another thread did."""
 
 
 class _Internal(dict[str, bool]):
@@ -63,7 +74,9 @@ def caller(frame: FrameType | None) -> CallSite:
 
 
 def program_line(frame: FrameType | None) -> CallSite:
-    """The first frame outside of torch and symmem."""
+    """The first frame outside of torch and symmem, or the place that submitted the call."""
+    if submitted.at is not None:
+        return submitted.at
     while frame is not None and (
         internal[frame.f_globals.get("__name__", "")]
         or frame.f_globals.get("__name__", "").startswith("torch.")

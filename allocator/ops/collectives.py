@@ -68,12 +68,13 @@ from symmem.group.resolve import group_named
 from symmem.ops import eager
 from symmem.ops.dispatch import is_usual_keyset
 from symmem.ops.engines.base import REDUCTIONS, Engine
+from symmem.ops.engines.collective_kernels import TYPES
 from symmem.ops.engines.select import engine_for
 from symmem.ops.gradients import with_gradient, without_gradient
 from symmem.ops.refusals import refuse, refuse_in, refusing
 from symmem.tensor.arguments import check_dense, check_integer, check_memory, check_written
 
-__all__ = ["KINDS", "LIBRARY", "OperatorKind", "begun", "functional", "in_place", "into"]
+__all__ = ["KINDS", "LIBRARY", "OperatorKind", "begun", "functional", "in_place", "into", "is_reduced"]
 
 LIBRARY: Any = torch.library.Library("symmem", "FRAGMENT")  # type: ignore[no-untyped-call]  # so are its methods
 """Defines the operators. They exist as long as this object."""
@@ -89,6 +90,12 @@ _REDUCED = {
     **dict.fromkeys((torch.complex64, torch.complex128), ("sum", "avg")),
 }
 """Valid reductions by dtype."""
+
+
+def is_reduced(device_type: str, dtype: torch.dtype, reduction: str) -> bool:
+    """Whether the operators have a reduction of a dtype on a type of device."""
+    return reduction in _REDUCED.get(dtype, ()) and (device_type != "cuda" or dtype in TYPES)
+
 
 Shape = Sequence[int]  # or symbolic integers
 
@@ -153,6 +160,10 @@ class OperatorKind:
         """Whether the result has the shape of ``x``, so that it can replace ``x``."""
         return self.shape is _as_x
 
+    def shared_row(self, rank: int) -> int | None:
+        """The row of the larger of ``x`` and ``out`` that the smaller may be; None if they must not share memory."""
+        return 0 if self.in_place is None else None if self.like_x else rank
+
     def result(self, x: torch.Tensor, world: int) -> torch.Tensor:
         """Allocate the result. ``x`` must be contiguous."""
         return torch.empty_like(x) if self.like_x else x.new_empty(self.shape(x.shape, world))  # empty_like is quicker
@@ -174,16 +185,11 @@ def _check_root(root: int, world: int) -> None:
 
 
 def _gather(engine: Engine, group: Group, x: torch.Tensor) -> None:
-    with refusing(group, x.device, "all_gather"):
-        source = x[group.rank].clone()
-    engine.all_gather(source, x)
+    engine.all_gather(x[group.rank], x)
 
 
 def _scatter(engine: Engine, group: Group, x: torch.Tensor, reduction: str) -> None:
-    with refusing(group, x.device, "reduce_scatter"):
-        out = torch.empty_like(x[group.rank])
-    engine.reduce_scatter(x, out, reduction)
-    x[group.rank].copy_(out)
+    engine.reduce_scatter(x, x[group.rank], reduction)
 
 
 def _transpose(engine: Engine, group: Group, x: torch.Tensor) -> None:
@@ -230,16 +236,18 @@ def _check_mode(tensor: torch.Tensor, name: str) -> None:
         )
 
 
-def _check_apart(kind: OperatorKind, x: torch.Tensor, out: torch.Tensor) -> None:
+def _check_apart(kind: OperatorKind, group: Group, x: torch.Tensor, out: torch.Tensor) -> None:
     """Raise if results would overwrite memory that is still read. Tensors that are copied first cannot overlap."""
     begin, other = x.data_ptr(), out.data_ptr()
     if begin + x.nbytes <= other or other + out.nbytes <= begin or not (_is_plain(x) and _is_plain(out)):
         return
-    same = kind.in_place is None
-    if not (same and begin == other):
+    row = kind.shared_row(group.rank)
+    if row is None or abs(begin - other) != row * min(x.nbytes, out.nbytes):
+        whole = "x" if kind.rows[0] else "out"
+        allowed = "the same tensor" if kind.in_place is None else f"this rank's row of {whole}"
         raise InvalidArgumentError(
-            "x and out share memory" + (", but are not the same tensor" if same else ""),
-            hint="pass another out" + ("" if same else f", or call symmem::{kind.name}_ to work in place"),
+            "x and out share memory" + (f", but are not {allowed}" if row is not None else ""),
+            hint="pass another out" + (f", or call symmem::{kind.name}_ to work in place" if row is None else ""),
         )
 
 
@@ -268,7 +276,7 @@ def into(kind: OperatorKind, group: Group, x: torch.Tensor, options: Sequence[An
             check_written(out, "out")
         check_memory(x, "x")
         check_memory(out, "out")
-        _check_apart(kind, x, out)
+        _check_apart(kind, group, x, out)
         source = _plain(x)
         target = out if plain else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     except BaseException as error:

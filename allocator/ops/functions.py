@@ -162,7 +162,8 @@ def all_gather(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | Non
     Args:
         x: Of any shape; the same shape and dtype on all ranks.
         group: See :func:`all_reduce`.
-        out: Receives the result. Must not share memory with x. There is no gradient then.
+        out: Receives the result. x may be ``out[rank]``, but must not overlap with it otherwise. There is no gradient
+            then.
 
     Returns:
         ``out``, or a new tensor.
@@ -182,7 +183,8 @@ def reduce_scatter(
         x: [world, ...]; the same shape and dtype on all ranks.
         group: See :func:`all_reduce`.
         reduction: See :func:`all_reduce`.
-        out: Receives the result. Has the shape of ``x[0]``. Must not share memory with x. There is no gradient then.
+        out: Receives the result. Has the shape of ``x[0]``. May be ``x[rank]``, but must not overlap with x otherwise.
+            There is no gradient then.
 
     Returns:
         ``out``, or a new tensor.

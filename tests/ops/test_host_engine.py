@@ -105,7 +105,7 @@ def check_reduced(result: torch.Tensor, tensors: list[torch.Tensor], reduction: 
 
 
 def call(name: str, form: int, x: torch.Tensor, shape: tuple[int, ...], how: int, *options: Any) -> torch.Tensor:
-    """Call an operator in one of its forms. Returns the result."""
+    """Call an operator in one of its forms. Returns the result. In form 3 the smaller tensor is a row of the larger."""
     group = symmem.resolve_group()
     if form == 0:
         return getattr(torch.ops.symmem, name)(x, *options, group.name)
@@ -117,10 +117,15 @@ def call(name: str, form: int, x: torch.Tensor, shape: tuple[int, ...], how: int
         rows = laid_out(torch.stack([x] * group.size), how)
         rows[: group.rank].zero_()
         rows[group.rank + 1 :].zero_()
+        if form == 3:
+            return ops.all_gather(rows[group.rank], out=rows)
         torch.ops.symmem.all_gather_(rows, group.name)
         return rows
     before = x.clone()
-    getattr(torch.ops.symmem, f"{name}_")(x, *options, group.name)
+    if form == 3 and name == "reduce_scatter":
+        ops.reduce_scatter(x, None, options[0], x[group.rank])
+    else:
+        getattr(torch.ops.symmem, f"{name}_")(x, *options, group.name)
     if name != "reduce_scatter":
         return x
     others = [rank for rank in range(group.size) if rank != group.rank]
@@ -141,8 +146,8 @@ def fuzz_one(seed: int) -> tuple[str, str]:
     elif count == 1:
         shape = ()
     tensors = [values(shape, dtype, seed * 10 + each) for each in range(size)]
-    x, form, how = laid_out(tensors[rank], rng.randrange(4)), rng.randrange(3), rng.randrange(4)
-    if form == 2 and name == "reduce_scatter":
+    x, form, how = laid_out(tensors[rank], rng.randrange(4)), rng.randrange(4), rng.randrange(4)
+    if form >= 2 and name == "reduce_scatter":
         x = tensors[rank].clone()
     note = f"seed {seed}: {name} form {form} {dtype} {shape} strides {x.stride()}"
     if reduces:

@@ -261,12 +261,13 @@ def test_p2p_prints_figures_that_compare_reads(tmp_path: Path, capsys: Output) -
 
 
 @pytest.mark.ranks
-def test_collectives_print_a_table(capsys: Output) -> None:
+@pytest.mark.parametrize(("suite", "figure"), [("collectives", "broadcast"), ("process_group", "dist_broadcast")])
+def test_collectives_print_a_table(suite: str, figure: str, capsys: Output) -> None:
     words = ["--ranks", "2", "--sizes", "1024", "4096", "--operators", "broadcast"]
-    assert cli.main(["bench", "collectives", *words]) == 0
+    assert cli.main(["bench", suite, *words]) == 0
     header, _, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert header == ["figure", "backend", "world", "bytes", "ours", "peers", "ratio"]
-    assert [row[:4] for row in rows] == [["broadcast", "host", "2", nbytes] for nbytes in ("1024", "4096")]
+    assert [row[:4] for row in rows] == [[figure, "host", "2", nbytes] for nbytes in ("1024", "4096")]
     assert [row[6] for row in rows] == ["gloo"] * 2
 
 
@@ -279,6 +280,7 @@ def test_collectives_print_a_table(capsys: Output) -> None:
             ["collectives", "--backend", "native", "--ranks", "2"],
             "UnsupportedError: `bench collectives` needs two GPUs",
         ),
+        (["process_group", "--backend", "native"], "UnsupportedError: `bench process_group` needs two GPUs"),
         (["collectives", "--ranks", "4", "--sizes", "32"], "InvalidArgumentError: 32 bytes among 4 ranks: expected"),
         (["collectives", "--ranks", "2", "--sizes", "100"], "expected a multiple of 16 from 32"),
         (["alloc", "--peers", "cuda"], "UnsupportedError: `bench alloc`: PyTorch's transports are for CUDA"),

@@ -39,6 +39,7 @@ OPTIONAL = (
     "symmem.config.cluster",
     "symmem.config.kernel_tables",
     "symmem.config.yaml_nodes",
+    "symmem.distributed",
     "symmem.ops",
     "symmem.redirect",
     "symmem.service.status",
@@ -60,6 +61,7 @@ QUICK = {
     "symmem._lazy",
     "symmem._torch_backend_setting",
     "symmem._torch_ops",
+    "symmem._torch_process_group",
     "symmem.errors",
     "symmem.group",
     "symmem.group.observers",
@@ -140,13 +142,17 @@ errors = [attempt(), attempt()]
 sys.modules["torch"] = None
 errors.append(attempt())
 del sys.modules["torch"]
-kinds = [[type(finder).__name__ for finder in sys.meta_path].count("_WaitingFinder")]
+
+def count_waiting():
+    return [getattr(finder, "_name", "") for finder in sys.meta_path].count("torch")
+
+waiting = [count_waiting()]
 with open(sys.path[0] + "/torch.py", "w") as file:
     file.write("import types; ops = types.SimpleNamespace(symmem=types.ModuleType('symmem'))")
 importlib.invalidate_caches()
 errors.append(attempt())
-kinds += [[type(finder).__name__ for finder in sys.meta_path].count("_WaitingFinder")]
-print(json.dumps([errors, kinds, type(sys.modules["torch"].ops.symmem).__name__]))
+waiting += [count_waiting()]
+print(json.dumps([errors, waiting, type(sys.modules["torch"].ops.symmem).__name__]))
 """
     missing = "missing_library"
     assert printed(run_python(program, str(tmp_path))) == [[missing, missing, "torch", None], [1, 0], "LazyNamespace"]

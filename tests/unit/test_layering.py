@@ -23,6 +23,7 @@ ROOMS = (
     "symmem.testing",
     "symmem.tools",
     "symmem.compile",
+    "symmem.distributed",
     "symmem.torch_backend",
     "symmem.torch_compat",
     "symmem.triton",

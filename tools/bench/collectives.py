@@ -28,7 +28,7 @@ from symmem.tools.bench.progress import SILENT, Progress
 from symmem.tools.bench.timing import Clock, clock_of, enough, in_turns, mean, slowest
 from symmem.tools.ranks import RankPool
 
-__all__ = ["OPERATORS", "SIZES", "Samples", "measure", "run", "sample"]
+__all__ = ["OPERATORS", "SIZES", "Samples", "for_all_worlds", "measure", "run", "sample"]
 
 SIZES = {
     "cpu": tuple(1 << power for power in (10, 14, 16, 18, 20, 22, 24)),
@@ -95,18 +95,23 @@ def measure(
     sizes: Sequence[int] = (),
     operators: Sequence[str] = OPERATORS,
     progress: Progress = SILENT,
+    on_rank: Callable[[str, int, str, int], Samples] = _on_rank,
+    prefix: str = "",
 ) -> Iterator[Figure]:
-    """Yield all figures of a backend at one world size, in microseconds. ``sizes`` defaults to :data:`SIZES`."""
+    """Yield all figures of a backend at one world size, in microseconds. ``sizes`` defaults to :data:`SIZES`.
+
+    ``on_rank`` measures on every rank. The prefix is for the names of the figures.
+    """
     sizes = sizes or SIZES[get_backend(backend).device_type]
     with RankPool(world, env={"SYMMEM_ENABLE": with_backend(backend)}, timeout=240) as pool:
         for operator in operators:
             for nbytes in sizes:
                 progress.step(f"{operator}, {world} ranks, {nbytes} bytes")
-                medians = merged(pool.run(_on_rank, operator, nbytes, backend, max(sizes)))
+                medians = merged(pool.run(on_rank, operator, nbytes, backend, max(sizes)))
                 for ending, times in medians.items():
                     ours, *peers = times.items()
                     for peer, seconds in peers:
-                        figure = f"{operator}{ending}"
+                        figure = f"{prefix}{operator}{ending}"
                         yield Figure(figure, backend, world, nbytes, ours[1] * 1e6, "us", peer, seconds * 1e6)
 
 
@@ -124,14 +129,28 @@ def run(
         UnsupportedError: See :func:`.gpu.check_gpus`.
         WrongResultError: The result of a contender is wrong.
     """
+    yield from for_all_worlds(backend, ranks, sizes, operators, progress)
+
+
+def for_all_worlds(
+    backend: str,
+    ranks: Sequence[int] | None,
+    sizes: Sequence[int],
+    operators: Sequence[str],
+    progress: Progress,
+    suite: str = "collectives",
+    on_rank: Callable[[str, int, str, int], Samples] = _on_rank,
+    prefix: str = "",
+) -> Iterator[Figure]:
+    """See :func:`run`, and :func:`measure` for the last two arguments. The suite's name is for errors."""
     device = get_backend(backend).device_type
     sizes = sizes or SIZES[device]
     worlds = ranks or ((torch.cuda.device_count(),) if device == "cuda" else (2, 4))
     for world in worlds:
         if device == "cuda":
-            check_gpus("collectives", world)
+            check_gpus(suite, world)
         for nbytes in sizes:
             if nbytes < _VECTOR * world or nbytes % _VECTOR:
                 least = f"a multiple of {_VECTOR} from {_VECTOR * world}"
                 raise InvalidArgumentError(f"{nbytes} bytes among {world} ranks: expected {least}")
-        yield from measure(backend, world, sizes, operators, progress)
+        yield from measure(backend, world, sizes, operators, progress, on_rank, prefix)

@@ -20,7 +20,17 @@ from symmem.backends import get_backend
 from symmem.errors import SymmemError
 from symmem.tools.bench.gpu import Torch
 
-__all__ = ["OPERATORS", "Contender", "WrongResultError", "check", "contenders", "expected", "line_up", "shapes"]
+__all__ = [
+    "OPERATORS",
+    "Contender",
+    "WrongResultError",
+    "check",
+    "contenders",
+    "expected",
+    "line_up",
+    "shapes",
+    "through_torch",
+]
 
 OPERATORS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 
@@ -104,6 +114,20 @@ def line_up(operator: str, memories: Mapping[str, torch.Tensor], ours: torch.Ten
     return found
 
 
+def through_torch(operator: str, nbytes: int, device: torch.device, groups: Mapping[str, Any]) -> list[Contender]:
+    """Make contenders that call torch.distributed with plain tensors, by the name of the process group.
+
+    The arguments are those of :func:`contenders`. float32 on the CPU, bfloat16 on CUDA.
+    """
+    dtype, found = torch.float32 if device.type == "cpu" else torch.bfloat16, []
+    for name, group in groups.items():
+        shape, to_shape = shapes(operator, nbytes // dtype.itemsize, dist.get_world_size())
+        source = torch.zeros(shape, dtype=dtype, device=device)
+        out = source if to_shape is None else source.new_zeros(to_shape)
+        found.append(Contender(name, source, _call_dist(operator, source, out, group), out))
+    return found
+
+
 def shapes(operator: str, elements: int, world: int) -> tuple[torch.Size, torch.Size | None]:
     """Shapes of the source and of the result. The second is None if the operation works in place."""
     row, rows = torch.Size([elements // world]), torch.Size([world, elements // world])
@@ -131,7 +155,7 @@ def _torchs(nbytes: int) -> tuple[torch.Tensor, Any]:
     return memory, transport.rendezvous(memory)
 
 
-def _call_dist(operator: str, source: torch.Tensor, out: torch.Tensor) -> Callable[[], Any]:
+def _call_dist(operator: str, source: torch.Tensor, out: torch.Tensor, group: Any = None) -> Callable[[], Any]:
     flat, to = source.view(-1), out.view(-1)
     all_gather, reduce_scatter = (
         getattr(dist, new, None) or getattr(dist, old)  # torch 2.13 has renamed them
@@ -141,11 +165,11 @@ def _call_dist(operator: str, source: torch.Tensor, out: torch.Tensor) -> Callab
         )
     )
     return {
-        "all_reduce": partial(dist.all_reduce, source),
-        "all_gather": partial(all_gather, to, flat),
-        "reduce_scatter": partial(reduce_scatter, to, flat),
-        "all_to_all": partial(dist.all_to_all_single, to, flat),
-        "broadcast": partial(dist.broadcast, source, 0),
+        "all_reduce": partial(dist.all_reduce, source, group=group),
+        "all_gather": partial(all_gather, to, flat, group=group),
+        "reduce_scatter": partial(reduce_scatter, to, flat, group=group),
+        "all_to_all": partial(dist.all_to_all_single, to, flat, group=group),
+        "broadcast": partial(dist.broadcast, source, 0, group=group),
     }[operator]
 
 

@@ -58,6 +58,20 @@ _GPUS = _option(
     "--ranks", type=positive, nargs="+", metavar="N", help=f"{_WORLD_SIZES} (default: all GPUs; on the CPU 2 4)"
 )
 
+_OF_OPERATORS = (
+    _backend("host"),
+    _GPUS,
+    _option(
+        "--sizes",
+        type=positive,
+        nargs="+",
+        default=(),
+        metavar="N",
+        help="sizes in bytes (default 1 KiB to 16 MiB; on CUDA 2 KiB to 128 MiB)",
+    ),
+    _choice("--operators", _OPERATORS, _OPERATORS, "operators to measure"),
+)
+
 SUITES = {
     "host": Suite("shared memory of the host, beside gloo and a local copy", (_RANKS,)),
     "gpu": Suite(
@@ -104,22 +118,8 @@ SUITES = {
             ),
         ),
     ),
-    "collectives": Suite(
-        "collective operators beside gloo, or beside PyTorch and NCCL",
-        (
-            _backend("host"),
-            _GPUS,
-            _option(
-                "--sizes",
-                type=positive,
-                nargs="+",
-                default=(),
-                metavar="N",
-                help="sizes in bytes (default 1 KiB to 16 MiB; on CUDA 2 KiB to 128 MiB)",
-            ),
-            _choice("--operators", _OPERATORS, _OPERATORS, "operators to measure"),
-        ),
-    ),
+    "collectives": Suite("collective operators beside gloo, or beside PyTorch and NCCL", _OF_OPERATORS),
+    "process_group": Suite("torch.distributed over the backend symmem, beside gloo or NCCL", _OF_OPERATORS),
     "compile": Suite(
         "functions compiled with symmem.compile, beside stock Inductor and eager code",
         (

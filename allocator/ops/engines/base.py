@@ -41,10 +41,13 @@ class Engine(Protocol):
         """``out`` = the reduction over all ranks' ``source``, of the same shape. ``out`` may be ``source``."""
 
     def all_gather(self, source: torch.Tensor, out: torch.Tensor) -> None:
-        """``out`` [world, *source.shape] = all ranks' ``source``, in rank order."""
+        """``out`` [world, *source.shape] = all ranks' ``source``, in rank order. ``source`` may be ``out[rank]``."""
 
     def reduce_scatter(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
-        """``out`` = the reduction over all ranks' ``source[rank]``, of ``source`` [world, *out.shape]."""
+        """``out`` = the reduction over all ranks' ``source[rank]``, of ``source`` [world, *out.shape].
+
+        ``out`` may be ``source[rank]``.
+        """
 
     def all_to_all(self, source: torch.Tensor, out: torch.Tensor) -> None:
         """``out[r]`` = rank r's ``source[rank]``. Both are [world, ...], of one shape, and do not overlap."""

@@ -162,6 +162,7 @@ class HostEngine:
         own = [lines_of_turn[group.rank] for lines_of_turn in self._lines]
         self._describe = functools.partial(_describe_latest, own)
         self._signals = SharedSignals(group, pointers, mapping, self._describe, self._refusal)
+        self._signals.stopped = lambda: group.closed  # by another thread
         self._region_offsets = [begin, begin + REGION]
         self._pointers = pointers
         self._side_by_side, self._stride = mapping.contiguous()
@@ -414,7 +415,11 @@ class HostEngine:
             if not isinstance(raised, RendezvousError):
                 raise
             error: SymmemError = raised
-            if isinstance(raised, PeerTimeoutError):
+            if self._group.closed:
+                text = f"the group {self._name!r} was closed while this rank waited"
+                error = GroupError(text, hint="wait for the operations of a group before it is destroyed")
+                error.located(rank=self._rank, group=self._name, step=operation)
+            elif isinstance(raised, PeerTimeoutError):
                 compare_arenas(self._group)
                 error = explained(self._group, raised, self._describe())
             error.step = operation
