@@ -125,7 +125,7 @@ def send(
             sent.extend(map(sock.send, (memoryview(data)[at:],)))
 
 
-class Progress:
+class PartialMessage:
     """The parts of a message that have come."""
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ class Progress:
 
 
 def receive(
-    sock: socket.socket, deadline: float, progress: Progress | None = None
+    sock: socket.socket, deadline: float, progress: PartialMessage | None = None
 ) -> tuple[dict[str, Any], bytes, tuple[Descriptor, ...]]:
     """Receive one message: its header, body and descriptors.
 
@@ -150,7 +150,7 @@ def receive(
         ResourceLimitError: This process may not have so many descriptors. The received ones are closed.
         RendezvousError: The data is not a message.
     """
-    progress = progress or Progress()
+    progress = progress or PartialMessage()
     sizes = _PREFIX.unpack(_receive_exactly(sock, _PREFIX.size, deadline, progress.prefix))
     inboxes = progress.inboxes
     for start in range(0, sizes[2], _BATCH):

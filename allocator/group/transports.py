@@ -508,7 +508,7 @@ class SocketTransport:
 
     def _read(self, peer: int, deadline: float) -> BaseException | None:
         """Put a message that has begun to come into the inbox. Returns an exception that came in between."""
-        inbox, progress, known = self._inbox[peer], scm.Progress(), list[Message]()
+        inbox, progress, known = self._inbox[peer], scm.PartialMessage(), list[Message]()
 
         def read() -> None:
             if not known:
