@@ -348,6 +348,7 @@ class ActSequence:
         # Hashes of the acts after `_before` that the ring may have lost, but that a neighbour may not have made yet.
         self._history = array("I")
         self._before = 0
+        self._at_timeout: dict[int, tuple[int, int]] = {}  # by late rank: acts of this rank and of that one
         self._compared = dict.fromkeys(neighbours, 0)  # the latest act of a neighbour that was found equal
 
     def publish(self, error: SymmemError) -> None:
@@ -381,7 +382,8 @@ class ActSequence:
         """Compare the number of acts, after ranks have not come to a barrier in time.
 
         If such a rank waits in a barrier too, and has made more acts or fewer, one of the two may have skipped some: it
-        waits with another tensor.
+        waits with another tensor. The same if the rank was as many acts behind at the last timeout: it has made as many
+        acts since, and did not come to either barrier.
 
         Args:
             number: This rank's latest act.
@@ -390,11 +392,18 @@ class ActSequence:
         Raises:
             DivergenceError: The numbers differ. All ranks raise it, with their next act or call at the latest.
         """
-        for rank, text in self._ledger.waits_of(late, rounds=False).items():
-            if (made := self._heads[rank][0] >> 32) != number & _LOW and text.startswith("barrier on channel"):
+        waits = self._ledger.waits_of(late, rounds=False)
+        for rank in late:
+            made, text = self._heads[rank][0] >> 32, waits.get(rank, "")
+            before, self._at_timeout[rank] = self._at_timeout.get(rank), (number & _LOW, made)
+            is_waiting = text.startswith("barrier on channel")
+            stays = before is not None and before[1] < made and before[0] - before[1] == (number & _LOW) - made
+            if made != number & _LOW and (is_waiting or stays):
+                self._at_timeout.clear()
+                does = f"waits in {text}" if is_waiting else "was as far behind at the timeout before"
                 raise self._found(
                     f"the ranks have made different numbers of allocations from the arena of {self._name}: rank "
-                    f"{self._ledger.rank} has made {number & _LOW}, rank {rank} has made {made} and waits in {text}",
+                    f"{self._ledger.rank} has made {number & _LOW}, rank {rank} has made {made} and {does}",
                     (rank,),
                 )
 

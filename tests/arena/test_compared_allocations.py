@@ -357,6 +357,27 @@ def test_ranks_that_are_one_allocation_apart_are_told_at_a_timeout_and_begin_aga
         )
 
 
+def skip_one_and_meet() -> list[Told]:
+    """All ranks wait for each other after every step, whatever came of it."""
+    found: list[Told] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYMMEM_ENABLE", "rendezvous_timeout(5s)")
+        if (group := group_of("skipped before a meeting")) is None:
+            return found
+    allocate(group).barrier()
+    for turn in range(8):
+        meet(group, f"turn {turn}")
+        if turn or group.rank:
+            found.append(told(lambda: allocate(group, name="x").barrier(timeout=0.5)))
+    return found
+
+
+def test_ranks_that_are_one_allocation_apart_come_to_work_although_they_meet_elsewhere(pool: RankPool) -> None:
+    *ranks, _ = pool.run(skip_one_and_meet, timeout=LONG)
+    assert any(each.kind == "DivergenceError" and "different numbers" in each.text for each in ranks[1])
+    assert [each.kind for found in ranks for each in found[-2:]] == [""] * 4
+
+
 def diverge_after_a_skipped_call(alone: int) -> list[Told]:
     group = group_of(f"skipped by all but {alone}", (0, 1, 2))
     assert group is not None
