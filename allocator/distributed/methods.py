@@ -35,12 +35,14 @@ class Method(NamedTuple):
         run: Calls the operator. Takes the group and the reduction, if there is one, before the arguments.
         tensors: The tensors of a call.
         special: Why the operator cannot serve a call, apart from the tensors; empty if it can.
+        options: Makes the options, where torch leaves them out.
     """
 
     operator: str
     run: Callable[..., None]
     tensors: Callable[..., Tensors]
     special: Callable[..., str]
+    options: Callable[[], Any] | None = None
 
     def plan(self, group: Group, arguments: Sequence[Any]) -> Callable[[], None] | str:
         """Return what makes a call, or why the operator cannot. For matching calls, all ranks get the same answer."""
@@ -163,7 +165,13 @@ _gather_lists = Method(
     "all_gather", _all_gather_lists, lambda lists, xs, options: [*xs, *(x for each in lists for x in each)], _even
 )
 _gather = Method("all_gather", _all_gather, lambda out, x, options: (x, out), _nothing_special)
-_gather_each = Method("all_gather", _each(_all_gather), lambda outs, xs, options: [*xs, *outs], _pairs)
+_gather_each = Method(
+    "all_gather",
+    _each(_all_gather),
+    lambda outs, xs, options: [*xs, *outs],
+    _pairs,
+    torch._C._distributed_c10d.AllgatherOptions,  # torch 2.11
+)
 _scatter = Method("reduce_scatter", _reduce_scatter, lambda out, x, options: (x, out), _nothing_special)
 _scatter_each = Method("reduce_scatter", _each(_reduce_scatter), lambda outs, xs, options: [*xs, *outs], _pairs)
 _exchange = Method("all_to_all", _all_to_all, lambda out, x, outs, ins, options: (x, out), _no_sizes)

@@ -108,6 +108,8 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
     def _serve(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Run a method by symmem or by the inner group, and count it."""
         method, group = METHODS[name], self._group or self.group
+        if method.options is not None and len(arguments) == 2:
+            arguments = (*arguments, method.options())
         if named or not arguments or not hasattr(arguments[-1], "asyncOp"):  # not as torch.distributed calls it
             plan: Callable[[], None] | str = "a call without options"
         else:

@@ -236,6 +236,9 @@ def coalesced() -> None:
             dist.all_gather_into_tensor(out, torch.full((out.shape[1],), float(rank)))
     manager.wait()
     assert [out[:, 0].tolist() for out in outs] == [[0, 1]] * 2
+    with counted("all_gather", "symmem"):  # as torch 2.11 calls it
+        _dist.group.WORLD.allgather_into_tensor_coalesced(outs, [torch.ones(1), torch.ones(3)]).wait()
+    assert [out[:, 0].tolist() for out in outs] == [[1, 1]] * 2
     results = [torch.empty(count) for count in (1, 3)]
     with counted("reduce_scatter", "symmem"), _dist._coalescing_manager():
         for each in results:
@@ -272,6 +275,8 @@ def any_tensor() -> None:
     with torch.autograd.profiler.profile(record_shapes=True) as profile:
         dist.all_reduce(torch.ones(4))
         dist.all_reduce(torch.ones(5), async_op=True).wait()
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        return  # it drops events that end in another thread
     events = [event for event in profile.function_events if event.name == "symmem:all_reduce"]
     assert [event.input_shapes for event in events] == [[[4]], [[5]]]
     assert all(event.is_async for event in events)
