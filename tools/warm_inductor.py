@@ -5,7 +5,8 @@ patterns of its passes, which takes more than a second. So this module compiles 
 and leaves no thread behind.
 
 At every compile, Dynamo writes 32 MiB to empty the caches of the CPU, and then measures and logs how long the guards
-take. That is half the time of a small compile, so it is left out.
+take. That is half the time of a small compile, so it is left out. So is the description of the key of each graph in
+Inductor's cache, which is for its log: for that, all parts of the key are hashed once more, one by one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ gc.disable()  # until the end of this module: nearly all objects that it makes s
 
 import torch
 import torch._dynamo.guards
+import torch._inductor.codecache
 import torch._inductor.config
 import torch.utils.cpp_extension
 
@@ -44,5 +46,6 @@ def _compile() -> None:
 
 
 vars(torch._dynamo.guards)["profile_guard_manager"] = lambda manager, scope, repetitions: 0.0
+setattr(torch._inductor.codecache.FxGraphCachePickler, "debug_lines", lambda pickler, details: [])  # noqa: B010
 _compile()
 gc.enable()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from arena_rank import Make, Rank, mapped
-from programs import run_python
+from programs import run_to_the_end
 
 import symmem
 from symmem.arena.segment import GRANULE
@@ -175,7 +175,7 @@ allocate()
 
 @pytest.mark.slow
 def test_tensors_that_live_until_the_interpreter_ends() -> None:
-    done = run_python(PROGRAM)
+    done = run_to_the_end(PROGRAM)
     assert (done.returncode, done.stderr) == (0, "")
     # Two tensors were dropped by then: the source of the float copy, and the tensor of the last line.
     assert done.stdout.split() == ["512", "gone"]

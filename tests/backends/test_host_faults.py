@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 from patience import LONG, SOON
-from programs import run_program
+from programs import run_to_the_end
 from told import Told
 from told import told as told_of_any_group
 
@@ -712,7 +712,7 @@ def _nothing_left(address: str) -> bool:
 @pytest.mark.parametrize(("mode", "code"), [("normal", 0), ("exception", 1), ("killed", -9)])
 def test_however_ranks_end_nothing_is_left(mode: str, code: int, tmp_path: Path) -> None:
     """After a normal exit, an exception or SIGKILL of all ranks: no file, no socket, no process."""
-    done = run_program(PROGRAM, str(tmp_path / "store"), mode)
+    done = run_to_the_end(PROGRAM, str(tmp_path / "store"), mode)
     assert done.returncode == code, done.stderr
     assert done.stderr.count("on purpose") >= (mode == "exception")
     assert mode == "exception" or done.stderr == ""

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from patience import LONG, SOON
-from programs import Run, run_program, run_python
+from programs import Run, run_python, run_to_the_end
 from thread_ranks import make_groups, meet, run_ranks, succeed
 
 import symmem.backends
@@ -529,7 +529,7 @@ cycle.append(cycle)
     ("run", "imports"),
     [
         (run_python, "import symmem, torch, torch.distributed as dist"),
-        (run_program, "import torch, torch.distributed as dist, symmem"),
+        (run_to_the_end, "import torch, torch.distributed as dist, symmem"),
         (run_python, "from symmem.group.group import Group; import symmem, torch, torch.distributed as dist"),
         (run_python, "import symmem.tensor.tensor, symmem, torch, torch.distributed as dist"),
     ],

@@ -444,7 +444,7 @@ def test_results_are_not_written_over_what_is_read(group: Any, gpu: Gpu) -> None
         ops.all_gather(torch.ones(4), group, out=torch.zeros(WORLD, 4))
         ops.all_reduce(torch.ones(8), group, out=torch.ones(8))
     gpu.launched.clear()
-    for x in (room[:4], room[4:8], room[WORLD * 4 - 1 :][:4]):
+    for x in (room[:4], room[5:9], room[WORLD * 4 - 1 :][:4]):
         with pytest.raises(InvalidArgumentError, match="x and out share memory"):
             ops.all_gather(x, group, out=room[: WORLD * 4].view(WORLD, 4))
     with pytest.raises(InvalidArgumentError, match="x and out share memory"):
@@ -455,6 +455,8 @@ def test_results_are_not_written_over_what_is_read(group: Any, gpu: Gpu) -> None
     ops.all_reduce(same, group, out=room[:8])  # two tensors over the same memory
     ops.all_gather(room[WORLD * 4 :], group, out=room[: WORLD * 4].view(WORLD, 4))
     assert gpu.by[-2:] == ["C", "C"]
+    ops.all_gather(room[4:8], group, out=room[: WORLD * 4].view(WORLD, 4))  # this rank's row
+    assert gpu.by[-1] == "Python"
 
 
 def test_out_that_is_not_as_before(group: Any, gpu: Gpu) -> None:

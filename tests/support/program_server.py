@@ -18,7 +18,7 @@ import sys
 
 
 def _import_torch() -> None:
-    """Collections of garbage in programs, of which one is at the end, leave out what this makes."""
+    """Collections of garbage in a program, of which the last one is at its end, leave out what this makes."""
     gc.disable()
     importlib.import_module("torch")
     gc.freeze()

@@ -1,9 +1,10 @@
 """Programs of one process, which need torch but seldom its import.
 
 An import of torch takes two seconds of a CPU. So a server imports it once in a run of tests, and each program runs in a
-process forked from the server. The program is ``__main__``, symmem is not imported yet, and the process ends as every
-interpreter does. :func:`run_python` is for programs that import something before torch, or set variables that Python or
-torch read when they start.
+process forked from the server. The program is ``__main__``, and symmem is not imported yet.
+
+Tests of the end of a process take :func:`run_to_the_end`. Programs that import something before torch, or set variables
+that Python or torch read when they start, take :func:`run_python`.
 """
 
 from __future__ import annotations
@@ -96,6 +97,11 @@ def run_program(
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end; see :class:`Program`."""
     return Program(text, *arguments, env=env, folder=folder).wait()
+
+
+def run_to_the_end(text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program whose end is tested: the last collection of garbage goes through the objects of torch too."""
+    return run_program(f"import gc; gc.unfreeze(); del gc\n{text}", *arguments)
 
 
 def run_python(text: str, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from programs import run_program
 
 import symmem
 from symmem.errors import InvalidArgumentError
@@ -83,9 +82,9 @@ def test_takes_a_lock(lock):
 
 def test_a_project_of_a_user(tmp_path: Path) -> None:
     (tmp_path / "test_user.py").write_text(USER)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_user.py"]
+    program = "import pytest; pytest.main(['-q', '-p', 'no:cacheprovider', 'test_user.py'])"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    done = run_program(program, env=environment, folder=tmp_path)
     assert "3 failed, 2 passed" in done.stdout, done.stdout + done.stderr
     assert "--- rank 1" in done.stdout
     assert "assert 41 == 40" in done.stdout

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory
-from programs import Program, run_program, run_python
+from programs import Program, run_program, run_python, run_to_the_end
 
 import symmem
 from symmem import torch_backend
@@ -317,7 +317,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 @pytest.mark.parametrize("end", ENDS)
 def test_end_of_a_process(end: str) -> None:
-    done = run_program(START + ENDS[end])
+    done = run_to_the_end(START + ENDS[end])
     assert (done.returncode, done.stderr) == (0, "")
 
 
