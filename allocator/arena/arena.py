@@ -90,9 +90,7 @@ class Arena:
         if log.restricted:
             log = self._current_log()
         if frame is not None and (acts := log.acts) is not None:
-            outer = frame.f_back or frame
-            key = name, layout.fingerprint, id(frame.f_code), frame.f_lasti, id(outer.f_code), outer.f_lasti
-            described = acts.known.get(key)
+            described = acts.find(name, layout.fingerprint, frame)
         if described is not None:
             part, text_id, code, instruction, _ = described
         else:

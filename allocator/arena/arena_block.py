@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -52,13 +52,13 @@ class ArenaBlock(Block):
         self._mark = DROPPED
 
     @untraced
-    def __del__(self) -> None:
+    def __del__(self, now: Callable[[], float] = perf_counter) -> None:  # globals may be gone at the interpreter's end
         # The collector may call this anywhere and on any thread. So every statement takes effect in a single step, and
         # the mark comes last.
         log, slot = self.log, self.slot
         if self._further_pads:
             log.further_pads[slot] = [(weakref.ref(group), pad) for group, pad in self._further_pads.items()]
-        log.dropped.append((perf_counter(), self._record, self._record[5]))
+        log.dropped.append((now(), self._record, self._record[5]))
         log.slot_marks[slot] = self._mark
 
     @property

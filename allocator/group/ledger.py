@@ -48,6 +48,8 @@ from symmem.group.call_site import program_line
 from symmem.group.compare import SAME_CALLS, differing
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from symmem.backends.base import RankGroup
 
 log = logging.getLogger("symmem.group")
@@ -173,7 +175,7 @@ class Ledger:
                 self._end, self._generation = 0, self._generation + 1
                 self._wait_texts.clear()
                 for sequence in list(self._sequences):
-                    sequence.known.clear()
+                    sequence.forget()
             begin, text_id = _TEXTS + self._end, self._generation << 18 & _LOW | self._end
             self._end += 8 + len(data) + 7 & -8
             own = self.memory[self.rank]
@@ -324,7 +326,10 @@ class ActSequence:
         enter: ``enter(number, digest, text_id)`` publishes act ``number`` (from 1) with the rolling hash ``digest``,
             and compares. It returns whether :meth:`look` must be called.
         add_text: See :meth:`Ledger.add_text`.
-        known: Ids of texts that the owner remembers, by the call sites.
+        known: What the owner remembers of call sites, with ids of texts: by name, fingerprint of the layout, and the
+            ids of the code objects and the instructions of a frame and of its caller.
+        find: ``find(name, fingerprint, frame)`` looks that up; None if it is not there.
+        forget: Clears :attr:`known`.
         is_ahead: Whether a neighbour was so far behind at the last look that its acts may not find this rank's words.
     """
 
@@ -338,12 +343,13 @@ class ActSequence:
         self._ids = [memory[ids : ids + 4 * RING].cast("I") for memory in ledger.memory]
         rank, neighbours = ledger.rank, ledger.neighbours
         self._own = self._rings[rank]
-        ring = _ring_type()(
-            self._own, self._ids[rank], self._heads[rank], self.mark, tuple(self._rings[peer] for peer in neighbours)
-        )
+        self.known: dict[Any, Any] = {}
+        places = self._own, self._ids[rank], self._heads[rank], self.mark
+        ring = _ring_type()(*places, tuple(self._rings[peer] for peer in neighbours), self.known)
+        self.find: Callable[[str | None, int, FrameType], Any] = ring.find
+        self.forget: Callable[[], None] = ring.forget
         self.enter: Callable[[int, int, int], bool] = ring.enter
         self.add_text = ledger.add_text
-        self.known: dict[Any, Any] = {}
         self.is_ahead = False
         # Hashes of the acts after `_before` that the ring may have lost, but that a neighbour may not have made yet.
         self._history = array("I")
@@ -483,8 +489,17 @@ class PythonRing:
         head: memoryview,
         mark: memoryview,
         neighbours: tuple[memoryview, ...],
+        known: dict[Any, Any] | None = None,
     ) -> None:
         self._own, self._ids, self._head, self._mark, self._neighbours = own, ids, head, mark, neighbours
+        self._known = {} if known is None else known
+        self.forget = self._known.clear
+
+    def find(self, name: str | None, fingerprint: int, frame: FrameType) -> Any:
+        """See :attr:`ActSequence.find`."""
+        outer = frame.f_back or frame
+        key = name, fingerprint, id(frame.f_code), frame.f_lasti, id(outer.f_code), outer.f_lasti
+        return self._known.get(key)
 
     def enter(self, number: int, digest: int, text_id: int) -> bool:
         """See :attr:`ActSequence.enter`."""

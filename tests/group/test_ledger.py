@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import sys
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -48,6 +51,58 @@ def test_equal_acts_raise_nothing_whatever_the_order(size: int) -> None:
         for _ in range(chance.randrange(1, 2 * RING)):
             counts[rank] += 1
             enter(ranks[rank], counts[rank])
+
+
+def key_of(name: str | None, fingerprint: int, frame: FrameType) -> tuple[Any, ...]:
+    outer = frame.f_back or frame
+    return name, fingerprint, id(frame.f_code), frame.f_lasti, id(outer.f_code), outer.f_lasti
+
+
+def within(line: int, use: Callable[[FrameType], object], is_outer: bool = True) -> object:
+    """Use the frame of a call, which calls ``use`` on one of two lines, and always has the same caller."""
+    if is_outer:
+        return within(line, use, False)
+    if line:
+        return use(sys._getframe(0))
+    return use(sys._getframe(0))
+
+
+def test_call_sites_are_found_again() -> None:
+    """By the frame and its caller, the layout and the name; more of them than the table of the module in C has."""
+    sequence, names = sequences(2)[0], [None, "n", "long"]
+    sites = [(name, fingerprint, line) for fingerprint in range(-200, 200) for name in names for line in (0, 1)]
+
+    def find(name: str | None, fingerprint: int, line: int) -> object:
+        same = name and "".join(list(name))  # an equal text, but another object
+        return within(line, lambda frame: sequence.find(same, fingerprint, frame))
+
+    def remember(number: int, name: str | None, fingerprint: int, line: int) -> None:
+        def enter(frame: FrameType) -> None:
+            sequence.known[key_of(name, fingerprint, frame)] = number
+
+        within(line, enter)
+
+    def look_up() -> list[object]:
+        return [found for site in sites for found in (find(*site), find(*site))]
+
+    assert set(look_up()) == {None}
+    for number, site in enumerate(sites):
+        remember(number, *site)
+    found = look_up()
+    assert found == [number for number in range(len(sites)) for _ in range(2)]
+    assert look_up() == found
+    sequence.forget()
+    assert not sequence.known
+    assert set(look_up()) == {None}
+
+
+def test_a_frame_without_a_caller() -> None:
+    sequence, frame = sequences(2)[0], sys._getframe(0)
+    while frame.f_back is not None:
+        frame = frame.f_back
+    assert sequence.find(None, 1, frame) is None
+    sequence.known[key_of(None, 1, frame)] = "alone"
+    assert [sequence.find(None, 1, frame) for _ in range(2)] == ["alone", "alone"]
 
 
 def test_the_second_one_is_told_at_once_and_the_first_one_at_its_next_act() -> None:
