@@ -40,7 +40,7 @@ def test_threads_that_use_the_backend_of_torch(kinds: str, tmp_path: Path) -> No
     require(CXX, kinds, tmp_path)
     program = str(tmp_path / "exercise")
     run(
-        *(CXX, "-std=c++20", "-O0", "-g", f"-fsanitize={kinds}", "-fno-sanitize-recover=all"),
+        *(CXX, "-std=c++20", "-O0", "-g1", f"-fsanitize={kinds}", "-fno-sanitize-recover=all"),
         "-fno-sanitize=vptr",  # torch's libraries do not export all typeinfo
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *(f"-I{ROOT / 'allocator' / 'native'}", f"-I{TORCH / 'include'}"),
