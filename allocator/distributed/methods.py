@@ -26,6 +26,10 @@ _REDUCTIONS = {hash(_ReduceOp(getattr(_ReduceOp, name.upper()))): name for name 
 
 _CLASSES = (torch.Tensor, torch.nn.Parameter)
 
+_MOST_ON_CUDA = {"all_gather": 32 << 20}
+"""Bytes of a tensor on CUDA, by operator, beyond which NCCL is quicker. On two H200s, all_gather takes 0.8 of NCCL's
+time for a result of 16 MiB, and 1.14 for 64 MiB."""
+
 
 class Method(NamedTuple):
     """How an operator serves a method. The functions take the method's arguments, with the options last.
@@ -58,6 +62,8 @@ class Method(NamedTuple):
             device = x.device.type
             if device != "cpu" and (device != "cuda" or options.asyncOp):
                 return f"asynchronous calls on {device}"
+            if device == "cuda" and x.nbytes > _MOST_ON_CUDA.get(self.operator, x.nbytes):
+                return f"tensors of more than {_MOST_ON_CUDA[self.operator] >> 20} MiB on cuda"
             if reduction is not None and not is_reduced(device, x.dtype, reduction):
                 return f"{reduction} of {x.dtype} on {device}"
             is_protected = is_protected or x.requires_grad or x.is_inference()

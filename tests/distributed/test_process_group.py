@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 import warnings
 from datetime import timedelta
 from typing import Any
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import symmem
-from symmem.distributed import SymmemProcessGroup, report
+from symmem.distributed import SymmemProcessGroup, methods, report
 from symmem.errors import BackendUnavailableError, GroupError, UnsupportedError
 
 pytestmark = pytest.mark.ranks
@@ -27,6 +28,36 @@ _dist: Any = dist
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class OnCuda:
+    """What a plan asks of a tensor on CUDA."""
+
+    layout, is_quantized, is_nested, requires_grad = torch.strided, False, False, False
+    device, dtype = torch.device("cuda"), torch.bfloat16
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+    def is_inference(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("method", "nbytes", "why"),
+    [
+        ("all_gather_single", 32 << 20, ""),
+        ("all_gather_single", (32 << 20) + 2, "tensors of more than 32 MiB on cuda"),
+        ("all_to_all_single", 1 << 30, ""),
+    ],
+)
+def test_nccl_gathers_large_tensors(method: str, nbytes: int, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "_CLASSES", (OnCuda,))
+    sizes: list[Any] = [[], []] if method == "all_to_all_single" else []
+    options = types.SimpleNamespace(asyncOp=False)
+    group: Any = None
+    plan = methods.METHODS[method].plan(group, [OnCuda(nbytes), OnCuda(nbytes // 2), *sizes, options])
+    assert plan == why if why else callable(plan)
 
 
 def world() -> tuple[int, int]:
