@@ -126,10 +126,11 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
         if any(x.is_cuda for x in _flat(outputs)):
             call()
             return _COMPLETE
-        if not (options.asyncOp or _is_profiling()):
+        profiling = _is_profiling()
+        if not (options.asyncOp or profiling):
             self._queue.run(call)
             return _COMPLETE
-        if profiling := _is_profiling():
+        if profiling:
             call = _profiled(operator, call, arguments[1] if len(arguments) > 2 else outputs)
         work = self._queue.submit(call, [outputs] if isinstance(outputs, torch.Tensor) else outputs, profiling)
         if not options.asyncOp:

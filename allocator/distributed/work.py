@@ -1,8 +1,8 @@
 """Collective operations on the CPU that a program does not wait for: their order, their thread, and their handles.
 
 The operations of a process group run one after the other. The thread that waits for one runs it, and those before it:
-that is quicker than a change of threads. If nobody waits for a millisecond, or a future needs the result, a thread of
-the group runs them, so that they go on while the program computes or communicates in other ways.
+that is quicker than a change of threads. If no thread waits for a millisecond, or a future needs the result, a thread
+of the group runs them, so that they go on while the program computes or communicates in other ways.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class AsynchronousWork(Work):
 
 
 class WorkQueue:
-    """The operations of one process group that nobody has run yet, and the thread that does in the end."""
+    """The operations of one process group that have not run yet, and the thread that runs them in the end."""
 
     def __init__(self) -> None:
         self._waiting: deque[AsynchronousWork] = deque()

@@ -147,7 +147,8 @@ class Group:
         self.process = os.getpid()
         self.closed = False
         self._rounds.presence.announce()
-        launcher_peers.find()
+        if size > 1:
+            launcher_peers.find()
         _groups.add(self)
         for callback in group_made:
             callback(self)

@@ -32,7 +32,8 @@ def find() -> None:
             for pid in map(int, children.read_text().split()):
                 with contextlib.suppress(OSError):  # it has ended, or belongs to another user
                     theirs = _variables(pid)
-                    if "RANK" in theirs and all(theirs.get(name) == own.get(name) for name in _SAME):
+                    is_rank = theirs.get("RANK", "").isdecimal()
+                    if is_rank and all(theirs.get(name) == own.get(name) for name in _SAME):
                         if theirs["RANK"] in peers:
                             return  # the launcher runs two jobs that look alike
                         peers[theirs["RANK"]] = RankProcess.of(pid)

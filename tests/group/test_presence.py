@@ -181,6 +181,24 @@ def test_a_launched_process_that_dies_before_it_uses_symmem_is_named(port: str |
             rank.communicate()
 
 
+def test_a_sibling_with_another_kind_of_rank_is_no_peer() -> None:
+    """Its variable RANK is not a number, so it is not a rank of the job."""
+    variables = {"PATH": os.environ["PATH"], "WORLD_SIZE": "2", "MASTER_PORT": "1234"}
+    code = (
+        "import torch.distributed as dist, symmem\n"
+        "from symmem.group import launcher_peers\n"
+        "symmem.Group.from_store(0, 2, dist.HashStore(), 'a')\n"
+        "print(sorted(launcher_peers._found), launcher_peers.lost(2, 0))"
+    )
+    sibling = subprocess.Popen([sys.executable, "-c", "input()"], env={**variables, "RANK": "first"}, stdin=-1)
+    try:
+        told = subprocess.run([sys.executable, "-c", code], env={**variables, "RANK": "0"}, stdout=-1, text=True)
+        assert told.stdout == "['0'] set()\n"
+    finally:
+        sibling.kill()
+        sibling.communicate()
+
+
 def test_a_subgroup_may_name_its_ranks_of_the_job(
     store: dist.FileStore, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

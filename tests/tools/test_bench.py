@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import io
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.panels import Bars, Curves, Map, panels
 from symmem.tools.bench.progress import Progress
 from symmem.tools.bench.tables import table
-from symmem.tools.bench.timing import HostClock, Times, in_turns
+from symmem.tools.bench.timing import HostClock, Times, in_turns, pinned
 from symmem.tools.commands.bench import SUITES
 from symmem.tools.ranks import RankPool, RanksFailedError
 
@@ -173,6 +174,21 @@ def test_sums_of_the_patterns_are_exact_in_bfloat16() -> None:
 def test_of_all_ranks_the_slowest_counts_in_each_round() -> None:
     merged = collectives.merged([{("_eager", "nccl"): [1.0, 5.0, 1.0]}, {("_eager", "nccl"): [4.0, 2.0, 3.0]}])
     assert merged == {"_eager": {"nccl": 4.0}}
+
+
+@pytest.mark.parametrize(("cpus", "world"), [(1, 4), (2, 4), (6, 4), (32, 8)])
+def test_ranks_are_pinned_to_different_cpus_if_there_are_enough(
+    cpus: int, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(10, 10 + cpus)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, chosen: seen.append(chosen))
+    for rank in range(world):
+        with pinned(rank, world):
+            pass
+    assert len(set.union(*seen[::2])) == min(cpus, world)
+    assert all(len(each) == 1 for each in seen[::2])
+    assert seen[1::2] == [set(range(10, 10 + cpus))] * world
 
 
 def test_turns_begin_with_each() -> None:

@@ -138,11 +138,13 @@ def clock_of(device_type: str) -> Clock:
 
 
 @contextmanager
-def pinned(rank: int) -> Iterator[None]:
-    """Keep this thread on one CPU, which is the same one for this rank of other pools: CPUs differ by a factor of 2."""
+def pinned(rank: int, world: int) -> Iterator[None]:
+    """Keep this thread on one CPU, which is the same one for this rank of other pools: CPUs differ by a factor of 2.
+
+    The CPUs of the ranks are as far apart as possible, because neighbours may share a core.
+    """
     before = os.sched_getaffinity(0)
-    cpus = sorted(before)
-    os.sched_setaffinity(0, {cpus[(2 + 8 * rank) % len(cpus)]})
+    os.sched_setaffinity(0, {sorted(before)[rank * len(before) // world]})
     try:
         yield
     finally:

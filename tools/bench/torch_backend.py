@@ -88,7 +88,7 @@ def _first_rendezvous(ours: bool) -> list[float]:
 
 def _side(ours: bool) -> list[float]:
     """Seconds of every figure, in the order of :data:`_NAMES`; the last is symmem's alone."""
-    with pinned(dist.get_rank()):
+    with pinned(dist.get_rank(), dist.get_world_size()):
         return _figures(_symmetric_memory(ours), CudaClock(), ours)
 
 
