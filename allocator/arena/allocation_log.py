@@ -14,6 +14,7 @@ its signal pads for further groups.
 from __future__ import annotations
 
 import itertools
+import logging
 import operator
 import os
 import threading
@@ -29,6 +30,7 @@ import torch
 
 from symmem.arena.segment import GRANULE, Segment, SignalPads
 from symmem.arena.slot_mask import masks_of, slots_of
+from symmem.backends.base import Capability
 from symmem.backends.libc import round_up
 from symmem.errors import (
     DivergenceError,
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from symmem.group.group import Group
     from symmem.group.ledger import ActSequence
     from symmem.memory.block import Block
+
+logger = logging.getLogger("symmem.arena")
 
 __all__ = ["AllocationLog", "AllocationRecord", "RawRecord", "hash_of_name"]
 
@@ -112,6 +116,7 @@ class AllocationLog:
         in_transaction: True while a change is half done. See :meth:`check_idle`.
         restricted: True if an allocation must call :meth:`check_usable` first.
         divergence: The error with which the ranks have diverged. Every rank raises it once, or has raised it.
+        noted: Whether this rank has logged a divergence that it has not raised yet.
         born: The number of the group's round in which the ranks met for the first segment; 0 before.
         predecessor: The log that all ranks had before a divergence, until this one has a segment.
         usable: After a divergence, the last allocation that all ranks have made alike; 0 until they have met again.
@@ -167,6 +172,7 @@ class AllocationLog:
         "in_transaction",
         "live_bytes",
         "lock",
+        "noted",
         "pads",
         "peak_bytes",
         "predecessor",
@@ -186,7 +192,7 @@ class AllocationLog:
         self.group, self.backend, self.device = group, backend, device
         self.process = os.getpid()
         self.lock = threading.RLock()
-        self.in_transaction = self.restricted = False
+        self.in_transaction = self.restricted = self.noted = False
         self.divergence: DivergenceError | None = None
         self.usable = self.born = 0
         self.predecessor: AllocationLog | None = None
@@ -273,7 +279,7 @@ class AllocationLog:
                 if self.acts is not None:
                     text_id = self.describe(_NO_MEMORY, block, frame)[1]
                     if self.acts.enter(self.count, self.digest, text_id):
-                        self.compare_acts(self.count)
+                        self.compare_acts(self.count, is_use=False)
                 self.history.append(
                     (self.count, self.digest, perf_counter(), 0, 0, 0, _NO_MEMORY, *caller(frame), block)
                 )
@@ -288,12 +294,16 @@ class AllocationLog:
             return number > self.usable
         return self.acts is not None and self.acts.mark[0] != 0
 
-    def compare_acts(self, number: int, late: Sequence[int] = ()) -> None:
-        """Compare the allocations with the neighbours' in the ledger, before the block of an allocation is used. Local.
+    def compare_acts(self, number: int, late: Sequence[int] = (), is_use: bool = True) -> None:
+        """Compare the allocations with the neighbours' in the ledger. Local.
 
         Args:
             number: The allocation.
             late: See :meth:`ActSequence.compare_counts`.
+            is_use: Whether peers' memory is about to be used. If not, a difference is only logged. So all ranks raise it
+                at the use that they make together, and none of them waits in another library for one that has raised
+                in an allocation. That is too late for a library's kernels that reach peers by this rank's own address:
+                with ``COLLECTIVE_ALLOCATION``, the allocation raises.
 
         Raises:
             DivergenceError: They differ, or have differed before.
@@ -303,13 +313,21 @@ class AllocationLog:
                 if number > self.usable:
                     self.check_usable()
             elif self.acts is not None:
+                is_use = is_use or Capability.COLLECTIVE_ALLOCATION in self.backend.capabilities
+                if self.noted and not is_use:
+                    return
                 try:
                     self.acts.look(self.count)
                     self.acts.compare_counts(self.count, late)
                 except DivergenceError as error:
+                    if not self.noted:
+                        self.group.fail("allocate", error)  # a collective in which another rank waits fails with it
+                    if not is_use:
+                        self.noted = True
+                        logger.warning("%s\n  This is raised where peers' memory is used next.", error)
+                        return
                     self.in_transaction = False
                     self.invalidate(error)
-                    self.group.fail("allocate", error)  # a collective in which another rank waits fails with it
                     error.propagated_to = self.group.name
                     raise error from None
 

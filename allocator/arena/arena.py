@@ -70,6 +70,7 @@ class Arena:
         self._earlier: list[ref[AllocationLog]] = []
         self._checks_each = self.log.restricted = group.settings.allocation_check == "each"
         group.on_divergence.append(self._note)
+        group.before_collective.append(self._raise_noted)
 
     def sub_allocate(self, layout: Layout, name: str | None, frame: FrameType | None) -> ArenaBlock:
         """Allocate a block for a tensor. Collective over the group if the arena must grow, or checks each allocation.
@@ -131,7 +132,7 @@ class Arena:
                 # The digest covers the place too. So ranks with different logs notice, whatever the reason is.
                 log.digest = digest = hash((log.digest, layout.fingerprint, part, segment.index, offset, slot))
                 if (acts := log.acts) is not None and acts.enter(number, digest, text_id):
-                    log.compare_acts(number)
+                    log.compare_acts(number, is_use=False)
                 record = (number, digest, perf_counter(), segment.index, offset, size, layout, code, instruction, name)
                 log.records[slot] = record
                 log.history.append(record)
@@ -152,6 +153,10 @@ class Arena:
     def _note(self, error: DivergenceError) -> None:
         if error.arena == self.log.kind:
             self.log.invalidate(error)
+
+    def _raise_noted(self) -> None:
+        if self.log.noted and self.process == os.getpid():
+            self.log.compare_acts(self.log.count)
 
     def enter(self, block: str, frame: FrameType | None) -> None:
         """See :meth:`AllocationLog.enter`."""

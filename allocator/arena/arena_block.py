@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["ArenaBlock"]
 
 _NONE: dict[Any, Any] = {}  # shared by all blocks without entries; never changed
+_MOMENT = 1.0  # seconds
 
 
 class ArenaBlock(Block):
@@ -67,6 +68,11 @@ class ArenaBlock(Block):
         log = self.log
         acts = log.acts
         return log.divergence is not None or (acts is not None and (acts.is_ahead or acts.mark[0] != 0))
+
+    def await_acts(self) -> None:
+        """See :meth:`Block.await_acts`."""
+        if self.log.acts is not None:
+            self.log.acts.await_neighbours(self._record[0], _MOMENT)
 
     def check_acts(self, late: Sequence[int] = (), group: RankGroup | None = None) -> None:
         """See :meth:`Block.check_acts`."""

@@ -132,6 +132,7 @@ class Group:
         self._process_group = weakref.ref(process_group) if process_group is not None else lambda: None
         self.extensions: dict[type, Any] = {}
         self.on_divergence: list[Callable[[DivergenceError], object]] = []
+        self.before_collective: list[Callable[[], object]] = []  # raise what this rank has told the others already
         myself = weakref.ref(self)
         self._rounds = Rounds(store, rank, size, name, lambda: _lost_elsewhere(myself()))
         try:
@@ -228,6 +229,8 @@ class Group:
             InvalidArgumentError: The timeout is not more than 0 and at most 24 days.
         """
         self._check_usable(operation)
+        for check in self.before_collective:
+            check()
         timeout = self.settings.rendezvous_timeout if timeout is None else check_timeout(timeout)
         try:
             with self._lock:

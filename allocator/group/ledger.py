@@ -17,8 +17,9 @@ of two neighbours sees the other's word. There are three cases:
 The hot path is in C (``symmem/native/ledger.c``). Without a compiler, Python does the same, and takes four times as
 long.
 
-A rank that finds a difference writes the error into its memory, marks the memory of all other ranks, and raises. The
-other ranks look at their mark with every act and every call of symmem, and raise the same error.
+A rank that finds a difference writes the error into its memory, and marks the memory of all other ranks. All ranks look
+at their mark with every use of peers' memory, which raises the error on every rank. An act only logs it: all ranks come
+to the use, and none of them waits in another library for a rank that has raised.
 
 Two neighbours are enough: if not all ranks have the same word n, then in the circle of ranks at least two pairs of
 neighbours differ, and one rank of each such pair finds out. If a program orders its accesses to peers' memory, then
@@ -356,10 +357,31 @@ class ActSequence:
         self._before = 0
         self._at_timeout: dict[int, tuple[int, int]] = {}  # by late rank: acts of this rank and of that one
         self._compared = dict.fromkeys(neighbours, 0)  # the latest act of a neighbour that was found equal
+        self._awaited = dict.fromkeys(neighbours, -1)  # acts of a neighbour when a wait for it ran out
 
     def publish(self, error: SymmemError) -> None:
         """Let every rank raise this error with its next act or call."""
         self._ledger.publish(error, self.index)
+
+    def await_neighbours(self, number: int, seconds: float) -> None:
+        """Wait until the neighbours have made an act too, or a rank has found a difference.
+
+        A wait that runs out raises nothing. A neighbour that has made no act since then is not waited for again.
+
+        Args:
+            number: The act.
+            seconds: How long to wait at most.
+        """
+        deadline = time.monotonic() + seconds
+        for neighbour in self._compared:
+            head = self._heads[neighbour]
+            while (number - (head[0] >> 32)) & _LOW - 1 < 0x7FFFFFFF and not self.mark[0]:
+                if self._awaited[neighbour] == head[0]:
+                    break
+                if time.monotonic() > deadline:
+                    self._awaited[neighbour] = head[0]
+                    break
+                time.sleep(1e-4)
 
     def look(self, number: int) -> None:
         """Look closer: at the mark of this rank, and at the latest acts of the neighbours.

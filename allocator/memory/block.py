@@ -104,6 +104,12 @@ class Block:
         """Whether :meth:`check_acts` must look: a rank has found a difference, or this rank is far ahead of another."""
         return False
 
+    def await_acts(self) -> None:
+        """Wait a moment for the ranks before and after this one, if they have not allocated the block yet.
+
+        Called before kernels get addresses, because nobody checks their accesses. So both ranks of a difference are told.
+        """
+
     def check_acts(self, late: Sequence[int] = (), group: RankGroup | None = None) -> None:
         """Compare the allocations of the ranks from the arena of the block, as far as this is possible locally.
 

@@ -251,6 +251,7 @@ class SymmetricTensor(BlockHandle):
     @neutral
     def pointers_of(self, group: GroupLike) -> torch.Tensor:
         """:attr:`remote_pointers` for a given group."""
+        self._block.await_acts()
         pointers = self._pointers(self._mapping("remote_pointers", group))
         with named:
             return torch.tensor(pointers, dtype=torch.int64, device=self.device)
@@ -279,6 +280,7 @@ class SymmetricTensor(BlockHandle):
         """
         from symmem.tensor.device_view import CustomSignals, DeviceView
 
+        self._block.await_acts()
         mapping = self._mapping("device_view", group)
         custom = None
         if signals is not None:

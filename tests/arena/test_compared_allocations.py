@@ -195,8 +195,11 @@ def wait_for_a_rank_that_diverges(step: str) -> Told:
         else:
             rank_store().wait([f"{group.name} is about to wait"])
             allocate(group, 10)
+            rank_store().wait([f"{group.name} was released"])
+            allocate(group, 11).remote_tensor(0)
 
     result = told(go)
+    rank_store().set(f"{group.name} was released", "")
     group.close()
     return result
 
@@ -391,7 +394,7 @@ def diverge_after_a_skipped_call(alone: int) -> list[Told]:
         for rank in range(group.size):
             meet(group, f"turn {turn} of {rank}")
             if group.rank == rank and not any(each.kind == "DivergenceError" for each in found):
-                found.append(told(lambda: allocate(group, 8 if group.rank else 72)))
+                found.append(told(lambda: allocate(group, 8 if group.rank else 72).remote_tensor(0)))
     meet(group, "told")
     for _ in range(2):
         found.append(told(lambda: allocate(group, 8).barrier()))
