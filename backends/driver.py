@@ -22,6 +22,7 @@ from symmem.errors import BackendUnavailableError, UnsupportedError
 
 __all__ = ["Driver", "load_driver"]
 
+_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: not ordered with the legacy default stream
 _PORTABLE, _DEVICE_MAP = 1, 2  # CU_MEMHOSTALLOC_*
 _CAPTURE_ERRORS = range(900, 909)  # CUDA_ERROR_STREAM_CAPTURE_*
@@ -236,6 +237,25 @@ class Driver:
         stream = self._own_stream(ordinal)
         self._call("cuMemsetD8Async", address, 0, nbytes, stream)
         self._call("cuStreamSynchronize", stream)
+
+    def order(self, before: int, after: int, capturing: bool) -> None:
+        """Let a stream wait for the work of another one so far. Call it within :meth:`on`.
+
+        Does nothing if only one of them is being captured.
+
+        Args:
+            before: The stream with the work.
+            after: The stream that waits.
+            capturing: Whether ``after`` is being captured.
+        """
+        if bool(int(self._call("cuStreamIsCapturing", before))) != capturing:
+            return
+        event = self._call("cuEventCreate", _NO_TIMING)
+        try:
+            self._call("cuEventRecord", event, before)
+            self._call("cuStreamWaitEvent", after, event, 0)
+        finally:
+            self._call("cuEventDestroy", event)  # CUDA keeps what the streams still need
 
     def fill(self, address: int, word: int, nbytes: int, stream: int) -> None:
         """Set memory, a multiple of 4 bytes, to copies of a word of 32 bits, on a stream. Call it within :meth:`on`."""

@@ -300,8 +300,8 @@ class AllocationLog:
         Args:
             number: The allocation.
             late: See :meth:`ActSequence.compare_counts`.
-            is_use: Whether peers' memory is about to be used. If not, a difference is only logged. So all ranks raise it
-                at the use that they make together, and none of them waits in another library for one that has raised
+            is_use: Whether peers' memory is about to be used. If not, a difference is only logged. So all ranks raise
+                it at the use that they make together, and none of them waits in another library for one that has raised
                 in an allocation. That is too late for a library's kernels that reach peers by this rank's own address:
                 with ``COLLECTIVE_ALLOCATION``, the allocation raises.
 

@@ -83,6 +83,7 @@ typedef struct Calls {
   int32_t ordinal;
   void *context;                    // the CUDA context of its launches
   const volatile uint32_t *status, *given_up;  // not 0 after a kernel has failed, or has given up
+  const volatile uint64_t *last_stream;        // of the latest call; a call on another stream must wait for it
   Entry *entries[SLOTS];
 } Calls;
 
@@ -216,12 +217,13 @@ static void calls_dealloc(PyObject *self) {
 }
 
 static PyObject *calls_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"group", "process_group", "name", "ordinal", "context", "status", "given_up", NULL};
+  static char *names[] = {"group", "process_group", "name", "ordinal", "context", "status", "given_up", "last_stream",
+                          NULL};
   PyObject *group, *process_group, *name;
   int ordinal;
-  unsigned long long context, status, given_up;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OUiKKK", names, &_PyWeakref_RefType, &group, &process_group, &name,
-                                   &ordinal, &context, &status, &given_up))
+  unsigned long long context, status, given_up, last_stream;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OUiKKKK", names, &_PyWeakref_RefType, &group, &process_group, &name,
+                                   &ordinal, &context, &status, &given_up, &last_stream))
     return NULL;
   if (process_group != Py_None && !PyWeakref_CheckRef(process_group))
     return PyErr_Format(PyExc_TypeError, "a process group is given as a weak reference, or None");
@@ -233,6 +235,7 @@ static PyObject *calls_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
   calls->ordinal = ordinal, calls->context = (void *)(uintptr_t)context;
   calls->status = (const volatile uint32_t *)(uintptr_t)status;
   calls->given_up = (const volatile uint32_t *)(uintptr_t)given_up;
+  calls->last_stream = (const volatile uint64_t *)(uintptr_t)last_stream;
   calls->before = newest;
   newest = calls;
   return (PyObject *)calls;
@@ -336,12 +339,14 @@ static int are_apart(const Entry *entry, const char *x, const char *out) {
   return x == out && entry->may_be_same;
 }
 
-// Launch on the current stream. Returns 0 if the stream is being captured, or another CUDA context is current.
+// Launch on the current stream. Returns 0 if it is not the stream of the latest call, if it is being captured, or if
+// another CUDA context is current.
 static int launch(Calls *calls, const Entry *entry, const void *source, const void *out) {
   void *context = NULL, *stream = NULL;
   int capturing = 1;
   if (*calls->status || *calls->given_up || torch.context(&context) || context != calls->context) return 0;
   if (torch.exchange->stream(CUDA, calls->ordinal, &stream)) return no();
+  if ((uintptr_t)stream != *calls->last_stream) return 0;
   if (torch.is_capturing(stream, &capturing) || capturing) return 0;
   union {
     uint64_t aligned;

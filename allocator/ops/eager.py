@@ -86,6 +86,7 @@ def learn(
             context=engine.context,
             status=engine.failure_words[0],
             given_up=engine.failure_words[1],
+            last_stream=ctypes.addressof(engine.last_stream),
         )
     call = type(launch.call)
     engine.calls.add(

@@ -85,6 +85,8 @@ class Gpu:
 
     def __init__(self) -> None:
         self.launched: list[Launched] = []
+        self.stream = STREAM
+        self.ordered: list[tuple[int, int, bool]] = []
         self.by: list[str] = []
         self.code, self.capturing, self.current = 0, 0, CONTEXT
         self.meanwhile: Callable[[], object] = lambda: None
@@ -102,7 +104,7 @@ class Gpu:
 
         def stream(kind: int, ordinal: int, out: Any) -> int:
             assert (kind, ordinal) == (CUDA, 0)
-            out[0] = STREAM
+            out[0] = self.stream
             return 0
 
         def launch(function: int, *rest: Any) -> int:
@@ -112,7 +114,7 @@ class Gpu:
             return self.code
 
         def is_capturing(stream: int, out: Any) -> int:
-            assert stream == STREAM
+            assert stream == self.stream
             out[0] = self.capturing
             return 0
 
@@ -141,6 +143,9 @@ class Gpu:
         self.launched.append(Launched(function=function, blocks=blocks, threads=threads, stream=stream, **fields))
 
     # The interface for launches from Python.
+
+    def order(self, before: int, after: int, capturing: bool) -> None:
+        self.ordered.append((before, after, capturing))
 
     @property
     def bindings(self) -> Gpu:
@@ -176,7 +181,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(eager, "run", eager._nothing)
     monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", gpu.capsule)
     monkeypatch.setattr("torch._C._cuda_getDevice", lambda: 0, raising=False)
-    monkeypatch.setattr("torch._C._cuda_getCurrentRawStream", lambda ordinal: STREAM, raising=False)
+    monkeypatch.setattr("torch._C._cuda_getCurrentRawStream", lambda ordinal: gpu.stream, raising=False)
     monkeypatch.setattr("torch._C._cuda_isCurrentStreamCapturing", lambda: bool(gpu.capturing), raising=False)
     functions = {name: 1000 + number for number, name in enumerate(itertools.chain(*KERNELS.values()))}
     monkeypatch.setattr(cuda, "finish_stream", lambda device: None)
@@ -299,6 +304,24 @@ def test_each_kind_of_call_has_its_own(group: Any, gpu: Gpu) -> None:
         assert wanted.setdefault(key, found) == found
     assert gpu.by.count("C") > 800
     assert gpu.by.count("Python") > 1100
+
+
+def test_calls_on_two_streams_are_ordered(group: Any, gpu: Gpu) -> None:
+    x, out = torch.ones(8), torch.empty(8)
+    streams = [STREAM, STREAM, STREAM + 8, STREAM + 8, STREAM]
+    for gpu.stream in streams:
+        call("all_reduce", x, group, out)
+    assert [each.stream for each in gpu.launched] == streams
+    assert gpu.ordered == [(STREAM, STREAM + 8, False), (STREAM + 8, STREAM, False)]
+    assert gpu.by == ["Python", "C", "Python", "C", "Python"]
+    gpu.ordered.clear()
+    gpu.capturing = 1
+    for gpu.stream in (STREAM + 16, STREAM + 24):
+        call("all_reduce", x, group, out)
+    gpu.capturing = 0
+    for gpu.stream in (STREAM, STREAM + 8):
+        call("all_reduce", x, group, out)
+    assert gpu.ordered == [(STREAM + 16, STREAM + 24, True), (STREAM, STREAM + 8, False)]
 
 
 def test_an_option_by_any_name(group: Any, gpu: Gpu) -> None:
@@ -709,7 +732,14 @@ def test_another_device_of_the_group(group: Any, gpu: Gpu, monkeypatch: pytest.M
     assert gpu.by == ["Python", "C"]
     group.extension(Engines)[CPU].calls.clear()
     group.extension(Engines)[CPU].calls = eager._begun().Calls(
-        group=weakref.ref(group), process_group=None, name="g", ordinal=1, context=CONTEXT, status=0, given_up=0
+        group=weakref.ref(group),
+        process_group=None,
+        name="g",
+        ordinal=1,
+        context=CONTEXT,
+        status=0,
+        given_up=0,
+        last_stream=0,
     )
     for _ in range(2):  # learnt for the GPU 1; the tensors say that they are on 0
         ops.all_reduce(x, group)
@@ -771,7 +801,7 @@ def test_arguments_that_are_not_sound(gpu: Gpu) -> None:
     module = eager._begun()
     with pytest.raises(TypeError, match="takes 5 arguments, not 2"):
         module.run(1, 2)
-    made = {"name": "g", "ordinal": 0, "context": 1, "status": 0, "given_up": 0}
+    made = {"name": "g", "ordinal": 0, "context": 1, "status": 0, "given_up": 0, "last_stream": 0}
     for groups in ((StubGroup, None), (weakref.ref(StubGroup), StubGroup)):
         with pytest.raises(TypeError, match="weak"):
             module.Calls(group=groups[0], process_group=groups[1], **made)

@@ -131,6 +131,44 @@ def on_streams_and_in_graphs() -> None:
             assert torch.equal(x, out)
 
 
+def on_streams_that_run_in_another_order() -> None:
+    """The GPU of a rank would run the second call first, because the first call's stream is busy."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    x = [torch.full((1000 * (1 + call),), rank + 1.0 + 10 * call, device="cuda") for call in range(2)]
+    out = [torch.empty_like(each) for each in x]
+    torch.cuda.synchronize()
+
+    def both() -> None:
+        for call, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if call == rank % 2:
+                    torch.cuda._sleep(20_000_000)
+                symmem.ops.all_reduce(x[call], out=out[call])
+
+    def check() -> None:
+        torch.cuda.synchronize()
+        for call in range(2):
+            assert (out[call] == world * (world + 1) / 2 + 10 * call * world).all()
+            out[call].zero_()
+
+    for _ in range(3):
+        both()
+        check()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+        both()
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(3):
+        graph.replay()
+        check()
+    both()
+    check()
+
+
 def compiled_code() -> int:
     """Compiled code calls this too: counts its calls made in C."""
 
@@ -201,6 +239,10 @@ def test_operators(pool: RankPool) -> None:
 
 def test_streams_and_graphs(pool: RankPool) -> None:
     pool.run(on_streams_and_in_graphs)
+
+
+def test_calls_on_two_streams_are_ordered(pool: RankPool) -> None:
+    pool.run(on_streams_that_run_in_another_order)
 
 
 def test_compiled_code(pool: RankPool) -> None:

@@ -6,7 +6,8 @@ dtype, size and operation; later calls change only the addresses.
 
 All ranks call the same operations in the same order. They must also agree on the following:
 
-* Calls of one engine on several streams must be ordered by events. The replay of a graph counts as a call here.
+* Calls of one engine on several streams run in the order of the calls: a call waits for the one before it, by an event.
+  The program must order the replay of a graph, which counts as a call here.
 * All-gather, all-to-all and broadcast store large parts directly into the peers' results, if the results are in
   symmetric memory. So the results must be in symmetric memory on all ranks, at the same offset of the same allocation,
   or in other memory on all ranks.
@@ -77,6 +78,7 @@ _REMEMBERED = 4096  # maximum number of plans in the cache
 _NO_ROOT = 0xFFFFFFFF
 _UNIT = 16
 _ONES = 0xFFFFFFFF
+_NO_STREAM = (1 << 64) - 1
 
 name_steps(STEPS)
 _NUMBERS = {name: number for number, name in STEPS.items()}
@@ -163,6 +165,8 @@ class CudaEngine:
         self._status, self._given_up = self._state.status, self._state.given_up(self._number)
         # The host's addresses of two words that are not 0 after a kernel has stopped or given up.
         self.failure_words = ctypes.addressof(self._status), ctypes.addressof(self._given_up)
+        self.last_stream = ctypes.c_uint64(_NO_STREAM)  # of the latest call
+        self._last_captured = ctypes.c_uint64(_NO_STREAM)  # of the latest call that was captured
         self._launch_kernel = self._state.driver.bindings.cuLaunchKernel
         self._lock = threading.Lock()  # held while addresses are set, until the launch has copied them
         self._workspace: SymmetricTensor | None = None
@@ -275,7 +279,7 @@ class CudaEngine:
     def refuse(self, operation: str, error: SymmemError) -> None:
         """Let the kernels of the other ranks give up, which wait for this rank in a call that it refuses.
 
-        Waits for this rank's earlier operations on the current stream. Does nothing during the capture of a graph.
+        Waits for this rank's earlier operations and the current stream. Does nothing during the capture of a graph.
 
         Args:
             operation: The name of the operation or operator.
@@ -293,7 +297,7 @@ class CudaEngine:
                 return
             self._calls_before += 1
             if not known and not self._is_broken():
-                finish_stream(self.device)
+                self._finish()
                 if not self._is_broken():
                     self._end_peers(operation, error)
         except (SymmemError, RuntimeError) as reason:  # the caller raises its own error
@@ -317,8 +321,8 @@ class CudaEngine:
         finish_stream(self.device)
 
     def _calls(self) -> int:
-        """How many calls this rank has made, launched or not, also from graphs. Waits for the current stream."""
-        finish_stream(self.device)
+        """How many calls this rank has made, launched or not, also from graphs. Waits for this rank's calls."""
+        self._finish()
         return self._calls_before + (self._read(0, 8) >> 32)
 
     def _read(self, offset: int, nbytes: int) -> int:
@@ -623,6 +627,8 @@ class CudaEngine:
         if capturing:
             self._keep(memory)
         with self._lock:
+            if capturing or stream != self.last_stream.value:
+                self._order(stream, capturing)
             for launch in plan:
                 call = launch.call
                 call.source, call.out = source + launch.start, out + launch.start
@@ -634,6 +640,23 @@ class CudaEngine:
                 if code:
                     self._failed(launch, stream, code)
         self._is_launched = True
+
+    def _order(self, stream: int, capturing: bool) -> None:
+        """Let a stream wait for the latest call, if that was on another stream.
+
+        The kernels of the ranks pair by order. Without the wait, two GPUs could run calls on two streams in different
+        orders.
+        """
+        last = self._last_captured if capturing else self.last_stream
+        if last.value not in (stream, _NO_STREAM):
+            with self._state.driver.on(self._ordinal):
+                self._state.driver.order(last.value, stream, capturing)
+        last.value = stream
+
+    def _finish(self) -> None:
+        """Wait on the host for the current stream and for this rank's calls on other streams."""
+        self._order(torch._C._cuda_getCurrentRawStream(self._ordinal), capturing=False)
+        finish_stream(self.device)
 
     def _keep(self, memory: _SymmetricOut | None) -> None:
         """Let the captured graph keep the memory of its kernels alive. It may outlive this engine and the tensors."""
