@@ -94,7 +94,9 @@ class SymmetricTensor(BlockHandle):
         Raises:
             InvalidArgumentError: Sizes, strides, dtype, device, arena or name.
             DivergenceError: Ranks made different allocations in the arena; names the first, and each rank's call site.
-                Found at once on one host; else when the ranks communicate, or with ``allocation_check(each)``.
+                On one host, a difference is logged at once. All ranks raise it at their next use of peers' memory or
+                collective call; here, if the arena must grow or the backend has ``COLLECTIVE_ALLOCATION``. Several
+                hosts raise it when the ranks communicate, or here with ``allocation_check(each)``.
             UnsupportedError: The arena would have to grow during the capture of a CUDA graph; or a FakeTensorMode is
                 active.
             ConfigError: Unknown backend, or an error in the environment or the cluster file.
@@ -244,7 +246,8 @@ class SymmetricTensor(BlockHandle):
     def remote_pointers(self) -> torch.Tensor:
         """Address of every rank's first element as seen from this rank: int64 tensor of shape [world] on the device.
 
-        For the group of the first rendezvous; 0 if a rank's memory is not load/store reachable.
+        For the group of the first rendezvous; 0 if a rank's memory is not load/store reachable. Waits like
+        :meth:`device_view`.
         """
         return self.pointers_of(None)
 
@@ -264,6 +267,10 @@ class SymmetricTensor(BlockHandle):
         self, signals: SymmetricTensor | None = None, timeout: float | None = None, *, group: GroupLike = None
     ) -> DeviceView:
         """Return what kernels need to reach peers with :mod:`symmem.triton` or symmem.cuh. Local.
+
+        Before kernels get addresses, it waits for the ranks before and after this one on the host, if they have not
+        allocated the tensor yet: a second at most, and not again for a rank that stands still. So all ranks are told
+        if they have allocated differently.
 
         A capture of a CUDA graph may include kernels that use a view, but cannot make one.
 
