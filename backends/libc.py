@@ -12,6 +12,7 @@ import errno
 import os
 import platform
 import resource
+import select
 import socket
 import struct
 import sys
@@ -116,18 +117,34 @@ def is_limit(error: BaseException) -> bool:
 
 
 class Descriptor(int):
-    """A file descriptor that this process owns. It is closed with the last reference, or by :meth:`close`."""
+    """A file descriptor that this process owns. It is closed with the last reference, or by :meth:`close`.
 
-    _is_open = True
+    The owner is an object of C, which closes a descriptor of any kind. So no exception of a signal handler can come
+    before the descriptor is closed, and none is lost in a finalizer.
+    """
 
-    def close(self, _close: Callable[[int], None] = os.close) -> None:  # `os` may be gone at the interpreter's exit
+    _owner: select.epoll
+
+    def __new__(cls, owner: select.epoll) -> Descriptor:
+        """Use :meth:`of` or :meth:`from_call`."""
+        descriptor = super().__new__(cls, owner.fileno())
+        descriptor._owner = owner
+        return descriptor
+
+    @classmethod
+    def of(cls, number: int) -> Descriptor:
+        """Own a descriptor."""
+        return cls(select.epoll.fromfd(number))
+
+    @classmethod
+    def from_call(cls, function: Callable[..., int], *arguments: object) -> Descriptor:
+        """Own the descriptor that a function of C returns, in a single step."""
+        (owner,) = map(select.epoll.fromfd, map(function, *zip(arguments)))
+        return cls(owner)
+
+    def close(self) -> None:
         """Close it. May be called again."""
-        is_open, self._is_open = self._is_open, False
-        if is_open:
-            _close(self)
-
-    def __del__(self) -> None:
-        self.close()
+        self._owner.close()
 
 
 def close_all(descriptors: Iterable[int]) -> None:
@@ -168,7 +185,7 @@ class Inbox:
 
     def __init__(self, number: int) -> None:
         self._byte = ctypes.create_string_buffer(b"\1", 1)
-        self._taken: list[Descriptor] = []
+        self._taken: list[select.epoll] = []
         self._control = ctypes.create_string_buffer(socket.CMSG_SPACE(number * _INT))
         self._vector = _Vector(ctypes.addressof(self._byte), 1)
         control = ctypes.addressof(self._control)
@@ -199,14 +216,17 @@ class Inbox:
 
     def take(self) -> list[Descriptor]:
         """The descriptors that have come. They are closed with the last reference."""
+        self._own()
+        return list(map(Descriptor, self._taken))
+
+    def _own(self) -> None:
         nbytes, level, kind = _CONTROL.unpack_from(self._control)
         if not self._taken and (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             numbers = array.array("i", self._control.raw[_CONTROL.size : nbytes])
-            self._taken.extend(map(Descriptor, numbers))  # a single step, so that no number is closed twice
-        return self._taken
+            self._taken.extend(map(select.epoll.fromfd, numbers))  # a single step, so that no number is closed twice
 
     def __del__(self) -> None:
-        self.take()
+        self._own()
 
 
 def duplicate(descriptors: Sequence[int]) -> tuple[Descriptor, ...]:
@@ -216,7 +236,7 @@ def duplicate(descriptors: Sequence[int]) -> tuple[Descriptor, ...]:
         ResourceLimitError: This process may not have so many.
     """
     try:
-        return tuple(Descriptor(os.dup(descriptor)) for descriptor in descriptors)
+        return tuple(Descriptor.from_call(os.dup, descriptor) for descriptor in descriptors)
     except OSError as error:
         raise limit_error(error, f"cannot duplicate {len(descriptors)} file descriptors") from error
 

@@ -21,7 +21,7 @@ def make_memory_file(nbytes: int) -> Descriptor:
         ResourceLimitError: This process may have no more descriptors, or no file of this size.
     """
     try:
-        file = Descriptor(os.memfd_create("symmem", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        file = Descriptor.from_call(os.memfd_create, "symmem", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(file, nbytes)
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
     except OSError as error:

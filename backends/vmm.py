@@ -61,7 +61,7 @@ class MemoryHandle:
     def descriptor(self) -> Descriptor:
         """The memory as a file descriptor, exported on the first call. It is closed with this object."""
         if self._descriptor is None:
-            self._descriptor = Descriptor(self._driver.export_descriptor(self.value))
+            self._descriptor = Descriptor.of(self._driver.export_descriptor(self.value))
         return self._descriptor
 
     @classmethod

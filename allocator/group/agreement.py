@@ -19,6 +19,7 @@ import functools
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -149,6 +150,7 @@ class Rounds:
         job = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         self._prefix = f"symmem/{job}/{name}"
         self.presence = Presence(store, self._prefix, rank, size, lost_elsewhere)
+        self._generation, self._coming = 0, threading.Lock()
         self.number = 0
         self._sent = 0  # the last round to which this rank has sent something
         self._reported = 0  # the last round to which this rank has sent an error without waiting for the outcome
@@ -171,9 +173,11 @@ class Rounds:
         return StoreTransport(self._store, f"{self._prefix}/{generation}", self._rank, self._size, self.presence.check)
 
     def _come(self) -> int:
-        generation: int = self._store.add(f"{self._prefix}/met/{self._rank}", 1)
-        self.presence.come(generation)
-        return generation
+        with self._coming:  # the thread of an interrupted call may still be at it
+            if not self._generation:
+                self._generation = self._store.add(f"{self._prefix}/met/{self._rank}", 1)
+            self.presence.come(self._generation)
+            return self._generation
 
     @property
     def transport(self) -> Transport:

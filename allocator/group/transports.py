@@ -352,7 +352,7 @@ def watch_process(pid: int) -> Descriptor | None:
         ResourceLimitError: This process may have no more descriptors.
     """
     try:
-        return Descriptor(os.pidfd_open(pid))
+        return Descriptor.from_call(os.pidfd_open, pid)
     except ProcessLookupError:
         raise
     except OSError as error:

@@ -21,6 +21,7 @@ from thread_ranks import run_ranks
 
 from symmem.backends import descriptors as scm
 from symmem.backends import libc
+from symmem.backends.memory_files import make_memory_file
 from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError, ResourceLimitError
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -48,7 +49,7 @@ def soon(seconds: float = LONG) -> float:
 @pytest.mark.parametrize("nbytes", [0, 1, 3 << 20])
 def test_any_number_of_descriptors_and_bytes_pass(number: int, nbytes: int, pair: Pair) -> None:
     """The kernel takes 253 descriptors per message. They come in order, and no exec'd program inherits them."""
-    files = [libc.Descriptor(os.memfd_create(f"file{index}")) for index in range(3)]
+    files = [libc.Descriptor.of(os.memfd_create(f"file{index}")) for index in range(3)]
     body = os.urandom(nbytes)
     try:
         sender = threading.Thread(
@@ -193,11 +194,31 @@ def test_an_interrupt_right_after_the_system_call_loses_no_descriptor(number: in
 
 def test_a_descriptor_closes_with_its_last_reference() -> None:
     before = descriptors_by_fstat()
-    descriptor = libc.Descriptor(os.dup(0))
+    descriptor = libc.Descriptor.of(os.dup(0))
     also = (descriptor,)
     del descriptor
     os.fstat(also[0])
     del also
+    assert descriptors_by_fstat() == before
+
+
+def test_interrupts_lose_no_memory_file_and_are_not_lost() -> None:
+    before, came = descriptors_by_fstat(), 0
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for turn in range(500):
+            with contextlib.suppress(KeyboardInterrupt):
+                came += 1
+                signal.setitimer(signal.ITIMER_REAL, 5e-6 + turn * 1e-7)
+                while True:
+                    make_memory_file(4096)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert came == 500
     assert descriptors_by_fstat() == before
 
 

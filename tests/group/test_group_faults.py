@@ -29,7 +29,7 @@ from symmem.errors import (
     PeerTimeoutError,
     RendezvousError,
 )
-from symmem.group import transports
+from symmem.group import agreement, transports
 from symmem.group.group import Group
 from symmem.group.interrupts import held_back
 from symmem.group.transports import Message, SocketTransport, StoreTransport
@@ -225,6 +225,24 @@ def test_an_interrupt_within_a_message_comes_after_it(way: str, monkeypatch: pyt
     assert peer.verdict(2, soon).step == "next"
     transport.close()
     peer.close()
+
+
+def test_an_interrupt_in_the_first_call_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store has counted the rank, and the rank does not know: it must not be counted twice."""
+    groups, original = make_groups(2), transports.within
+
+    def interrupted(deadline: float, call: Callable[..., Any], *arguments: Any) -> Any:
+        result = original(deadline, call, *arguments)
+        if call == groups[1]._rounds._come:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(agreement, "within", interrupted)
+    told, interrupt = run_ranks(2, lambda rank: meet(groups[rank]))
+    assert isinstance(interrupt, KeyboardInterrupt)
+    assert "KeyboardInterrupt" in str(told)
+    succeed(2, lambda rank: meet(groups[rank]))
 
 
 def test_an_interrupt_comes_after_a_block_that_raises_too() -> None:

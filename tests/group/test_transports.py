@@ -100,7 +100,7 @@ def test_a_header_with_a_wrong_value_is_the_named_error_and_closes_descriptors(
     header = {**HEADER, key: value}
     if drop:
         del header[key]
-    ends = [Descriptor(end) for end in os.pipe()]
+    ends = [Descriptor.of(end) for end in os.pipe()]
     try:
         with pytest.raises(RendezvousError, match="not a message"):
             Message.unpack(header, b"abc", (ends[0],))
