@@ -117,12 +117,15 @@ def on_streams_and_in_graphs() -> None:
             symmem.ops.all_reduce(x, out=out)  # on another stream it would read the old values
             later.copy_(out)
         torch.cuda.current_stream().wait_stream(side)
-        assert (counted.done, counted.left) == (1, 0)
+        assert (counted.done, counted.left) == (
+            0,
+            1,
+        )  # the first call on another stream, which waits for the earlier one
         assert (later == total + world).all()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             symmem.ops.all_reduce(x, out=out)
-        assert (counted.done, counted.left) == (1, 1)
+        assert (counted.done, counted.left) == (0, 2)
         for turn in range(5):
             x.fill_(turn + rank)
             graph.replay()
