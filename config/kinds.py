@@ -18,6 +18,7 @@ __all__ = [
     "BUILT_IN",
     "CHECK",
     "COLLECTIVE_CHECK",
+    "COMPILED_COLLECTIVES",
     "DURATION",
     "FACTOR",
     "INSPECTION",
@@ -221,6 +222,9 @@ COLLECTIVE_CHECK = _choice("off", "each")
 
 INSPECTION = _choice("on", "off")
 """Whether a process answers questions about its ranks."""
+
+COMPILED_COLLECTIVES = _choice("auto", "on", "off")
+"""The groups whose functional collectives compiled graphs give to symmem's operators."""
 
 TORCH_BACKEND = _choice("off", "on")
 """Whether torch's symmetric memory uses symmem for CPU tensors."""

@@ -20,6 +20,7 @@ from symmem.config.kinds import (
     BUILT_IN,
     CHECK,
     COLLECTIVE_CHECK,
+    COMPILED_COLLECTIVES,
     DURATION,
     FACTOR,
     INSPECTION,
@@ -109,6 +110,7 @@ class Settings:
         collective_check: ``"off"`` or ``"each"``.
         algorithms: ``"built-in"``, or the absolute path of a table of algorithms.
         compile_report: ``"off"``, or the absolute path of a file.
+        compiled_collectives: ``"auto"``, ``"on"`` or ``"off"``. See :mod:`symmem.distributed.functional`.
         inspection: ``"on"`` or ``"off"``. With ``"off"``, this rank of the group does not answer the inspection tools.
         torch_backend: ``"on"`` or ``"off"``. See :mod:`symmem.torch_backend`. It is for the process, not for a group.
         origins: The origin of every setting's value, as text.
@@ -152,6 +154,12 @@ class Settings:
     )
     compile_report: str = _declare(
         REPORT, "off", "The file to which every rank appends JSON lines about registered arguments in torch.compile."
+    )
+    compiled_collectives: str = _declare(
+        COMPILED_COLLECTIVES,
+        "auto",
+        "Whether symmem's operators run the functional collectives of graphs that torch.compile makes with symmem: of "
+        "process groups of the backend symmem (`auto`), of all (`on`), or of none (`off`).",
     )
     inspection: str = _declare(
         INSPECTION,

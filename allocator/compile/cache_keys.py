@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils import _pytree as pytree
 
 from symmem.compile.plan.mutable_ops import original_of
 from symmem.compile.plan.symmetric_layout import is_part
+from symmem.distributed.functional import group_asked
 from symmem.errors import GroupError
 from symmem.group.resolve import group_named
 from symmem.ops.registry import registry
@@ -29,14 +31,23 @@ def key_of(called: Sequence[tuple[OpOverload, torch.fx.Node]]) -> Any:
     """The cache key of a graph, for the operators that it calls.
 
     The key covers the code of this package and the registry. It also covers the sizes of the groups of symmem's own
-    operators, the pairs of groups where one contains the other, and the backends that torch's operators need.
+    operators, the pairs of groups where one contains the other, the backends that torch's operators need, and the
+    groups that give their functional collectives to symmem. Tensor classes such as DTensor call those inside.
     """
     ours = [call for call in called if call[0].namespace == OWN_NAMESPACE or registry.lookup(call[0]) is not None]
     groups = [(op, name) for op, node in ours for name in _groups(node)]
     sizes = {(name, group_named(name).size) for op, name in groups if op.namespace == OWN_NAMESPACE}
     parts = [pair for pair in itertools.permutations(sorted({name for _op, name in groups}), 2) if is_part(*pair)]
     needs = [(op._name, backend_of(op.namespace, "cpu"), backend_of(op.namespace, "cuda")) for op, _node in ours]
-    return f"symmem {_fingerprint()} {registry.fingerprint()}", sorted(sizes), parts, needs
+    asked = sorted((group.name, group.size) for group in map(group_asked, _process_groups()) if group is not None)
+    return f"symmem {_fingerprint()} {registry.fingerprint()}", sorted(sizes), parts, needs, asked
+
+
+def _process_groups() -> list[str]:
+    """Names of the process groups of this rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    return [group.group_name for group in dist.distributed_c10d._world.pg_map if dist.get_rank(group) >= 0]
 
 
 @functools.cache

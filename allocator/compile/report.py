@@ -1,4 +1,5 @@
-"""Reports of compiled graphs: where registered arguments are placed or copied, and why. As text and as JSON."""
+"""Reports of compiled graphs: where registered arguments are placed or copied, and which functional collectives symmem
+runs, and why. As text and as JSON."""
 
 from __future__ import annotations
 
@@ -16,11 +17,14 @@ __all__ = [
     "COPIED",
     "GRAPH",
     "IN_PLACE",
+    "LEFT",
     "MARK",
     "PLACED",
+    "SERVED",
     "Decision",
     "GraphReport",
     "Report",
+    "has_memory",
     "name_in",
     "report_of",
 ]
@@ -44,14 +48,22 @@ COPIED = "copied"
 """Copied at every call."""
 
 
+SERVED = "run by symmem"
+"""A functional collective that an operator of symmem runs."""
+
+LEFT = "run by the process group"
+"""A functional collective that symmem was asked to run, but cannot."""
+
+
 @dataclass(frozen=True)
 class Decision:
-    """The decision about one argument in one call of an operator.
+    """The decision about one registered argument in one call of an operator, or about a functional collective.
 
     Attributes:
         op: Qualified name of the operator.
-        argument: Name of the argument, with an index if it is a list.
-        outcome: :data:`PLACED`, :data:`IN_PLACE`, :data:`AT_RUN_TIME` or :data:`COPIED`.
+        argument: Name of the argument, with an index if it is a list. Of a functional collective, its input.
+        outcome: :data:`PLACED`, :data:`IN_PLACE`, :data:`AT_RUN_TIME` or :data:`COPIED`; of a functional collective,
+            :data:`SERVED` or :data:`LEFT`.
         buffer: Name of the buffer in the compiled graph.
         group: Name of the group.
         shape: Sizes as the compiler knows them: numbers or symbols.
@@ -117,7 +129,7 @@ class GraphReport:
 
     Attributes:
         name: Name of the graph.
-        decisions: One per registered argument, in the order of the calls.
+        decisions: One per registered argument and per tensor of a functional collective, in the order of the calls.
         buffers: The symmetric memory that the graph allocates for its buffers.
         usage: How often the arguments with a number were used in place and copied until now. It goes on counting.
     """
@@ -160,10 +172,15 @@ class GraphReport:
         return {**known, "copies": self.copies, "reuses": self.reuses, "peak": self.peak}
 
     def __str__(self) -> str:
-        lines = [
-            f"graph {self.name}: {len(self.decisions)} registered arguments, {self.copies} copied at every call, "
-            f"{len(self.buffers)} symmetric buffers, {self.reuses} reuses, {_bytes(self.peak)} of symmetric memory"
-        ]
+        collectives = [each.outcome == SERVED for each in self.decisions if each.outcome in (SERVED, LEFT)]
+        head = (
+            f"graph {self.name}: {len(self.decisions) - len(collectives)} registered arguments, {self.copies} copied "
+            f"at every call, {len(self.buffers)} symmetric buffers, {self.reuses} reuses, {_bytes(self.peak)} of "
+            "symmetric memory"
+        )
+        if collectives:
+            head += f"; {len(collectives)} functional collectives, {sum(collectives)} run by symmem"
+        lines = [head]
         for each in self.decisions:
             size = f"[{', '.join(each.shape)}] {each.dtype}, {_bytes(each.nbytes)}"
             lines.append(f"  {each.op}({each.argument}: {size}): {each.outcome}: {each.why}")
@@ -208,7 +225,10 @@ class Report:
 
     def __str__(self) -> str:
         if not self.graphs:
-            return "no compiled graph has a registered operator (`symmem ops list` shows which are registered)"
+            return (
+                "no compiled graph has a registered operator (`symmem ops list` shows which are registered), or a "
+                "functional collective of a group that the setting compiled_collectives gives to symmem"
+            )
         return "\n".join(str(each) for each in self.graphs)
 
 
@@ -242,6 +262,11 @@ def name_in(source: str) -> str | None:
     """The name of the graph in generated code; None if it has no registered operator."""
     found = _GRAPH.search(source)
     return found and found.group(1)
+
+
+def has_memory(source: str) -> bool:
+    """Whether generated code uses symmetric memory of the function, and not only functional collectives."""
+    return "symmem_running.here.graph." in source
 
 
 def report_of(

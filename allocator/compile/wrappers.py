@@ -25,10 +25,10 @@ from torch._library.utils import get_layout_constraint_tag, is_builtin
 from torch._ops import OpOverload
 
 from symmem.compile.cache_keys import key_of, operators
-from symmem.compile.plan import graph_outputs, lowering, mutable_ops, producers, symmetric_layout
+from symmem.compile.plan import functional, graph_outputs, lowering, mutable_ops, producers, symmetric_layout
 from symmem.compile.plan.reasons import source_line
 from symmem.compile.plan.symmetric_layout import SymmetricLayout
-from symmem.compile.report import GraphReport, name_in, report_of
+from symmem.compile.report import GraphReport, has_memory, name_in, report_of
 from symmem.compile.run import calls  # noqa: F401  # defines the operators that lowerings call
 from symmem.compile.run.current_graph import bound, running
 from symmem.compile.scope import is_on, listeners, seen
@@ -53,6 +53,8 @@ def _call_function(original: Any) -> Any:
         known = registry.lookup(op)
         if known is not None:
             made: Any = lowering.handler(known, target, op, _own_lowering(target))
+        elif functional.reported_name(op) is not None:
+            made = functional.lowering(op, inductor_lowering.lowerings[op], args, kwargs)
         elif _makes_its_result(op):
             group = producers.fed(self.current_node)
             made = producers.producer(op, group) if group is not None or op.namespace == "symmem" else None
@@ -166,9 +168,14 @@ def _hash_details(original: Any) -> Any:
             seen.update(op._name for op, _node in called)  # code from a cache is not lowered
             self.symmem = key_of(called)
             # Torch's caches ignore source lines, so the code may come from another program.
-            _state.lines = [(op._name, source_line(node)) for op, node in called if registry.lookup(op) is not None]
+            reported = [(_reported_name(op), source_line(node)) for op, node in called]
+            _state.lines = [(name, line) for name, line in reported if name is not None]
 
     return init
+
+
+def _reported_name(op: OpOverload) -> str | None:
+    return op._name if registry.lookup(op) is not None else functional.reported_name(op)
 
 
 def _post_compile(original: Any) -> Any:
@@ -178,11 +185,13 @@ def _post_compile(original: Any) -> Any:
         with _captured(name is not None):
             result = original(self, *args, **kwargs)
         if name is not None:
-            self.current_callable = bound(self.current_callable)
-            graph, lines = self.current_callable.graph, getattr(_state, "lines", None)
+            graph, lines = None, getattr(_state, "lines", None)
+            if has_memory(self.source_code):
+                self.current_callable = bound(self.current_callable)
+                graph = self.current_callable.graph
             if lines is None and name not in symmetric_layout.planned:
                 lines = []
-            report = report_of(name, self.source_code, graph.usage, lines)
+            report = report_of(name, self.source_code, graph and graph.usage, lines)
             _write(report, graph)
             for listener in tuple(listeners):
                 listener(report)

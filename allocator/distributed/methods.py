@@ -15,7 +15,7 @@ from symmem.ops import functions as ops
 from symmem.ops.collectives import is_reduced
 from symmem.ops.refusals import refusing
 
-__all__ = ["METHODS", "Method"]
+__all__ = ["FUNCTIONAL", "METHODS", "OTHER_REDUCTION", "Method"]
 
 Tensors = Sequence[torch.Tensor]
 Lists = Sequence[Tensors]
@@ -23,6 +23,8 @@ Lists = Sequence[Tensors]
 _ReduceOp: Any = dist.ReduceOp
 _REDUCTIONS = {hash(_ReduceOp(getattr(_ReduceOp, name.upper()))): name for name in ("sum", "avg", "min", "max")}
 """The reductions by torch's number for them, which is the hash: looking up the object itself takes a microsecond."""
+
+OTHER_REDUCTION = "a reduction other than sum, avg, min and max"
 
 _CLASSES = (torch.Tensor, torch.nn.Parameter)
 
@@ -48,24 +50,31 @@ class Method(NamedTuple):
     special: Callable[..., str]
     options: Callable[[], Any] | None = None
 
+    def obstacle(
+        self, reduction: str | None, device: str, dtype: torch.dtype, nbytes: int, is_async: bool = False
+    ) -> str:
+        """Why the operator cannot serve a dense tensor of a call; empty if it can."""
+        if device != "cpu" and (device != "cuda" or is_async):
+            return f"asynchronous calls on {device}"
+        if device == "cuda" and nbytes > _MOST_ON_CUDA.get(self.operator, nbytes):
+            return f"tensors of more than {_MOST_ON_CUDA[self.operator] >> 20} MiB on cuda"
+        if reduction is not None and not is_reduced(device, dtype, reduction):
+            return f"{reduction} of {dtype} on {device}"
+        return ""
+
     def plan(self, group: Group, arguments: Sequence[Any]) -> Callable[[], None] | str:
         """Return what makes a call, or why the operator cannot. For matching calls, all ranks get the same answer."""
         options, reduction = arguments[-1], None
         if self.operator in ("all_reduce", "reduce_scatter"):
             reduction = _REDUCTIONS.get(hash(options.reduceOp))
             if reduction is None:
-                return "a reduction other than sum, avg, min and max"
+                return OTHER_REDUCTION
         is_protected = False
         for x in self.tensors(*arguments):
             if type(x) not in _CLASSES or x.layout is not torch.strided or x.is_quantized or x.is_nested:
                 return "a tensor that is not dense"
-            device = x.device.type
-            if device != "cpu" and (device != "cuda" or options.asyncOp):
-                return f"asynchronous calls on {device}"
-            if device == "cuda" and x.nbytes > _MOST_ON_CUDA.get(self.operator, x.nbytes):
-                return f"tensors of more than {_MOST_ON_CUDA[self.operator] >> 20} MiB on cuda"
-            if reduction is not None and not is_reduced(device, x.dtype, reduction):
-                return f"{reduction} of {x.dtype} on {device}"
+            if obstacle := self.obstacle(reduction, x.device.type, x.dtype, x.nbytes, options.asyncOp):
+                return obstacle
             is_protected = is_protected or x.requires_grad or x.is_inference()
         if obstacle := self.special(*arguments):
             return obstacle
@@ -206,3 +215,28 @@ METHODS = {
     "alltoall_base": _exchange,
 }
 """By the name of the method. The base class has the other methods: they use the inner process group."""
+
+
+def _reduce(group: Group, reduction: str, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
+    ops.all_reduce(x, group, reduction, out)
+
+
+def _send(group: Group, reduction: None, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
+    ops.broadcast(x, group, options.rootRank, out)
+
+
+def _exchange_parts(group: Group, reduction: None, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
+    _all_to_all(group, reduction, out, x, (), (), options)
+
+
+FUNCTIONAL = {
+    "all_reduce": _gather._replace(operator="all_reduce", run=_reduce),
+    "all_gather_into_tensor": _gather,
+    "reduce_scatter_tensor": _scatter,
+    "all_to_all_single": _gather._replace(operator="all_to_all", run=_exchange_parts),
+    "broadcast": _gather._replace(operator="broadcast", run=_send),
+}
+"""The functional collectives ``torch.ops._c10d_functional``, by name without ``_coalesced``, ``_`` and ``_out``.
+
+The arguments are the result, which is ``x`` if the call works in place, then ``x`` and the options.
+"""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from symmem.config.kinds import MAX_SECONDS
-from symmem.distributed.methods import METHODS
+from symmem.distributed.methods import METHODS, Method
 from symmem.distributed.work import WorkQueue
 from symmem.errors import BackendUnavailableError, GroupError, UnsupportedError
 from symmem.group.group import Group, check_timeout
@@ -25,7 +25,7 @@ from symmem.group.resolve import GroupLike, resolve_group
 from symmem.ops import functions as ops
 from symmem.tensor.tensor import SymmetricTensor
 
-__all__ = ["Served", "SymmemProcessGroup", "make_process_group", "report"]
+__all__ = ["Served", "SymmemProcessGroup", "make_process_group", "meet", "report"]
 
 _c10d: Any = torch._C._distributed_c10d  # its stubs lack much
 _autograd: Any = torch.autograd
@@ -98,10 +98,7 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
         with self._lock:
             if self._group is None:
                 group = resolve_group(self)
-                with group.collective("process group"):
-                    pass
-                if group.size > 1 and group.ledger is None:
-                    self._obstacle = "ranks that share no memory: on several hosts, or in several containers"
+                self._obstacle = meet(group)
                 self._group = group
             return self._group
 
@@ -119,6 +116,16 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
             return getattr(self.inner, name)(*arguments, **named)
         self.counts[method.operator, ""] += 1
         return self._run(method.operator, plan, arguments)
+
+    def serve_now(self, method: Method, arguments: tuple[Any, ...]) -> bool:
+        """Run a call of a compiled graph behind the earlier ones, and count it. False if symmem does not serve it."""
+        group = self._group or self.group
+        plan = self._obstacle or method.plan(group, arguments)
+        if isinstance(plan, str):
+            return False
+        self.counts[method.operator, ""] += 1
+        self._run(method.operator, plan, arguments)
+        return True
 
     def _run(self, operator: str, call: Callable[[], None], arguments: tuple[Any, ...]) -> Any:
         """Run a call now or later, behind the earlier ones. A call on CUDA belongs to the current stream."""
@@ -222,6 +229,18 @@ def report(group: GroupLike = None) -> list[Served]:
         raise GroupError("the group is not of the backend symmem", hint='make it with backend="symmem"', step="report")
     counts = sorted(process_group.counts.items())
     return [Served(operation, "inner" if why else "symmem", why, calls) for (operation, why), calls in counts]
+
+
+def meet(group: Group) -> str:
+    """Let the ranks of a group meet in shared memory. Collective.
+
+    Returns why symmem cannot serve the group; empty if it can.
+    """
+    with group.collective("process group"):
+        pass
+    if group.size > 1 and group.ledger is None:
+        return "ranks that share no memory: on several hosts, or in several containers"
+    return ""
 
 
 def _profiled(operator: str, call: Callable[[], None], inputs: Any) -> Callable[[], None]:

@@ -145,6 +145,7 @@ def test_every_setting_can_be_given_in_every_way(name: str, cluster: ClusterFile
         "collective_check": ("each", "each"),
         "algorithms": (str(table), str(table)),
         "compile_report": (str(table.parent / "report"), str(table.parent / "report")),
+        "compiled_collectives": ("on", "on"),
         "inspection": ("off", "off"),
         "torch_backend": ("on", "on"),
     }[name]

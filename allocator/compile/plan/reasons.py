@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from symmem.compile.report import AT_RUN_TIME, COPIED, IN_PLACE
 
 __all__ = ["Verdict", "producer_name", "source_line", "verdict"]
 
+_TORCH = str(Path(torch.__file__).parent)
 _IF_SYMMETRIC = "used in place if it is symmetric memory on all ranks, else copied"
 
 
@@ -140,8 +142,9 @@ def _is_part(node: torch.fx.Node) -> bool:
 
 
 def source_line(node: torch.fx.Node | None) -> str:
-    """The source line that a node comes from; empty if it is not known."""
+    """The source line that a node comes from, outside of torch if there is one; empty if it is not known."""
     trace = (node.meta.get("stack_trace") or "") if node is not None else ""
     lines = [line.strip() for line in trace.strip().splitlines()]
     places = [index for index, line in enumerate(lines) if line.startswith("File ")]
-    return ": ".join(lines[places[-1] : places[-1] + 2]) if places else ""
+    place = next((index for index in reversed(places) if _TORCH not in lines[index]), places[-1] if places else 0)
+    return ": ".join(lines[place : place + 2]) if places else ""
