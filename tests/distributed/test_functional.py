@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
@@ -18,7 +17,7 @@ from patience import SETTINGS, TASK
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils import _pytree as pytree
 
@@ -134,21 +133,33 @@ def in_place() -> None:
     assert [outcome for _name, outcome in ran] == [SERVED] * 3
 
 
-def operators_with_results() -> None:
-    """The operators that torch's passes put into graphs."""
-    name, size, ops = world().group_name, dist.get_world_size(), torch.ops._c10d_functional
+def forms_from_passes() -> None:
+    """Forms that only torch's passes put into graphs."""
+    group, ops = world(), torch.ops._c10d_functional
+    size = dist.get_world_size()
 
-    def program(x: torch.Tensor, y: torch.Tensor, gathered: torch.Tensor, part: torch.Tensor) -> Any:
-        x, y = x + 1, y + 1
-        a = ops.wait_tensor(ops.all_reduce_(x, "min", name))
-        b, c = map(ops.wait_tensor, ops.all_reduce_coalesced_([y, y * 2], "sum", name))
-        d = ops.wait_tensor(ops.broadcast_(y * 3, 1, name))
-        e = ops.wait_tensor(ops.all_gather_into_tensor_out(a + 1, size, name, out=gathered * 0))
-        f = ops.wait_tensor(ops.reduce_scatter_tensor_out(e * 2, "sum", size, name, out=part * 0))
-        return a * 1, b * 1, c * 1, d * 1, e * 1, f * 1
+    def rewrite(graph: torch.fx.Graph) -> None:
+        for node in list(graph.nodes):
+            if node.target is ops.broadcast.default:
+                node.target = ops.broadcast_.default
+            for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+                if node.target is getattr(ops, name).default:
+                    value = node.meta["val"]
+                    with graph.inserting_before(node):
+                        options = {"dtype": value.dtype, "device": value.device}
+                        out = graph.call_function(torch.ops.aten.empty.memory_format, (list(value.shape),), options)
+                    out.meta["val"] = value
+                    node.target, node.kwargs = getattr(ops, f"{name}_out").default, {"out": out}
 
-    ran = same(program, values(3), values(4), torch.empty(3 * size), torch.empty(3))
-    assert [outcome for _name, outcome in ran] == [SERVED] * 6
+    def program(x: torch.Tensor) -> Any:
+        sent = functional.broadcast(x * 3, 1, group)
+        gathered = functional.all_gather_tensor(x + 1, 0, group)
+        part = functional.reduce_scatter_tensor(gathered * 2, "sum", 0, group)
+        least = functional.all_reduce_coalesced([x * 5, x * 7], "min", group)
+        return sent + 1, gathered * 1, part + 1, [each + 1 for each in least]
+
+    ran = same(program, values(2 * size, 3), options={"post_grad_custom_post_pass": rewrite})
+    assert [outcome for _name, outcome in ran] == [SERVED] * 5
 
 
 def other_shapes_and_dtypes() -> None:
@@ -164,9 +175,9 @@ def other_shapes_and_dtypes() -> None:
         return total + 1, whole * 1, gathered * 1, nothing * 1, most + 1, part + 1
 
     numbers = torch.arange(4) * dist.get_rank()
-    assert {outcome for _name, outcome in same(program, values(3, 2), values(), values(3, 2 * size).half(), numbers)} == {
-        SERVED
-    }
+    assert {
+        outcome for _name, outcome in same(program, values(3, 2), values(), values(3, 2 * size).half(), numbers)
+    } == {SERVED}
 
 
 def dynamic_shapes() -> None:
@@ -223,14 +234,14 @@ def torchs_passes_for_overlap() -> None:
 
     torch._dynamo.reset()
     x, y = values(4, 3), values(8, 8, seed=1)
-    options = {"reorder_for_compute_comm_overlap": True}
-    compiled = torch.compile(program, backend="symmem", fullgraph=True, options=options)
+    compiled = torch.compile(
+        program, backend="symmem", fullgraph=True, options={"reorder_for_compute_comm_overlap": True}
+    )
     result, (code, *_rest) = run_and_get_code(compiled, x, y)
     torch.testing.assert_close(result, program(x, y))
-    lines = [line for line in code.splitlines() if "(" in line and ("symmem_all" in line or "wait_tensor" in line)]
-    calls = ["wait" if "wait_tensor" in line else "call" for line in lines if " = collective" not in line]
-    calls = [each for each, line in zip(calls, lines, strict=True) if not line.startswith(("#", "symmem"))]
-    assert sorted(calls) == ["call", "call", "wait", "wait"]
+    assert code.count("import symmem.distributed.functional") == 1
+    assert code.count("torch.ops._c10d_functional.wait_tensor.default(") == 2
+    assert "torch.ops._c10d_functional.all" not in code
 
 
 @pytest.mark.parametrize(
@@ -239,7 +250,7 @@ def torchs_passes_for_overlap() -> None:
         out_of_place,
         coalesced,
         in_place,
-        operators_with_results,
+        forms_from_passes,
         other_shapes_and_dtypes,
         dynamic_shapes,
         gradients,
@@ -247,4 +258,210 @@ def torchs_passes_for_overlap() -> None:
     ],
 )
 def test_every_form_has_the_results_of_eager_code(pool: RankPool, program: Callable[[], None]) -> None:
+    pool.run(program)
+
+
+# What symmem does not run.
+
+
+def other_calls() -> None:
+    """They stay functional collectives, and run in the process group."""
+    group, rank = world(), dist.get_rank()
+
+    def program(x: torch.Tensor, truth: torch.Tensor) -> Any:
+        product = functional.all_reduce(x, "product", group)
+        total = functional.all_reduce(truth, "sum", group)
+        return product + 1, total, functional.all_reduce(x, "sum", group) + 1
+
+    truth = torch.tensor([rank == 0, True])
+    ran = same(program, values(3), truth)
+    assert ran == [("all_reduce", LEFT), ("all_reduce", LEFT), ("all_reduce", SERVED)]
+
+
+def parts_of_different_sizes() -> None:
+    """Rank 0 has equal parts and rank 1 has not, so the ranks must compare."""
+    group, rank = world(), dist.get_rank()
+    sizes = [[1, 1], [1, 3]][rank]
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return functional.all_to_all_single(x, sizes, sizes, group) + 1
+
+    before = served("all_to_all")
+    same(program, values(sum(sizes), 2))
+    assert served("all_to_all") == before
+
+
+def served(operation: str) -> int:
+    calls = [each for each in symmem.distributed.report() if each.operation == operation and each.by == "symmem"]
+    return sum(each.calls for each in calls)
+
+
+def shared_memory_is_missing() -> None:
+    """Every form runs in the inner group, if the ranks turn out to share no memory."""
+    process_group: Any = world()
+    total = served("all_reduce")
+    with mock.patch.object(process_group, "_obstacle", "a test"):
+        for program in (out_of_place, coalesced, in_place, forms_from_passes):
+            program()
+    assert served("all_reduce") == total
+
+
+def other_settings_than_the_compiler_had() -> None:
+    group = world()
+    symmem_group = symmem.resolve_group(group)
+
+    @torch.compile(backend="symmem", fullgraph=True)
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return functional.all_reduce(x * 2, "sum", group) + 1
+
+    x = values(3)
+    first, before = program(x), served("all_reduce")
+    assert torch.equal(program(x), first)
+    assert served("all_reduce") == before + 1
+    off = dataclasses.replace(symmem_group.settings, compiled_collectives="off")
+    with mock.patch.object(symmem_group, "settings", off):
+        torch.testing.assert_close(program(x), first)  # code from a cache may come from such a program
+        with reporting() as report:
+            torch.testing.assert_close(torch.compile(lambda x: program(x) * 1, backend="symmem")(x), first)
+        assert not report.graphs
+
+
+def a_wrong_shape_fails_on_all_ranks() -> None:
+    group, rank = world(), dist.get_rank()
+
+    @torch.compile(backend="symmem", fullgraph=True, dynamic=True)
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return functional.all_reduce(x * 2, "sum", group) + 1
+
+    program(values(3))
+    with pytest.raises(symmem.errors.MismatchError, match="all_reduce"):
+        program(values(4 + rank))
+    assert torch.equal(program(values(5)), functional.all_reduce(values(5) * 2, "sum", group) + 1)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        other_calls,
+        parts_of_different_sizes,
+        shared_memory_is_missing,
+        other_settings_than_the_compiler_had,
+        a_wrong_shape_fails_on_all_ranks,
+    ],
+)
+def test_all_other_calls(pool: RankPool, program: Callable[[], None]) -> None:
+    pool.run(program)
+
+
+# Groups of other backends, and several groups.
+
+
+def over_gloo(setting: str) -> list[tuple[str, str]]:
+    group = world()
+
+    def program(x: torch.Tensor) -> Any:
+        gathered = functional.all_gather_tensor(x + 1, 0, group)
+        return functional.all_reduce(x * 2, "sum", group) + 1, gathered * 1
+
+    assert symmem.resolve_group(group).settings.compiled_collectives == setting
+    return same(program, values(4, 3))
+
+
+@pytest.mark.parametrize("setting", ["auto", "on"])
+def test_groups_of_other_backends_need_the_setting(env: dict[str, str | None], setting: str) -> None:
+    option = f"compiled_collectives({setting}),{SETTINGS}"
+    with RankPool(2, env={**env, "SYMMEM_ENABLE": option}, process_group="gloo", timeout=TASK) as pool:
+        expected = {"auto": [], "on": [("all_gather_into_tensor", SERVED), ("all_reduce", SERVED)]}[setting]
+        assert pool.run(over_gloo, setting) == [expected] * 2
+
+
+def overlapping_groups() -> None:
+    everyone, rank = world(), dist.get_rank()
+    pairs = [dist.new_group(ranks, backend="symmem") for ranks in ([0, 1], [1, 2])]
+    mine = [pair for pair, ranks in zip(pairs, ([0, 1], [1, 2]), strict=True) if rank in ranks]
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        for pair in mine:
+            x = functional.all_reduce(x * 2, "sum", pair) + rank
+        return functional.all_gather_tensor(x, 0, everyone) * 1
+
+    ran = same(program, values(4, 3))
+    assert ran == [*[("all_reduce", SERVED)] * len(mine), ("all_gather_into_tensor", SERVED)]
+
+
+def test_several_groups_in_one_graph(env: dict[str, str | None]) -> None:
+    with RankPool(3, env=env, process_group="symmem", timeout=TASK) as pool:
+        pool.run(overlapping_groups)
+
+
+# Models without a change of code.
+
+
+def layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def trained(model: Callable[[torch.Tensor], torch.Tensor], parameters: nn.Module) -> list[torch.Tensor]:
+    result = model(values(4, 8, seed=1))
+    result.square().sum().backward()
+    gradients = [cast("Any", each.grad).full_tensor() for each in parameters.parameters()]
+    return [result.detach(), *gradients]
+
+
+def compare(models: list[nn.Module]) -> list[tuple[str, str]]:
+    """Train two equal models, one eager and one compiled by ``enable()``; return what ran the latter's collectives."""
+    eager, other = models
+    expected = trained(eager, eager)
+    torch._dynamo.reset()
+    symmem.compile.enable()
+    try:
+        with reporting() as report:
+            results = trained(torch.compile(other), other)
+    finally:
+        symmem.compile.disable()
+    for one, another in zip(expected, results, strict=True):
+        torch.testing.assert_close(one, another)
+    return found(report)
+
+
+def tensor_parallel() -> None:
+    world()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {"0": ColwiseParallel(input_layouts=Shard(0)), "2": RowwiseParallel(output_layouts=Shard(0))}
+    ran = compare([parallelize_module(layers(), mesh, plan) for _ in range(2)])
+    assert [name for name, _outcome in ran][:2] == ["all_gather_into_tensor", "reduce_scatter_tensor"]
+    assert len(ran) > 2  # the backward graph has others
+    assert {outcome for _name, outcome in ran} == {SERVED}
+
+
+def dtensors() -> None:
+    world()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def program(local: torch.Tensor) -> torch.Tensor:
+        shard: Any = DTensor.from_local(local, mesh, [Shard(0)])
+        everywhere = (shard * 2).redistribute(mesh, [Replicate()])
+        return everywhere.sum(0).to_local() + shard.sum(0).full_tensor()
+
+    ran = same(program, values(4, 6))
+    assert {outcome for _name, outcome in ran} == {SERVED}
+    assert {"all_gather_into_tensor", "all_reduce"} <= {name for name, _outcome in ran}
+
+
+def fully_sharded() -> None:
+    """FSDP2's own collectives are outside of the graphs, and symmem's process group runs them."""
+    mesh = DeviceMesh.from_group(world(), "cpu")
+    models: list[Any] = [layers() for _ in range(2)]
+    for model in models:
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh)
+    before = served("all_gather"), served("reduce_scatter")
+    compare(models)
+    assert served("all_gather") > before[0]
+    assert served("reduce_scatter") > before[1]
+
+
+@pytest.mark.parametrize("program", [tensor_parallel, dtensors, fully_sharded])
+def test_models_need_no_change(pool: RankPool, program: Callable[[], None]) -> None:
     pool.run(program)
