@@ -39,6 +39,8 @@ def _copy_of(fn: Callable[..., Any]) -> Callable[..., Any]:
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Compile a function, call it once, and report where its registered arguments are placed or copied, and why.
 
+    The report also lists the functional collectives that symmem runs, or is asked to run and cannot.
+
     All ranks must call it, because it runs the function with its collective operators. Functions that are already
     compiled stay compiled. If ``fn`` calls ``backward()``, the backward graph is reported too.
 

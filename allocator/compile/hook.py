@@ -3,7 +3,7 @@
 ================================================== ================================================================
 wrapped function                                   purpose
 ================================================== ================================================================
-GraphLowering.call_function                        operators with registered arguments
+GraphLowering.call_function                        operators with registered arguments, functional collectives
 GraphLowering.output                               results of a graph
 AllocateLine._codegen_comm_buffer                  the code that allocates a buffer
 PythonWrapperCodegen.can_reuse                     no reuse in place, into or out of symmetric memory
