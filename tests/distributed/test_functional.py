@@ -221,27 +221,29 @@ def gradients() -> None:
 
 
 def torchs_passes_for_overlap() -> None:
-    """The passes move the waits of symmem's collectives as ever, and the results stay."""
+    """The passes see the collectives and their waits as ever: one merges the collectives, one moves the waits."""
     group = world()
 
     def program(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         total = functional.all_reduce(x * 2, "sum", group)
-        gathered = functional.all_gather_tensor(x + 1, 0, group)
-        other = y @ y @ y
-        return total.sum() + gathered.sum() + other
+        gathered = [functional.all_gather_tensor(x + number, 0, group) for number in range(3)]
+        return total.sum() + torch.cat(gathered).sum() + y @ y @ y
 
     from torch._inductor.utils import run_and_get_code
 
-    torch._dynamo.reset()
     x, y = values(4, 3), values(8, 8, seed=1)
-    compiled = torch.compile(
-        program, backend="symmem", fullgraph=True, options={"reorder_for_compute_comm_overlap": True}
-    )
-    result, (code, *_rest) = run_and_get_code(compiled, x, y)
-    torch.testing.assert_close(result, program(x, y))
-    assert code.count("import symmem.distributed.functional") == 1
-    assert code.count("torch.ops._c10d_functional.wait_tensor.default(") == 2
-    assert "torch.ops._c10d_functional.all" not in code
+    for options, calls in (
+        ({"reorder_for_compute_comm_overlap": True}, 4),
+        ({"reorder_for_compute_comm_overlap": True, "bucket_all_gathers_fx": "all"}, 2),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(program, backend="symmem", fullgraph=True, options=cast("Any", options))
+        with reporting() as report:
+            result, (code, *_rest) = run_and_get_code(compiled, x, y)
+        torch.testing.assert_close(result, program(x, y))
+        assert [outcome for _name, outcome in found(report)] == [SERVED] * calls
+        assert code.count("torch.ops._c10d_functional.wait_tensor.default(") == calls
+        assert "torch.ops._c10d_functional.all" not in code
 
 
 @pytest.mark.parametrize(

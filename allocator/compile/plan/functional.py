@@ -25,6 +25,7 @@ from symmem.compile.plan.symmetric_layout import declare, emit_header, nbytes_of
 from symmem.compile.report import LEFT, SERVED, Decision
 from symmem.distributed.functional import base_name, group_asked, obstacle
 from symmem.distributed.methods import FUNCTIONAL
+from symmem.group.group import Group
 
 __all__ = ["lowering", "reported_name"]
 
@@ -41,47 +42,46 @@ def lowering(op: OpOverload, usual: Callable[..., Any], args: Sequence[Any], kwa
     """The lowering of a functional collective; None if symmem is not asked to run it.
 
     Args:
-        op: An operator.
+        op: An operator with a :func:`reported_name`.
         usual: Inductor's lowering.
         args: Its positional arguments in the graph.
         kwargs: Its keyword arguments in the graph.
     """
-    if reported_name(op) is None or V.graph.cpp_wrapper:
+    group = group_asked(_by_name(op, args, kwargs)["group_name"])
+    if group is None or V.graph.cpp_wrapper:
         return None
+    return lambda *args, **kwargs: _Collective(op, group, _by_name(op, args, kwargs)).lower(usual, args, kwargs)
+
+
+def _by_name(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, in the order of the schema."""
     names = [argument.name for argument in op._schema.arguments]
-    group_name = {**dict(zip(names, args, strict=False)), **kwargs}["group_name"]
-    if group_asked(group_name) is None:
-        return None
-
-    def lowered(*args: Any, **kwargs: Any) -> Any:
-        return _Lowered(op, {**dict(zip(names, args, strict=False)), **kwargs}).lower(usual, args, kwargs)
-
-    return lowered
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {name: given[name] for name in names}
 
 
-class _Lowered:
+class _Collective:
     """One functional collective.
 
     Args:
         op: The operator.
+        group: Its group.
         given: Its arguments by name.
     """
 
-    def __init__(self, op: OpOverload, given: Mapping[str, Any]) -> None:
-        values = list(given.values())
-        self._op, self._base = op, base_name(op._opname)
-        self._inputs: list[Any] = list(values[0]) if isinstance(values[0], list | tuple) else values[:1]
-        self._rest = [value for name, value in list(given.items())[1:] if name != "out"]
-        self._is_new = not op._schema.is_mutable  # whether it returns new tensors
+    def __init__(self, op: OpOverload, group: Group, given: Mapping[str, Any]) -> None:
+        self._op, self._base, self._group = op, base_name(op._opname), group
+        (self._argument, x), *rest = given.items()
+        self._inputs: list[Any] = list(x) if isinstance(x, list | tuple) else [x]
+        self._rest = [value for name, value in rest if name != "out"]
         self._reduction: str | None = given.get("reduce_op")
-        self._world = group_asked(given["group_name"]).size  # type: ignore[union-attr]
         self._plan = symmetric_layout.current_plan() or symmetric_layout.begin_plan(uuid.uuid4().hex[:12])
-        self._call, self._group = self._plan.next_call(), str(given["group_name"])
+        self._call = self._plan.next_call()
 
     def lower(self, usual: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Add the nodes, and return the results."""
         why = next(filter(None, map(self._obstacle, self._inputs)), "")
-        if self._is_new and not why:
+        if not why and not self._op._schema.is_mutable:
             results = [self._new(x) for x in self._inputs]
             return results if "coalesced" in self._op._opname else results[0]
         before = len(V.graph.operations)
@@ -104,7 +104,7 @@ class _Lowered:
             return "sizes of parts that depend on data"
         nbytes = nbytes_of(x.get_size(), x.get_dtype()) or 0
         if self._base == "all_gather_into_tensor":
-            nbytes *= self._world
+            nbytes *= self._group.size
         return obstacle(self._base, self._reduction, x.get_device().type, x.get_dtype(), nbytes)
 
     def _new(self, x: Any) -> ir.TensorBox:
@@ -144,18 +144,17 @@ class _Lowered:
         kernel.codegen = codegen
 
     def _note(self, x: Any, buffer: str, why: str) -> None:
-        kind = FUNCTIONAL[self._base].operator
         self._plan.decisions.append(
             Decision(
                 op=f"{_NAMESPACE}::{self._base}",
-                argument=self._op._schema.arguments[0].name,
+                argument=self._argument,
                 outcome=LEFT if why else SERVED,
                 buffer=buffer,
-                group=self._group,
+                group=self._group.name,
                 shape=tuple(map(str, x.get_size())),
                 dtype=str(x.get_dtype()).removeprefix("torch."),
                 nbytes=nbytes_of(x.get_size(), x.get_dtype()),
-                why=why or f"symmem::{kind}",
+                why=why or f"symmem::{FUNCTIONAL[self._base].operator}",
                 where=source_line(V.graph.current_node),
                 call=self._call,
             )
