@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from symmem.compile.plan.mutable_ops import original_of
 from symmem.compile.plan.symmetric_layout import is_part
+from symmem.distributed import functional
 from symmem.distributed.functional import group_asked
 from symmem.errors import GroupError
 from symmem.group.resolve import group_named
@@ -52,7 +53,8 @@ def _process_groups() -> list[str]:
 
 @functools.cache
 def _fingerprint() -> str:
-    texts = [file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py"))]
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    texts = [file.read_bytes() for file in (*files, Path(functional.__file__))]
     return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
