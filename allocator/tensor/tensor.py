@@ -94,9 +94,9 @@ class SymmetricTensor(BlockHandle):
         Raises:
             InvalidArgumentError: Sizes, strides, dtype, device, arena or name.
             DivergenceError: Ranks made different allocations in the arena; names the first, and each rank's call site.
-                On one host, a difference is logged at once. All ranks raise it at their next use of peers' memory or
-                collective call; here, if the arena must grow or the backend has ``COLLECTIVE_ALLOCATION``. Several
-                hosts raise it when the ranks communicate, or here with ``allocation_check(each)``.
+                On one host, a difference is logged at once. All ranks raise it where they use peers' memory next; here,
+                if the arena must grow or the backend has ``COLLECTIVE_ALLOCATION``. Several hosts raise it when the
+                ranks communicate, or here with ``allocation_check(each)``.
             UnsupportedError: The arena would have to grow during the capture of a CUDA graph; or a FakeTensorMode is
                 active.
             ConfigError: Unknown backend, or an error in the environment or the cluster file.
