@@ -239,6 +239,32 @@ def test_a_rank_that_ran_far_ahead_is_told_before_it_reads(pool: RankPool) -> No
     assert pool.run(differ_far_apart)[0].kind == "DivergenceError"
 
 
+def operate_after_a_difference() -> list[Told]:
+    group = group_of("operators")
+    if group is None:
+        return []
+    symmem.ops.all_reduce(allocate(group, 8).tensor, group)  # the first operation is a meeting, which raises
+    kept = allocate(group, 1000) if group.rank == 0 else None
+    x, all_x = allocate(group, 500), allocate(group, 1000)
+    x.tensor.fill_(group.rank + 1)
+
+    def go() -> None:
+        symmem.ops.all_gather(x.tensor, group, out=all_x.tensor.view(2, 500))
+        assert all_x.tensor.tolist() == [1.0] * 500 + [2.0] * 500
+        symmem.ops.all_reduce(x.tensor, group, out=x.tensor)
+        assert x.tensor.eq(3).all()
+
+    found = [told(go), told(lambda: use(x))]
+    del kept
+    group.close()
+    return found
+
+
+def test_operators_are_right_after_a_difference(pool: RankPool) -> None:
+    for operated, used in pool.run(operate_after_a_difference)[:2]:
+        assert (operated.kind, used.kind) == ("", "DivergenceError")
+
+
 def diverge_often(meetings: bool) -> list[Told]:
     """Diverge more often than there are sequences, also while the ranks meet to begin again."""
     group = group_of(f"often {meetings}")
