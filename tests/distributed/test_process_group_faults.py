@@ -231,7 +231,10 @@ def again(times: int) -> tuple[dict[str, int], dict[str, int]]:
 
 def test_destroying_and_making_groups_leaves_nothing(pool_of: Any) -> None:
     for before, after in pool_of(2).run(again, 200):
-        assert before == after
+        assert all(after[name] <= before[name] for name in before), (
+            before,
+            after,
+        )  # a group of before may go meanwhile
 
 
 def dropped() -> None:
