@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from symmem.backends.descriptors import Contribution, Received
 from symmem.backends.kernel_status import failure
@@ -41,7 +41,7 @@ from symmem.group.call_site import CallSite, caller
 from symmem.group.compare import SAME_CALLS, called_at, differing
 from symmem.group.interrupts import held_back
 from symmem.group.ledger import Ledger
-from symmem.group.locations import Location, not_connectable
+from symmem.group.locations import Places
 from symmem.group.presence import Presence
 from symmem.group.transports import Message, NotComingError, SocketTransport, StoreTransport, Transport, within
 
@@ -56,6 +56,14 @@ __all__ = ["AgreedError", "CollectiveOperation", "Rounds", "as_symmem_error"]
 log = logging.getLogger("symmem.group")
 
 _NOTHING = Contribution(b"")
+
+Decide: TypeAlias = "Callable[[list[bytes]], bytes]"
+"""Makes one answer of the payloads of all ranks."""
+
+
+def _ignore(payloads: list[bytes]) -> bytes:
+    return b""
+
 
 _BACK_IN_STEP = "back in step"  # the step of the round after a round that was given up for a late rank
 
@@ -110,7 +118,7 @@ class CollectiveOperation:
     def exchange(self, step: str, payload: bytes = b"", descriptors: Sequence[int] = ()) -> Received:
         """See :meth:`symmem.backends.base.Collective.exchange`."""
         if descriptors and not self.passes_descriptors:
-            raise not_connectable(self._rounds.locations)
+            raise self._rounds.places.not_connectable()
         return self._rounds.exchange(self, step, Contribution(payload, tuple(descriptors)))
 
 
@@ -129,7 +137,7 @@ class Rounds:
         number: How many rounds this rank has begun; the same on all ranks.
         waiting: The round that this rank waits in: step, number, start, deadline. Else None.
         joined: Whether the ranks know each other's locations; see :mod:`symmem.group.join`.
-        locations: Where the ranks run, once they have joined.
+        places: Where the ranks run, once they have joined.
         identity: A text that is the same on all ranks, once they have joined, and different for every group.
         sockets: The sockets between the ranks; None if messages go over the store.
         ledger: The acts of all ranks; None unless descriptors can pass between all of them.
@@ -157,7 +165,7 @@ class Rounds:
         self._late: tuple[int, ...] = ()  # the ranks for which the last round was given up, if this rank waited in it
         self.waiting: tuple[str, int, float, float] | None = None
         self.joined = size == 1
-        self.locations: tuple[Location, ...] = ()
+        self.places = Places((0,) * size)
         self.identity: str | None = None
         self.sockets: SocketTransport | None = None
         self.ledger: Ledger | None = None
@@ -211,7 +219,7 @@ class Rounds:
                 self._get_back_in_step(operation)
             yield operation
             operation.is_agreeing = True
-            self.exchange(operation, "agree")
+            self.settle(operation, "agree")
         except AgreedError as agreed:
             agreed.error.propagated_to = self._name
             raise agreed.error from agreed.__cause__
@@ -294,22 +302,50 @@ class Rounds:
         Raises:
             AgreedError: An error that all ranks know.
         """
+        message = self._begin(operation, step, contribution)
+        if self._size == 1:
+            return Received([Contribution(contribution.payload, duplicate(contribution.descriptors))])
+        return self._exchange(operation, message)
+
+    def settle(
+        self, operation: CollectiveOperation, step: str, payload: bytes = b"", decide: Decide = _ignore
+    ) -> bytes:
+        """Let rank 0 alone read the payloads of all ranks; returns its answer, the same on all ranks.
+
+        So the bytes of the round grow linearly with the group, if the answer is short.
+
+        Args:
+            operation: The operation in progress.
+            step: The name of the step.
+            payload: What rank 0 gets.
+            decide: Makes the answer from all payloads, in rank order. Only rank 0 calls it, and all ranks raise its
+                SymmemError.
+
+        Raises:
+            AgreedError: An error that all ranks know.
+        """
+        message = self._begin(operation, step, Contribution(payload))
+        if self._size == 1:
+            return decide([payload])
+        with self._exchange(operation, message, decide) as received:
+            return received[0].payload
+
+    def _begin(self, operation: CollectiveOperation, step: str, contribution: Contribution) -> Message:
         if self.closed:  # by another thread
             raise GroupError(f"the group {self._name!r} is closed", rank=self._rank, step=operation.name)
         message = self._message(operation, f"{operation.name}: {step}", [contribution])
         if self._size == 1:
             self._sent = message.sequence
-            return Received([Contribution(contribution.payload, duplicate(contribution.descriptors))])
-        return self._exchange(operation, message)
+        return message
 
-    def _exchange(self, operation: CollectiveOperation, message: Message) -> Received:
+    def _exchange(self, operation: CollectiveOperation, message: Message, decide: Decide | None = None) -> Received:
         self.waiting = message.step, message.sequence, time.monotonic(), message.deadline
         began = time.time()
         end, ledger = None, self.ledger  # another thread may close the group
         if ledger is not None:
             end = ledger.show_wait(f"{message.step} at {operation.line}", message.deadline, message.sequence)
         try:
-            verdict = (self._lead if self._rank == 0 else self._follow)(message, operation)
+            verdict = self._follow(message, operation) if self._rank else self._lead(message, operation, decide)
         finally:
             self.waiting = None
             if end is not None:
@@ -394,7 +430,7 @@ class Rounds:
 
     # Rank 0.
 
-    def _lead(self, message: Message, operation: CollectiveOperation) -> Message:
+    def _lead(self, message: Message, operation: CollectiveOperation, decide: Decide | None) -> Message:
         try:
             self._sent = message.sequence
             messages = self.transport.collect(message.sequence, operation.deadline)
@@ -409,15 +445,21 @@ class Rounds:
             raise
         try:
             wrong = _judge({0: message} | messages)
+            if wrong is None:
+                contributions = [*message.contributions, *(messages[r].contributions[0] for r in range(1, self._size))]
+                if decide is not None:
+                    try:
+                        contributions = [Contribution(decide([each.payload for each in contributions]))]
+                    except SymmemError as error:
+                        wrong = error
             if wrong is not None:
                 wrong.located(rank=self._rank, group=self._name, step=message.step)
                 late = tuple({rank for each in messages.values() for rank in each.late})
                 return self._publish(message, error=wrong, late=late, given_up=_given_up(messages.values()))
-            others = [messages[rank].contributions[0] for rank in range(1, self._size)]
             is_published = False
             try:
                 with held_back():  # all ranks get the verdict, or none
-                    verdict = self._publish(message, [*message.contributions, *others])
+                    verdict = self._publish(message, contributions)
                     is_published = True
             except BaseException as error:
                 # A rank that already has the verdict drops this message. It gets the error in the next round.
@@ -427,7 +469,7 @@ class Rounds:
                 raise
             # The caller keeps its own descriptors; the receiver must close the returned ones.
             own = duplicate(message.descriptors())
-            verdict.contributions[0] = Contribution(message.contributions[0].payload, own)
+            verdict.contributions[0] = Contribution(contributions[0].payload, own)
             messages = {}
             return verdict
         finally:

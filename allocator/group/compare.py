@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,10 @@ __all__ = [
 
 SAME_CALLS = "all ranks of a group must make the same calls in the same order"
 """What errors about ranks at different places advise."""
+
+
+_NAMED = 16
+"""Values, and ranges of ranks per value, that an error names. All ranks of a large group get the text."""
 
 
 def compare_in_group(group: RankGroup, step: str, values: Mapping[str, object], hint: str) -> None:
@@ -123,7 +128,8 @@ def differing(values: Sequence[object]) -> tuple[str, tuple[int, ...]]:
     ranks: dict[object, list[int]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(rank)
-    text = ", ".join(f"{value} on rank{'s' * (len(r) > 1)} {_spans(r)}" for value, r in ranks.items())
+    named = [f"{value} on rank{'s' * (len(r) > 1)} {_spans(r)}" for value, r in itertools.islice(ranks.items(), _NAMED)]
+    text = ", ".join(named) + (f", and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else "")
     common = max(ranks.values(), key=len)
     return text, tuple(rank for rank in range(len(values)) if rank not in common)
 
@@ -136,4 +142,5 @@ def _spans(ranks: list[int]) -> str:
             spans[-1][1:] = [rank]
         else:
             spans.append([rank])
-    return ", ".join("-".join(map(str, span)) for span in spans)
+    text = ", ".join("-".join(map(str, span)) for span in spans[:_NAMED])
+    return text + (", ..." if len(spans) > _NAMED else "")

@@ -182,6 +182,14 @@ class Group:
         return self._process_group()
 
     @property
+    def places(self) -> tuple[int, ...]:
+        """The number of every rank's place: ranks of one place are on one host, and in one network namespace.
+
+        All are 0 before the ranks have joined. Places are numbered in the order of their first ranks.
+        """
+        return self._rounds.places.of_ranks
+
+    @property
     def ledger(self) -> Ledger | None:
         """The acts of all ranks; None before the ranks have joined, or if they are on several hosts."""
         return self._rounds.ledger

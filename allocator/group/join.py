@@ -7,6 +7,7 @@ the later rounds go over sockets, and every rank watches the processes of the ot
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,9 +18,9 @@ from symmem.backends.descriptors import Contribution
 from symmem.backends.libc import close_all
 from symmem.errors import PeerLostError
 from symmem.group.agreement import AgreedError, CollectiveOperation, Rounds
-from symmem.group.compare import SAME_CALLS, check_equal, exchange_json
+from symmem.group.compare import SAME_CALLS, check_equal
 from symmem.group.ledger import Ledger
-from symmem.group.locations import Location, are_connectable
+from symmem.group.locations import Location, Places
 from symmem.group.presence import ProcessWatch
 from symmem.group.sync_points import SyncPoints
 from symmem.group.transports import SocketTransport, watch_process
@@ -54,16 +55,14 @@ def join(rounds: Rounds, operation: CollectiveOperation, watch: ProcessWatch) ->
             "place": asdict(Location.here()),
             "welcome": asdict(listener.welcome) if listener else None,
         }
-        ranks = exchange_json(operation, "join", own)
-        _check_equal(ranks)
-        locations = tuple(Location(**each["place"]) for each in ranks)
-        welcome = scm.Welcome(**ranks[0]["welcome"])
-        if are_connectable(locations):
+        answer = json.loads(rounds.settle(operation, "join", json.dumps(own).encode(), _compare))
+        places, welcome = Places.unpack(answer["places"]), scm.Welcome(**answer["welcome"])
+        if places.are_connected:
             _connect(rounds, operation, listener, welcome)
             _exchange_processes(rounds, operation, watch)
             # If this round succeeds, all ranks have sockets; else none keeps them.
-            rounds.exchange(operation, "joined")
-        rounds.locations, rounds.identity, rounds.joined = locations, welcome.address, True
+            rounds.settle(operation, "joined")
+        rounds.places, rounds.identity, rounds.joined = places, welcome.address, True
         rounds.presence.leave()
         if rank == 0 and rounds.sockets is not None:
             rounds.store.forget(rounds.number)
@@ -79,7 +78,7 @@ def _connect(
                 peers = {0: scm.connect(welcome, operation.group.rank, operation.deadline)}
             undo.callback(peers[0].close)
         # After this round, the connections of all ranks are in the leader's queue.
-        rounds.exchange(operation, "connect")
+        rounds.settle(operation, "connect")
         if listener is not None:
             peers = listener.accept()
         rounds.sockets = SocketTransport(peers)
@@ -101,8 +100,12 @@ def _last_words(rounds: Rounds) -> Iterator[None]:
         raise
 
 
-def _check_equal(ranks: list[dict[str, Any]]) -> None:
-    """Compare what all ranks must have alike before they do anything else."""
+def _compare(payloads: list[bytes]) -> bytes:
+    """At rank 0: compare what all ranks must have alike before they do anything else, and tell where they run.
+
+    The answer does not grow with the group, because every rank reads it.
+    """
+    ranks: list[dict[str, Any]] = [json.loads(payload) for payload in payloads]
     check_equal(
         [each.get("version") for each in ranks],
         "the ranks run different versions of symmem:",
@@ -116,6 +119,8 @@ def _check_equal(ranks: list[dict[str, Any]]) -> None:
         )
     lines = [each["line"] for each in ranks]
     check_equal([repr(each["step"]) for each in ranks], "ranks are at different steps:", SAME_CALLS, lines=lines)
+    places = Places.of([Location(**each["place"]) for each in ranks])
+    return json.dumps({"places": places.pack(), "welcome": ranks[0]["welcome"]}).encode()
 
 
 def _exchange_processes(rounds: Rounds, operation: CollectiveOperation, watch: ProcessWatch) -> None:

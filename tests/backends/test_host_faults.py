@@ -159,15 +159,18 @@ def see_leader_die(step: str) -> tuple[Told, Resources, Resources]:
         if step == "accept":
             scm.Listener.accept = lambda self: die()  # type: ignore[assignment, method-assign, return-value]
         else:
-            original = Rounds.exchange
 
-            def dying(self: Rounds, operation: Any, name: str, *contribution: Any) -> Any:
-                received = original(self, operation, name, *contribution)
-                if name == step:
-                    die()
-                return received
+            def dying(original: Callable[..., Any]) -> Callable[..., Any]:
+                def run(self: Rounds, operation: Any, name: str, *rest: Any) -> Any:
+                    received = original(self, operation, name, *rest)
+                    if name == step:
+                        die()
+                    return received
 
-            Rounds.exchange = dying  # type: ignore[assignment, method-assign]
+                return run
+
+            for method in ("exchange", "settle"):
+                setattr(Rounds, method, dying(getattr(Rounds, method)))
     store = rank_store()
     if store.add("here", 1) == WORLD:
         store.set("all are here", "")

@@ -11,6 +11,7 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from symmem.errors import (
 from symmem.group.agreement import Rounds
 from symmem.group.compare import differing
 from symmem.group.group import Group
-from symmem.group.locations import Location
+from symmem.group.locations import Location, Places
 
 HOST = Location("boot", 1, "node", 1)
 OTHER_HOST = Location("another boot", 1, "node2", 1)
@@ -268,22 +269,26 @@ def test_a_failure_at_any_round_of_the_bootstrap_leaves_all_able_to_meet(
 ) -> None:
     """All ranks raise the culprit's error at once, and a failed join can be tried again."""
     groups = make_groups(3)
-    original = Rounds.exchange
 
-    def fails(rounds: Rounds, operation: Any, step: str, *contribution: Any) -> Any:
-        fails_here = step == at and operation.group.rank == culprit
-        if fails_here and moment == "before":
-            raise OSError(24, "Too many open files")
-        received = original(rounds, operation, step, *contribution)
-        if fails_here:
-            received.close()
-            raise OSError(24, "Too many open files")
-        return received
+    def failing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def fails(rounds: Rounds, operation: Any, step: str, *rest: Any) -> Any:
+            fails_here = step == at and operation.group.rank == culprit
+            if fails_here and moment == "before":
+                raise OSError(24, "Too many open files")
+            received = original(rounds, operation, step, *rest)
+            if fails_here:
+                if step == "watch":
+                    received.close()
+                raise OSError(24, "Too many open files")
+            return received
 
-    monkeypatch.setattr(Rounds, "exchange", fails)
+        return fails
+
     begin = time.monotonic()
-    results = run_ranks(3, lambda rank: meet(groups[rank], timeout=LONG))
-    monkeypatch.setattr(Rounds, "exchange", original)
+    with monkeypatch.context() as patched:
+        for name in ("exchange", "settle"):
+            patched.setattr(Rounds, name, failing(getattr(Rounds, name)))
+        results = run_ranks(3, lambda rank: meet(groups[rank], timeout=LONG))
     if (at, moment) == ("agree", "after"):  # the others had agreed; they raise in the next round
         assert isinstance(results.pop(culprit), ResourceLimitError)
         assert results == [None, None]
@@ -384,6 +389,19 @@ def test_a_leader_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # Locations.
+
+
+@pytest.mark.parametrize("place_of", [lambda rank: rank // 8, lambda rank: rank % 1024, lambda rank: 0])
+def test_the_places_of_many_ranks_are_a_short_text(place_of: Callable[[int], int]) -> None:
+    """Every rank reads it when it joins."""
+    locations = [Location(f"boot {place_of(rank)}", 1, f"node{place_of(rank)}", rank) for rank in range(8192)]
+    places = Places.of(locations)
+    assert places.of_ranks == tuple(map(place_of, range(8192)))
+    assert places.are_connected == (place_of(1023) == 0)
+    assert len(places.pack()) < 4000
+    assert Places.unpack(places.pack()) == places
+    if not places.are_connected:
+        assert "and 1008 more" in str(places.not_connectable())
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_ranks_go_on_together_after_a_rank_skipped_calls(
 ) -> None:
     """A program makes a collective call in every step. In some steps a rank skips it: then one more step fails."""
     if over_the_store:
-        monkeypatch.setattr("symmem.group.join.are_connectable", lambda _locations: False)
+        monkeypatch.setattr("symmem.group.join.Places.are_connected", False)
     groups = met(3)
     assert groups[0].status()["wire"] == ("store" if over_the_store else "sockets")
 

@@ -13,10 +13,10 @@ import os
 import resource
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -32,10 +32,12 @@ from symmem.tensor.rendezvous import rendezvous
 from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.progress import SILENT, Progress
 
-__all__ = ["SITUATIONS", "Counter", "StoreRequests", "run", "simulate"]
+__all__ = ["SITUATIONS", "Counter", "StoreRequests", "meet", "run", "simulate"]
 
 SITUATIONS = ("one_host", "many_hosts")
 """All ranks on one host, so that sockets replace the store after two rounds; every rank on its own host."""
+
+Act: TypeAlias = Callable[[Group], None]
 
 _SIZES = (2, 4, 8, 16, 36, 72)
 _MOST_ON_ONE_HOST = 128  # every rank watches every other one, and all descriptors are in this process
@@ -136,6 +138,11 @@ class _RankStore(Store):
         self._counter.note(keys)
         return there
 
+    def compare_set(self, key: str, expected: Any, value: Any) -> Any:
+        found: bytes = self._store.compare_set(key, expected, value)
+        self._counter.note([key], sent=len(expected) + len(value), received=len(found))
+        return found
+
     def delete_key(self, key: str) -> bool:
         deleted: bool = self._store.delete_key(key)
         self._counter.note_deleted(key)
@@ -162,6 +169,12 @@ class _NoMemory(Backend):
         return Mapping(self, collective.group, allocation.device, [0] * collective.group.size)
 
 
+def meet(group: Group) -> None:
+    """The first meeting of a process group of the backend ``symmem``: the ranks join, and do nothing else."""
+    with group.collective("process group"):
+        pass
+
+
 def _rendezvous(group: Group) -> None:
     """One rendezvous of new memory, as ``SymmetricTensor.rendezvous`` does it."""
     layout = Layout.make(1 << 20, torch.float32, None)
@@ -182,8 +195,10 @@ def _limits() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def _first(groups: Sequence[Group], stores: Sequence[_RankStore], pool: ThreadPoolExecutor, *, apart: bool) -> None:
-    """Run the first rendezvous of all ranks; with ``apart``, every rank reads its own host id in SYMMEM_HOST_ID.
+def _first(
+    act: Act, groups: Sequence[Group], stores: Sequence[_RankStore], pool: ThreadPoolExecutor, *, apart: bool
+) -> None:
+    """Run the first act of all ranks; with ``apart``, every rank reads its own host id in SYMMEM_HOST_ID.
 
     Threads share the environment, so the next rank starts after this one has called the store: by then it has read it.
     """
@@ -194,7 +209,7 @@ def _first(groups: Sequence[Group], stores: Sequence[_RankStore], pool: ThreadPo
             if apart:
                 os.environ["SYMMEM_HOST_ID"] = str(uuid.UUID(int=rank))
             store.called.clear()  # the group has called it when it was made
-            running.append(pool.submit(_rendezvous, group))
+            running.append(pool.submit(act, group))
             if apart and len(groups) > 1 and not store.called.wait(_TIMEOUT):
                 raise RendezvousError(f"rank {rank} of {group.name!r} did not call the store")
         for future in running:
@@ -205,7 +220,9 @@ def _first(groups: Sequence[Group], stores: Sequence[_RankStore], pool: ThreadPo
             os.environ["SYMMEM_HOST_ID"] = before
 
 
-def simulate(size: int, situation: str, counter: Counter, first: int = 0, rounds: int = 1) -> list[StoreRequests]:
+def simulate(
+    size: int, situation: str, counter: Counter, first: int = 0, rounds: int = 1, act: Act = _rendezvous
+) -> list[StoreRequests]:
     """Make a group and let its ranks rendezvous; returns the requests of every rendezvous.
 
     Args:
@@ -214,6 +231,7 @@ def simulate(size: int, situation: str, counter: Counter, first: int = 0, rounds
         counter: The store of the job; nothing else uses it meanwhile.
         first: The group's first rank in the job. Names of groups have the same length, because they count as bytes.
         rounds: Number of rendezvous, all of new memory.
+        act: What the ranks do instead of a rendezvous.
     """
     stores = [_RankStore(counter) for _ in range(size)]
     with _limits(), contextlib.ExitStack() as undo:
@@ -221,10 +239,10 @@ def simulate(size: int, situation: str, counter: Counter, first: int = 0, rounds
         for group in groups:
             undo.callback(group.close)
         pool = undo.enter_context(ThreadPoolExecutor(size))
-        _first(groups, stores, pool, apart=situation == "many_hosts")
+        _first(act, groups, stores, pool, apart=situation == "many_hosts")
         counts = [counter.take()]
         for _ in range(rounds - 1):
-            list(pool.map(_rendezvous, groups))
+            list(pool.map(act, groups))
             counts.append(counter.take())
     return counts
 
@@ -259,6 +277,11 @@ def run(ranks: int, group_size: int, progress: Progress = SILENT) -> Iterator[Fi
         for figure in _beside_line(f"{situation}_again", again):
             if figure.figure.startswith("store_requests"):
                 yield figure
+    meetings: dict[int, StoreRequests] = {}
+    for size in sizes:
+        progress.step(f"the first meeting of a process group of {size} ranks")
+        meetings[size] = simulate(size, SITUATIONS[-1], Counter(), act=meet)[0]
+    yield from _beside_line("meeting", meetings)
     counter, counts = Counter(), dict[int, StoreRequests]()
     for first in range(0, ranks, group_size):
         progress.step(f"the group from rank {first} of {ranks}")
