@@ -22,6 +22,7 @@ from symmem.distributed.process_group import SymmemProcessGroup, meet
 from symmem.errors import GroupError
 from symmem.group.group import Group
 from symmem.group.resolve import group_named
+from symmem.ops import functions as ops
 from symmem.ops.engines.base import REDUCTIONS
 
 __all__ = ["base_name", "collective", "group_asked", "obstacle"]
@@ -76,7 +77,7 @@ class _Meeting:
         with self.lock:
             if self.obstacle is None:
                 self.obstacle = meet(group)
-        plan = self.obstacle or method.plan(group, arguments)
+        plan = self.obstacle or method.plan(ops, group, arguments)
         if isinstance(plan, str):
             return False
         plan()

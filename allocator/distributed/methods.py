@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from symmem.errors import InvalidArgumentError
 from symmem.group.group import Group
-from symmem.ops import functions as ops
 from symmem.ops.collectives import is_reduced
 from symmem.ops.refusals import refusing
 
@@ -38,7 +37,8 @@ class Method(NamedTuple):
 
     Attributes:
         operator: The operator.
-        run: Calls the operator. Takes the group and the reduction, if there is one, before the arguments.
+        run: Calls the operator. Takes the functions of the operators, the group, and the reduction, if there is one,
+            before the arguments.
         tensors: The tensors of a call.
         special: Why the operator cannot serve a call, apart from the tensors; empty if it can.
         options: Makes the options, where torch leaves them out.
@@ -62,8 +62,14 @@ class Method(NamedTuple):
             return f"{reduction} of {dtype} on {device}"
         return ""
 
-    def plan(self, group: Group, arguments: Sequence[Any]) -> Callable[[], None] | str:
-        """Return what makes a call, or why the operator cannot. For matching calls, all ranks get the same answer."""
+    def plan(self, functions: Any, group: Group, arguments: Sequence[Any]) -> Callable[[], None] | str:
+        """Return what makes a call, or why the operator cannot. For matching calls, all ranks get the same answer.
+
+        Args:
+            functions: :mod:`symmem.ops.functions`, or functions of the same names and arguments.
+            group: The group.
+            arguments: The arguments of the method.
+        """
         options, reduction = arguments[-1], None
         if self.operator in ("all_reduce", "reduce_scatter"):
             reduction = _REDUCTIONS.get(hash(options.reduceOp))
@@ -78,7 +84,7 @@ class Method(NamedTuple):
             is_protected = is_protected or x.requires_grad or x.is_inference()
         if obstacle := self.special(*arguments):
             return obstacle
-        call = functools.partial(self.run, group, reduction, *arguments)
+        call = functools.partial(self.run, functions, group, reduction, *arguments)
         return functools.partial(_in_inference_mode, call) if is_protected else call
 
 
@@ -88,37 +94,37 @@ def _in_inference_mode(call: Callable[[], None]) -> None:
         call()
 
 
-def _all_reduce(group: Group, reduction: str, tensors: Tensors, options: Any) -> None:
+def _all_reduce(ops: Any, group: Group, reduction: str, tensors: Tensors, options: Any) -> None:
     for x in tensors:
         ops.all_reduce(x, group, reduction, x)
 
 
-def _broadcast(group: Group, reduction: None, tensors: Tensors, options: Any) -> None:
+def _broadcast(ops: Any, group: Group, reduction: None, tensors: Tensors, options: Any) -> None:
     for x in tensors:
         ops.broadcast(x, group, options.rootRank, x)
 
 
-def _all_gather(group: Group, reduction: None, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
+def _all_gather(ops: Any, group: Group, reduction: None, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
     ops.all_gather(x, group, _rows("all_gather", out, group, x.shape))
 
 
-def _all_gather_lists(group: Group, reduction: None, lists: Lists, inputs: Tensors, options: Any) -> None:
+def _all_gather_lists(ops: Any, group: Group, reduction: None, lists: Lists, inputs: Tensors, options: Any) -> None:
     for outs, x in zip(lists, inputs, strict=True):
         for out, row in zip(outs, ops.all_gather(x, group), strict=True):
             out.copy_(row.view(out.shape))
 
 
-def _reduce_scatter(group: Group, reduction: str, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
+def _reduce_scatter(ops: Any, group: Group, reduction: str, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
     ops.reduce_scatter(_rows("reduce_scatter", x, group, out.shape), group, reduction, out)
 
 
-def _reduce_scatter_lists(group: Group, reduction: str, outs: Tensors, lists: Lists, options: Any) -> None:
+def _reduce_scatter_lists(ops: Any, group: Group, reduction: str, outs: Tensors, lists: Lists, options: Any) -> None:
     for out, parts in zip(outs, lists, strict=True):
-        _reduce_scatter(group, reduction, out, torch.stack(tuple(parts)), options)
+        _reduce_scatter(ops, group, reduction, out, torch.stack(tuple(parts)), options)
 
 
 def _all_to_all(
-    group: Group, reduction: None, out: torch.Tensor, x: torch.Tensor, outs: Any, ins: Any, options: Any
+    ops: Any, group: Group, reduction: None, out: torch.Tensor, x: torch.Tensor, outs: Any, ins: Any, options: Any
 ) -> None:
     shape = (x.shape[0] // group.size, *x.shape[1:]) if x.dim() else x.shape
     ops.all_to_all(_rows("all_to_all", x, group, shape), group, _rows("all_to_all", out, group, shape))
@@ -141,9 +147,9 @@ def _rows(operator: str, tensor: torch.Tensor, group: Group, shape: Sequence[int
 def _each(run: Callable[..., None]) -> Callable[..., None]:
     """The coalesced form of a method with two tensors."""
 
-    def run_each(group: Group, reduction: str | None, outs: Tensors, inputs: Tensors, options: Any) -> None:
+    def run_each(ops: Any, group: Group, reduction: str | None, outs: Tensors, inputs: Tensors, options: Any) -> None:
         for out, x in zip(outs, inputs, strict=True):
-            run(group, reduction, out, x, options)
+            run(ops, group, reduction, out, x, options)
 
     return run_each
 

@@ -7,7 +7,7 @@ import functools
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from symmem.config.kinds import MAX_SECONDS
+from symmem.distributed.hosts import Hosts
 from symmem.distributed.methods import METHODS, Method
 from symmem.distributed.work import WorkQueue
 from symmem.errors import BackendUnavailableError, GroupError, UnsupportedError
@@ -82,11 +83,10 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
         self._lock = threading.Lock()  # threads of a rank meet the other ranks once
         self._queue = WorkQueue()
         weakref.finalize(self, self._queue.close)
-        self._obstacle = ""  # why no call of this group can be served
-        for device, kind, backend in _inner_backends(PrefixStore("inner/", store), rank, size, timeout):
-            for group in (self, self.inner):  # torch's methods of this group find the backend here
-                group._register_backend(device, kind, backend)
-                group._set_default_backend(_ProcessGroup.BackendType.GLOO)
+        self._store = PrefixStore("hosts/", store)
+        self._hosts: Hosts | None = None  # if the ranks are on several hosts
+        # Torch's methods of this group find the backends of the inner group in this one.
+        _register_inner((self, self.inner), PrefixStore("inner/", store), rank, size, timeout)
 
     def getBackendName(self) -> str:
         """The name of the backend, for torch."""
@@ -98,19 +98,20 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
         with self._lock:
             if self._group is None:
                 group = resolve_group(self)
-                self._obstacle = meet(group)
+                if meet(group):
+                    self._hosts = Hosts(group, self._store, _make_rail)
                 self._group = group
             return self._group
 
     def _serve(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Run a method by symmem or by the inner group, and count it."""
-        method, group = METHODS[name], self._group or self.group
+        method = METHODS[name]
         if method.options is not None and len(arguments) == 2:
             arguments = (*arguments, method.options())
         if named or not arguments or not hasattr(arguments[-1], "asyncOp"):  # not as torch.distributed calls it
             plan: Callable[[], None] | str = "a call without options"
         else:
-            plan = self._obstacle or method.plan(group, arguments)
+            plan = self._plan(method, arguments)
         if isinstance(plan, str):
             self.counts[method.operator, plan] += 1
             return getattr(self.inner, name)(*arguments, **named)
@@ -119,17 +120,26 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
 
     def serve_now(self, method: Method, arguments: tuple[Any, ...]) -> bool:
         """Run a call of a compiled graph behind the earlier ones, and count it. False if symmem does not serve it."""
-        group = self._group or self.group
-        plan = self._obstacle or method.plan(group, arguments)
+        plan = self._plan(method, arguments)
         if isinstance(plan, str):
             return False
         self.counts[method.operator, ""] += 1
         self._run(method.operator, plan, arguments)
         return True
 
+    def _plan(self, method: Method, arguments: tuple[Any, ...]) -> Callable[[], None] | str:
+        """See :meth:`Method.plan`."""
+        group = self._group or self.group
+        plan = method.plan(self._hosts or ops, group, arguments)
+        if self._hosts is not None and not isinstance(plan, str):
+            return self._hosts.obstacle(method.operator, method.tensors(*arguments)) or plan
+        return plan
+
     def _run(self, operator: str, call: Callable[[], None], arguments: tuple[Any, ...]) -> Any:
         """Run a call now or later, behind the earlier ones. A call on CUDA belongs to the current stream."""
         outputs, options = arguments[0], arguments[-1]
+        if self._hosts is not None:
+            call = functools.partial(self._hosts.run, operator, call)
         if any(x.is_cuda for x in _flat(outputs)):
             call()
             return _COMPLETE
@@ -149,11 +159,14 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
         opts = opts or _c10d.BarrierOptions()
         group = self.group
         is_special = opts.timeout != _UNSET or (opts.device is not None and opts.device.type != "cpu")
-        obstacle = self._obstacle or ("a timeout or a device of its own" if is_special else "")
+        obstacle = "a timeout or a device of its own" if is_special else ""
+        if self._hosts is not None:
+            obstacle = obstacle or self._hosts.obstacle("barrier")
         self.counts["barrier", obstacle] += 1
         if obstacle:
             return self.inner.barrier(opts)
-        return self._run("barrier", functools.partial(ops.barrier, None, group), ([], opts))
+        functions: Any = self._hosts or ops
+        return self._run("barrier", functools.partial(functions.barrier, None, group), ([], opts))
 
     def shutdown(self) -> None:
         """Leave the group. Local. Torch calls it in ``destroy_process_group``."""
@@ -167,9 +180,11 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
 
     def _leave(self) -> None:
         self._queue.close()
+        if self._hosts is not None:
+            self._hosts.close()
         if self._group is not None:
             self._group.close()
-        self._group = None  # its memory goes now, even if the program keeps the process group
+        self._group = self._hosts = None  # their memory goes now, even if the program keeps the process group
 
     def _get_backend(self, device: torch.device) -> Any:
         """The inner group's backend for a device, which can also allocate symmetric memory."""
@@ -190,7 +205,7 @@ class _Backend:
 
     def supports_tensor_alloc(self, device: torch.device) -> bool:
         """Whether :meth:`allocate_tensor` works. Collective over the group the first time."""
-        return self._process_group.group is not None and not self._process_group._obstacle
+        return self._process_group.group.ledger is not None
 
     def allocate_tensor(self, size: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A tensor of ``size`` elements in the arena of the group. All ranks allocate alike; see docs/arenas.md."""
@@ -281,6 +296,21 @@ def _inner_backends(store: Store, rank: int, size: int, timeout: timedelta) -> I
         yield torch.device("cuda"), kinds.NCCL, nccl
     elif torch.cuda.is_available():
         yield torch.device("cuda"), kinds.GLOO, gloo
+
+
+def _register_inner(groups: Sequence[Any], store: Store, rank: int, size: int, timeout: timedelta) -> None:
+    """Make the inner backends, and give them to process groups."""
+    for device, kind, backend in _inner_backends(store, rank, size, timeout):
+        for group in groups:
+            group._register_backend(device, kind, backend)
+            group._set_default_backend(_ProcessGroup.BackendType.GLOO)
+
+
+def _make_rail(store: Store, rank: int, size: int, timeout: timedelta) -> Any:
+    """Make an inner process group. Collective over its ranks."""
+    rail = _ProcessGroup(store, rank, size)
+    _register_inner([rail], store, rank, size, timeout)
+    return rail
 
 
 def _completed() -> Any:

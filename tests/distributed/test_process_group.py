@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import symmem
 from symmem.distributed import SymmemProcessGroup, methods, report
 from symmem.errors import BackendUnavailableError, GroupError, UnsupportedError
+from symmem.ops import functions
 
 pytestmark = pytest.mark.ranks
 
@@ -56,7 +56,7 @@ def test_nccl_gathers_large_tensors(method: str, nbytes: int, why: str, monkeypa
     sizes: list[Any] = [[], []] if method == "all_to_all_single" else []
     options = types.SimpleNamespace(asyncOp=False)
     group: Any = None
-    plan = methods.METHODS[method].plan(group, [OnCuda(nbytes), OnCuda(nbytes // 2), *sizes, options])
+    plan = methods.METHODS[method].plan(functions, group, [OnCuda(nbytes), OnCuda(nbytes // 2), *sizes, options])
     assert plan == why if why else callable(plan)
 
 
@@ -400,27 +400,6 @@ def set_in_the_environment() -> float:
 def test_a_timeout_in_the_settings_counts_more(new_pool: Any) -> None:
     pool = new_pool(2, process_group="symmem", env={"SYMMEM_ENABLE": "signal_timeout(50s)"})
     assert pool.run(set_in_the_environment) == [50, 50]
-
-
-def on_two_hosts() -> list[str]:
-    _, size = world()
-    x = torch.ones(2)
-    dist.all_reduce(x)
-    dist.barrier()
-    assert x.tolist() == [size] * 2
-    backend: Any = dist.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
-    assert not backend.supports_tensor_alloc(torch.device("cpu"))
-    return sorted({each.why for each in report()})
-
-
-def set_host(name: str) -> None:
-    os.environ["SYMMEM_HOST_ID"] = f"{name} {dist.get_rank()}"
-
-
-def test_ranks_on_several_hosts_use_the_inner_group(new_pool: Any) -> None:
-    pool = new_pool(2, process_group="symmem", env={})
-    pool.run(set_host, "host")
-    assert pool.run(on_two_hosts) == [["ranks that share no memory: on several hosts, or in several containers"]] * 2
 
 
 IMPORTS = ("import symmem, torch", "import torch, symmem", "import torch.distributed, symmem")
