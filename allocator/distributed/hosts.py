@@ -244,7 +244,7 @@ class Hosts:
         if self._local.rank == number:
             options = dist.BroadcastOptions()
             options.rootRank = host
-            x = x.contiguous()
+            x = x.contiguous() if self._host == host else torch.empty_like(x, memory_format=torch.contiguous_format)
             self._between(lambda: self._rail.broadcast([_bytes(x)], options).wait())
         self._within(ops.broadcast, x, self._local, number, out)
 

@@ -223,16 +223,16 @@ METHODS = {
 """By the name of the method. The base class has the other methods: they use the inner process group."""
 
 
-def _reduce(group: Group, reduction: str, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
+def _reduce(ops: Any, group: Group, reduction: str, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
     ops.all_reduce(x, group, reduction, out)
 
 
-def _send(group: Group, reduction: None, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
+def _send(ops: Any, group: Group, reduction: None, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
     ops.broadcast(x, group, options.rootRank, out)
 
 
-def _exchange_parts(group: Group, reduction: None, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
-    _all_to_all(group, reduction, out, x, (), (), options)
+def _exchange_parts(ops: Any, group: Group, reduction: None, out: torch.Tensor, x: torch.Tensor, options: Any) -> None:
+    _all_to_all(ops, group, reduction, out, x, (), (), options)
 
 
 FUNCTIONAL = {

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
@@ -302,7 +303,7 @@ def shared_memory_is_missing() -> None:
     """Every form runs in the inner group, if the ranks turn out to share no memory."""
     process_group: Any = world()
     total = served("all_reduce")
-    with mock.patch.object(process_group, "_obstacle", "a test"):
+    with mock.patch.object(process_group, "_hosts", SimpleNamespace(obstacle=lambda *call: "a test")):
         for program in (out_of_place, coalesced, in_place, forms_from_passes):
             program()
     assert served("all_reduce") == total

@@ -169,6 +169,10 @@ def in_other_forms() -> None:
         dist.all_reduce(parameter)
         dist.broadcast(parameter, src=2)
         assert (parameter == 6).all()
+    world: Any = dist.group.WORLD
+    x, out = torch.full((5,), rank), torch.empty(5, dtype=torch.int64)
+    world._hosts.run("broadcast", lambda: world._hosts.broadcast(x, world.group, 1, out))  # as compiled code does
+    assert (x.tolist(), out.tolist()) == ([rank] * 5, [1] * 5)
     group: Any = dist.new_group()
     tensors = [torch.full((count,), float(rank)) for count in (1, 1000, 100_000)]
     works = [dist.all_reduce(x, group=each, async_op=True) for x in tensors for each in (None, group)]
