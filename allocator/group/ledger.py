@@ -375,7 +375,7 @@ class ActSequence:
         deadline = time.monotonic() + seconds
         for neighbour in self._compared:
             head = self._heads[neighbour]
-            while (number - (head[0] >> 32)) & _LOW - 1 < 0x7FFFFFFF and not self.mark[0]:
+            while 0 < (number - (head[0] >> 32)) & _LOW < 0x80000000 and not self.mark[0]:
                 if self._awaited[neighbour] == head[0]:
                     break
                 if time.monotonic() > deadline:

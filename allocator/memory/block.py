@@ -107,7 +107,8 @@ class Block:
     def await_acts(self) -> None:
         """Wait a moment for the ranks before and after this one, if they have not allocated the block yet.
 
-        Kernels are about to get addresses, and nobody checks their accesses. So both ranks of a difference are told.
+        Kernels are about to get addresses, and symmem does not see their accesses. So both ranks of a difference are
+        told.
         """
 
     def check_acts(self, late: Sequence[int] = (), group: RankGroup | None = None) -> None:

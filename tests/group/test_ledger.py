@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -220,6 +221,46 @@ def _rank(rank: int, ledgers: list[Ledger], barrier: Any, found: Any) -> None:
         except DivergenceError:
             with found.get_lock():
                 found[index] += 1
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 700])
+def test_a_neighbour_that_has_made_the_act_is_not_waited_for(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleep(seconds: float) -> None:
+        pytest.fail("it waits")
+
+    first, second = sequences(2)
+    enter(first, 1)
+    for number in range(1, 2 + ahead):
+        enter(second, number)
+    monkeypatch.setattr(time, "sleep", sleep)
+    first.await_neighbours(1, 60)
+
+
+def test_a_neighbour_that_is_behind_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it acts, or a rank has found a difference; only once if it does nothing."""
+    first, second = sequences(2)
+    calls: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        calls.append(seconds)
+        if len(calls) == 3:
+            enter(second, 1)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    enter(first, 1)
+    first.await_neighbours(1, 60)
+    assert len(calls) == 3
+    enter(first, 2)
+    first.await_neighbours(2, 0)
+    count = len(calls)
+    first.await_neighbours(2, 60)
+    assert len(calls) == count
+    enter(second, 2)
+    enter(first, 3)
+    with pytest.raises(DivergenceError):
+        enter(second, 3, 6)
+    first.await_neighbours(4, 60)
+    assert len(calls) == count
 
 
 def test_nothing_is_left_open() -> None:
