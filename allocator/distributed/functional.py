@@ -1,6 +1,6 @@
 """The functional collectives of compiled graphs, ``torch.ops._c10d_functional``, by symmem's operators.
 
-Compiled code calls :func:`collective`. The operator and the order of the calls are those of the process group, see
+Compiled code calls :func:`collective`. The operator and the order of the calls are as in the process group, see
 :mod:`.methods` and :class:`.SymmemProcessGroup`. Where symmem does not serve a call, the functional collective runs.
 
 The setting ``compiled_collectives`` says for which groups. ``auto`` takes process groups of the backend symmem alone,

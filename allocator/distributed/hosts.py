@@ -202,14 +202,13 @@ class Hosts:
             out.copy_(total)
             return
         local = self._local.size
-        is_even = x.numel() % local == 0 and out.is_contiguous()
-        rows = (x.reshape(-1) if is_even else torch.nn.functional.pad(x.reshape(-1), (0, -x.numel() % local))).view(
-            local, -1
-        )
-        part = self._within(ops.reduce_scatter, rows, self._local, reduction)
+        rows, padding = x.reshape(-1), -x.numel() % local
+        if padding:
+            rows = torch.nn.functional.pad(rows, (0, padding))
+        part = self._within(ops.reduce_scatter, rows.view(local, -1), self._local, reduction)
         self._reduce(part, reduction)
-        if is_even:
-            self._within(ops.all_gather, part, self._local, out.view(rows.shape))
+        if not padding and out.is_contiguous():
+            self._within(ops.all_gather, part, self._local, out.view(local, -1))
         else:
             out.copy_(self._within(ops.all_gather, part, self._local).view(-1)[: x.numel()].view(x.shape))
 

@@ -203,7 +203,8 @@ def test_a_descriptor_closes_with_its_last_reference() -> None:
 
 
 def test_interrupts_lose_no_memory_file_and_are_not_lost() -> None:
-    before, came = descriptors_by_fstat(), 0
+    """The loop ends only by the interrupt: if one is lost, the test does not end."""
+    before = descriptors_by_fstat()
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -212,13 +213,11 @@ def test_interrupts_lose_no_memory_file_and_are_not_lost() -> None:
     try:
         for turn in range(500):
             with contextlib.suppress(KeyboardInterrupt):
-                came += 1
                 signal.setitimer(signal.ITIMER_REAL, 5e-6 + turn * 1e-7)
                 while True:
                     make_memory_file(4096)
     finally:
         signal.signal(signal.SIGALRM, handler)
-    assert came == 500
     assert descriptors_by_fstat() == before
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import subprocess
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from arena_rank import mapped
 from patience import SOON, TASK
 
 from symmem.distributed import hosts, report
@@ -282,13 +282,12 @@ def test_a_forked_child_is_no_rank(pool_on: Any) -> None:
 
 
 def kept() -> dict[str, int]:
-    gc.collect()
+    mapped()  # collects the groups that are gone, so that their threads end
     for thread in threading.enumerate():
         if thread.name == "symmem work":
             thread.join(SOON)
-    with open("/proc/self/maps") as maps:
-        mapped = maps.read().count("/memfd:symmem")
-    return {"files": len(os.listdir("/proc/self/fd")), "mapped": mapped, "tasks": len(os.listdir("/proc/self/task"))}
+    maps, files = mapped()
+    return {"files": files, "mapped": maps, "tasks": len(os.listdir("/proc/self/task"))}
 
 
 def again(times: int) -> tuple[dict[str, int], dict[str, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from arena_rank import mapped
 from patience import SOON
 
 from symmem.errors import (
@@ -192,17 +192,12 @@ def test_a_forked_child_is_no_rank(pool_of: Any) -> None:
 
 def kept() -> dict[str, int]:
     """What this process holds."""
-    gc.collect()
-    with open("/proc/self/maps") as maps:
-        mapped = maps.read().count("/memfd:symmem")
+    mapped()  # collects the groups that are gone, so that their threads end
     threads = [thread for thread in threading.enumerate() if thread.name == "symmem work"]
     for thread in threads:
-        thread.join(SOON)  # it ends once it has seen that its group is gone
-    return {
-        "files": len(os.listdir("/proc/self/fd")),
-        "mapped": mapped,
-        "threads": sum(thread.is_alive() for thread in threads),
-    }
+        thread.join(SOON)
+    maps, files = mapped()
+    return {"files": files, "mapped": maps, "threads": sum(thread.is_alive() for thread in threads)}
 
 
 def again(times: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -231,10 +226,7 @@ def again(times: int) -> tuple[dict[str, int], dict[str, int]]:
 
 def test_destroying_and_making_groups_leaves_nothing(pool_of: Any) -> None:
     for before, after in pool_of(2).run(again, 200):
-        assert all(after[name] <= before[name] for name in before), (
-            before,
-            after,
-        )  # a group of before may go meanwhile
+        assert before == after
 
 
 def dropped() -> None:

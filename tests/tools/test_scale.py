@@ -7,8 +7,9 @@ import os
 
 import pytest
 
+from symmem.distributed.process_group import meet
 from symmem.tools import cli
-from symmem.tools.bench.scale import SITUATIONS, Counter, StoreRequests, meet, simulate
+from symmem.tools.bench.scale import SITUATIONS, Counter, StoreRequests, simulate
 
 SIZES = (2, 4, 8, 16)
 

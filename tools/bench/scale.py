@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import Store
 
 from symmem.backends.base import Allocation, Backend, Capability, Collective, Mapping
 from symmem.backends.base import Group as AnyGroup
+from symmem.distributed.process_group import meet
 from symmem.errors import RendezvousError
 from symmem.group.group import Group
 from symmem.memory.block import Block
@@ -32,12 +33,12 @@ from symmem.tensor.rendezvous import rendezvous
 from symmem.tools.bench.figures import Figure
 from symmem.tools.bench.progress import SILENT, Progress
 
-__all__ = ["SITUATIONS", "Counter", "StoreRequests", "meet", "run", "simulate"]
+__all__ = ["SITUATIONS", "Counter", "StoreRequests", "run", "simulate"]
 
 SITUATIONS = ("one_host", "many_hosts")
 """All ranks on one host, so that sockets replace the store after two rounds; every rank on its own host."""
 
-Act: TypeAlias = Callable[[Group], None]
+Act: TypeAlias = Callable[[Group], object]
 
 _SIZES = (2, 4, 8, 16, 36, 72)
 _MOST_ON_ONE_HOST = 128  # every rank watches every other one, and all descriptors are in this process
@@ -167,12 +168,6 @@ class _NoMemory(Backend):
     def rendezvous(self, allocation: Allocation, collective: Collective) -> Mapping:
         collective.exchange("map", bytes(_HANDLE)).close()
         return Mapping(self, collective.group, allocation.device, [0] * collective.group.size)
-
-
-def meet(group: Group) -> None:
-    """The first meeting of a process group of the backend ``symmem``: the ranks join, and do nothing else."""
-    with group.collective("process group"):
-        pass
 
 
 def _rendezvous(group: Group) -> None:
