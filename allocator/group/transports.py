@@ -53,9 +53,10 @@ log = logging.getLogger("symmem.group")
 PATIENCE = 2.0
 """Seconds of tolerance. After this time, rank 0 gives up a rank with a full buffer, and a rank gives up the store."""
 
-TURN = 0.5
+TURN = 0.25
 """Seconds of the first wait in the store. It gets its answer at once, but a client of a TCPStore handles one request at
-a time, so other threads of this process wait too. After it, the rank asks from time to time."""
+a time, so other threads of this process wait too, and learn of a death so much later. After it, the rank asks from time
+to time."""
 
 _MOST_REQUESTS = 4000
 """Per second, from all ranks of a group that wait at the store."""
