@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found] # the functions of `signal` convert to enums, and take 10 times as long
 import contextlib
 import signal
 import threading
@@ -13,7 +14,7 @@ from symmem.errors import SymmemError
 __all__ = ["held_back", "to_the_end"]
 
 _SIGNALS = tuple(
-    getattr(signal, name)
+    int(getattr(signal, name))
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 )
@@ -57,13 +58,13 @@ def held_back() -> Iterator[None]:
         yield
         return
     came: list[tuple[int, FrameType | None]] = []
-    handlers = {number: handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
+    handlers = {number: handler for number in _SIGNALS if callable(handler := _signal.getsignal(number))}
     try:
         with contextlib.ExitStack() as restore:  # it restores all, although a handler may raise meanwhile
             for number, handler in handlers.items():
-                restore.callback(signal.signal, number, handler)
-                signal.signal(number, lambda number, frame: came.append((number, frame)))
+                restore.callback(_signal.signal, number, handler)
+                _signal.signal(number, lambda number, frame: came.append((number, frame)))
             yield
     finally:
         for number, frame in came:
-            handlers[signal.Signals(number)](number, frame)
+            handlers[number](number, frame)

@@ -10,13 +10,14 @@ import contextlib
 import sys
 import threading
 from collections.abc import Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 
 from symmem.backends.untraced import untraced_methods
 from symmem.errors import UnsupportedError
+from symmem.group.interrupts import held_back, to_the_end
 from symmem.group.resolve import GroupLike, default_group, resolve_group
 from symmem.memory import cuda_graphs
 from symmem.redirect.cpu_dispatch import ArenaMode
@@ -73,38 +74,32 @@ class use_symmetric_memory(contextlib.ContextDecorator):
         self._group, self._device, self._backend = group, device, backend
 
     def __enter__(self) -> None:
-        arena = self._arena()
-        entries = _thread.entries
-        outer = _innermost(arena.device)
-        if outer is not None and outer.arena is arena:
-            entries.append(outer)
-            return
-        arena.enter("use_symmetric_memory", sys._getframe(1))
-        entry = ArenaPool(arena) if arena.device.type == "cuda" else ArenaMode(arena)
-        if outer is not None:
-            outer.pause()
+        arena, entries = self._arena(), _thread.entries
+        depth = len(entries)
         try:
-            entry.start()
+            with held_back():  # an interrupt half-way would leave torch's mode or pool in use
+                _begin(arena, sys._getframe(1))
         except BaseException:
-            if outer is not None:
-                outer.resume()
+            if len(entries) > depth:  # a handler has raised after it
+                _end(entries.pop())
             raise
-        entries.append(entry)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        entry = _thread.entries.pop()
-        if entry in _thread.entries:
-            return
-        try:
-            entry.stop()
-        finally:
-            outer = _innermost(entry.arena.device)
-            if outer is not None:
-                outer.resume()
-        if (cause := entry.cause_of(error)) is not None:
+        ended: list[ArenaMode | ArenaPool] = []
+
+        def end() -> None:
+            with held_back():
+                if not ended:
+                    ended.append(_thread.entries.pop())
+                    _end(ended[0])
+
+        interrupt = to_the_end(end)
+        if (cause := ended[0].cause_of(error)) is not None:
             raise cause from error
+        if interrupt is not None:
+            raise interrupt
 
     def _arena(self) -> Arena:
         """Return the arena to use, or raise if it cannot be used now."""
@@ -136,6 +131,37 @@ class _Entries(threading.local):
 
 
 _thread = _Entries()
+
+
+def _begin(arena: Arena, frame: FrameType) -> None:
+    """Let new tensors of this thread be in an arena."""
+    outer = _innermost(arena.device)
+    if outer is not None and outer.arena is arena:
+        _thread.entries.append(outer)
+        return
+    arena.enter("use_symmetric_memory", frame)
+    entry = ArenaPool(arena) if arena.device.type == "cuda" else ArenaMode(arena)
+    if outer is not None:
+        outer.pause()
+    try:
+        entry.start()
+    except BaseException:
+        if outer is not None:
+            outer.resume()
+        raise
+    _thread.entries.append(entry)
+
+
+def _end(entry: ArenaMode | ArenaPool) -> None:
+    """End an entry that is no longer in the list, unless an outer one is the same."""
+    if entry in _thread.entries:
+        return
+    try:
+        entry.stop()
+    finally:
+        outer = _innermost(entry.arena.device)
+        if outer is not None:
+            outer.resume()
 
 
 def _innermost(device: torch.device) -> ArenaMode | ArenaPool | None:

@@ -7,11 +7,15 @@ import copy
 import ctypes
 import gc
 import io
+import itertools
 import os
 import pickle
+import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -474,6 +478,56 @@ def test_an_error_inside() -> None:
             x @ x
         assert is_symmetric(x + 1)
     assert not is_symmetric(x + 1)
+
+
+class Interrupt(KeyboardInterrupt):
+    pass
+
+
+def interrupted(at: int) -> bool:
+    """Enter and leave a block; a signal comes at one of the lines that run meanwhile. Returns whether it came."""
+    lines = itertools.count()
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        # The first lines of __exit__ cannot be protected.
+        is_first = frame.f_code.co_name in ("__exit__", "to_the_end") and "/contextlib" not in frame.f_code.co_filename
+        if event == "line" and not (is_first and "symmem" in frame.f_globals["__name__"]) and next(lines) == at:
+            signal.raise_signal(signal.SIGALRM)
+        return trace
+
+    try:
+        sys.settrace(trace)
+        with inside():
+            pass
+        sys.settrace(None)
+    except Interrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_an_interrupt_leaves_nothing_entered() -> None:
+    def handler(number: int, frame: object) -> None:
+        raise Interrupt
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with inside():
+            pass
+        at = 0
+        while interrupted(at):
+            assert not _thread.entries, at
+            assert not torch._C._len_torch_dispatch_stack(), at
+            assert not _python_dispatch._is_in_torch_dispatch_mode, at
+            assert signal.getsignal(signal.SIGALRM) is handler, at
+            at += 1
+        assert at > 100
+        with inside():
+            made = x + 1
+        assert is_symmetric(made)
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_as_decorator() -> None:
