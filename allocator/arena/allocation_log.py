@@ -302,8 +302,9 @@ class AllocationLog:
             late: See :meth:`ActSequence.compare_counts`.
             is_use: Whether peers' memory is about to be used. If not, a difference is only logged. So all ranks raise
                 it at the use that they make together, and none of them waits in another library for one that has raised
-                in an allocation. That is too late for a library's kernels that reach peers by this rank's own address:
-                with ``COLLECTIVE_ALLOCATION``, the allocation raises.
+                in an allocation. Once a rank has raised it, allocations raise too, because the next one of that rank
+                waits for the others. A use is too late for a library's kernels that reach peers by this rank's own
+                address: with ``COLLECTIVE_ALLOCATION``, the allocation raises.
 
         Raises:
             DivergenceError: They differ, or have differed before.
@@ -313,7 +314,7 @@ class AllocationLog:
                 if number > self.usable:
                     self.check_usable()
             elif self.acts is not None:
-                is_use = is_use or Capability.COLLECTIVE_ALLOCATION in self.backend.capabilities
+                is_use |= Capability.COLLECTIVE_ALLOCATION in self.backend.capabilities or self.acts.is_raised
                 if self.noted and not is_use:
                     return
                 try:
@@ -327,6 +328,7 @@ class AllocationLog:
                         logger.warning("%s\n  This is raised where peers' memory is used next.", error)
                         return
                     self.in_transaction = False
+                    self.acts.note_raised()
                     self.invalidate(error)
                     error.propagated_to = self.group.name
                     raise error from None
@@ -532,6 +534,7 @@ class AllocationLog:
         reason.located(rank=self.group.rank, group=self.group.name, step="allocate")
         if self.acts is not None:
             self.acts.publish(reason)
+            self.acts.note_raised()
         self.invalidate(reason)
         return reason
 

@@ -19,7 +19,8 @@ long.
 
 A rank that finds a difference writes the error into its memory, and marks the memory of all other ranks. All ranks look
 at their mark with every use of peers' memory, which raises the error on every rank. An act only logs it: all ranks come
-to the use, and none of them waits in another library for a rank that has raised.
+to the use, and none of them waits in another library for a rank that has raised. Once a rank has raised the error, it
+no longer comes to the others' calls, so then acts raise it too.
 
 Two neighbours are enough: if not all ranks have the same word n, then in the circle of ranks at least two pairs of
 neighbours differ, and one rank of each such pair finds out. If a program orders its accesses to peers' memory, then
@@ -280,10 +281,19 @@ class Ledger:
         full_fence()  # others may read as soon as the length is there
         own[begin : begin + 4] = len(data).to_bytes(4, "little")
         full_fence()
-        for memory in self.memory:
-            mark = _word(memory, _MARKS, index)
-            if not mark[0]:
-                mark[0] = 1 + self.rank
+        for found_by, _ in self._marks(index):
+            if not found_by[0]:
+                found_by[0] = 1 + self.rank
+
+    def note_raised(self, index: int) -> None:
+        """Let all ranks know that this rank has raised the error of the sequence with that index."""
+        for _, raised in self._marks(index):
+            raised[0] = 1
+
+    def _marks(self, index: int) -> list[tuple[memoryview, memoryview]]:
+        """The two uint32 words of the mark of every rank, because several ranks may write at the same time."""
+        words = [_word(memory, _MARKS, index).cast("B").cast("I") for memory in self.memory]
+        return [(mark[:1], mark[1:]) for mark in words]
 
     def published(self, rank: int, index: int) -> SymmemError | None:
         """The error of a sequence that a rank has published, if any."""
@@ -323,7 +333,7 @@ class ActSequence:
 
     Attributes:
         index: The number of the sequence in the ledger.
-        mark: One word: 0, or 1 + the rank that has found a difference.
+        mark: One word: 0, or 1 + the rank that has found a difference, and 2**32 if a rank has raised the error.
         enter: ``enter(number, digest, text_id)`` publishes act ``number`` (from 1) with the rolling hash ``digest``,
             and compares. It returns whether :meth:`look` must be called.
         add_text: See :meth:`Ledger.add_text`.
@@ -360,8 +370,17 @@ class ActSequence:
         self._awaited = dict.fromkeys(neighbours, -1)  # acts of a neighbour when a wait for it ran out
 
     def publish(self, error: SymmemError) -> None:
-        """Let every rank raise this error with its next act or call."""
+        """Let every rank raise this error with its next call."""
         self._ledger.publish(error, self.index)
+
+    def note_raised(self) -> None:
+        """Let every rank raise the error with its next act too, because this rank has raised it."""
+        self._ledger.note_raised(self.index)
+
+    @property
+    def is_raised(self) -> bool:
+        """Whether a rank has raised the error."""
+        return self.mark[0] > _LOW
 
     def await_neighbours(self, number: int, seconds: float) -> None:
         """Wait until the neighbours have made an act too, or a rank has found a difference.
@@ -393,7 +412,7 @@ class ActSequence:
             DivergenceError: The ranks differ. All ranks raise it, with their next act or call at the latest.
         """
         if self.mark[0]:
-            error = self._ledger.published(self.mark[0] - 1, self.index)
+            error = self._ledger.published((self.mark[0] & _LOW) - 1, self.index)
             assert error is not None  # it was written before the mark
             raise error
         self._remember(number)

@@ -265,6 +265,32 @@ def test_operators_are_right_after_a_difference(pool: RankPool) -> None:
         assert (operated.kind, used.kind) == ("", "DivergenceError")
 
 
+def allocate_after_another_rank_has_raised() -> list[Told]:
+    group = group_of("raised")
+    if group is None:
+        return []
+    first = allocate(group, 8)
+    first.barrier()
+    st = allocate(group, 8 if group.rank else 700)
+    meet(group, "allocated")
+    found = [told(lambda: allocate(group, 9))]  # it is logged
+    meet(group, "allocated again")
+    if group.rank:
+        found.append(told(lambda: st.remote_tensor(0)))
+    meet(group, "rank 1 has raised")
+    if not group.rank:
+        found.append(told(lambda: allocate(group, 10)))
+    found.append(told(lambda: check_a_new_one(group)))
+    group.close()
+    return found
+
+
+def test_an_allocation_raises_if_another_rank_has_raised(pool: RankPool) -> None:
+    """That rank's next allocation waits for the other, which would wait for it elsewhere."""
+    for logged, raised, after in pool.run(allocate_after_another_rank_has_raised)[:2]:
+        assert (logged.kind, raised.kind, after.kind) == ("", "DivergenceError", ""), (logged, raised, after)
+
+
 def diverge_often(meetings: bool) -> list[Told]:
     """Diverge more often than there are sequences, also while the ranks meet to begin again."""
     group = group_of(f"often {meetings}")
