@@ -20,10 +20,7 @@ import time
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
-
-import torch.distributed as dist
 
 from symmem.backends import descriptors as scm
 from symmem.backends.descriptors import Contribution
@@ -53,16 +50,11 @@ log = logging.getLogger("symmem.group")
 PATIENCE = 2.0
 """Seconds of tolerance. After this time, rank 0 gives up a rank with a full buffer, and a rank gives up the store."""
 
-TURN = 0.25
-"""Seconds of the first wait in the store. It gets its answer at once, but a client of a TCPStore handles one request at
-a time, so other threads of this process wait too, and learn of a death so much later. After it, the rank asks from time
-to time."""
+_PROMPT = 0.25
+"""Seconds after which a rank that waits at the store begins to look whether the others can still come."""
 
 _MOST_REQUESTS = 4000
-"""Per second, from all ranks of a group that wait at the store."""
-
-_client_turn = threading.Lock()
-"""Held by the thread that waits in the client of a TCPStore."""
+"""Per second, from all ranks of a group that wait at the store for long; eight times as many at first."""
 
 
 class NotComingError(RuntimeError):
@@ -195,12 +187,11 @@ class Transport(Protocol):
 class StoreTransport:
     """Messages as keys of a ``torch.distributed.Store``.
 
-    In a round of n ranks, every rank makes 2 requests (its message, a counter) and one wait, and the leader reads n
-    keys. The last rank to come, or the first that failed, sets ``ready``. A rank that waits for longer asks from time
-    to time, so that it does not block other threads, and looks whether the others can still come.
+    In a round of n ranks, every rank makes 2 requests (its message, a counter), and the leader reads n keys. The last
+    rank to come, or the first that failed, sets ``ready``. A rank that waits asks for its key again and again, and
+    later looks whether the others can still come.
 
-    Of a store's calls, only ``wait`` has a timeout, and not even ``wait`` if the process that serves the store is
-    stopped. So a thread makes the calls, and the caller abandons the thread at the deadline.
+    The calls of a store have no timeout. So a thread makes them, and the caller abandons the thread at the deadline.
     """
 
     def __init__(
@@ -276,14 +267,15 @@ class StoreTransport:
         return Message.unpack(scm.parse_header(value[4 : 4 + size]), value[4 + size :])
 
     def _wait(self, key: str, deadline: float, sequence: int, ranks: Iterable[int]) -> None:
-        if self._comes(key, min(time.monotonic() + TURN, deadline)):
-            return
-        nap = 0.01
-        while not self._store.check([key]):
-            self._check_others()
+        # The store's own wait would block other threads of this process, and torch logs its timeouts.
+        begin = time.monotonic()
+        nap, longest = max(0.0005, self._size / (8 * _MOST_REQUESTS)), max(0.25, self._size / _MOST_REQUESTS)
+        while not self._has(key):
+            if time.monotonic() > begin + _PROMPT:
+                self._check_others()
             if (remaining := deadline - time.monotonic()) > 0:
-                nap = min(1.5 * nap, max(0.25, self._size / _MOST_REQUESTS))
                 time.sleep(min(nap, remaining))
+                nap = min(1.5 * nap, longest)
                 continue
             absent = tuple(
                 rank for rank in ranks if rank != self._rank and not self._store.check([self._key(sequence, rank)])
@@ -293,29 +285,14 @@ class StoreTransport:
                 peers=absent or (0,),
             )
 
-    def _comes(self, key: str, end: float) -> bool:
-        """Wait for a key until ``end``; not at all if another thread waits in the client."""
-        with contextlib.ExitStack() as turn:
-            if _is_tcp(self._store):
-                if not _client_turn.acquire(blocking=False):
-                    return False
-                turn.callback(_client_turn.release)
-            try:
-                self._store.wait([key], timedelta(seconds=max(end - time.monotonic(), 0.001)))
-            except RuntimeError as error:
-                # The exception at a timeout differs from store to store; the clock tells it from a broken store.
-                if time.monotonic() < end - 0.05:
-                    raise RendezvousError(
-                        f"the job's store failed: {error}", hint="the process that serves it may have ended"
-                    ) from error
-                return False
-            return True
-
-
-def _is_tcp(store: object) -> bool:
-    while isinstance(store, dist.distributed_c10d.PrefixStore):
-        store = store.underlying_store
-    return isinstance(store, dist.TCPStore)
+    def _has(self, key: str) -> bool:
+        try:
+            has: bool = self._store.check([key])
+            return has
+        except RuntimeError as error:
+            raise RendezvousError(
+                f"the job's store failed: {error}", hint="the process that serves it may have ended"
+            ) from error
 
 
 def within(deadline: float, call: Callable[..., T], *arguments: Any, patience: float = PATIENCE) -> T:

@@ -16,8 +16,8 @@ SIZES = (2, 4, 8, 16)
 
 @pytest.fixture(autouse=True)
 def no_rank_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank that waits for long asks the store from time to time. On a busy machine, that would be counted too."""
-    monkeypatch.setattr("symmem.group.transports.TURN", 60.0)
+    """A rank that waits for long looks for the others in the store. On a busy machine, that would be counted too."""
+    monkeypatch.setattr("symmem.group.transports._PROMPT", 60.0)
     monkeypatch.setattr("symmem.group.presence._BRIEF", 60.0)
 
 
