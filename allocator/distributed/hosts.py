@@ -38,6 +38,7 @@ from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError, Symm
 from symmem.group.compare import SAME_CALLS
 from symmem.group.group import Group
 from symmem.ops import functions as ops
+from symmem.ops.engines.arithmetic import SIGNED_ZEROS, sign_zeros
 from symmem.ops.refusals import refuse
 
 __all__ = ["Hosts"]
@@ -339,4 +340,6 @@ def _combined(rows: torch.Tensor, reduction: str) -> torch.Tensor:
             total.add_(row)
         else:
             total = torch.minimum(total, row) if reduction == "min" else torch.maximum(total, row)
+    if reduction in ("min", "max") and total.dtype in SIGNED_ZEROS:
+        sign_zeros(wide.unbind(), total, reduction, torch.empty_like(total))
     return total.div_(len(rows)) if reduction == "avg" else total

@@ -13,8 +13,9 @@ ranks raise before they read a region. The comparison needs no message. A rank t
 interrupted in it, leaves its error in the workspace and refuses the barrier: all ranks raise that error. After any
 error but a death, the ranks are in step again (see :mod:`symmem.backends.signals`).
 
-Elements are combined in rank order, for all sizes and algorithms. So results are bitwise equal on all ranks, and from
-run to run.
+Elements are combined in rank order, for all sizes and algorithms. An element's bits depend on nothing but the elements
+of that place. So results are bitwise equal on all ranks, and from run to run. For what NaNs do, see
+:mod:`symmem.ops.engines.arithmetic`.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ from symmem.group.call_site import program_line
 from symmem.group.compare import different_calls
 from symmem.group.group import Group
 from symmem.group.ledger import explained
+from symmem.ops.engines.arithmetic import SIGNED_ZEROS, divided, sign_zeros
 from symmem.ops.engines.base import REDUCTIONS, describe, shape_text
 
 __all__ = ["HostEngine"]
@@ -326,18 +328,21 @@ class HostEngine:
         world, combine = len(parts), _COMBINE[reduction]
         if world == 1:
             out.copy_(parts[0])
-        elif _is_narrow(out.dtype) and not _is_exact(out.dtype, reduction, world):
+            return
+        if _is_narrow(out.dtype) and not _is_exact(out.dtype, reduction, world):
             sums, wide = self._wide[:, : out.numel()].view(2, *out.shape)
             sums.copy_(parts[0])
             for part in parts[1:]:
                 combine(sums, wide.copy_(part), out=sums)
-            out.copy_(sums.div_(world) if reduction == "avg" else sums)
+            out.copy_(divided(sums, world) if reduction == "avg" else sums)
         else:
             combine(parts[0], parts[1], out=out)
             for part in parts[2:]:
                 combine(out, part, out=out)
             if reduction == "avg":
-                out.div_(world)
+                divided(out, world)
+        if combine is not torch.add and out.dtype in SIGNED_ZEROS:
+            sign_zeros(parts, out, reduction, self._wide)
 
     # Steps.
 
