@@ -17,12 +17,19 @@ all_to_all       [world, *shape]       as x            x                        
 broadcast        shape                 shape           x                                   on root the sum, else zeros
 ================ ===================== =============== =================================== =========================
 
+Two more operators take several leaves per rank, and have no form in place. ``all_reduce_tree`` maps [leaves, *shape] to
+shape, and ``reduce_scatter_tree`` maps [leaves, world, *shape] to shape. They sum or average floating-point tensors as
+one tree over the leaves of all ranks, see :mod:`symmem.ops.engines.arithmetic`. So the bits of the result are the same
+for every number of ranks that shares the leaves. The number of ranks, and of leaves of a rank, must be a power of two.
+
 Gradients are for reverse mode. Forward mode raises UnsupportedError.
 
 All ranks of the group call the same operators with the same shapes and dtypes, in the same order. This includes
 backward passes. ``x`` may be any memory, symmetric or not, with any strides; a tensor that is not contiguous is copied.
-Sums of float16, bfloat16 and float8 are computed in float32. Results are bitwise equal on all ranks and from run to
-run. On the CPU an operator is complete when it returns. On CUDA it is work on the current stream.
+Sums of float16, bfloat16 and float8 are computed in float32, in the order of ranks, and rounded once. So the bits of an
+element depend on nothing but the ranks' elements at its place. They are the same on all ranks, from run to run, for
+every shape around the element, and with every algorithm. Only the sign and payload of a NaN may differ on the CPU. An
+operator on the CPU is complete when it returns. On CUDA it is work on the current stream.
 
 On CUDA, ``all_gather``, ``all_to_all`` and ``broadcast`` store parts of more than 1 MiB directly into the peers'
 results, if the results were allocated as symmetric memory (and not by an op within ``use_symmetric_memory``). So for
@@ -116,6 +123,7 @@ class OperatorKind:
         in_place: Works in the memory of ``x``. Takes engine, group, a contiguous tensor and the options. None if the
             engine itself accepts ``x`` as ``out``.
         rows: Whether ``x`` has one row per rank: in the functional form, and in the in-place form.
+        is_tree: Whether the first dimension of ``x`` is leaves of a tree. Then there is no in-place form.
     """
 
     name: str
@@ -123,6 +131,7 @@ class OperatorKind:
     shape: Callable[[Shape, int], Shape]
     in_place: Callable[..., None] | None
     rows: tuple[bool, bool]
+    is_tree: bool = False
 
     def check(self, x: torch.Tensor, options: Sequence[Any], world: int, in_place: bool = False) -> None:
         """Raise if a call is invalid. Does not read memory."""
@@ -131,6 +140,8 @@ class OperatorKind:
         if self.option == _REDUCTION:
             if options[0] not in _REDUCED.get(x.dtype, ()):
                 _refuse_reduction(x.dtype, options[0])
+            if self.is_tree:
+                _check_tree(x, options[0], world, self.name == "reduce_scatter_tree")
         elif self.option:
             _check_root(options[0], world)
         if self.rows[in_place] and (x.dim() == 0 or x.shape[0] != world):
@@ -162,7 +173,9 @@ class OperatorKind:
 
     def shared_row(self, rank: int) -> int | None:
         """The row of the larger of ``x`` and ``out`` that the smaller may be; None if they must not share memory."""
-        return 0 if self.in_place is None else None if self.like_x else rank
+        if self.in_place is None:
+            return None if self.is_tree else 0
+        return None if self.like_x else rank
 
     def result(self, x: torch.Tensor, world: int) -> torch.Tensor:
         """Allocate the result. ``x`` must be contiguous."""
@@ -173,6 +186,28 @@ def _refuse_reduction(dtype: torch.dtype | None, reduction: object) -> NoReturn:
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise InvalidArgumentError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
     raise InvalidArgumentError(f"there is no {reduction!r} of {dtype}", hint="convert the tensor first")
+
+
+def _check_tree(x: torch.Tensor, reduction: str, world: int, has_rows: bool) -> None:
+    """Raise if ``x`` has no valid leaves of a tree. ``has_rows``: every leaf has one row per rank."""
+    if reduction not in ("sum", "avg") or not x.dtype.is_floating_point:
+        raise InvalidArgumentError(
+            f"there is no {reduction!r} of {x.dtype} as a tree, only 'sum' and 'avg' of floating-point numbers",
+            hint="minima, maxima and sums of integers have the same bits in every order: reduce the leaves first, for "
+            "example by x.amin(0), and use the order 'ranks'; pass complex numbers by torch.view_as_real",
+        )
+    if x.dim() <= has_rows or (has_rows and x.shape[1] != world):
+        shape = f"[leaves of a rank, {world}, ...]" if has_rows else "[leaves of a rank, ...]"
+        raise InvalidArgumentError(
+            f"x must have the shape {shape}, not {list(x.shape)}", hint="x.unsqueeze(0) is one leaf per rank"
+        )
+    leaves = int(x.shape[0])
+    if leaves < 1 or leaves & (leaves - 1) or world & (world - 1):
+        raise InvalidArgumentError(
+            f"a tree needs a power of two of leaves on each rank, and a power of two of ranks, not {leaves} leaves on "
+            f"each of {world} ranks",
+            hint="append leaves of zeros, or use the order 'ranks', for which the bits depend on the number of ranks",
+        )
 
 
 def _check_root(root: int, world: int) -> None:
@@ -210,6 +245,10 @@ KINDS = {
         OperatorKind("reduce_scatter", _REDUCTION, lambda shape, world: shape[1:], _scatter, (True, True)),
         OperatorKind("all_to_all", "", _as_x, _transpose, (True, True)),
         OperatorKind("broadcast", "int root", _as_x, None, (False, False)),
+        OperatorKind("all_reduce_tree", _REDUCTION, lambda shape, world: shape[1:], None, (False, False), is_tree=True),
+        OperatorKind(
+            "reduce_scatter_tree", _REDUCTION, lambda shape, world: shape[2:], None, (False, False), is_tree=True
+        ),
     )
 }
 """The operations by name."""
@@ -247,7 +286,8 @@ def _check_apart(kind: OperatorKind, group: Group, x: torch.Tensor, out: torch.T
         allowed = "the same tensor" if kind.in_place is None else f"this rank's row of {whole}"
         raise InvalidArgumentError(
             "x and out share memory" + (f", but are not {allowed}" if row is not None else ""),
-            hint="pass another out" + (f", or call symmem::{kind.name}_ to work in place" if row is None else ""),
+            hint="pass another out"
+            + (f", or call symmem::{kind.name}_ to work in place" if row is None and not kind.is_tree else ""),
         )
 
 
@@ -395,6 +435,8 @@ def _define(kind: OperatorKind) -> None:
         (f"{name}_out", f"(Tensor x, {option}str group_name, *, Tensor(a!) out) -> ()", into, _fake_into),
     )
     for form, schema, work, fake in forms:
+        if work is in_place and kind.is_tree:
+            continue
         kernel = _by_name(work, kind)
         LIBRARY.define(form + schema)
         LIBRARY.impl(form, kernel, "CompositeExplicitAutograd")

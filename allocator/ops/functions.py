@@ -15,6 +15,7 @@ import symmem.ops.one_sided  # noqa: F401  # defines operators
 from symmem.backends.kernel_status import raise_failure
 from symmem.backends.neutral import in_fake_mode
 from symmem.backends.untraced import untraced
+from symmem.errors import InvalidArgumentError
 from symmem.group.group import Group
 from symmem.group.resolve import GroupLike, name_of, open_group
 from symmem.ops import eager
@@ -39,9 +40,12 @@ __all__ = [
 
 _CPU = torch.device("cpu")
 _OPERATORS = {
-    name: tuple(getattr(torch.ops.symmem, f"{name}{form}").default for form in ("", "_", "_out")) for name in KINDS
+    name: tuple(
+        getattr(torch.ops.symmem, f"{name}{form}").default for form in ("", "" if kind.is_tree else "_", "_out")
+    )
+    for name, kind in KINDS.items()
 }
-"""The three forms of the operators."""
+"""The three forms of the operators. Trees have none in place, and do not look it up."""
 
 _ALL_REDUCE, _ALL_GATHER, _REDUCE_SCATTER, _ALL_TO_ALL, _BROADCAST = (
     KINDS[name] for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
@@ -112,6 +116,17 @@ def _call(
         raise
 
 
+def _in_order(
+    kind: OperatorKind, order: object, group: GroupLike, x: torch.Tensor, out: torch.Tensor | None
+) -> OperatorKind:
+    """The operation in an order other than that of ranks."""
+    if order == "tree":
+        return KINDS[f"{kind.name}_tree"]
+    error = InvalidArgumentError(f"order must be 'ranks' or 'tree', not {order!r}")
+    refuse_in(group, kind.name, error, x, out)
+    raise error
+
+
 def _check_kinds(kind: OperatorKind, x: object, out: object, option: object) -> None:
     """Raise if an argument is of a wrong kind. The dispatcher's own errors would name neither argument nor remedy."""
     check_dense(x, kind.name)
@@ -137,15 +152,24 @@ def _dispatched(
 
 
 def all_reduce(
-    x: torch.Tensor, group: GroupLike = None, reduction: str = "sum", out: torch.Tensor | None = None
+    x: torch.Tensor,
+    group: GroupLike = None,
+    reduction: str = "sum",
+    out: torch.Tensor | None = None,
+    order: str = "ranks",
 ) -> torch.Tensor:
     """Combine all ranks' tensors, element by element. Collective over the group.
 
     Args:
-        x: Of any shape; the same shape and dtype on all ranks.
+        x: Of any shape; the same shape and dtype on all ranks. For the order ``"tree"`` [leaves of this rank, ...].
         group: As for :func:`symmem.resolve_group`. By default, the default process group.
-        reduction: ``"sum"``, ``"avg"``, ``"min"`` or ``"max"``.
-        out: Receives the result. Has the shape and dtype of x, and may be x itself. There is no gradient then.
+        reduction: ``"sum"``, ``"avg"``, ``"min"`` or ``"max"``; ``"sum"`` or ``"avg"`` for the order ``"tree"``.
+        out: Receives the result. Has the shape and dtype of x, and may be x itself. There is no gradient then. For the
+            order ``"tree"`` it has the shape of ``x[0]``, and must not overlap with x.
+        order: ``"ranks"`` combines in the order of ranks, so the bits depend on the number of ranks. ``"tree"`` adds
+            all ranks' leaves as one fixed tree, in float32 (float64 for float64), and rounds once. So the bits are the
+            same for every number of ranks that shares the same leaves. Rank r has leaves r * k to r * k + k - 1, where
+            k and the number of ranks are powers of two.
 
     Returns:
         ``out``, or a new tensor.
@@ -153,7 +177,8 @@ def all_reduce(
     Raises:
         InvalidArgumentError, MismatchError, PeerTimeoutError, PeerLostError: See :mod:`symmem.ops.collectives`.
     """
-    return _call(_ALL_REDUCE, x, group, out, reduction)
+    kind = _ALL_REDUCE if order == "ranks" else _in_order(_ALL_REDUCE, order, group, x, out)
+    return _call(kind, x, group, out, reduction)
 
 
 def all_gather(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -175,16 +200,22 @@ def all_gather(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | Non
 
 
 def reduce_scatter(
-    x: torch.Tensor, group: GroupLike = None, reduction: str = "sum", out: torch.Tensor | None = None
+    x: torch.Tensor,
+    group: GroupLike = None,
+    reduction: str = "sum",
+    out: torch.Tensor | None = None,
+    order: str = "ranks",
 ) -> torch.Tensor:
     """Combine all ranks' ``x[rank]``, for this rank. Collective over the group.
 
     Args:
-        x: [world, ...]; the same shape and dtype on all ranks.
+        x: [world, ...]; the same shape and dtype on all ranks. For the order ``"tree"``
+            [leaves of this rank, world, ...].
         group: See :func:`all_reduce`.
         reduction: See :func:`all_reduce`.
         out: Receives the result. Has the shape of ``x[0]``. May be ``x[rank]``, but must not overlap with x otherwise.
-            There is no gradient then.
+            There is no gradient then. For the order ``"tree"`` it has the shape of ``x[0, 0]``, and must not overlap.
+        order: See :func:`all_reduce`.
 
     Returns:
         ``out``, or a new tensor.
@@ -192,7 +223,8 @@ def reduce_scatter(
     Raises:
         InvalidArgumentError, MismatchError, PeerTimeoutError, PeerLostError: See :mod:`symmem.ops.collectives`.
     """
-    return _call(_REDUCE_SCATTER, x, group, out, reduction)
+    kind = _REDUCE_SCATTER if order == "ranks" else _in_order(_REDUCE_SCATTER, order, group, x, out)
+    return _call(kind, x, group, out, reduction)
 
 
 def all_to_all(x: torch.Tensor, group: GroupLike = None, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -59,7 +59,7 @@ def _refusing(op: OpOverload, *arguments: Any) -> Iterator[None]:
 class _Rule:
     @staticmethod
     def forward(ctx: Any, op: OpOverload, keyset: torch._C.DispatchKeySet, x: torch.Tensor, *rest: Any) -> Any:
-        ctx.op, ctx.rest = op, rest
+        ctx.op, ctx.shape, ctx.rest = op, x.shape, rest
         if not _has_transforms():
             return _beneath(op, keyset, x, *rest)
         # Autograd disabled both modes for this transform, but outer ones need them.
@@ -68,7 +68,7 @@ class _Rule:
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return None, None, GRADIENTS[ctx.op._opname](gradient, *ctx.rest), *(None for _ in ctx.rest)
+        return None, None, GRADIENTS[ctx.op._opname](ctx.shape, gradient, *ctx.rest), *(None for _ in ctx.rest)
 
 
 class _WithGradient(_Rule, torch.autograd.Function):
@@ -142,28 +142,44 @@ def _check_linear(name: str, reduction: str) -> None:
         )
 
 
-def _all_reduce(gradient: torch.Tensor, reduction: str, group_name: str) -> Any:
+def _all_reduce(shape: torch.Size, gradient: torch.Tensor, reduction: str, group_name: str) -> Any:
     _check_linear("all_reduce", reduction)
     return torch.ops.symmem.all_reduce(gradient, reduction, group_name)
 
 
-def _all_gather(gradient: torch.Tensor, group_name: str) -> Any:
+def _all_gather(shape: torch.Size, gradient: torch.Tensor, group_name: str) -> Any:
     return torch.ops.symmem.reduce_scatter(gradient, "sum", group_name)
 
 
-def _reduce_scatter(gradient: torch.Tensor, reduction: str, group_name: str) -> Any:
+def _reduce_scatter(shape: torch.Size, gradient: torch.Tensor, reduction: str, group_name: str) -> Any:
     _check_linear("reduce_scatter", reduction)
     gathered = torch.ops.symmem.all_gather(gradient, group_name)
     return gathered / gathered.shape[0] if reduction == "avg" else gathered
 
 
-def _all_to_all(gradient: torch.Tensor, group_name: str) -> Any:
+def _all_to_all(shape: torch.Size, gradient: torch.Tensor, group_name: str) -> Any:
     return torch.ops.symmem.all_to_all(gradient, group_name)
 
 
-def _broadcast(gradient: torch.Tensor, root: int, group_name: str) -> Any:
+def _broadcast(shape: torch.Size, gradient: torch.Tensor, root: int, group_name: str) -> Any:
     total = torch.ops.symmem.all_reduce(gradient, "sum", group_name)
     return total if group_named(group_name).rank == root else torch.zeros_like(total)
+
+
+# All leaves have the same gradient. As a tree, the sum over equal ranks is exact.
+
+
+def _of_every_leaf(shape: torch.Size, total: torch.Tensor, reduction: str, world: int) -> torch.Tensor:
+    return (total / (shape[0] * world) if reduction == "avg" else total).expand(shape)
+
+
+def _all_reduce_tree(shape: torch.Size, gradient: torch.Tensor, reduction: str, group_name: str) -> Any:
+    total = torch.ops.symmem.all_reduce_tree(gradient.unsqueeze(0), "sum", group_name)
+    return _of_every_leaf(shape, total, reduction, group_named(group_name).size)
+
+
+def _reduce_scatter_tree(shape: torch.Size, gradient: torch.Tensor, reduction: str, group_name: str) -> Any:
+    return _of_every_leaf(shape, torch.ops.symmem.all_gather(gradient, group_name), reduction, shape[1])
 
 
 GRADIENTS: dict[str, Callable[..., Any]] = {
@@ -172,5 +188,7 @@ GRADIENTS: dict[str, Callable[..., Any]] = {
     "reduce_scatter": _reduce_scatter,
     "all_to_all": _all_to_all,
     "broadcast": _broadcast,
+    "all_reduce_tree": _all_reduce_tree,
+    "reduce_scatter_tree": _reduce_scatter_tree,
 }
-"""Functions by operator name. They map the result's gradient and the other arguments to the gradient of x."""
+"""Functions by operator name. They take x's shape, the result's gradient and the other arguments, and return x's."""

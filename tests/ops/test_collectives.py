@@ -123,6 +123,21 @@ def test_gradcheck(name: str, group: symmem.Group) -> None:
     assert torch.autograd.gradgradcheck(lambda x: op(name)(x, *rest), (x,))
 
 
+@pytest.mark.parametrize("reduction", ["sum", "avg"])
+@pytest.mark.parametrize(("name", "shape"), [("all_reduce_tree", (4, 5)), ("reduce_scatter_tree", (4, 1, 5))])
+def test_trees_are_operators_with_gradients(
+    name: str, shape: tuple[int, ...], reduction: str, group: symmem.Group
+) -> None:
+    x, rest = torch.randn(shape, dtype=torch.float64, requires_grad=True), (reduction, group.name)
+    torch.library.opcheck(op(name), (x, *rest))
+    torch.library.opcheck(op(f"{name}_out"), (x.detach(), *rest), {"out": torch.empty(5, dtype=torch.float64)})
+    assert torch.autograd.gradcheck(lambda x: op(name)(x, *rest), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: op(name)(x, *rest), (x,))
+    given = torch.func.grad(lambda x: op(name)(x, *rest).pow(2).sum())(x.detach())
+    leaves = x.detach().view(4, 5).sum(0) * 2
+    torch.testing.assert_close(given, (leaves / 16 if reduction == "avg" else leaves).expand(4, 5).reshape(shape))
+
+
 @pytest.mark.parametrize("name", COLLECTIVES)
 def test_transforms_give_gradients(name: str, group: symmem.Group) -> None:
     """With one rank an operation is a view, so transforms of the view give the expected gradients."""

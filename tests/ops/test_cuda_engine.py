@@ -407,6 +407,58 @@ def test_reduce_scatter(ranks: Ranks) -> None:
             assert torch.equal(out, functools.reduce(torch.add, [each[rank] for each in sources])), n
 
 
+TREES = {world: WorkspaceLayout.make(world, world * 4096, world * 2048, 8) for world in (1, 2, 4)}
+
+
+@pytest.fixture(scope="module")
+def tree_libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The kernels with the macro TREE, by the number of ranks."""
+    if COMPILER is None:
+        pytest.skip("there is no C++ compiler here")
+    folder = tmp_path_factory.mktemp("trees")
+    reducing = {"REDUCES": "1", "TYPE_F32": "1", "OPERATOR_SUM": "1", "TREE": "1"}
+    return {str(world): compile_kernels("reduce", TREES[world].macros() | reducing, folder) for world in (2, 4)}
+
+
+def tree_of(leaves: torch.Tensor) -> torch.Tensor:
+    half = len(leaves) // 2
+    return leaves[0].float() if half == 0 else tree_of(leaves[:half]) + tree_of(leaves[half:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("world", TREES)
+def test_trees_have_the_same_bits_on_every_number_of_ranks(
+    world: int, kernel: str, driver: EmulatedDriver, tree_libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def program(_state: Any, kind: str, macros: dict[str, str]) -> Any:
+        assert (kind, macros["TREE"], macros["OPERATOR_SUM"], macros["TYPE_F32"]) == ("reduce", "1", "1", "1")
+        library = tree_libraries[macros["WORLD"]]
+        return SimpleNamespace(functions={name: (library, number) for number, name in enumerate(KERNELS[kind])})
+
+    monkeypatch.setattr(cuda, "program", program)
+    ranks = Ranks([StubGroup(rank, world) for rank in range(world)], TREES[world])
+    ranks.use(all_reduce=(Row(world, None, kernel, 8, 2),))
+    generator = torch.Generator().manual_seed(7)
+    for dtype, reduction, n in itertools.product((torch.float32, torch.bfloat16), ("sum", "avg"), (8, 1000, 5000)):
+        shape = (8, n)
+        scales = 2.0 ** torch.randint(-6, 6, shape, generator=generator)
+        leaves = (torch.randn(shape, generator=generator) * scales).to(dtype)
+        total = tree_of(leaves)
+        wanted = (total / 8 if reduction == "avg" else total).to(dtype)
+        mine, before = leaves.chunk(world), leaves.clone()
+        outs = [torch.empty_like(wanted) for _ in range(world)]
+        errors = ranks.run(lambda e, r, m=mine, o=outs, how=reduction: e.all_reduce_tree(m[r], o[r], how))  # type: ignore[misc]
+        assert errors == [None] * world
+        assert all(torch.equal(out, wanted) for out in outs), (dtype, reduction, n)
+        parts = [torch.empty(n // world, dtype=dtype) for _ in range(world)]
+        rows = [each.unflatten(1, (world, -1)) for each in mine]
+        errors = ranks.run(lambda e, r, m=rows, o=parts, how=reduction: e.reduce_scatter_tree(m[r], o[r], how))  # type: ignore[misc]
+        assert errors == [None] * world
+        assert torch.equal(torch.cat(parts), wanted), (dtype, reduction, n)
+        assert torch.equal(leaves, before)
+
+
 class StubBlock:
     closed = False
 

@@ -49,6 +49,15 @@ class Engine(Protocol):
         ``out`` may be ``source[rank]``.
         """
 
+    def all_reduce_tree(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
+        """``out`` = the sum or average of all ranks' ``source[leaf]``, as one tree; see :mod:`.arithmetic`.
+
+        ``source`` is [leaves of a rank, *out.shape], of a floating-point dtype. It does not overlap with ``out``.
+        """
+
+    def reduce_scatter_tree(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
+        """The same for all ranks' ``source[leaf, rank]``, of ``source`` [leaves of a rank, world, *out.shape]."""
+
     def all_to_all(self, source: torch.Tensor, out: torch.Tensor) -> None:
         """``out[r]`` = rank r's ``source[rank]``. Both are [world, ...], of one shape, and do not overlap."""
 

@@ -58,6 +58,16 @@ class CheckedEngine:
         self._compare("reduce_scatter", source, reduction=reduction)
         self.engine.reduce_scatter(source, out, reduction)
 
+    def all_reduce_tree(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
+        """See :meth:`symmem.ops.engines.base.Engine.all_reduce_tree`."""
+        self._compare("all_reduce_tree", source, reduction=reduction)
+        self.engine.all_reduce_tree(source, out, reduction)
+
+    def reduce_scatter_tree(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
+        """See :meth:`symmem.ops.engines.base.Engine.reduce_scatter_tree`."""
+        self._compare("reduce_scatter_tree", source, reduction=reduction)
+        self.engine.reduce_scatter_tree(source, out, reduction)
+
     def all_to_all(self, source: torch.Tensor, out: torch.Tensor) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.all_to_all`."""
         self._compare("all_to_all", source)

@@ -44,7 +44,7 @@ waits for their flags. A block never waits for other blocks of its GPU. Flags ha
 * `put`: for results in symmetric memory. A rank stores its part into the results of all ranks, between two meetings.
 
 **Deterministic.** All algorithms reduce elements in rank order, in float32 (float64 for float64), and round once. A
-result is rounded before it is passed on.
+result is rounded before it is passed on. With the macro TREE they add ranks as a balanced binary tree instead.
 
 **In place.** A thread reads all it needs of the elements that it overwrites before it overwrites them.
 
@@ -170,7 +170,8 @@ class WorkspaceLayout(NamedTuple):
 
 SOURCE = (
     r"""
-// The compiler's command line defines WORLD, the layout and, for reductions, REDUCES, TYPE_x and OPERATOR_x.
+// The compiler's command line defines WORLD, the layout and, for reductions, REDUCES, TYPE_x, OPERATOR_x and perhaps
+// TREE, for a power of two of ranks.
 typedef unsigned char u8;
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -610,6 +611,21 @@ __device__ __forceinline__ Unit narrow(const Wide (&wide)[COUNT]) {
 }
 #endif
 
+#if TREE
+// Neighbours first, then neighbouring sums, on every rank.
+__device__ __forceinline__ Unit reduce(const Unit (&got)[WORLD]) {
+  Wide sums[WORLD][COUNT];
+#pragma unroll
+  for (u32 r = 0; r < WORLD; ++r) widen(got[r], sums[r]);
+#pragma unroll
+  for (u32 span = 1; span < WORLD; span *= 2)
+#pragma unroll
+    for (u32 r = 0; r < WORLD; r += 2 * span)
+#pragma unroll
+      for (u32 i = 0; i < COUNT; ++i) sums[r][i] = combine(sums[r][i], sums[r + span][i]);
+  return guard(narrow(sums[0]));
+}
+#else
 // In rank order, on every rank.
 __device__ __forceinline__ Unit reduce(const Unit (&got)[WORLD]) {
   Wide total[COUNT], wide[COUNT];
@@ -626,6 +642,7 @@ __device__ __forceinline__ Unit reduce(const Unit (&got)[WORLD]) {
 #endif
   return guard(narrow(total));
 }
+#endif
 
 // Store the own unit, and mark all others as missing. Selects word by word, because an index known only at run time
 // would move the array from registers to memory.

@@ -48,6 +48,7 @@ from symmem.group.group import Group
 from symmem.memory import cuda_graphs
 from symmem.memory.block import Block
 from symmem.memory.registry import block_at
+from symmem.ops.engines.arithmetic import Tree, sum_leaves
 from symmem.ops.engines.base import describe, shape_text
 from symmem.ops.engines.collective_kernels import (
     CALL,
@@ -205,7 +206,9 @@ class CudaEngine:
         if plan is None:
             if self._is_trivial(source, out, source.nbytes):
                 return
-            plan = self._plan_all_reduce(source, reduction)
+            functions = functools.partial(self._reducing, "all_reduce", source.dtype, reduction)
+            called = functools.partial(describe, "all_reduce", reduction, shape_text(source.shape), source.dtype)
+            plan = self._plan_all_reduce(source.nbytes, functions, called)
             self._remember(key, plan)
         address = source.data_ptr()
         self._run(plan, address, address if out is source else out.data_ptr())
@@ -219,9 +222,42 @@ class CudaEngine:
         key = ("reduce_scatter", source.shape, out.dtype, reduction)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plan_reduce_scatter(source, out, reduction)
+            functions = functools.partial(self._reducing, "reduce_scatter", out.dtype, reduction)
+            called = functools.partial(describe, "reduce_scatter", reduction, shape_text(source.shape), out.dtype)
+            plan = self._plan_reduce_scatter(nbytes, functions, called)
             self._remember(key, plan)
         self._run(plan, source.data_ptr(), out.data_ptr())
+
+    @_operation
+    def all_reduce_tree(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
+        """See :meth:`symmem.ops.engines.base.Engine.all_reduce_tree`."""
+        self._tree("all_reduce_tree", source, out, reduction)
+
+    @_operation
+    def reduce_scatter_tree(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
+        """See :meth:`symmem.ops.engines.base.Engine.reduce_scatter_tree`."""
+        self._tree("reduce_scatter_tree", source, out, reduction)
+
+    def _tree(self, name: str, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
+        """Sum the own leaves, let the kernels sum over ranks in the wide dtype, and round."""
+        if out.numel() == 0:
+            self._is_trivial(out, out, 0)
+            return
+        given = sum_leaves(source)
+        if self._world == 1:
+            total = given.view(out.shape)
+        else:
+            total = out if out.dtype == given.dtype else torch.empty_like(out, dtype=given.dtype)
+            key = (name, source.shape, source.dtype, reduction)
+            plan = self._plans.get(key)
+            if plan is None:
+                functions = functools.partial(self._reducing, name, given.dtype, "sum", tree=True)
+                called = functools.partial(describe, name, reduction, shape_text(source.shape), source.dtype)
+                make = self._plan_all_reduce if name == "all_reduce_tree" else self._plan_reduce_scatter
+                plan = make(total.nbytes, functions, called)
+                self._remember(key, plan)
+            self._run(plan, given.data_ptr(), total.data_ptr())
+        Tree(reduction, source.shape[0] * self._world).finish(total, out)
 
     @_operation
     def all_gather(self, source: torch.Tensor, out: torch.Tensor) -> None:
@@ -418,29 +454,31 @@ class CudaEngine:
 
     # Plans: the launches of an operation, by shape.
 
-    def _plan_all_reduce(self, source: torch.Tensor, reduction: str) -> list[_PreparedKernel]:
-        nbytes = source.nbytes
-        choice = self.table.choose(nbytes)
-        functions = self._reducing("all_reduce", source.dtype, reduction)
+    def _plan_all_reduce(
+        self, nbytes: int, functions: Callable[[], dict[str, Any]], called: Callable[[int], str]
+    ) -> list[_PreparedKernel]:
+        """``called`` describes a piece of the call by its number."""
+        choice, kernels = self.table.choose(nbytes), functions()
         half = self.layout.slot // 2 // _UNIT * _UNIT
         most = {"one_shot": self.layout.slot, "two_shot": self._world * half}[choice.kernel]
         plan: list[_PreparedKernel] = []
         for start, size in chunks(nbytes, most):
             part = size if choice.kernel == "one_shot" else -(-size // self._world // _UNIT) * _UNIT
             sizes = {"bytes": size, "slice": part, "stride": part}
-            call = describe("all_reduce", reduction, shape_text(source.shape), source.dtype, len(plan))
-            plan.append(self._launch("all_reduce", call, functions[choice.kernel], choice, part, start, sizes))
+            kernel, call = kernels[choice.kernel], called(len(plan))
+            plan.append(self._launch("all_reduce", call, kernel, choice, part, start, sizes))
         return plan
 
-    def _plan_reduce_scatter(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> list[_PreparedKernel]:
-        nbytes = out.nbytes
-        choice = self.table.choose_reduce_scatter(nbytes)
-        functions = self._reducing("reduce_scatter", out.dtype, reduction)
+    def _plan_reduce_scatter(
+        self, nbytes: int, functions: Callable[[], dict[str, Any]], called: Callable[[int], str]
+    ) -> list[_PreparedKernel]:
+        """``nbytes`` is the size of the result."""
+        choice, kernels = self.table.choose_reduce_scatter(nbytes), functions()
         plan: list[_PreparedKernel] = []
         for start, size in chunks(nbytes, self.layout.slot):
             sizes = {"bytes": (self._world - 1) * nbytes + size, "slice": size, "stride": nbytes}
-            call = describe("reduce_scatter", reduction, shape_text(source.shape), out.dtype, len(plan))
-            plan.append(self._launch("reduce_scatter", call, functions[choice.kernel], choice, size, start, sizes))
+            kernel, call = kernels[choice.kernel], called(len(plan))
+            plan.append(self._launch("reduce_scatter", call, kernel, choice, size, start, sizes))
         return plan
 
     def _move(
@@ -526,7 +564,7 @@ class CudaEngine:
             self._plans.clear()
         self._plans[key] = plan
 
-    def _reducing(self, step: str, dtype: torch.dtype, reduction: str) -> dict[str, Any]:
+    def _reducing(self, step: str, dtype: torch.dtype, reduction: str, tree: bool = False) -> dict[str, Any]:
         if dtype not in TYPES:
             raise UnsupportedError(
                 f"{step} of {dtype} on CUDA: only {', '.join(str(each) for each in TYPES)} can be reduced",
@@ -537,6 +575,8 @@ class CudaEngine:
             )
         self._ready(step)
         macros = {"REDUCES": "1", f"TYPE_{TYPES[dtype]}": "1", f"OPERATOR_{OPERATORS[reduction]}": "1"}
+        if tree:
+            macros["TREE"] = "1"
         return program(self._state, "reduce", self.layout.macros() | macros).functions
 
     # The workspace.

@@ -56,7 +56,7 @@ from symmem.group.call_site import program_line
 from symmem.group.compare import different_calls
 from symmem.group.group import Group
 from symmem.group.ledger import explained
-from symmem.ops.engines.arithmetic import SIGNED_ZEROS, divided, sign_zeros
+from symmem.ops.engines.arithmetic import SIGNED_ZEROS, Tree, divided, sign_zeros, sum_leaves
 from symmem.ops.engines.base import REDUCTIONS, describe, shape_text
 
 __all__ = ["HostEngine"]
@@ -79,7 +79,10 @@ _LINE_STRIDE = 64  # bytes: one cache line
 _ERROR_NBYTES = 1024  # for the text of an error; zeros follow the text
 _MAX_KNOWN = 512
 
-_OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier")
+_OPERATIONS = (
+    *("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier"),
+    *("all_reduce_tree", "reduce_scatter_tree"),
+)
 _REDUCTIONS = ("", *REDUCTIONS)
 _DTYPES = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
 _OPERATION_CODES, _REDUCTION_CODES, _DTYPE_CODES = (
@@ -210,6 +213,25 @@ class HostEngine:
             self._reduce_scatter(key, piece, given[:, at], taken[at], reduction)
 
     @_operation
+    def all_reduce_tree(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
+        """See :meth:`symmem.ops.engines.base.Engine.all_reduce_tree`."""
+        key, tree = _key("all_reduce_tree", source, reduction), Tree(reduction, source.shape[0] * self._world)
+        given, taken = sum_leaves(source).view(-1), out.view(-1)
+        if self._world > 2:
+            self._two_shot(key, given, taken, tree)
+            return
+        for piece, at in self._pieces(given.numel(), _most(given.dtype)):
+            self._one_shot(key, piece, given[at], taken[at], tree)
+
+    @_operation
+    def reduce_scatter_tree(self, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
+        """See :meth:`symmem.ops.engines.base.Engine.reduce_scatter_tree`."""
+        key, tree = _key("reduce_scatter_tree", source, reduction), Tree(reduction, source.shape[0] * self._world)
+        given, taken = sum_leaves(source).view(self._world, out.numel()), out.view(-1)
+        for piece, at in self._pieces(out.numel(), _most(given.dtype) // self._world):
+            self._reduce_scatter(key, piece, given[:, at], taken[at], tree)
+
+    @_operation
     def all_to_all(self, source: torch.Tensor, out: torch.Tensor) -> None:
         """See :meth:`symmem.ops.engines.base.Engine.all_to_all`."""
         key, size = _key("all_to_all", source), source.nbytes // self._world
@@ -269,14 +291,14 @@ class HostEngine:
 
     # One piece of an operation. Only `_two_shot` handles all pieces itself.
 
-    def _one_shot(self, key: _Key, piece: int, given: torch.Tensor, taken: torch.Tensor, reduction: str) -> None:
+    def _one_shot(self, key: _Key, piece: int, given: torch.Tensor, taken: torch.Tensor, reduction: str | Tree) -> None:
         """Every rank reduces everything."""
         parts = self._parts(given.dtype, 0, given.shape)
         parts[self._rank].copy_(given)
         self._step(key, piece)
         self._reduce(parts, taken, reduction)
 
-    def _two_shot(self, key: _Key, source: torch.Tensor, out: torch.Tensor, reduction: str) -> None:
+    def _two_shot(self, key: _Key, source: torch.Tensor, out: torch.Tensor, reduction: str | Tree) -> None:
         """Every rank reduces its share of a piece, and passes it on together with its next whole piece."""
         dtype, half = source.dtype, REGION // 2
         nothing = slice(0, 0)
@@ -303,9 +325,11 @@ class HostEngine:
         self._step(key, piece)
         taken.copy_(rows)
 
-    def _reduce_scatter(self, key: _Key, piece: int, given: torch.Tensor, taken: torch.Tensor, reduction: str) -> None:
+    def _reduce_scatter(
+        self, key: _Key, piece: int, given: torch.Tensor, taken: torch.Tensor, reduction: str | Tree
+    ) -> None:
         self._parts(given.dtype, 0, given.shape)[self._rank].copy_(given)
-        parts = self._parts(given.dtype, self._rank * taken.nbytes, taken.shape)
+        parts = self._parts(given.dtype, self._rank * (given.nbytes // self._world), taken.shape)
         self._step(key, piece)
         self._reduce(parts, taken, reduction)
 
@@ -323,8 +347,11 @@ class HostEngine:
         self._step(key, piece)
         taken.copy_(part)
 
-    def _reduce(self, parts: Sequence[torch.Tensor], out: torch.Tensor, reduction: str) -> None:
-        """Combine all ranks' parts in rank order into ``out``. ``out`` must not overlap with the parts."""
+    def _reduce(self, parts: Sequence[torch.Tensor], out: torch.Tensor, reduction: str | Tree) -> None:
+        """Combine all ranks' parts, in rank order or as a tree, into ``out``, which must not overlap with them."""
+        if isinstance(reduction, Tree):
+            reduction.combine(parts, out)
+            return
         world, combine = len(parts), _COMBINE[reduction]
         if world == 1:
             out.copy_(parts[0])
