@@ -102,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     memory_map.add_argument("--torch", action="store_true", help="convert one snapshot for pytorch.org/memory_viz")
     memory_map.set_defaults(run=_memory_map)
 
-    include_path = commands.add_parser("include-path", help="print the folder of symmem.cuh, for nvcc -I")
+    include_path = commands.add_parser(
+        "include-path", help="print the folder of symmem.cuh and symmem_registry.h, for -I"
+    )
     include_path.set_defaults(run=_include_path)
 
     config.add_parser(commands)

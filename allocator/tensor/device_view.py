@@ -23,7 +23,7 @@ __all__ = ["CustomSignals", "DeviceView", "View", "include_path"]
 
 
 def include_path() -> str:
-    """The folder of ``symmem.cuh``, for ``-I`` of nvcc or NVRTC; ``symmem include-path`` prints it."""
+    """The folder of ``symmem.cuh`` and ``symmem_registry.h``, for ``-I``; ``symmem include-path`` prints it."""
     return str(Path(__file__).parents[1] / "include")
 
 

@@ -1143,5 +1143,34 @@ def test_schema_hint() -> None:
     assert {name: ops.registration(f"symm_hint::{name}").args for name in wanted} == wanted  # type: ignore[union-attr]
     lib.define("plain(Tensor symm, str group_name) -> ()")
     assert ops.registration("symm_hint::plain") is None
-    with pytest.raises(InvalidArgumentError, match="symm_hint::bad"):
-        lib.define("bad(symm int x) -> ()")
+
+
+@pytest.mark.parametrize(
+    ("schema", "hint", "why"),
+    [
+        ("(symm int x) -> ()", (), "the argument 'x' is of type int, not a tensor"),
+        ("(SymmMemTensor x, str group_name) -> ()", "y", "has no argument 'y'"),
+        ("(Tensor x, str group_name) -> ()", 2, "has no argument 2"),
+        ("(SymmMemTensor x, str group_name) -> ()", "x", "the argument 'x' is named twice"),
+        ("(SymmMemTensor x, str a, str b) -> ()", (), "does not tell which argument carries the group"),
+    ],
+)
+def test_a_hint_that_does_not_fit_defines_nothing(lib: ops.Library, schema: str, hint: Any, why: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"{lib.ns}::bad.*{why}"):
+        lib.define(f"bad{schema}", symm_mem_hint=hint)
+    assert not hasattr(getattr(torch.ops, lib.ns), "bad")
+    lib.define("bad(SymmMemTensor x, str group_name) -> ()")
+    assert ops.registration(f"{lib.ns}::bad").args == ("x",)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("carries", ["name", "process group"])
+def test_functional_collectives_carry_their_group(carries: str, group: str) -> None:
+    """Since torch 2.13 the type of this argument is ``Any``."""
+    name = "_c10d_functional::all_reduce"
+    made = symmem.requires_symmetric_memory(name)
+    try:
+        assert (made.args, made.group_arg) == (("input",), "group_name")
+        value = group if carries == "name" else dist.group.WORLD
+        assert made.group_of((torch.ones(1), "sum", value)).name == group
+    finally:
+        ops.unregister(name)

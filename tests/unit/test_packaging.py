@@ -91,8 +91,11 @@ def test_wheel_has_the_source_in_c(wheel: zipfile.ZipFile) -> None:
         assert file.is_dir() or wheel.read(f"symmem/native/{file.name}") == file.read_bytes()
 
 
-def test_wheel_has_the_header(wheel: zipfile.ZipFile) -> None:
-    assert wheel.read("symmem/include/symmem.cuh") == (ROOT / "allocator/include/symmem.cuh").read_bytes()
+def test_wheel_has_the_headers(wheel: zipfile.ZipFile) -> None:
+    headers = sorted((ROOT / "allocator/include").iterdir())
+    assert [header.name for header in headers] == ["symmem.cuh", "symmem_registry.h"]
+    for header in headers:
+        assert wheel.read(f"symmem/include/{header.name}") == header.read_bytes()
 
 
 def test_wheel_has_the_command(wheel: zipfile.ZipFile) -> None:

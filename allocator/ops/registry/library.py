@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch._library.utils import RegistrationHandle
 
-from symmem.ops.registry.registry import FROM_SCHEMA, caller_line, described, enter, withdraw
+from symmem.ops.registry.registry import FROM_SCHEMA, caller_line, described, described_by, enter, withdraw
 from symmem.ops.registry.schema import OpLike, find_op
 
 __all__ = ["Library"]
@@ -46,13 +46,17 @@ class Library(torch.library.Library):
             kwargs: See ``torch.library.Library.define``.
 
         Raises:
-            InvalidArgumentError: As :func:`symmem.register_symm_mem_args`.
+            InvalidArgumentError: As :func:`symmem.register_symm_mem_args`. Then the op is not defined either.
         """
-        name = super().define(_HINT.sub(r"\1 \2", schema), *args, **kwargs)  # type: ignore[no-untyped-call]
+        plain, op = _HINT.sub(r"\1 \2", schema), schema.partition("(")[0].strip()
         hinted: list[str | int] = [match.group(2) for match in _HINT.finditer(schema)]
         hinted += [symm_mem_hint] if isinstance(symm_mem_hint, str | int) else symm_mem_hint
+        if hinted:  # refuse before the op is defined, because a library cannot undefine it
+            known = torch._C.parse_schema(f"{self.ns}::{plain}")
+            described_by(f"{self.ns}::{op}", known, hinted, FROM_SCHEMA, False, False, "")
+        name = super().define(plain, *args, **kwargs)  # type: ignore[no-untyped-call]
         if hinted:
-            self.register_symm_mem_args(schema.partition("(")[0].strip(), hinted)
+            self.register_symm_mem_args(op, hinted)
         return name
 
     def register_symm_mem_args(

@@ -1,7 +1,8 @@
 """The registry of operator arguments that must be in symmetric memory.
 
-It combines three sources: registrations made here, PyTorch's own registry (see :mod:`.upstream`), and the built-in
-registrations for torch.ops.symm_mem and torch.ops.symmem (see :mod:`.built_in`), which are entered at the first lookup.
+It combines four sources: registrations made here, those of C++ libraries (see :mod:`.from_cpp`), PyTorch's own registry
+(see :mod:`.upstream`), and the built-in registrations for torch.ops.symm_mem and torch.ops.symmem (see
+:mod:`.built_in`). Those of C++ libraries and the built-in ones are entered when they are first looked up.
 Registrations made here are copied to PyTorch's registry. Built-in ones are not, because upstream has its own lowerings
 for torch.ops.symm_mem. If both registries know an op, the later registration is used. For built-in ops, this registry
 is used.
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from torch._ops import OpOverload
 
 from symmem.errors import InvalidArgumentError
-from symmem.ops.registry import upstream
+from symmem.ops.registry import from_cpp, upstream
 from symmem.ops.registry.built_in import NAMESPACE, NEED, OWN, OWN_NAMESPACE
 from symmem.ops.registry.registration import BUILT_IN, UPSTREAM, Registration
 from symmem.ops.registry.schema import OpLike, Parameter, find_group, find_op, is_group, known_op, parameters
@@ -56,6 +57,8 @@ _entries: dict[str, Registration] = {}
 _version = 0
 _seen_upstream: dict[str, tuple[str, ...]] = {}
 _has_built_in = False
+_read_from_cpp = 0  # records
+_from_cpp: list[from_cpp.Record] = []  # that are not entered yet, or do not fit their operator
 listeners: list[Callable[[str], None]] = []
 """Called with the name of an operator when its registration was made or removed here."""
 
@@ -181,52 +184,67 @@ def described(
     source: str,
 ) -> Registration:
     """Make a registration and check it against the schema, without entering it. See :func:`register_symm_mem_args`."""
-    known = parameters(op._schema)
-    args = _tensor_arguments(op, arg_names, known)
+    return described_by(op._name, op._schema, arg_names, group_arg, exit_barrier, one_sided, source)
+
+
+def described_by(
+    op: str,
+    schema: Any,
+    arg_names: Iterable[str | int],
+    group_arg: str | None,
+    exit_barrier: bool,
+    one_sided: bool,
+    source: str,
+) -> Registration:
+    """:func:`described` for an operator that may not be defined yet."""
+    known = parameters(schema)
+    args = _tensor_arguments(op, schema, arg_names, known)
     if group_arg is FROM_SCHEMA:
         group_arg, unclear = find_group(known)
         if unclear:
             raise InvalidArgumentError(
-                f"{op._name}: the schema does not tell which argument carries the group, of {_listed(unclear)}",
+                f"{op}: the schema does not tell which argument carries the group, of {_listed(unclear)}",
                 hint=f"pass group_arg={unclear[0]!r}, or group_arg=None if it uses the default process group",
             )
     elif group_arg is not None:
-        _check_group(op, group_arg, known)
-    return Registration(op._name, args, group_arg, exit_barrier, one_sided, source, (), op._schema, known)
+        _check_group(op, schema, group_arg, known)
+    return Registration(op, args, group_arg, exit_barrier, one_sided, source, (), schema, known)
 
 
-def _tensor_arguments(op: OpOverload, names: Iterable[str | int], known: Mapping[str, Parameter]) -> tuple[str, ...]:
+def _tensor_arguments(
+    op: str, schema: Any, names: Iterable[str | int], known: Mapping[str, Parameter]
+) -> tuple[str, ...]:
     if isinstance(names, str):
-        raise InvalidArgumentError(f"{op._name}: the arguments must be a list of names", hint=f"pass [{names!r}]")
-    args = tuple(_name_at(op, each, list(known)) if isinstance(each, int) else each for each in names)
+        raise InvalidArgumentError(f"{op}: the arguments must be a list of names", hint=f"pass [{names!r}]")
+    args = tuple(_name_at(op, schema, each, list(known)) if isinstance(each, int) else each for each in names)
     tensors = [parameter.name for parameter in known.values() if parameter.tensor]
     hint = f"arguments that hold tensors: {_listed(tensors)}"
     if not args:
-        raise InvalidArgumentError(f"{op._name}: no arguments are named", hint=hint)
+        raise InvalidArgumentError(f"{op}: no arguments are named", hint=hint)
     for name in args:
         if name not in known:
-            raise InvalidArgumentError(f"{op._name} has no argument {name!r}: {op._schema}", hint=hint)
+            raise InvalidArgumentError(f"{op} has no argument {name!r}: {schema}", hint=hint)
         if not known[name].tensor:
             what = f"is of type {known[name].type}"
-            raise InvalidArgumentError(f"{op._name}: the argument {name!r} {what}, not a tensor", hint=hint)
+            raise InvalidArgumentError(f"{op}: the argument {name!r} {what}, not a tensor", hint=hint)
         if args.count(name) > 1:
-            raise InvalidArgumentError(f"{op._name}: the argument {name!r} is named twice", hint="name it once")
+            raise InvalidArgumentError(f"{op}: the argument {name!r} is named twice", hint="name it once")
     return args
 
 
-def _name_at(op: OpOverload, position: int, names: Sequence[str]) -> str:
+def _name_at(op: str, schema: Any, position: int, names: Sequence[str]) -> str:
     if isinstance(position, bool) or not 0 <= position < len(names):
-        raise InvalidArgumentError(f"{op._name} has no argument {position!r}: {op._schema}", hint="count from 0")
+        raise InvalidArgumentError(f"{op} has no argument {position!r}: {schema}", hint="count from 0")
     return names[position]
 
 
-def _check_group(op: OpOverload, name: str, known: Mapping[str, Parameter]) -> None:
+def _check_group(op: str, schema: Any, name: str, known: Mapping[str, Parameter]) -> None:
     hint = f"arguments that can: {_listed(parameter.name for parameter in known.values() if is_group(parameter))}"
     if name not in known:
-        raise InvalidArgumentError(f"{op._name} has no argument {name!r} to carry the group: {op._schema}", hint=hint)
+        raise InvalidArgumentError(f"{op} has no argument {name!r} to carry the group: {schema}", hint=hint)
     if not is_group(known[name]):
         what = f"is of type {known[name].type}"
-        raise InvalidArgumentError(f"{op._name}: the argument {name!r} {what} and cannot carry the group", hint=hint)
+        raise InvalidArgumentError(f"{op}: the argument {name!r} {what} and cannot carry the group", hint=hint)
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -241,6 +259,8 @@ def enter(made: Registration, *, replace: bool) -> None:
     """
     with _lock:
         op = find_op(made.op)
+        if replace:
+            _take_from_cpp(op)
         ours, theirs = _known(op)
         if not replace and (ours or theirs):
             by, args = (ours.source, ours.args) if ours else (UPSTREAM, theirs or ())
@@ -263,6 +283,7 @@ def _known(op: OpOverload) -> tuple[Registration | None, tuple[str, ...] | None]
     """The registration of an op made here, and the arguments registered upstream if they differ."""
     if op.namespace in (NAMESPACE, OWN_NAMESPACE):
         _enter_built_in()
+    _enter_from_cpp(op)
     ours, theirs = _entries.get(op._name), upstream.args_of(op._name)
     if ours is None:
         return None, theirs
@@ -277,7 +298,7 @@ def lookup(op: OpOverload) -> Registration | None:
     """The registration of an overload, or None. Quick.
 
     Raises:
-        InvalidArgumentError: A registration made upstream does not match the op's schema.
+        InvalidArgumentError: A registration made upstream or in C++ does not match the op's schema.
     """
     ours, theirs = _known(op)
     if theirs is None or (ours is not None and ours.source == BUILT_IN):
@@ -288,7 +309,9 @@ def lookup(op: OpOverload) -> Registration | None:
 def _from_upstream(op: OpOverload, args: tuple[str, ...], ours: Registration | None) -> Registration:
     """Make a registration from upstream's. Upstream checks nothing, and finds groups only by the name `group_name`."""
     if ours is not None:
-        return dataclasses.replace(ours, args=_tensor_arguments(op, args, ours.parameters), source=UPSTREAM)
+        return dataclasses.replace(
+            ours, args=_tensor_arguments(op._name, op._schema, args, ours.parameters), source=UPSTREAM
+        )
     try:
         made = described(op, args, None, False, False, UPSTREAM)
     except InvalidArgumentError as error:
@@ -305,7 +328,7 @@ def registration(op: OpLike) -> Registration | None:
     """The registration of an operator; None if there is none, or no such op.
 
     Raises:
-        InvalidArgumentError: ``op`` is not an operator, or a registration made upstream does not match its schema.
+        InvalidArgumentError: ``op`` is not an operator, or a registration made upstream or in C++ does not match it.
     """
     found = known_op(op) if isinstance(op, str) else find_op(op)
     return None if found is None else lookup(found)
@@ -315,7 +338,8 @@ def registered() -> tuple[Registration, ...]:
     """The registrations of all existing ops, by name. Logs and omits registrations that do not match their op."""
     with _lock:
         _enter_built_in()
-        names = {*_entries, *upstream.all_args()}
+        _read()
+        names = {*_entries, *upstream.all_args(), *(record.op for record in _from_cpp)}
     found = []
     for name in sorted(names):
         try:
@@ -392,6 +416,7 @@ def fingerprint() -> str:
 def version() -> int:
     """A number that grows when a registration is made, replaced or removed, here or upstream."""
     with _lock:
+        _read()
         if upstream.all_args() != _seen_upstream:
             _changed()
         return _version
@@ -430,3 +455,47 @@ def _enter_built_in() -> None:
             else:
                 _entries[made.op] = made
         _has_built_in = True
+
+
+def _read() -> None:
+    """Read the records of C++ libraries that were loaded since the last call. Quick if there are none."""
+    global _read_from_cpp
+    while (record := from_cpp.read(_read_from_cpp)) is not None:
+        with _lock:
+            if record == from_cpp.read(_read_from_cpp):  # no other thread has read it
+                _read_from_cpp += 1
+                _from_cpp.append(record)
+                _changed(record.op)
+
+
+def _take_from_cpp(op: OpOverload) -> list[from_cpp.Record]:
+    """Remove the records of an op from those that are not entered, and return them."""
+    taken = [record for record in _from_cpp if known_op(record.op) is op]
+    for record in taken:
+        _from_cpp.remove(record)
+    return taken
+
+
+def _enter_from_cpp(op: OpOverload) -> None:
+    """Enter what C++ libraries registered for an op.
+
+    Raises:
+        InvalidArgumentError: It does not match the op, or the op is registered already. The text names the line
+            of the C++ code. Raised at every lookup of this op, until it is registered with ``replace=True``.
+    """
+    _read()
+    if not _from_cpp:
+        return
+    with _lock:
+        records = _take_from_cpp(op)
+        while records:
+            record = records[0]
+            group = None if record.default_group else record.group_arg or FROM_SCHEMA
+            try:
+                made = described(op, record.args, group, record.exit_barrier, record.one_sided, record.source)
+                enter(made, replace=False)
+            except InvalidArgumentError as error:
+                _from_cpp.extend(records)
+                error.what = f"the registration at {record.source} is wrong: {error.what}"
+                raise
+            del records[0]
