@@ -12,7 +12,7 @@ from typing import Any
 
 from symmem.errors import SymmemError
 from symmem.tools.commands import bench as bench_command
-from symmem.tools.commands import config, live, ops, tune
+from symmem.tools.commands import check, config, live, ops, tune
 from symmem.tools.commands.subcommands import positive
 from symmem.tools.outcomes import RanksFailedError
 from symmem.version import VERSION
@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     include_path.set_defaults(run=_include_path)
 
     config.add_parser(commands)
+    check.add_parser(commands)
     ops.add_parser(commands)
     tune.add_parser(commands)
     live.add_parsers(commands)

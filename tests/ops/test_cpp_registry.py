@@ -70,7 +70,7 @@ registry.listeners.append(told.append)
 load()
 assert symmem.ops.version() > version
 now = {each.op for each in symmem.ops.registered()} - names
-assert now == {f"cpp_registry::{name}" for name in ("twice", "picked", "picked.named", "alone")}, now  # the others do not fit
+assert now == {f"cpp_registry::{name}" for name in ("twice", "picked", "picked.named", "alone")}, now
 assert now <= set(told)
 assert symmem.ops.fingerprint() != before
 """
