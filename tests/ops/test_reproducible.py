@@ -13,6 +13,7 @@ import symmem
 from symmem.distributed.hosts import _combined
 from symmem.ops import functions as ops
 from symmem.ops.engines.arithmetic import SIGNED_ZEROS
+from symmem.tools.ranks import rank_store
 
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
@@ -254,6 +255,30 @@ def test_what_is_no_tree_is_refused_on_all_ranks(case: str, pools: Any) -> None:
     for found, message in pools.get(2).run(refused_tree, case):
         assert found == kind, message
         assert text in message
+
+
+def checked_trees() -> list[str]:
+    """In the checked mode: a tree of the same leaves, and one where rank 1 averages."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYMMEM_ENABLE", "collective_check(each)")
+        here = symmem.resolve_group()
+        group = symmem.Group.from_store(here.rank, here.size, rank_store(), "checked trees")
+    x, found = torch.ones(2, here.size), []
+    assert ops.all_reduce(x, group, order="tree").tolist() == [2.0 * here.size] * here.size
+    assert ops.reduce_scatter(x, group, order="tree").item() == 2.0 * here.size
+    for operation in (ops.all_reduce, ops.reduce_scatter):
+        try:
+            operation(x, group, "avg" if here.rank == 1 else "sum", order="tree")
+        except symmem.SymmemError as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def test_trees_are_compared_in_the_checked_mode(pools: Any) -> None:
+    for texts in pools.get(2).run(checked_trees):
+        assert len(texts) == 2
+        assert all(text.startswith("MismatchError") for text in texts)
+        assert all("'reduction': sum on rank 0, avg on rank 1" in text for text in texts)
 
 
 def three_ranks() -> str:
