@@ -154,7 +154,13 @@ def macros(world: int, dtype: torch.dtype | None = None, reduction: str = "sum")
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc here")
 @pytest.mark.parametrize(
     "flags",
-    [macros(8), macros(2), *(macros(2, dtype, "sum") for dtype in TYPES), macros(3, torch.bfloat16, "max")],
+    [
+        macros(8),
+        macros(2),
+        *(macros(2, dtype, "sum") for dtype in TYPES),
+        macros(3, torch.bfloat16, "max"),
+        [*macros(8, torch.float32), "-DTREE=1"],
+    ],
     ids=lambda flags: " ".join(flags[0:1] + flags[9:]),
 )
 def test_nvcc_takes_the_kernels(flags: list[str], tmp_path: Path) -> None:
