@@ -5,6 +5,8 @@
 - :func:`torch_library`, from C++: the allocator and handles of PyTorch's symmetric memory. It is separate because it
   includes PyTorch's headers: it takes ten seconds or more to compile, serves one version of PyTorch, and few programs
   need it. Python cannot do the same, so an error says why it cannot be used.
+- :func:`operator_library`, from C++: kernels of the collective operators for PyTorch's dispatcher. It is separate for
+  the same reasons, and takes five seconds. If it cannot be used, a warning says why.
 
 Results are cached beside the compiled kernels (``symmem.backends.kernel_cache``). The name in the cache is a digest of
 the sources, the options, a compiler named by ``CC`` or ``CXX``, and the versions of Python, the C library and PyTorch.
@@ -33,7 +35,7 @@ from symmem.backends.kernel_cache import cache_directory, cached, key_of
 from symmem.config.owned_files import private_folder
 from symmem.errors import UnsupportedError
 
-__all__ = ["load_module", "module", "torch_library"]
+__all__ = ["load_module", "module", "operator_library", "torch_library"]
 
 log = logging.getLogger("symmem.native")
 
@@ -67,7 +69,7 @@ def load_module() -> Any:
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         raise ImportError("this Python has no global interpreter lock, and the module would enable it again")
     options = ["-O2", f"-I{sysconfig.get_path('include')}"]
-    with _built("CC", ("cc", "gcc", "clang"), ("module.c", "ledger.c", "eager.c"), options) as file:
+    with _built("CC", ("cc", "gcc", "clang"), ("module.c", "ledger.c", "eager.c", "eager.h"), options) as file:
         loader = importlib.machinery.ExtensionFileLoader("_native", str(file))
         spec = importlib.util.spec_from_loader(loader.name, loader)
         assert spec is not None
@@ -84,20 +86,34 @@ def torch_library() -> ctypes.CDLL:
     """
     import torch  # the module in C is used before a program needs it
 
-    root = Path(torch.__file__).parent
-    options = ["-std=c++20", "-O1", f"-I{root / 'include'}"]
-    options.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
-    libraries = (f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10")
-    sources = ("torch_backend.cpp", "cuda_memory.h")
     try:
-        with _built("CXX", ("c++", "g++", "clang++"), sources, options, libraries, torch.__version__) as file:
-            return ctypes.CDLL(str(file))
+        return _load_for_torch(("torch_backend.cpp", "cuda_memory.h"))
     except OSError as error:
         raise UnsupportedError(
             f"symmem cannot compile its backend for torch {torch.__version__}: {error}",
             hint="install g++ 11 or newer (or name a compiler in CXX); or use symmem.torch_compat, which needs none",
             step="enable",
         ) from error
+
+
+def operator_library() -> ctypes.CDLL:
+    """Load a new copy of the library with kernels for PyTorch's dispatcher. Local. Takes seconds as above.
+
+    Raises:
+        OSError: There is no C++ compiler, or it is too old, or other users can change its output. The text says why.
+    """
+    return _load_for_torch(("operators.cpp", "eager.h"))
+
+
+def _load_for_torch(sources: Sequence[str]) -> ctypes.CDLL:
+    import torch
+
+    root = Path(torch.__file__).parent
+    options = ["-std=c++20", "-O1", f"-I{root / 'include'}"]
+    options.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+    libraries = (f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10")
+    with _built("CXX", ("c++", "g++", "clang++"), sources, options, libraries, torch.__version__) as file:
+        return ctypes.CDLL(str(file))
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "eager.h"
+
 // From the DLPack C exchange API, version 1.
 
 typedef struct {
@@ -51,14 +53,7 @@ typedef int (*LaunchKernel)(void *function, unsigned grid_x, unsigned grid_y, un
 typedef int (*StreamIsCapturing)(void *stream, int *status);
 typedef int (*GetCurrentContext)(void **context);
 
-enum { CUDA = 2, COMPLEX = 5, MOST_DIMS = 8, MOST_ARGUMENTS = 4096, SLOTS = 1024, PROBES = 8 };
-enum { NEW, SAME, OTHER, FORMS };  // the result's destination: a new tensor, x itself, another tensor given as out
-
-typedef struct {
-  uint16_t code, bits;
-  int32_t ndim;
-  int64_t shape[MOST_DIMS];
-} Shape;  // has no padding, and unused dimensions are 0, so that memcmp can compare shapes
+enum { CUDA = 2, COMPLEX = 5, MOST_ARGUMENTS = 4096, SLOTS = 1024, PROBES = 8 };
 
 // The launch of one kind of call.
 typedef struct {
@@ -419,6 +414,48 @@ static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+// The same for operators.cpp; see eager.h. It has checked the thread and the tensors. Nothing here runs Python code.
+static int repeat_request(Request *request) {
+  const PyGILState_STATE state = PyGILState_Ensure();
+  PyObject *group = NULL, *name = PyUnicode_FromString(request->group);
+  PyObject *option = request->option      ? PyUnicode_FromString(request->option)
+                     : request->root >= 0 ? PyLong_FromLongLong(request->root)
+                                          : Py_NewRef(Py_None);
+  Calls *calls = name && option ? calls_of(name, request->ordinal, &group) : NULL;
+  int launched = 0;
+  if (calls) {
+    PyObject *const kind = request->kind;
+    const uint32_t hash = hash_of(kind, request->form, &request->x);
+    Entry *entry = *slot_of(calls, hash, kind, request->form, &request->x, option);
+    if (fits(entry, hash, kind, request->form, &request->x, option)) {
+      ++entry->uses;
+      if (request->form == NEW) {
+        Py_BEGIN_ALLOW_THREADS  // the allocator may wait for a thread that waits for the interpreter's lock
+        request->target = request->allocate(request, &entry->out);
+        Py_END_ALLOW_THREADS
+      }
+      launched = request->target &&
+                 (request->form != OTHER || !memcmp(&request->out, &entry->out, sizeof entry->out)) &&
+                 (request->form == SAME || are_apart(entry, request->source, request->target)) &&
+                 launch(calls, entry, request->source, request->target);
+      release(entry);
+    }
+    Py_DECREF(calls);
+    Py_DECREF(group);
+  }
+  Py_XDECREF(name);
+  Py_XDECREF(option);
+  PyErr_Clear();
+  PyGILState_Release(state);
+  return launched;
+}
+
+// repeat_address() -> the address of the function Repeat of eager.h.
+static PyObject *repeat_address(PyObject *self, PyObject *nothing) {
+  const Repeat repeat = repeat_request;
+  return PyLong_FromVoidPtr((void *)repeat);
+}
+
 // begin(...): pass what run() needs from torch and the driver; see eager.py.
 static PyObject *begin(PyObject *self, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"exchange",       "launch",          "is_capturing",      "context",        "usual_keys",
@@ -474,6 +511,7 @@ static PyTypeObject calls_type = {
 static PyMethodDef functions[] = {
     {"begin", (PyCFunction)(void (*)(void))begin, METH_VARARGS | METH_KEYWORDS, "Pass what run() needs."},
     {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, "Repeat an earlier call, or return None."},
+    {"repeat_address", repeat_address, METH_NOARGS, "The function for operators.cpp."},
     {NULL},
 };
 

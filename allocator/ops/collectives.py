@@ -404,8 +404,33 @@ def _by_name(work: Callable[..., Any], kind: OperatorKind, is_real: bool = True)
     return kernel
 
 
+def _may_be_repeated(x: torch.Tensor) -> bool:
+    return x.is_cuda
+
+
+def _remembered(work: Callable[..., Any], kind: OperatorKind) -> Callable[..., Any]:
+    """Make a device's kernel. On CUDA it lets the next call of its kind be repeated without Python."""
+
+    @untraced
+    def kernel(x: torch.Tensor, *rest: Any, **options: torch.Tensor) -> Any:
+        begun.kernels += 1
+        group = group_named(rest[-1])
+        made = work(kind, group, x, rest[:-1], **options)
+        if _may_be_repeated(x):
+            out = x if work is in_place else options.get("out")
+            option = rest[0] if kind.option else None
+            if eager.learn(kind, group, x, option, out, made if out is None else out):
+                eager.register(KINDS.values())
+        return made
+
+    return kernel
+
+
 def _repeating(kind: OperatorKind, is_in_place: bool, run: Callable[..., Any]) -> Callable[..., Any]:
-    """The Autograd kernel for CUDA: it repeats the launch of an earlier call, or else is ``run``."""
+    """The Autograd kernel for CUDA: it repeats the launch of an earlier call, or else is ``run``.
+
+    As soon as :func:`symmem.ops.eager.register` has registered kernels in C++, only they call it.
+    """
 
     @untraced
     def kernel(keyset: torch._C.DispatchKeySet, x: torch.Tensor, *rest: Any, **options: torch.Tensor) -> Any:
@@ -420,8 +445,7 @@ def _repeating(kind: OperatorKind, is_in_place: bool, run: Callable[..., Any]) -
             refuse_in(name, kind.name, error, x, out)
             raise
         if made is None:
-            made = run(keyset, x, *rest, **options)
-            eager.learn(kind, group_named(name), x, option, out, made if out is None else out)
+            return run(keyset, x, *rest, **options)
         return made if out is None else None
 
     return kernel
@@ -437,7 +461,7 @@ def _define(kind: OperatorKind) -> None:
     for form, schema, work, fake in forms:
         if work is in_place and kind.is_tree:
             continue
-        kernel = _by_name(work, kind)
+        kernel = _remembered(work, kind)
         LIBRARY.define(form + schema)
         LIBRARY.impl(form, kernel, "CompositeExplicitAutograd")
         for lazy in ("Conjugate", "Negative"):  # torch's fallback for these fails if an operator returns nothing
@@ -446,8 +470,10 @@ def _define(kind: OperatorKind) -> None:
             LIBRARY.impl(form, _by_name(_not_dense, kind), key)
         torch.library.register_fake(f"symmem::{form}", _by_name(fake, kind, is_real=False), lib=LIBRARY)
         connect = with_gradient if form == name else without_gradient
-        run = connect(LIBRARY, getattr(torch.ops.symmem, form).default, kernel)
-        LIBRARY.impl(form, _repeating(kind, form == f"{name}_", run), "AutogradCUDA", with_keyset=True)
+        run = connect(getattr(torch.ops.symmem, form).default, kernel)
+        LIBRARY.impl(form, run, "AutogradCPU", with_keyset=True)
+        # For all other keys: a kernel for AutogradCUDA, as eager.register makes, then replaces no registered kernel.
+        LIBRARY.impl(form, _repeating(kind, form == f"{name}_", run), "Autograd", with_keyset=True)
 
 
 for _kind in KINDS.values():

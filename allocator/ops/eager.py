@@ -2,8 +2,9 @@
 
 In Python a call takes 8 to 13 microseconds besides the kernel launch. This is more than small messages take on the GPU.
 So C code (``symmem/native/eager.c``) remembers the launch of a call, and makes the next call with the same shapes,
-dtype and options without Python. It returns calls that differ in any way to Python. Without it the operators do the
-same, only slower, and a warning says why.
+dtype and options without Python. It returns calls that differ in any way to Python. Calls through the dispatcher reach
+it from kernels in C++ (``symmem/native/operators.cpp``). Without either, the operators do the same, only slower, and a
+warning says why.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import logging
 import threading
 import weakref
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +26,7 @@ from symmem.ops.engines.base import Engines
 
 log = logging.getLogger("symmem.ops")
 
-__all__ = ["learn", "run"]
+__all__ = ["learn", "register", "run"]
 
 _NEW, _SAME, _OTHER = range(3)  # the destinations of results in eager.c
 
@@ -35,6 +37,10 @@ class Repeatable(Protocol):
     @property
     def name(self) -> str:
         """The name of the operator."""
+
+    @property
+    def option(self) -> str:
+        """The declaration of the option in the schema; may be empty."""
 
     @property
     def in_place(self) -> object:
@@ -59,8 +65,10 @@ bound to the function of the C module as soon as a call can be repeated.
 
 def learn(
     kind: Repeatable, group: Group, x: torch.Tensor, option: object, out: torch.Tensor | None, result: torch.Tensor
-) -> None:
+) -> bool:
     """Remember the launch of a call that was just made, if this launch is enough to repeat the call. Local.
+
+    Returns whether the call can be repeated.
 
     Args:
         kind: The operation.
@@ -72,10 +80,10 @@ def learn(
     """
     engine: Any = group.extension(Engines).get(x.device)
     if not hasattr(engine, "sole_launch") or (out is x and kind.in_place is not None):
-        return
+        return False
     launch = engine.sole_launch(kind.name, x, result, option)
     if launch is None or (module := _begun()) is None:
-        return
+        return False
     if engine.calls is None:
         process_group = group.process_group
         engine.calls = module.Calls(
@@ -89,7 +97,7 @@ def learn(
             last_stream=ctypes.addressof(engine.last_stream),
         )
     call = type(launch.call)
-    engine.calls.add(
+    made: bool = engine.calls.add(
         kind=kind,
         option=option,
         x=x,
@@ -104,6 +112,7 @@ def learn(
         source_at=call.source.offset,
         out_at=call.out.offset,
     )
+    return made
 
 
 def _driver() -> dict[str, int]:
@@ -127,10 +136,58 @@ def _begun() -> Any:
                 if _module:
                     _begin(_module)
                     run = _module.run
+                    _connect()
             except Exception as error:  # the operator itself has succeeded
                 log.warning("collective operators use the slower calls through Python: %s", error)
                 _module = False
         return _module or None
+
+
+_library: Any = None  # False if it cannot be used
+
+
+def register(kinds: Iterable[Repeatable]) -> None:
+    """Let the dispatcher repeat calls of ``torch.ops.symmem.*`` on CUDA without Python. Local.
+
+    Compiles a small library for the installed torch the first time on a machine, which takes some five seconds. If this
+    fails, a warning says why, and the dispatcher calls the kernels in Python. Later calls do nothing.
+
+    Args:
+        kinds: The operations. They are kept alive.
+    """
+    global _library
+    if _library is not None:
+        return
+    with _lock:
+        if _library is None:
+            try:
+                library = native.operator_library()
+                _register(library, kinds)
+                _library = library
+            except Exception as error:  # the operator itself has succeeded
+                log.warning("torch.ops.symmem on CUDA use the slower calls through Python: %s", error)
+                _library = False
+            _connect()
+
+
+_kept: list[object] = []
+
+
+def _register(library: ctypes.CDLL, kinds: Iterable[Repeatable]) -> None:
+    for kind in kinds:
+        _kept.append(kind)
+        for suffix, form in (("", _NEW), ("_", _SAME), ("_out", _OTHER)):
+            if form == _SAME and kind.in_place is not None:  # it is never repeated
+                continue
+            name = f"symmem::{kind.name}{suffix}".encode()
+            if library.symmem_register(name, ctypes.c_void_p(id(kind)), form, bool(kind.option)):
+                raise RuntimeError(f"the dispatcher does not know {name.decode()}")
+
+
+def _connect() -> None:
+    """Let the library, if there is one, use the module."""
+    if _library and _module:
+        _library.symmem_use(ctypes.c_void_p(_module.repeat_address()))
 
 
 def _begin(module: Any) -> None:

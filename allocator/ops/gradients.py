@@ -79,13 +79,12 @@ class _WithinTransform(_Rule, torch.autograd.function._SingleLevelFunction):
     """Does so for the innermost transform, such as torch.func.grad. Outer ones are handled below Autograd."""
 
 
-def with_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Register the gradient of a functional operator. Its first argument must be its only tensor.
+def with_gradient(op: OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the kernel for the Autograd keys of a functional operator. Its first argument must be its only tensor.
 
-    Returns the kernel for the Autograd keys. It takes the keys of the call and the arguments of the operator.
+    The kernel takes the keys of the call and the arguments of the operator.
 
     Args:
-        library: The ``torch.library.Library`` that defines the operator.
         op: The operator.
         kernel: The device's kernel. Takes the arguments of the operator.
     """
@@ -102,12 +101,11 @@ def with_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> C
                 return _WithinTransform.apply(op, keyset, x, *rest)  # type: ignore[attr-defined]
         return kernel(x, *rest) if is_usual_keyset(keyset) else _beneath(op, keyset, x, *rest)
 
-    library.impl(op._opname, run, "Autograd", with_keyset=True)
     return run
 
 
-def without_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Make an operator that writes to its arguments raise if one requires a gradient. See :func:`with_gradient`."""
+def without_gradient(op: OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for an operator that writes to its arguments. It raises if one requires a gradient."""
     several = sum(isinstance(argument.type, torch.TensorType) for argument in op._schema.arguments) > 1
 
     @untraced
@@ -126,7 +124,6 @@ def without_gradient(library: Any, op: OpOverload, kernel: Callable[..., Any]) -
             return kernel(x, *rest, **options)
         return _beneath(op, keyset, x, *rest, **options)
 
-    library.impl(op._opname, run, "Autograd", with_keyset=True)
     return run
 
 

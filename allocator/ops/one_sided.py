@@ -85,7 +85,8 @@ def _define(name: str) -> None:
     LIBRARY.impl(name, untraced(kernel), "CompositeExplicitAutograd")
     fake = _fake_get if name == "get" else _fake_nothing
     torch.library.register_fake(f"symmem::{name}", fake, lib=LIBRARY)
-    without_gradient(LIBRARY, getattr(torch.ops.symmem, name).default, kernel)
+    run = without_gradient(getattr(torch.ops.symmem, name).default, kernel)
+    LIBRARY.impl(name, run, "Autograd", with_keyset=True)
 
 
 for _name in OPERATORS:

@@ -602,8 +602,22 @@ def dispatched(name: str, x: torch.Tensor, *rest: Any, **out: torch.Tensor) -> A
     return getattr(torch.ops.symmem, name).default.redispatch(keys, x, *rest, **out)
 
 
+@pytest.fixture(params=["Python", "C++"])
+def by(request: pytest.FixtureRequest, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The language of the kernels that repeat calls through the dispatcher."""
+    monkeypatch.setattr(collectives, "_may_be_repeated", lambda x: True)
+    if request.param == "Python":
+        monkeypatch.setattr(eager, "_library", False)
+        yield "Python"
+    else:
+        eager.register(KINDS.values())
+        assert eager._library, "see the warning"
+        yield "C++"
+        eager._library.symmem_use(None)
+
+
 @pytest.fixture
-def named(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Any:
+def named(by: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A group that operators know by its name."""
     process_group, group = one_process_group(gpu, monkeypatch, SimpleNamespace(default_pg=None, pg_map={}))
     monkeypatch.setattr(collectives, "group_named", lambda name: group)
@@ -635,15 +649,155 @@ def test_an_operator_is_repeated(name: str, named: Any, gpu: Gpu) -> None:
         gpu.by.clear()
 
 
-def test_an_operator_with_a_gradient_is_not_repeated(named: Any, gpu: Gpu) -> None:
+def test_an_operator_with_a_gradient(by: str, named: Any, gpu: Gpu) -> None:
+    """Autograd needs Python. Below it, C++ repeats the launch."""
     for _ in range(3):
         x = torch.ones(4, requires_grad=True)
         assert dispatched("all_reduce", x, "sum", "g").requires_grad
         with torch.no_grad():
             assert not dispatched("all_reduce", x, "sum", "g").requires_grad
-    assert gpu.by == ["Python", "Python", *["Python", "C"] * 2]
+    assert gpu.by == (["Python", "C"] * 3 if by == "Python" else ["Python", *"CCCCC"])
     with pytest.raises(UnsupportedError, match="has no gradient"):
         dispatched("all_reduce_out", x, "sum", "g", out=torch.empty(4))
+
+
+in_cpp = pytest.mark.parametrize("by", ["C++"], indirect=True)
+
+
+def below_autograd(name: str, *arguments: Any, **out: torch.Tensor) -> Any:
+    """Call an operator, as the dispatcher does for a CUDA tensor in inference mode."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    return getattr(torch.ops.symmem, name).default.redispatch(keys, *arguments, **out)
+
+
+@in_cpp
+def test_inference_mode(named: Any, gpu: Gpu) -> None:
+    with torch.inference_mode():
+        x, out = torch.ones(4), torch.ones(4)
+        for _ in range(2):
+            assert below_autograd("all_reduce", x, "max", "g").shape == (4,)
+            assert below_autograd("all_reduce_out", x, "max", "g", out=out) is None
+    assert gpu.by == ["Python", "Python", "C", "C"]
+    with pytest.raises(InvalidArgumentError, match="is a tensor of inference mode"):
+        below_autograd("all_reduce_out", x, "max", "g", out=out)
+
+
+@in_cpp
+@pytest.mark.parametrize("calls", [dispatched, below_autograd])
+def test_what_operators_leave_to_python(calls: Any, named: Any, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(4, dtype=torch.complex64)
+    for _ in range(2):
+        calls("broadcast", x, 0, "g")
+        calls("broadcast_out", x, 0, "g", out=torch.ones(4, dtype=torch.complex64))
+    assert gpu.by == ["Python", "Python", "C", "C"]
+    gpu.by.clear()
+    others = {
+        "negative": torch._neg_view(torch.ones(4, dtype=torch.complex64)),
+        "conjugated": x.conj(),
+        "strides": torch.ones(8, dtype=torch.complex64)[::2],
+        "another dtype": torch.ones(4),
+        "another shape": torch.ones(2, 2, dtype=torch.complex64),
+        "empty": torch.ones(0),
+    }
+    for what, other in others.items():
+        calls("broadcast", other, 0, "g")
+        calls("broadcast_out", other, 0, "g", out=other.clone())
+        assert "C" not in gpu.by, what
+    for out in (x.conj(), others["strides"], x.clone()[:0].expand(0)):
+        with contextlib.suppress(InvalidArgumentError):  # for the last
+            calls("broadcast_out", x, 0, "g", out=out)
+        assert "C" not in gpu.by
+    room = torch.ones(8, dtype=torch.complex64)
+    with pytest.raises(InvalidArgumentError, match="x and out share memory"):
+        calls("broadcast_out", room[:4], 0, "g", out=room[2:6])
+    calls("broadcast", x, 1, "g")  # another root
+    for what, value in (("capturing", 1), ("current", CONTEXT + 1), ("stream", STREAM + 8)):
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, what, value)
+            calls("broadcast", x, 0, "g")
+    assert "C" not in gpu.by
+    gpu.stream = STREAM
+    calls("broadcast", x, 0, "g")  # back on the first stream
+    calls("broadcast", x, 0, "g")
+    assert gpu.by[-1] == "C"
+
+
+@in_cpp
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # by torch's forward mode
+def test_a_derivative_in_forward_mode_is_left_to_python(named: Any, gpu: Gpu) -> None:
+    x = torch.ones(4)
+    for _ in range(2):
+        dispatched("all_reduce", x, "sum", "g")
+    with torch.autograd.forward_ad.dual_level():
+        dispatched("all_reduce", x, "sum", "g")
+        with pytest.raises(UnsupportedError, match="forward mode"):
+            dispatched("all_reduce", torch.autograd.forward_ad.make_dual(x, x), "sum", "g")
+    assert gpu.by == ["Python", "C", "C"]
+
+
+@in_cpp
+def test_a_destroyed_group_is_left_to_python(named: Any, gpu: Gpu) -> None:
+    x = torch.ones(4)
+    for _ in range(2):
+        dispatched("all_reduce", x, "sum", "g")
+    assert gpu.by == ["Python", "C"]
+    named[0].closed = True
+    dispatched("all_reduce", x, "sum", "g")
+    assert gpu.by == ["Python", "C", "Python"]
+
+
+@in_cpp
+def test_operators_leave_nothing_behind(named: Any, gpu: Gpu) -> None:
+    x, out = torch.ones(4), torch.ones(4)
+    values = [x, out, named[0], KINDS["all_reduce"], named[0].extension(Engines)[CPU]]
+
+    def many() -> None:
+        for _ in range(300):
+            dispatched("all_reduce", x, "sum", "g")
+            dispatched("all_reduce_out", x, "sum", "g", out=out)
+        gpu.launched.clear()
+        gpu.by.clear()
+        gc.collect()
+
+    many()
+    counts = [sys.getrefcount(each) for each in values]
+    many()
+    assert [sys.getrefcount(each) for each in values] == pytest.approx(counts, abs=50)
+
+
+@in_cpp
+def test_operators_wait_for_no_thread_that_has_the_interpreter_lock(named: Any, gpu: Gpu) -> None:
+    """Another thread runs Python during a launch, and calls the operator too."""
+    x, done = torch.ones(4), []
+    dispatched("all_reduce", x, "sum", "g")
+
+    def other() -> None:
+        gpu.meanwhile = lambda: None
+        thread = threading.Thread(target=lambda: done.append(dispatched("all_reduce", x, "sum", "g")))
+        thread.start()
+        thread.join(LONG)
+
+    gpu.meanwhile = other
+    dispatched("all_reduce", x, "sum", "g")
+    assert len(done) == 1
+    assert gpu.by == ["Python", "C", "C"]
+
+
+def test_without_a_compiler_operators_use_python(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(collectives, "_may_be_repeated", lambda x: True)
+    monkeypatch.setattr(eager, "_library", None)
+    monkeypatch.setenv("CXX", "false")
+    held, group = one_process_group(gpu, monkeypatch, SimpleNamespace(default_pg=None, pg_map={}))
+    monkeypatch.setattr(collectives, "group_named", lambda name: group)
+    gpu.by.clear()
+    for _ in range(3):
+        dispatched("all_reduce", torch.ones(5), "sum", "g")
+    assert gpu.by == ["Python", "C", "C"]
+    (record,) = caplog.records
+    assert "slower calls through Python: false fails" in record.getMessage()
+    del held
 
 
 def test_an_operator_that_is_interrupted_is_refused_once(named: Any, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
