@@ -47,7 +47,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SharedSignals"]
 
-_SPINS = 20  # loads, with a yield after every load, before it sleeps
+# Seconds of loads, with a yield after every load, before it sleeps: as long as a sleep and its end take on a virtual
+# machine. If ranks that call one operation after the other fell asleep once, each would wake too late for the other.
+_AWAKE = 100e-6
 _NAP = 0.05  # seconds between two checks that the awaited process is alive
 
 _DOUBT, _LATE, _INTERRUPTED, _REFUSED = 1, 2, 3, 4  # the reason in a mark
@@ -405,10 +407,13 @@ class SharedSignals:
             None; or the error of a peer that gives up the barrier of the channel.
         """
         words = self._words[pad]
-        for _ in range(_SPINS):
-            if ready(words[at]):
-                return None
+        awake_until = time.monotonic() + _AWAKE
+        while not ready(words[at]):
+            if time.monotonic() >= awake_until:
+                break
             os.sched_yield()  # the awaited rank may need this processor
+        else:
+            return None
         wait: Wait | None = None
         try:
             while not ready(word := words[at]):

@@ -246,3 +246,28 @@ def test_after_any_faults_all_ranks_pass_the_same_barrier(acts: list[tuple[int, 
         seen = list(threads.map(passes, everyone))
     assert len({number for _, number, _ in seen}) == 1
     assert [passed for *_, passed in seen] == [2] * SIZE
+
+
+@pytest.mark.parametrize(("yields", "sleeps"), [(90, 0), (110, 1)])
+def test_it_stays_awake_for_as_long_as_a_sleep_costs(yields: int, sleeps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that a yield puts forward by a microsecond: a rank that sleeps too early is late for the next one."""
+    (one, second, third), _lost = make()
+    clock = SimpleNamespace(now=0.0)
+    slept = []
+
+    def come(*_: object) -> None:
+        clock.now += 1e-6
+        if clock.now > yields * 1e-6:
+            for other in (second, third):
+                if not other.number(5):
+                    other._arrive(5)
+
+    def sleep(*arguments: object) -> None:
+        slept.append(arguments)
+        clock.now += 20e-6
+
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(signals, "os", SimpleNamespace(sched_yield=come))
+    monkeypatch.setattr(signals, "futex_wait", lambda *arguments: (sleep(*arguments), come()))
+    one.barrier(5, 10.0)
+    assert len(slept) == sleeps
