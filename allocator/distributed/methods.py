@@ -14,14 +14,17 @@ from symmem.group.group import Group
 from symmem.ops.collectives import is_reduced
 from symmem.ops.refusals import refusing
 
-__all__ = ["FUNCTIONAL", "METHODS", "OTHER_REDUCTION", "Method"]
+__all__ = ["FUNCTIONAL", "METHODS", "OTHER_REDUCTION", "REDUCING", "REDUCTIONS", "Method"]
 
 Tensors = Sequence[torch.Tensor]
 Lists = Sequence[Tensors]
 
 _ReduceOp: Any = dist.ReduceOp
-_REDUCTIONS = {hash(_ReduceOp(getattr(_ReduceOp, name.upper()))): name for name in ("sum", "avg", "min", "max")}
+REDUCTIONS = {hash(_ReduceOp(getattr(_ReduceOp, name.upper()))): name for name in ("sum", "avg", "min", "max")}
 """The reductions by torch's number for them, which is the hash: looking up the object itself takes a microsecond."""
+
+REDUCING = ("all_reduce", "reduce_scatter")
+"""The operators with a reduction."""
 
 OTHER_REDUCTION = "a reduction other than sum, avg, min and max"
 
@@ -42,6 +45,9 @@ class Method(NamedTuple):
         tensors: The tensors of a call.
         special: Why the operator cannot serve a call, apart from the tensors; empty if it can.
         options: Makes the options, where torch leaves them out.
+        layout: How C reads the arguments to repeat a call on CUDA, see :func:`symmem.ops.eager.method`; None if it
+            cannot.
+        operands: The operator's argument and result. Takes the group before the arguments.
     """
 
     operator: str
@@ -49,6 +55,8 @@ class Method(NamedTuple):
     tensors: Callable[..., Tensors]
     special: Callable[..., str]
     options: Callable[[], Any] | None = None
+    layout: int | None = None
+    operands: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def obstacle(
         self, reduction: str | None, device: str, dtype: torch.dtype, nbytes: int, is_async: bool = False
@@ -71,8 +79,8 @@ class Method(NamedTuple):
             arguments: The arguments of the method.
         """
         options, reduction = arguments[-1], None
-        if self.operator in ("all_reduce", "reduce_scatter"):
-            reduction = _REDUCTIONS.get(hash(options.reduceOp))
+        if self.operator in REDUCING:
+            reduction = REDUCTIONS.get(hash(options.reduceOp))
             if reduction is None:
                 return OTHER_REDUCTION
         is_protected = False
@@ -178,6 +186,10 @@ def _even(outs: Any, inputs: Any, options: Any) -> str:
     )
 
 
+def _in_place(group: Group, tensors: Tensors, options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return tensors[0], tensors[0]
+
+
 def _no_sizes(out: torch.Tensor, x: torch.Tensor, outs: Any, ins: Any, options: Any) -> str:
     return "sizes of parts" if outs or ins else ""
 
@@ -185,7 +197,11 @@ def _no_sizes(out: torch.Tensor, x: torch.Tensor, outs: Any, ins: Any, options: 
 _gather_lists = Method(
     "all_gather", _all_gather_lists, lambda lists, xs, options: [*xs, *(x for each in lists for x in each)], _even
 )
-_gather = Method("all_gather", _all_gather, lambda out, x, options: (x, out), _nothing_special)
+_gather = Method(
+    *("all_gather", _all_gather, lambda out, x, options: (x, out), _nothing_special),
+    layout=1,
+    operands=lambda group, out, x, options: (x, out),
+)
 _gather_each = Method(
     "all_gather",
     _each(_all_gather),
@@ -193,14 +209,22 @@ _gather_each = Method(
     _pairs,
     torch._C._distributed_c10d.AllgatherOptions,  # torch 2.11
 )
-_scatter = Method("reduce_scatter", _reduce_scatter, lambda out, x, options: (x, out), _nothing_special)
+_scatter = Method(
+    *("reduce_scatter", _reduce_scatter, lambda out, x, options: (x, out), _nothing_special),
+    layout=1,
+    operands=lambda group, out, x, options: (x.view(group.size, *out.shape), out),
+)
 _scatter_each = Method("reduce_scatter", _each(_reduce_scatter), lambda outs, xs, options: [*xs, *outs], _pairs)
-_exchange = Method("all_to_all", _all_to_all, lambda out, x, outs, ins, options: (x, out), _no_sizes)
+_exchange = Method(
+    *("all_to_all", _all_to_all, lambda out, x, outs, ins, options: (x, out), _no_sizes),
+    layout=2,
+    operands=lambda group, out, x, *rest: (x.view(group.size, x.shape[0] // group.size, *x.shape[1:]), out),
+)
 
 METHODS = {
-    "allreduce": Method("all_reduce", _all_reduce, lambda xs, options: xs, _one_tensor),
+    "allreduce": Method("all_reduce", _all_reduce, lambda xs, options: xs, _one_tensor, None, 0, _in_place),
     "allreduce_coalesced": Method("all_reduce", _all_reduce, lambda xs, options: xs, _nothing_special),
-    "broadcast": Method("broadcast", _broadcast, lambda xs, options: xs, _one_tensor),
+    "broadcast": Method("broadcast", _broadcast, lambda xs, options: xs, _one_tensor, None, 0, _in_place),
     "allgather": _gather_lists,
     "reduce_scatter": Method(
         "reduce_scatter",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
+import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +18,15 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from symmem.config.kinds import MAX_SECONDS
 from symmem.distributed.hosts import Hosts
-from symmem.distributed.methods import METHODS, Method
+from symmem.distributed.methods import METHODS, REDUCING, REDUCTIONS, Method
 from symmem.distributed.work import WorkQueue
 from symmem.errors import BackendUnavailableError, GroupError, UnsupportedError
 from symmem.group.group import Group, check_timeout
 from symmem.group.observers import group_made
 from symmem.group.resolve import GroupLike, resolve_group
+from symmem.ops import eager
 from symmem.ops import functions as ops
+from symmem.ops.collectives import KINDS
 from symmem.tensor.tensor import SymmetricTensor
 
 __all__ = ["Served", "SymmemProcessGroup", "make_process_group", "meet", "report"]
@@ -116,7 +119,10 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
             self.counts[method.operator, plan] += 1
             return getattr(self.inner, name)(*arguments, **named)
         self.counts[method.operator, ""] += 1
-        return self._run(method.operator, plan, arguments)
+        work = self._run(method.operator, plan, arguments)
+        if work is _LAUNCHED and method.layout is not None and self._hosts is None and self._group is not None:
+            _remember(name, method, self._group, arguments)
+        return work
 
     def serve_now(self, method: Method, arguments: tuple[Any, ...]) -> bool:
         """Run a call of a compiled graph behind the earlier ones, and count it. False if symmem does not serve it."""
@@ -140,9 +146,9 @@ class SymmemProcessGroup(_ProcessGroup):  # type: ignore[misc]
         outputs, options = arguments[0], arguments[-1]
         if self._hosts is not None:
             call = functools.partial(self._hosts.run, operator, call)
-        if any(x.is_cuda for x in _flat(outputs)):
+        if _is_on_cuda(outputs):
             call()
-            return _COMPLETE
+            return _LAUNCHED
         profiling = _is_profiling()
         if not (options.asyncOp or profiling):
             self._queue.run(call)
@@ -258,6 +264,36 @@ def meet(group: Group) -> str:
     return ""
 
 
+def _remember(name: str, method: Method, group: Group, arguments: Sequence[Any]) -> None:
+    """Let C repeat a call on CUDA that was just made. The first time, replace the method by one that does."""
+    options = arguments[-1]
+    option = options.rootRank if method.operator == "broadcast" else None
+    if method.operator in REDUCING:
+        option = REDUCTIONS[hash(options.reduceOp)]
+    assert method.operands is not None, "a method with a layout has operands"
+    x, result = method.operands(group, *arguments)
+    tensors = method.tensors(*arguments)
+    given = eager.Given(method, tensors[0], tensors[-1])
+    known = eager.learn(KINDS[method.operator], group, x, option, given.out, result, given)
+    python = vars(SymmemProcessGroup)[name]
+    if not known or not isinstance(python, types.FunctionType):
+        return
+    made = eager.method(
+        layout=method.layout,
+        kind=method,
+        python=python,
+        reductions=REDUCTIONS if method.operator in REDUCING else None,
+        has_root=method.operator == "broadcast",
+        count=(method.operator, ""),
+        work=_LAUNCHED,
+    )
+    setattr(SymmemProcessGroup, name, made)
+
+
+def _is_on_cuda(tensors: Any) -> bool:
+    return any(x.is_cuda for x in _flat(tensors))
+
+
 def _profiled(operator: str, call: Callable[[], None], inputs: Any) -> Callable[[], None]:
     """Show a call to the profiler as one event until its end, as torch's backends do. The call is in another thread."""
     record = _autograd._record_function_with_args_enter(f"symmem:{operator}", *_flat(inputs))
@@ -321,6 +357,7 @@ def _completed() -> Any:
 
 
 _COMPLETE = _completed()
+_LAUNCHED = _completed()  # work on the current stream
 _is_profiling = torch._C._autograd._profiler_enabled
 
 

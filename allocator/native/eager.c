@@ -16,6 +16,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <structmember.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -450,6 +451,118 @@ static int repeat_request(Request *request) {
   return launched;
 }
 
+// A method of a process group: it repeats an earlier call, or else calls the method in Python.
+
+enum { TENSORS, PAIR, EXCHANGE, LAYOUTS };  // arguments: ([x], options), (out, x, options), (out, x, [], [], options)
+
+typedef struct {
+  PyObject_HEAD
+  vectorcallfunc call;
+  int layout;
+  PyObject *kind;        // key of its calls, besides the option
+  PyObject *python;      // the method in Python
+  PyObject *reductions;  // options of the calls, by the hash of `reduceOp`; None if there are none
+  int has_root;          // whether the option is `rootRank`
+  PyObject *count;       // key in the attribute `counts` of the process group
+  PyObject *work;        // what a call returns
+} Method;
+
+static PyObject *s_async_op, *s_reduce_op, *s_root_rank, *s_counts;
+
+// A borrowed or new reference to the option of a call; `made` is the latter. NULL if there is no such option.
+static PyObject *option_of(const Method *method, PyObject *options, PyObject **made) {
+  if (method->has_root) return *made = PyObject_GetAttr(options, s_root_rank);
+  if (method->reductions == Py_None) return Py_None;
+  PyObject *reduction = PyObject_GetAttr(options, s_reduce_op);
+  const Py_hash_t hash = reduction ? PyObject_Hash(reduction) : -1;
+  Py_XDECREF(reduction);
+  PyObject *number = hash == -1 ? NULL : PyLong_FromSsize_t(hash);
+  PyObject *found = number ? PyDict_GetItemWithError(method->reductions, number) : NULL;
+  Py_XDECREF(number);
+  return found;
+}
+
+static int is_empty(PyObject *list) { return PyList_CheckExact(list) && !PyList_GET_SIZE(list); }
+
+// Whether an earlier call was repeated. `args` are the process group and the arguments.
+static int is_repeated(const Method *method, PyObject *const *args, Py_ssize_t count) {
+  PyObject *x, *out, *made = NULL, *const options = args[count - 1];
+  if (method->layout == TENSORS) {
+    if (count != 3 || !PyList_CheckExact(args[1]) || PyList_GET_SIZE(args[1]) != 1) return 0;
+    x = out = PyList_GET_ITEM(args[1], 0);
+  } else {
+    if (method->layout == PAIR ? count != 4 : count != 6 || !is_empty(args[3]) || !is_empty(args[4])) return 0;
+    out = args[1], x = args[2];
+  }
+  if (!gave(PyObject_GetAttr(options, s_async_op), Py_False)) return 0;
+  PyObject *option = option_of(method, options, &made), *result = NULL;
+  if (option) {
+    Py_INCREF(x);  // the list may lose it
+    PyObject *const request[] = {method->kind, x, args[0], option, out};
+    result = run(NULL, request, 5);
+    Py_DECREF(x);
+  }
+  Py_XDECREF(made);
+  const int launched = result && result != Py_None;
+  Py_XDECREF(result);
+  return launched;
+}
+
+static void count_call(const Method *method, PyObject *process_group) {
+  PyObject *counts = PyObject_GetAttr(process_group, s_counts);
+  if (counts && PyDict_Check(counts)) {
+    PyObject *before = PyDict_GetItemWithError(counts, method->count);
+    PyObject *after = PyErr_Occurred() ? NULL : PyLong_FromLongLong((before ? PyLong_AsLongLong(before) : 0) + 1);
+    if (after) PyDict_SetItem(counts, method->count, after);
+    Py_XDECREF(after);
+  }
+  Py_XDECREF(counts);
+}
+
+static PyObject *method_call(PyObject *self, PyObject *const *args, size_t flags, PyObject *names) {
+  Method *const method = (Method *)self;
+  const Py_ssize_t count = PyVectorcall_NARGS(flags);
+  if (!names && count > 2 && is_repeated(method, args, count)) {
+    count_call(method, args[0]);
+    PyErr_Clear();  // the launch has succeeded
+    return Py_NewRef(method->work);
+  }
+  PyErr_Clear();  // Python makes the same call, and raises what is wrong. No interrupt: no Python code has run here.
+  return PyObject_Vectorcall(method->python, args, flags, names);
+}
+
+static PyObject *method_get(PyObject *self, PyObject *process_group, PyObject *type) {
+  return process_group && process_group != Py_None ? PyMethod_New(self, process_group) : Py_NewRef(self);
+}
+
+static PyObject *method_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"layout", "kind", "python", "reductions", "has_root", "count", "work", NULL};
+  PyObject *kind, *python, *reductions, *counted, *work;
+  int layout, has_root;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iOOOpOO", names, &layout, &kind, &python, &reductions, &has_root,
+                                   &counted, &work))
+    return NULL;
+  if (layout < 0 || layout >= LAYOUTS || (reductions != Py_None && !PyDict_Check(reductions)))
+    return PyErr_Format(PyExc_ValueError, "the layout is unknown, or the reductions are not a dictionary");
+  Method *method = (Method *)type->tp_alloc(type, 0);
+  if (!method) return NULL;
+  method->call = method_call;
+  method->layout = layout, method->has_root = has_root;
+  method->kind = Py_NewRef(kind), method->python = Py_NewRef(python), method->reductions = Py_NewRef(reductions);
+  method->count = Py_NewRef(counted), method->work = Py_NewRef(work);
+  return (PyObject *)method;
+}
+
+static void method_dealloc(PyObject *self) {
+  Method *method = (Method *)self;
+  Py_DECREF(method->kind);
+  Py_DECREF(method->python);
+  Py_DECREF(method->reductions);
+  Py_DECREF(method->count);
+  Py_DECREF(method->work);
+  Py_TYPE(self)->tp_free(self);
+}
+
 // repeat_address() -> the address of the function Repeat of eager.h.
 static PyObject *repeat_address(PyObject *self, PyObject *nothing) {
   const Repeat repeat = repeat_request;
@@ -508,6 +621,24 @@ static PyTypeObject calls_type = {
     .tp_members = calls_members,
 };
 
+static PyMemberDef method_members[] = {
+    {"__wrapped__", T_OBJECT, offsetof(Method, python), READONLY, "The method in Python."},
+    {NULL},
+};
+
+static PyTypeObject method_type = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "_native.Method",
+    .tp_doc = "A method of a process group that repeats earlier calls.",
+    .tp_basicsize = sizeof(Method),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_METHOD_DESCRIPTOR,
+    .tp_vectorcall_offset = offsetof(Method, call),
+    .tp_call = PyVectorcall_Call,
+    .tp_descr_get = method_get,
+    .tp_new = method_new,
+    .tp_dealloc = method_dealloc,
+    .tp_members = method_members,
+};
+
 static PyMethodDef functions[] = {
     {"begin", (PyCFunction)(void (*)(void))begin, METH_VARARGS | METH_KEYWORDS, "Pass what run() needs."},
     {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, "Repeat an earlier call, or return None."},
@@ -521,10 +652,12 @@ int add_eager(PyObject *module) {
     const char *text;
   } texts[] = {{&s_raw_repr, "raw_repr"},         {&s_requires_grad, "requires_grad"}, {&s_is_neg, "is_neg"},
                {&s_is_conj, "is_conj"},           {&s_new_empty, "new_empty"},         {&s_closed, "closed"},
-               {&s_is_inference, "is_inference"}, {&s_default_pg, "default_pg"},
+               {&s_is_inference, "is_inference"}, {&s_default_pg, "default_pg"},       {&s_async_op, "asyncOp"},
+               {&s_reduce_op, "reduceOp"},        {&s_root_rank, "rootRank"},          {&s_counts, "counts"},
                {&s_current_level, "_current_level"}};
   for (size_t index = 0; index < sizeof texts / sizeof *texts; ++index)
     if (!(*texts[index].name = PyUnicode_InternFromString(texts[index].text))) return -1;
   if (!(zero = PyLong_FromLong(0)) || !(minus_one = PyLong_FromLong(-1))) return -1;
-  return PyModule_AddFunctions(module, functions) < 0 ? -1 : PyModule_AddType(module, &calls_type);
+  if (PyModule_AddFunctions(module, functions) < 0 || PyModule_AddType(module, &calls_type) < 0) return -1;
+  return PyModule_AddType(module, &method_type);
 }

@@ -14,7 +14,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from symmem.ops.engines.base import Engines
 
 log = logging.getLogger("symmem.ops")
 
-__all__ = ["learn", "register", "run"]
+__all__ = ["Given", "learn", "method", "register", "run"]
 
 _NEW, _SAME, _OTHER = range(3)  # the destinations of results in eager.c
 
@@ -63,8 +63,28 @@ bound to the function of the C module as soon as a call can be repeated.
 """
 
 
+class Given(NamedTuple):
+    """The arguments of a method that made the call; see :func:`method`.
+
+    Attributes:
+        method: What names the method in C.
+        x: The argument as the method was given it: it may have another shape.
+        out: The tensor for the result.
+    """
+
+    method: object
+    x: torch.Tensor
+    out: torch.Tensor
+
+
 def learn(
-    kind: Repeatable, group: Group, x: torch.Tensor, option: object, out: torch.Tensor | None, result: torch.Tensor
+    kind: Repeatable,
+    group: Group,
+    x: torch.Tensor,
+    option: object,
+    out: torch.Tensor | None,
+    result: torch.Tensor,
+    given: Given | None = None,
 ) -> bool:
     """Remember the launch of a call that was just made, if this launch is enough to repeat the call. Local.
 
@@ -77,6 +97,7 @@ def learn(
         option: The argument between tensor and group, if any.
         out: The argument ``out`` of the call.
         result: The tensor with the result.
+        given: If a method made the call, its arguments: its next call is repeated, not the operator's.
     """
     engine: Any = group.extension(Engines).get(x.device)
     if not hasattr(engine, "sole_launch") or (out is x and kind.in_place is not None):
@@ -98,11 +119,11 @@ def learn(
         )
     call = type(launch.call)
     made: bool = engine.calls.add(
-        kind=kind,
+        kind=kind if given is None else given.method,
         option=option,
-        x=x,
+        x=x if given is None else given.x,
         form=_NEW if out is None else _SAME if out is x else _OTHER,
-        out=result,
+        out=result if given is None else given.out,
         new_shape=None if kind.like_x else result.shape,
         may_be_same=kind.in_place is None,
         function=int(launch.function),
@@ -113,6 +134,18 @@ def learn(
         out_at=call.out.offset,
     )
     return made
+
+
+def method(**parts: Any) -> Any:
+    """Make a method of process groups that repeats calls in C; see ``Method`` in eager.c. None without the module.
+
+    Args:
+        parts: The layout of the arguments (0: ``([x], options)``, 1: ``(out, x, options)``, 2: with two empty lists
+            before the options), the ``kind`` of :class:`Given`, the method in ``python``, the ``reductions`` by hash,
+            whether the option ``has_root``, the key to ``count`` it by, and the ``work`` to return.
+    """
+    module = _begun()
+    return None if module is None else module.Method(**parts)
 
 
 def _driver() -> dict[str, int]:

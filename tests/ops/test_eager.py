@@ -15,18 +15,22 @@ import sysconfig
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from patience import LONG
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from symmem import native
 from symmem.backends import cuda_signals, kernel_status, kernel_words
+from symmem.distributed import SymmemProcessGroup, process_group
+from symmem.distributed.methods import METHODS
 from symmem.errors import GroupError, InvalidArgumentError, PeerTimeoutError, SymmemError, UnsupportedError
 from symmem.group.group import Group
 from symmem.ops import collectives, eager
@@ -898,6 +902,119 @@ def test_another_device_of_the_group(group: Any, gpu: Gpu, monkeypatch: pytest.M
     for _ in range(2):  # learnt for the GPU 1; the tensors say that they are on 0
         ops.all_reduce(x, group)
     assert gpu.by == ["Python", "C", "Python", "Python"]
+
+
+# Methods of process groups.
+
+
+@pytest.fixture
+def served(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A process group of the backend symmem, whose tensors seem to be on a GPU."""
+    names = [name for name, method in METHODS.items() if method.layout is not None]
+    for name in names:  # restored after the test
+        monkeypatch.setattr(SymmemProcessGroup, name, vars(SymmemProcessGroup)[name])
+    made: Any = SymmemProcessGroup(dist.HashStore(), 0, 1, timedelta(seconds=LONG))
+    world = SimpleNamespace(default_pg=None, pg_map={made: 1})
+    monkeypatch.setattr(eager.dist.distributed_c10d, "_world", world)  # type: ignore[attr-defined]
+    made._group = with_engine(StubGroup(made))
+    monkeypatch.setattr(process_group, "_is_on_cuda", lambda tensors: True)
+    monkeypatch.setattr(ops, "open_group", lambda group: group)
+    monkeypatch.setattr(ops, "_name", lambda group: group.name)
+    monkeypatch.setattr(collectives, "group_named", lambda name: made._group)
+    yield made
+    made._group.close = lambda: None
+    made.shutdown()
+
+
+def options_of(kind: Any, **values: Any) -> Any:
+    made = kind()
+    for name, value in {"asyncOp": False, **values}.items():
+        setattr(made, name, value)
+    return made
+
+
+def method_calls() -> dict[str, tuple[Callable[[], list[Any]], Any]]:
+    """Methods by name in torch 2.11: what makes the tensors of a call, and the options."""
+    c10d: Any = torch._C._distributed_c10d
+    flat, rows = (lambda: torch.ones(12)), (lambda: torch.ones(WORLD * 12))
+    total, root = {"reduceOp": dist.ReduceOp.SUM}, {"rootRank": 2}
+    return {
+        "allreduce": (lambda: [[flat()]], options_of(c10d.AllreduceOptions, **total)),
+        "broadcast": (lambda: [[flat()]], options_of(c10d.BroadcastOptions, **root)),
+        "_allgather_base": (lambda: [rows(), flat()], options_of(c10d.AllgatherOptions)),
+        "_reduce_scatter_base": (lambda: [flat(), rows()], options_of(c10d.ReduceScatterOptions, **total)),
+        "alltoall_base": (lambda: [rows(), rows(), [], []], options_of(c10d.AllToAllOptions)),
+    }
+
+
+@pytest.mark.parametrize("name", method_calls())
+def test_a_method_is_repeated(name: str, served: Any, gpu: Gpu) -> None:
+    """The launch is the one that Python makes, and the call is counted as before."""
+    make, options = method_calls()[name]
+    addresses, works = [], []
+    for turn in range(4):
+        arguments = make()
+        works.append(getattr(served, name)(*arguments, options))
+        out, x = [arguments[0][0]] * 2 if isinstance(arguments[0], list) else arguments[:2]
+        addresses.append((x.data_ptr(), out.data_ptr()))
+        assert out._version >= 1
+        assert served.counts == {(METHODS[name].operator, ""): turn + 1}
+    assert gpu.by == ["Python", "C", "C", "C"]
+    assert all(work.wait() for work in works)
+    assert [(each.source, each.out) for each in gpu.launched] == addresses
+    for each in gpu.launched:
+        each.source = each.out = 0
+    assert gpu.launched[1:] == gpu.launched[:1] * 3
+    assert vars(SymmemProcessGroup)[name].__wrapped__.__name__ == name
+
+
+def test_what_a_method_leaves_to_python(served: Any, gpu: Gpu) -> None:
+    c10d: Any = torch._C._distributed_c10d
+    make, total = method_calls()["allreduce"]
+    for _ in range(2):
+        served.allreduce(*make(), total)
+    assert gpu.by == ["Python", "C"]
+    gpu.by.clear()
+    served.allreduce(*make(), options_of(c10d.AllreduceOptions, reduceOp=dist.ReduceOp.MAX))
+    served.allreduce([torch.ones(13)], total)
+    served.allreduce([torch.ones(12, dtype=torch.float64)], total)
+    served.allreduce([torch.ones(24)[::2]], total)
+    with torch.autograd.profiler.profile(use_cpu=True):
+        served.allreduce(*make(), total)
+    gpu.capturing = 1
+    served.allreduce(*make(), total)
+    gpu.capturing = 0
+    assert gpu.by == ["Python"] * 6
+    served.allreduce(tensors=make()[0], opts=total)  # named, so the inner group serves it
+    with pytest.raises(TypeError):
+        served.allreduce()
+    with pytest.raises(TypeError):
+        served.allreduce([3], total)
+    assert len(gpu.by) == 6
+    served._group.closed = True
+    served.allreduce(*make(), total)
+    assert gpu.by == ["Python"] * 7
+
+
+def test_a_method_that_is_not_sound(gpu: Gpu) -> None:
+    module = eager._begun()
+    parts: dict[str, Any] = {"kind": 1, "python": print, "reductions": None, "has_root": False, "count": 1, "work": 2}
+    for wrong in ({"layout": 3}, {"layout": -1}, {"layout": 0, "reductions": []}):
+        with pytest.raises(ValueError, match="layout"):
+            module.Method(**{**parts, **wrong})
+    assert module.Method(layout=0, **parts).__wrapped__ is print
+
+
+def test_methods_leave_nothing_behind(served: Any, gpu: Gpu) -> None:
+    make, total = method_calls()["allreduce"]
+    (tensors,) = make()
+    values = [tensors, tensors[0], total, served, process_group._LAUNCHED]
+    served.allreduce(tensors, total)
+    counts = [sys.getrefcount(each) for each in values]
+    for _ in range(500):
+        served.allreduce(tensors, total)
+    assert gpu.by[-1] == "C"
+    assert [sys.getrefcount(each) for each in values] == pytest.approx(counts, abs=50)
 
 
 # References.
