@@ -6,6 +6,8 @@
 // below Autograd reach. The dispatcher has handled modes, tracing, profilers and wrapped tensors before. What remains to
 // be checked is the tensors.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <atomic>

@@ -968,6 +968,15 @@ def test_a_method_is_repeated(name: str, served: Any, gpu: Gpu) -> None:
     assert vars(SymmemProcessGroup)[name].__wrapped__.__name__ == name
 
 
+def test_a_method_that_cpp_calls(served: Any, gpu: Gpu) -> None:
+    """Torch's C++ finds the method as it finds one in Python."""
+    from_cpp: Any = torch._C._distributed_c10d.ProcessGroup.allreduce
+    make, total = method_calls()["allreduce"]
+    for _ in range(3):
+        assert from_cpp(served, *make(), total).wait()
+    assert gpu.by == ["Python", "C", "C"]
+
+
 def test_what_a_method_leaves_to_python(served: Any, gpu: Gpu) -> None:
     c10d: Any = torch._C._distributed_c10d
     make, total = method_calls()["allreduce"]

@@ -198,8 +198,8 @@ def on_streams_that_run_in_another_order() -> None:
     check()
 
 
-def compiled_code() -> tuple[int, int]:
-    """Compiled code calls the operators, eager code the functions. Counts calls that Python makes or repeats."""
+def compiled_code() -> int:
+    """Compiled code calls this too: counts its calls made in C."""
 
     def chain(x: torch.Tensor) -> torch.Tensor:
         for _ in range(3):
@@ -213,7 +213,8 @@ def compiled_code() -> tuple[int, int]:
         with Counted() as counted:
             for _ in range(3):
                 assert torch.equal(made(x), chain(x))
-    return counted.done, counted.left
+    assert counted.left <= 1  # from the eager chain, because its results are new tensors
+    return counted.done
 
 
 def beside_another_device() -> tuple[int, int]:
@@ -280,9 +281,8 @@ def test_calls_on_two_streams_are_ordered(pool: RankPool) -> None:
 
 
 def test_compiled_code(pool: RankPool) -> None:
-    for done, left in pool.run(compiled_code):
-        assert left <= 1  # from the eager chain, because its results are new tensors
-        assert done + left == 9  # the eager chain's
+    for done in pool.run(compiled_code):
+        assert done >= 15
 
 
 def test_a_first_call_beside_another_device(pool: RankPool) -> None:
