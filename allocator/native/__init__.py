@@ -1,7 +1,7 @@
 """C and C++ code for what Python is too slow for, or must not run. It is compiled and loaded at its first use.
 
-- :func:`module`, from C: the ledger's comparison, and eager launches on CUDA. If it cannot be used, a warning says why,
-  and Python does the same more slowly.
+- :func:`module`, from C: the ledger's comparison, barriers on the CPU, and eager launches on CUDA. If it cannot be
+  used, a warning says why, and Python does the same more slowly.
 - :func:`torch_library`, from C++: the allocator and handles of PyTorch's symmetric memory. It is separate because it
   includes PyTorch's headers: it takes ten seconds or more to compile, serves one version of PyTorch, and few programs
   need it. Python cannot do the same, so an error says why it cannot be used.
@@ -52,8 +52,8 @@ def module() -> Any:
         return load_module()
     except Exception as error:  # the caller has another way
         log.warning(
-            "the module in C cannot be used, so allocations are compared, and operators on CUDA are called, by slower "
-            "code in Python: %s",
+            "the module in C cannot be used, so allocations are compared, and operators are called, by slower code in "
+            "Python: %s",
             error,
         )
         return None
@@ -69,7 +69,8 @@ def load_module() -> Any:
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         raise ImportError("this Python has no global interpreter lock, and the module would enable it again")
     options = ["-O2", f"-I{sysconfig.get_path('include')}"]
-    with _built("CC", ("cc", "gcc", "clang"), ("module.c", "ledger.c", "eager.c", "eager.h"), options) as file:
+    sources = ("module.c", "barrier.c", "ledger.c", "eager.c", "eager.h")
+    with _built("CC", ("cc", "gcc", "clang"), sources, options) as file:
         loader = importlib.machinery.ExtensionFileLoader("_native", str(file))
         spec = importlib.util.spec_from_loader(loader.name, loader)
         assert spec is not None

@@ -2,6 +2,7 @@
 
 #include <Python.h>
 
+int add_barrier(PyObject *module);
 int add_ledger(PyObject *module);
 int add_eager(PyObject *module);
 
@@ -9,6 +10,6 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "_nativ
 
 PyMODINIT_FUNC PyInit__native(void) {
   PyObject *module = PyModule_Create(&definition);
-  if (module && (add_ledger(module) < 0 || add_eager(module) < 0)) Py_CLEAR(module);
+  if (module && (add_barrier(module) < 0 || add_ledger(module) < 0 || add_eager(module) < 0)) Py_CLEAR(module);
   return module;
 }

@@ -15,11 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from patience import LONG
 
+from symmem import native
 from symmem.backends import libc, signals
 from symmem.backends.signals import SharedSignals
 from symmem.errors import PeerLostError, PeerTimeoutError, RendezvousError
 
 SIZE = 3
+
+
+@pytest.fixture(autouse=True, params=["Python", "C"], scope="module")
+def language(request: pytest.FixtureRequest) -> None:
+    """The language of a barrier on channel 5, as long as nothing goes wrong."""
+    if request.param == "C" and native.module() is None:
+        pytest.skip("there is no module in C")
+    here.is_quick = request.param == "C"
+
+
+here = SimpleNamespace(is_quick=False)
 
 
 def make() -> tuple[list[SharedSignals], list[int]]:
@@ -28,7 +40,10 @@ def make() -> tuple[list[SharedSignals], list[int]]:
     words = [(ctypes.c_uint32 * (SharedSignals.nbytes(SIZE) // 4))() for _ in range(SIZE)]
     pads = [ctypes.addressof(pad) for pad in words]
     groups: list[Any] = [SimpleNamespace(rank=r, size=SIZE, name="threads", lost=lambda: lost) for r in range(SIZE)]
-    return [SharedSignals(group, pads, words) for group in groups], lost
+    made = [SharedSignals(group, pads, words) for group in groups]
+    for one in made if here.is_quick else ():
+        one.quicken(5, native.module())
+    return made, lost
 
 
 def raise_(kind: type[BaseException], *arguments: object) -> None:
@@ -252,6 +267,7 @@ def test_after_any_faults_all_ranks_pass_the_same_barrier(acts: list[tuple[int, 
 def test_it_stays_awake_for_as_long_as_a_sleep_costs(yields: int, sleeps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that a yield puts forward by a microsecond: a rank that sleeps too early is late for the next one."""
     (one, second, third), _lost = make()
+    one._quick.clear()
     clock = SimpleNamespace(now=0.0)
     slept = []
 
@@ -271,3 +287,39 @@ def test_it_stays_awake_for_as_long_as_a_sleep_costs(yields: int, sleeps: int, m
     monkeypatch.setattr(signals, "futex_wait", lambda *arguments: (sleep(*arguments), come()))
     one.barrier(5, 10.0)
     assert len(slept) == sleeps
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_a_barrier_in_c(size: int) -> None:
+    """Ranks as threads: all pass every barrier, and the words are those that Python would have left."""
+    words = [(ctypes.c_uint32 * (SharedSignals.nbytes(size) // 4))() for _ in range(size)]
+    pads = tuple(ctypes.addressof(pad) for pad in words)
+    groups: list[Any] = [SimpleNamespace(rank=r, size=size, name="threads", lost=list) for r in range(size)]
+    ranks = [SharedSignals(group, pads, words) for group in groups]
+    counts = [0] * size
+    if native.module() is None:
+        pytest.skip("there is no module in C")
+
+    def run(rank: int) -> None:
+        one = ranks[rank]
+        one.quicken(9, native.module())
+        for turn in range(300):
+            assert min(counts) >= turn - 1
+            counts[rank] += 1
+            one.barrier(9, LONG)
+            assert min(counts) > turn
+
+    with ThreadPoolExecutor(size) as threads:
+        list(threads.map(run, range(size)))
+    for one in ranks:
+        assert one.number(9) == 300
+        assert not one.is_unfinished(9)
+        assert not one.is_given_up(9)
+
+
+def test_a_barrier_in_c_of_a_rank_without_a_pad() -> None:
+    (one, *_), _lost = make()
+    if native.module() is None:
+        pytest.skip("there is no module in C")
+    with pytest.raises(ValueError, match="rank 3 of 3 pads"):
+        native.module().Barrier(pads=one._pads, rank=3, arrived=0, marks=(1, 2), unfinished={}, channel=5, awake=1e-4)

@@ -36,6 +36,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from symmem import native
 from symmem.arena.arena import compare_arenas
 from symmem.backends import get_backend
 from symmem.backends.base import tensor_at
@@ -168,6 +169,8 @@ class HostEngine:
         self._describe = functools.partial(_describe_latest, own)
         self._signals = SharedSignals(group, pointers, mapping, self._describe, self._refusal)
         self._signals.stopped = lambda: group.closed  # by another thread
+        if module := native.module():
+            self._signals.quicken(_CHANNEL, module)
         self._region_offsets = [begin, begin + REGION]
         self._pointers = pointers
         self._side_by_side, self._stride = mapping.contiguous()
