@@ -134,8 +134,13 @@ def _reduce_scatter_lists(ops: Any, group: Group, reduction: str, outs: Tensors,
 def _all_to_all(
     ops: Any, group: Group, reduction: None, out: torch.Tensor, x: torch.Tensor, outs: Any, ins: Any, options: Any
 ) -> None:
-    shape = (x.shape[0] // group.size, *x.shape[1:]) if x.dim() else x.shape
+    shape = _part(x, group)
     ops.all_to_all(_rows("all_to_all", x, group, shape), group, _rows("all_to_all", out, group, shape))
+
+
+def _part(x: torch.Tensor, group: Group) -> Sequence[int]:
+    """The shape of a rank's part of a tensor in all_to_all."""
+    return (x.shape[0] // group.size, *x.shape[1:]) if x.dim() else x.shape
 
 
 def _rows(operator: str, tensor: torch.Tensor, group: Group, shape: Sequence[int]) -> torch.Tensor:
@@ -218,7 +223,7 @@ _scatter_each = Method("reduce_scatter", _each(_reduce_scatter), lambda outs, xs
 _exchange = Method(
     *("all_to_all", _all_to_all, lambda out, x, outs, ins, options: (x, out), _no_sizes),
     layout=2,
-    operands=lambda group, out, x, *rest: (x.view(group.size, x.shape[0] // group.size, *x.shape[1:]), out),
+    operands=lambda group, out, x, *rest: (x.view(group.size, *_part(x, group)), out),
 )
 
 METHODS = {

@@ -1005,6 +1005,13 @@ def test_what_a_method_leaves_to_python(served: Any, gpu: Gpu) -> None:
     assert gpu.by == ["Python"] * 7
 
 
+def test_operands_without_dimensions() -> None:
+    """A group of one rank may exchange a number with itself."""
+    x, out = torch.ones(()), torch.ones(())
+    operands: Any = METHODS["alltoall_base"].operands
+    assert operands(SimpleNamespace(size=1), out, x, [], [], None)[0].shape == (1,)
+
+
 def test_a_method_that_is_not_sound(gpu: Gpu) -> None:
     module = eager._begun()
     parts: dict[str, Any] = {"kind": 1, "python": print, "reductions": None, "has_root": False, "count": 1, "work": 2}
