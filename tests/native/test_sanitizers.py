@@ -51,11 +51,13 @@ def test_threads_that_use_the_backend_of_torch(kinds: str, tmp_path: Path) -> No
 
 
 def test_the_module_in_c(tmp_path: Path) -> None:
-    """The tests of eager launches and of the ledger pass over a module with sanitizers."""
+    """The tests of eager launches, of the ledger and of barriers pass over a module with sanitizers."""
     kinds = "address,undefined"
     require(CC, kinds, tmp_path)
     libraries = [run(CC, f"-print-file-name=lib{name}.so").strip() for name in ("asan", "ubsan")]
-    files = [str(ROOT / "tests" / file) for file in ("ops/test_eager.py", "group/test_ledger.py")]
+    files = [
+        str(ROOT / "tests" / file) for file in ("ops/test_eager.py", "group/test_ledger.py", "backends/test_signals.py")
+    ]
     told = run(
         *(sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider", "--basetemp", str(tmp_path / "temp")),
         CC=f"{CC} -fsanitize={kinds} -fno-sanitize-recover=all -g",
