@@ -23,7 +23,7 @@ typedef struct Request {
   int32_t ordinal;  // of the device
   Shape x;
   const void *source;
-  // For NEW, `allocate` returns memory for a result of this shape, or NULL. It is called without the interpreter's lock.
+  // For NEW: returns memory for a result of this shape, or NULL. It is called without the interpreter's lock.
   void *(*allocate)(struct Request *request, const Shape *shape);
   Shape out;  // for OTHER
   void *target;  // the memory of the result; not for NEW

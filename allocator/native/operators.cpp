@@ -3,8 +3,8 @@
 //
 // symmem/native compiles this file for the installed torch and loads it with ctypes. symmem/ops/eager.py registers the
 // kernels at two levels: for the Autograd key, and for the device's own key, which calls in inference mode and calls
-// below Autograd reach. The dispatcher has handled modes, tracing, profilers and wrapped tensors before. What remains to
-// be checked is the tensors.
+// below Autograd reach. The dispatcher has handled modes, tracing, profilers and wrapped tensors before. Only the
+// tensors remain to be checked.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
@@ -97,6 +97,13 @@ void* allocate(Request* request, const Shape* shape) {
   }
 }
 
+// A string argument; null if it is no string of C.
+const char* text(const c10::IValue& value) {
+  if (!value.isString()) return nullptr;
+  const auto& all = value.toStringRef();
+  return all.find('\0') == all.npos ? all.c_str() : nullptr;
+}
+
 class Repeated : public c10::OperatorKernel {
  public:
   Repeated(void* kind, uint32_t form, bool has_option, DispatchKeySet keys, c10::SafeKernelFunction otherwise)
@@ -131,10 +138,10 @@ class Repeated : public c10::OperatorKernel {
     if (form_ != NEW && out.is_inference() && !c10::InferenceMode::is_enabled()) return false;
     call.kind = kind_;
     call.form = form_;
-    call.option = has_option_ && arguments[1].isString() ? arguments[1].toStringRef().c_str() : nullptr;
+    call.option = has_option_ ? text(arguments[1]) : nullptr;
     call.root = has_option_ && arguments[1].isInt() ? arguments[1].toInt() : -1;
-    if (has_option_ && !call.option && call.root < 0) return false;
-    call.group = arguments[1 + has_option_].toStringRef().c_str();
+    call.group = text(arguments[1 + has_option_]);
+    if (!call.group || (has_option_ && !call.option && call.root < 0)) return false;
     call.ordinal = std::max<int32_t>(x.device().index(), 0);
     call.source = source;
     call.target = source;
@@ -154,7 +161,8 @@ class Repeated : public c10::OperatorKernel {
   }
 };
 
-void add(const c10::OperatorHandle& op, DispatchKey key, void* kind, uint32_t form, bool has_option, DispatchKeySet keys) {
+void add(
+    const c10::OperatorHandle& op, DispatchKey key, void* kind, uint32_t form, bool has_option, DispatchKeySet keys) {
   auto kernel = c10::KernelFunction::makeFromBoxedFunctor(
       std::make_unique<Repeated>(kind, form, has_option, keys, op.getComputedKernelForDispatchKey(key)));
   // It stays until the process ends, as the libraries of torch do.

@@ -715,6 +715,7 @@ def test_what_operators_leave_to_python(calls: Any, named: Any, gpu: Gpu, monkey
     with pytest.raises(InvalidArgumentError, match="x and out share memory"):
         calls("broadcast_out", room[:4], 0, "g", out=room[2:6])
     calls("broadcast", x, 1, "g")  # another root
+    calls("broadcast", x, 0, "g\0")  # another group, to torch
     for what, value in (("capturing", 1), ("current", CONTEXT + 1), ("stream", STREAM + 8)):
         with monkeypatch.context() as patch:
             patch.setattr(gpu, what, value)
