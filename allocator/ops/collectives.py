@@ -420,7 +420,7 @@ def _remembered(work: Callable[..., Any], kind: OperatorKind) -> Callable[..., A
             out = x if work is in_place else options.get("out")
             option = rest[0] if kind.option else None
             if eager.learn(kind, group, x, option, out, made if out is None else out):
-                eager.register(KINDS.values())
+                eager.register(each for each in KINDS.values() if not each.is_tree)
         return made
 
     return kernel
