@@ -35,7 +35,7 @@ def calls_in_python() -> list[str]:
         seen.append(name)
         return serve(self, name, *arguments)
 
-    setattr(SymmemProcessGroup, serve.__name__, noted)
+    SymmemProcessGroup._serve = noted  # type: ignore[method-assign]
     return seen
 
 
