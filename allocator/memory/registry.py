@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from symmem.memory.block import Block
 
-__all__ = ["AddressRange", "block_at", "live_ranges", "register"]
+__all__ = ["AddressRange", "block_at", "live_ranges", "register", "tables"]
 
 
 class AddressRange(Protocol):
@@ -34,6 +34,7 @@ class AddressRange(Protocol):
 # looks up a tensor. So the lock is reentrant, and the registry is readable after every single step.
 _lock = threading.RLock()
 _pointers: list[int] = []  # sorted
+_sizes: dict[int, int] = {}  # bytes of the ranges by pointer; C reads both, see eager.c
 _ranges: dict[int, weakref.ref[AddressRange]] = {}
 _collected: deque[tuple[int, weakref.ref[AddressRange]]] = deque()
 
@@ -55,7 +56,7 @@ def register(memory: AddressRange) -> None:
     with _lock:
         _remove_collected()
         known = pointer in _ranges
-        _ranges[pointer] = reference
+        _ranges[pointer], _sizes[pointer] = reference, max(memory.nbytes, 1)
         if not known:
             bisect.insort(_pointers, pointer)
 
@@ -66,6 +67,11 @@ def live_ranges() -> list[AddressRange]:
         _remove_collected()
         found = (_ranges[pointer]() for pointer in _pointers)
         return [memory for memory in found if memory is not None]
+
+
+def tables() -> tuple[list[int], dict[int, int]]:
+    """The sorted pointers of all ranges, and the bytes of each by its pointer. They change, and must only be read."""
+    return _pointers, _sizes
 
 
 def block_at(address: int) -> Block | None:
@@ -84,4 +90,4 @@ def _remove_collected() -> None:
         pointer, reference = _collected.popleft()
         if _ranges.get(pointer) is reference:  # otherwise the address is already in use again
             _pointers.remove(pointer)  # one step, because an index could become stale
-            del _ranges[pointer]
+            del _ranges[pointer], _sizes[pointer]

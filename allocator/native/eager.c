@@ -64,6 +64,7 @@ typedef struct {
   PyObject *kind, *option;
   PyObject *new_shape;  // shape of a new result; NULL if it equals the shape of x
   int may_be_same;      // whether out may be the memory of x
+  int is_outside;       // whether out must not be in symmetric memory
   void *function;
   unsigned blocks, threads;
   size_t nbytes, source_at, out_at;  // size of the arguments; offsets of the two addresses in them
@@ -90,6 +91,7 @@ static struct {
   GetCurrentContext context;
   PyObject *tensor, *parameter, *keys_of_thread, *function_modes, *is_profiling, *is_grad_enabled;
   PyObject *increment_version, *empty_like, *world, *process_groups, *forward_mode;
+  PyObject *starts, *sizes;  // of symmetric memory: sorted addresses, and the bytes by address
   unsigned long long usual_keys[2];
 } torch;
 
@@ -265,16 +267,16 @@ static Entry **slot_of(Calls *calls, uint32_t hash, PyObject *kind, uint32_t for
 }
 
 static PyObject *calls_add(PyObject *self, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"kind",     "option", "x",       "form",      "out",       "new_shape", "may_be_same",
-                          "function", "blocks", "threads", "arguments", "source_at", "out_at",    NULL};
+  static char *names[] = {"kind",       "option",   "x",      "form",    "out",       "new_shape", "may_be_same",
+                          "is_outside", "function", "blocks", "threads", "arguments", "source_at", "out_at", NULL};
   PyObject *kind, *option, *x, *out, *new_shape;
-  int form, may_be_same;
+  int form, may_be_same, is_outside;
   unsigned blocks, threads;
   unsigned long long function;
   const char *arguments;
   Py_ssize_t nbytes, source_at, out_at;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOiOOpKIIy#nn", names, &kind, &option, &x, &form, &out, &new_shape,
-                                   &may_be_same, &function, &blocks, &threads, &arguments, &nbytes, &source_at,
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOiOOppKIIy#nn", names, &kind, &option, &x, &form, &out, &new_shape,
+                                   &may_be_same, &is_outside, &function, &blocks, &threads, &arguments, &nbytes, &source_at,
                                    &out_at))
     return NULL;
   const Py_ssize_t last = nbytes - (Py_ssize_t)sizeof(void *);
@@ -292,7 +294,7 @@ static PyObject *calls_add(PyObject *self, PyObject *args, PyObject *kwargs) {
   entry->x = shape, entry->out = out_shape;
   entry->kind = Py_NewRef(kind), entry->option = Py_NewRef(option);
   entry->new_shape = new_shape == Py_None ? NULL : Py_NewRef(new_shape);
-  entry->may_be_same = may_be_same;
+  entry->may_be_same = may_be_same, entry->is_outside = is_outside;
   entry->function = (void *)(uintptr_t)function, entry->blocks = blocks, entry->threads = threads;
   entry->nbytes = nbytes, entry->source_at = source_at, entry->out_at = out_at;
   memcpy(entry->arguments, arguments, nbytes);
@@ -329,17 +331,34 @@ static Calls *calls_of(PyObject *value, int32_t ordinal, PyObject **group) {
   return calls;
 }
 
+// Whether an address may be in symmetric memory.
+static int may_be_symmetric(const void *address) {
+  const unsigned long long wanted = (uintptr_t)address;
+  Py_ssize_t low = 0, high = PyList_GET_SIZE(torch.starts);
+  while (low < high) {
+    const Py_ssize_t middle = (low + high) / 2;
+    if (PyLong_AsUnsignedLongLong(PyList_GET_ITEM(torch.starts, middle)) <= wanted)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  if (!low) return 0;
+  PyObject *const start = PyList_GET_ITEM(torch.starts, low - 1), *const size = PyDict_GetItem(torch.sizes, start);
+  return !size || wanted - PyLong_AsUnsignedLongLong(start) < PyLong_AsUnsignedLongLong(size);
+}
+
 // Whether results may be written to out while x is read.
 static int are_apart(const Entry *entry, const char *x, const char *out) {
   if (x + nbytes_of(&entry->x) <= out || out + nbytes_of(&entry->out) <= x) return 1;
   return x == out && entry->may_be_same;
 }
 
-// Launch on the current stream. Returns 0 if it is not the stream of the latest call, if it is being captured, or if
-// another CUDA context is current.
+// Launch on the current stream. Returns 0 if it is not the stream of the latest call, if it is being captured, if
+// another CUDA context is current, or if the kernel is not for symmetric memory and out is there.
 static int launch(Calls *calls, const Entry *entry, const void *source, const void *out) {
   void *context = NULL, *stream = NULL;
   int capturing = 1;
+  if (entry->is_outside && may_be_symmetric(out)) return 0;
   if (*calls->status || *calls->given_up || torch.context(&context) || context != calls->context) return 0;
   if (torch.exchange->stream(CUDA, calls->ordinal, &stream)) return no();
   if ((uintptr_t)stream != *calls->last_stream) return 0;
@@ -574,13 +593,14 @@ static PyObject *begin(PyObject *self, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"exchange",       "launch",          "is_capturing",      "context",        "usual_keys",
                           "tensor",         "parameter",       "keys_of_thread",    "function_modes", "is_profiling",
                           "is_grad_enabled", "increment_version", "empty_like",     "world",          "process_groups",
-                          "forward_mode",   NULL};
-  PyObject *capsule, *objects[11];
+                          "forward_mode",   "symmetric",       NULL};
+  PyObject *capsule, *objects[13];
   unsigned long long launch_at, capturing_at, context_at, usual[2];
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OKKK(KK)OOOOOOOOOO!O", names, &capsule, &launch_at, &capturing_at,
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OKKK(KK)OOOOOOOOOO!O(O!O!)", names, &capsule, &launch_at, &capturing_at,
                                    &context_at, &usual[0], &usual[1], &objects[0], &objects[1], &objects[2],
                                    &objects[3], &objects[4], &objects[5], &objects[6], &objects[7], &objects[8],
-                                   &PyDict_Type, &objects[9], &objects[10]))
+                                   &PyDict_Type, &objects[9], &objects[10], &PyList_Type, &objects[11], &PyDict_Type,
+                                   &objects[12]))
     return NULL;
   const Exchange *exchange = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!exchange) return NULL;
@@ -595,8 +615,9 @@ static PyObject *begin(PyObject *self, PyObject *args, PyObject *kwargs) {
   PyObject **const places[] = {
       &torch.tensor,       &torch.parameter,       &torch.keys_of_thread,    &torch.function_modes,
       &torch.is_profiling, &torch.is_grad_enabled, &torch.increment_version, &torch.empty_like,
-      &torch.world,        &torch.process_groups,  &torch.forward_mode};
-  for (int index = 0; index < 11; ++index) Py_XSETREF(*places[index], Py_NewRef(objects[index]));
+      &torch.world,        &torch.process_groups,  &torch.forward_mode,      &torch.starts,
+      &torch.sizes};
+  for (int index = 0; index < 13; ++index) Py_XSETREF(*places[index], Py_NewRef(objects[index]));
   Py_RETURN_NONE;
 }
 

@@ -81,7 +81,7 @@ from symmem.ops.gradients import with_gradient, without_gradient
 from symmem.ops.refusals import refuse, refuse_in, refusing
 from symmem.tensor.arguments import check_dense, check_integer, check_memory, check_written
 
-__all__ = ["KINDS", "LIBRARY", "OperatorKind", "begun", "functional", "in_place", "into", "is_reduced"]
+__all__ = ["KINDS", "LIBRARY", "REPEATED", "OperatorKind", "begun", "functional", "in_place", "into", "is_reduced"]
 
 LIBRARY: Any = torch.library.Library("symmem", "FRAGMENT")  # type: ignore[no-untyped-call]  # so are its methods
 """Defines the operators. They exist as long as this object."""
@@ -253,6 +253,9 @@ KINDS = {
 }
 """The operations by name."""
 
+REPEATED = tuple(kind for kind in KINDS.values() if not kind.is_tree)
+"""The operations with calls that C can repeat."""
+
 
 # The three forms.
 
@@ -420,7 +423,7 @@ def _remembered(work: Callable[..., Any], kind: OperatorKind) -> Callable[..., A
             out = x if work is in_place else options.get("out")
             option = rest[0] if kind.option else None
             if eager.learn(kind, group, x, option, out, made if out is None else out):
-                eager.register(each for each in KINDS.values() if not each.is_tree)
+                eager.register(REPEATED)
         return made
 
     return kernel

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from symmem import native
 from symmem.group.group import Group
+from symmem.memory.registry import tables
 from symmem.ops.dispatch import USUAL_THREADS
 from symmem.ops.engines.base import Engines
 
@@ -102,9 +103,10 @@ def learn(
     engine: Any = group.extension(Engines).get(x.device)
     if not hasattr(engine, "sole_launch") or (out is x and kind.in_place is not None):
         return False
-    launch = engine.sole_launch(kind.name, x, result, option)
-    if launch is None or (module := _begun()) is None:
+    found = engine.sole_launch(kind.name, x, result, option)
+    if found is None or (module := _begun()) is None:
         return False
+    launch, is_outside = found
     if engine.calls is None:
         process_group = group.process_group
         engine.calls = module.Calls(
@@ -126,6 +128,7 @@ def learn(
         out=result if given is None else given.out,
         new_shape=None if kind.like_x else result.shape,
         may_be_same=kind.in_place is None,
+        is_outside=is_outside,
         function=int(launch.function),
         blocks=launch.blocks,
         threads=launch.threads,
@@ -240,4 +243,5 @@ def _begin(module: Any) -> None:
         world=world,
         process_groups=world.pg_map,
         forward_mode=torch.autograd.forward_ad,
+        symmetric=tables(),
     )

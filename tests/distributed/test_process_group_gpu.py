@@ -35,7 +35,7 @@ def calls_in_python() -> list[str]:
         seen.append(name)
         return serve(self, name, *arguments)
 
-    SymmemProcessGroup._serve = noted  # type: ignore[method-assign]
+    SymmemProcessGroup._serve = noted  # type: ignore[assignment, method-assign]
     return seen
 
 

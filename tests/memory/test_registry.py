@@ -86,6 +86,7 @@ class Book(RuleBasedStateMachine):
         assert block_at(0) is None  # a look-up removes collected blocks
         assert [pointer for pointer in registry._pointers if pointer >= BASE] == []
         assert [pointer for pointer in registry._ranges if pointer >= BASE] == []
+        assert [pointer for pointer in registry._sizes if pointer >= BASE] == []
 
 
 TestBook = Book.TestCase

@@ -33,9 +33,10 @@ from symmem.distributed import SymmemProcessGroup, process_group
 from symmem.distributed.methods import METHODS
 from symmem.errors import GroupError, InvalidArgumentError, PeerTimeoutError, SymmemError, UnsupportedError
 from symmem.group.group import Group
+from symmem.memory import registry
 from symmem.ops import collectives, eager
 from symmem.ops import functions as ops
-from symmem.ops.collectives import KINDS
+from symmem.ops.collectives import KINDS, REPEATED
 from symmem.ops.engines import cuda
 from symmem.ops.engines.base import Engines
 from symmem.ops.engines.collective_kernels import KERNELS
@@ -520,17 +521,43 @@ def test_another_table_is_another_launch(group: Any, gpu: Gpu) -> None:
     assert gpu.launched[0].function != gpu.launched[2].function == gpu.launched[3].function
 
 
-def test_where_it_matters_where_tensors_lie_python_launches(group: Any, gpu: Gpu) -> None:
+def test_a_call_whose_kernel_depends_on_symmetric_memory(group: Any, gpu: Gpu) -> None:
+    """C repeats it for results in other memory."""
+
+    class Range:
+        def __init__(self, pointer: int, nbytes: int) -> None:
+            self.pointer, self.nbytes = pointer, nbytes
+
+        def at(self, address: int) -> Any:
+            return SimpleNamespace(closed=True)
+
     x = torch.zeros(1 << 19)  # 2 MiB
-    for _ in range(3):
-        ops.all_gather(x, group)
-    assert gpu.by == ["Python"] * 3
+    outs = [x.new_empty(WORLD, 1 << 19) for _ in range(3)]
+    outs.sort(key=torch.Tensor.data_ptr)
+    below, inside, above = outs
+    for out in outs:
+        ops.all_gather(x, group, out)
+    assert gpu.by == ["Python", "C", "C"]
+    made = Range(inside.data_ptr() - 64, inside.nbytes + 64)
+    registry.register(made)
+    gpu.by.clear()
+    for out in (below, inside, above, inside[:2]):
+        with contextlib.suppress(InvalidArgumentError):  # of the wrong shape
+            ops.all_gather(x, group, out)
+    assert gpu.by == ["C", "Python", "C"]
+    del made
+    ops.all_gather(x, group, inside)
+    ops.all_gather(x, group, inside)
+    assert gpu.by[-1] == "C"
+
+
+def test_several_launches_are_made_by_python(group: Any, gpu: Gpu) -> None:
     y = torch.zeros(80 << 20, dtype=torch.uint8).view(torch.bfloat16)  # needs several launches
     ops.all_reduce(y, group, out=y)
     count = len(gpu.by)
     ops.all_reduce(y, group, out=y)
-    assert gpu.by == ["Python"] * (2 * count - 3)
-    assert count > 4
+    assert gpu.by == ["Python"] * (2 * count)
+    assert count > 1
 
 
 # Groups.
@@ -614,7 +641,7 @@ def by(request: pytest.FixtureRequest, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(eager, "_library", False)
         yield "Python"
     else:
-        eager.register(KINDS.values())
+        eager.register(REPEATED)
         assert eager._library, "see the warning"
         yield "C++"
         eager._library.symmem_use(None)
@@ -1094,8 +1121,9 @@ def test_arguments_that_are_not_sound(gpu: Gpu) -> None:
         with pytest.raises(TypeError, match="weak"):
             module.Calls(group=groups[0], process_group=groups[1], **made)
     calls = module.Calls(group=weakref.ref(StubGroup), process_group=None, **made)
-    given = {"kind": 1, "option": None, "x": torch.ones(1), "form": 0, "out": torch.ones(1), "new_shape": None}
-    given |= {"may_be_same": True, "function": 1, "blocks": 1, "threads": 1, "arguments": b"1" * 24}  # type: ignore[dict-item]
+    given: dict[str, Any] = {"kind": 1, "option": None, "x": torch.ones(1), "form": 0, "out": torch.ones(1)}
+    given |= {"new_shape": None, "may_be_same": True, "is_outside": False}
+    given |= {"function": 1, "blocks": 1, "threads": 1, "arguments": b"1" * 24}
     for wrong in ({"form": 3}, {"source_at": 17}, {"out_at": 17}, {"source_at": -1}, {"arguments": b"1" * 5000}):
         with pytest.raises(ValueError, match="outside of the arguments"):
             calls.add(**{**given, "source_at": 0, "out_at": 8, **wrong})

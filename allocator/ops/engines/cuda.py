@@ -277,17 +277,23 @@ class CudaEngine:
 
     def sole_launch(
         self, operation: str, source: torch.Tensor, out: torch.Tensor, option: Any
-    ) -> _PreparedKernel | None:
-        """The single kernel of a repeated call, if it is independent of the tensors' addresses; else None."""
+    ) -> tuple[_PreparedKernel, bool] | None:
+        """The single kernel of a repeated call, and whether it is only for results outside of symmetric memory.
+
+        None if the call takes several kernels, or if the kernel depends on the address of the result.
+        """
+        is_outside = False
         if operation in ("all_reduce", "reduce_scatter"):
             key: Any = (operation, source.shape, out.dtype, option)
         else:
             nbytes = source.nbytes // self._world if operation == "all_to_all" else source.nbytes
-            if nbytes > self._beyond:
-                return None
+            if nbytes > self._beyond and nbytes % _UNIT == 0:
+                is_outside = True
+                if block_at(out.data_ptr()) is not None:
+                    return None
             key = (operation, source.shape, source.dtype, _NO_ROOT if option is None else option, True)
         plan = self._plans.get(key, ())
-        return plan[0] if len(plan) == 1 else None
+        return (plan[0], is_outside) if len(plan) == 1 else None
 
     def check(self) -> None:
         """Raise the error of a failed kernel of this process, if any. Local and quick; does not wait.
