@@ -292,9 +292,11 @@ class AllocationLog:
         """Whether the block of an allocation cannot be used, because a rank has found a divergence. Local."""
         if self.divergence is not None:
             return number > self.usable
-        return self.acts is not None and self.acts.mark[0] != 0
+        return self.acts is not None and self.acts.is_found
 
-    def compare_acts(self, number: int, late: Sequence[int] = (), is_use: bool = True) -> None:
+    def compare_acts(
+        self, number: int, late: Sequence[int] = (), is_use: bool = True, access: Sequence[int] = ()
+    ) -> None:
         """Compare the allocations with the neighbours' in the ledger. Local.
 
         Args:
@@ -303,8 +305,10 @@ class AllocationLog:
             is_use: Whether peers' memory is about to be used. If not, a difference is only logged. So all ranks raise
                 it at the use that they make together, and none of them waits in another library for one that has raised
                 in an allocation. Once a rank has raised it, allocations raise too, because the next one of that rank
-                waits for the others. A use is too late for a library's kernels that reach peers by this rank's own
-                address: with ``COLLECTIVE_ALLOCATION``, the allocation raises.
+                waits for the others. So they do if a rank has a view of this rank's memory already. A use is too late
+                for a library's kernels that reach peers by this rank's own address: with ``COLLECTIVE_ALLOCATION``, the
+                allocation raises.
+            access: The ranks with memory that this rank is about to use.
 
         Raises:
             DivergenceError: They differ, or have differed before.
@@ -319,11 +323,12 @@ class AllocationLog:
                     return
                 try:
                     self.acts.look(self.count)
+                    self.acts.rely_on(number, access, self.count)
                     self.acts.compare_counts(self.count, late)
                 except DivergenceError as error:
                     if not self.noted:
                         self.group.fail("allocate", error)  # a collective in which another rank waits fails with it
-                    if not is_use:
+                    if not is_use and not self.acts.is_relied_on:
                         self.noted = True
                         logger.warning("%s\n  This is raised where peers' memory is used next.", error)
                         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from time import perf_counter
@@ -67,12 +68,18 @@ class ArenaBlock(Block):
         """See :attr:`Block.diverged`."""
         log = self.log
         acts = log.acts
-        return log.divergence is not None or (acts is not None and (acts.is_ahead or acts.mark[0] != 0))
+        return log.divergence is not None or (acts is not None and (acts.is_ahead or acts.is_found))
 
-    def await_acts(self) -> None:
-        """See :meth:`Block.await_acts`."""
-        if self.log.acts is not None:
-            self.log.acts.await_neighbours(self._record[0], _MOMENT)
+    def before_access(self, group: RankGroup, rank: int | None = None) -> None:
+        """See :meth:`Block.before_access`."""
+        log, number = self.log, self._record[0]
+        acts = log.acts
+        if acts is None or log.process != os.getpid():
+            return
+        ranks = range(log.group.size) if rank is None or group is not log.group else (rank,)
+        if uncompared := acts.uncompared(number, ranks):
+            acts.await_ranks(number, uncompared, _MOMENT)
+            log.compare_acts(number, access=uncompared)
 
     def check_acts(self, late: Sequence[int] = (), group: RankGroup | None = None) -> None:
         """See :meth:`Block.check_acts`."""

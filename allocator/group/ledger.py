@@ -23,8 +23,13 @@ to the use, and none of them waits in another library for a rank that has raised
 no longer comes to the others' calls, so then acts raise it too.
 
 Two neighbours are enough: if not all ranks have the same word n, then in the circle of ranks at least two pairs of
-neighbours differ, and one rank of each such pair finds out. If a program orders its accesses to peers' memory, then
-all ranks have entered the acts before such an access, so the difference is found before a wrong byte is read.
+neighbours differ, and one rank of each such pair finds out, as soon as it has come.
+
+Before a rank uses the memory of another one, it compares with that rank too. If that rank is behind, this rank
+publishes which act it relies on, and then sets a flag in the other's mark. The other rank sees the flag with its next
+act, compares with this rank, and raises a difference in the act itself: this rank may already have a view of the wrong
+place, so the other rank must not go on and let it read. The other rank stores its word before it loads the flag, and
+this rank stores the flag before it loads the other's word again, so one of the two compares.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ import threading
 import time
 import weakref
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from symmem import native
@@ -68,7 +73,8 @@ _MARKS = _ERROR * _SEQUENCES  # after the errors that this rank has found
 _HEADS = _MARKS + 8 * _SEQUENCES
 _SLOTS = 8  # waits that a rank can show at a time
 _WAITS = _HEADS + 8 * _SEQUENCES  # for every wait, the id of its text, and when it is no longer shown
-_RINGS = _WAITS + 16 * _SLOTS
+_RELIED_ON = _WAITS + 16 * _SLOTS  # for every sequence, the last act of another rank that this rank has not seen made
+_RINGS = _RELIED_ON + 8 * _SEQUENCES
 _IDS = _RINGS + 8 * _SEQUENCES * RING
 _TEXTS = _IDS + 4 * _SEQUENCES * RING
 _TEXT_NBYTES = 1 << 18
@@ -79,6 +85,7 @@ _NBYTES = round_up(_SYNC + _SYNC_NBYTES, PAGE)
 _LOW = 0xFFFFFFFF
 _HIGH = 0xFFFFFFFF << 32
 _FOREVER = (1 << 63) - 1
+_IS_RAISED, _IS_RELIED_ON = 4, 5  # bytes of a mark
 # Nanoseconds that a wait is shown after its timeout, because peers give up a little later. Counted by the wall clock,
 # because the monotonic one may differ between containers.
 _SHOWN = 2_000_000_000
@@ -161,7 +168,7 @@ class Ledger:
         All ranks must have raised the error before.
         """
         own = self.memory[self.rank]
-        parts = ((_ERROR, 0, 4), (8, _MARKS, 8), (8, _HEADS, 8), (8 * RING, _RINGS, 8 * RING))
+        parts = (_ERROR, 0, 4), *((8, begin, 8) for begin in (_MARKS, _HEADS, _RELIED_ON)), (8 * RING, _RINGS, 8 * RING)
         for stride, begin, nbytes in parts:
             own[begin + stride * index : begin + stride * index + nbytes] = bytes(nbytes)
         full_fence()
@@ -281,19 +288,15 @@ class Ledger:
         full_fence()  # others may read as soon as the length is there
         own[begin : begin + 4] = len(data).to_bytes(4, "little")
         full_fence()
-        for found_by, _ in self._marks(index):
+        for memory in self.memory:
+            found_by = _word(memory, _MARKS, index).cast("B").cast("I")
             if not found_by[0]:
                 found_by[0] = 1 + self.rank
 
-    def note_raised(self, index: int) -> None:
-        """Let all ranks know that this rank has raised the error of the sequence with that index."""
-        for _, raised in self._marks(index):
-            raised[0] = 1
-
-    def _marks(self, index: int) -> list[tuple[memoryview, memoryview]]:
-        """The two uint32 words of the mark of every rank, because several ranks may write at the same time."""
-        words = [_word(memory, _MARKS, index).cast("B").cast("I") for memory in self.memory]
-        return [(mark[:1], mark[1:]) for mark in words]
+    def flag(self, index: int, byte: int, ranks: Iterable[int], value: int = 1) -> None:
+        """Set a flag in the marks of ranks. Each has its own byte, because several ranks may write at the same time."""
+        for rank in ranks:
+            self.memory[rank][_MARKS + 8 * index + byte] = value
 
     def published(self, rank: int, index: int) -> SymmemError | None:
         """The error of a sequence that a rank has published, if any."""
@@ -333,7 +336,8 @@ class ActSequence:
 
     Attributes:
         index: The number of the sequence in the ledger.
-        mark: One word: 0, or 1 + the rank that has found a difference, and 2**32 if a rank has raised the error.
+        mark: One word. The low 32 bits are 0, or 1 + the rank that has found a difference. Two bytes above are flags: a
+            rank has raised the error; a rank relies on acts that this rank had not made.
         enter: ``enter(number, digest, text_id)`` publishes act ``number`` (from 1) with the rolling hash ``digest``,
             and compares. It returns whether :meth:`look` must be called.
         add_text: See :meth:`Ledger.add_text`.
@@ -366,8 +370,12 @@ class ActSequence:
         self._history = array("I")
         self._before = 0
         self._at_timeout: dict[int, tuple[int, int]] = {}  # by late rank: acts of this rank and of that one
-        self._compared = dict.fromkeys(neighbours, 0)  # the latest act of a neighbour that was found equal
-        self._awaited = dict.fromkeys(neighbours, -1)  # acts of a neighbour when a wait for it ran out
+        self._neighbours = neighbours
+        others = [peer for peer in range(ledger.size) if peer != rank]
+        self._relied_on = {peer: _word(ledger.memory[peer], _RELIED_ON, index) for peer in others}
+        self._own_relied_on = _word(ledger.memory[rank], _RELIED_ON, index)
+        self._compared = dict.fromkeys(others, 0)  # the latest act of a rank that was found equal
+        self._awaited = dict.fromkeys(others, -1)  # acts of a rank when a wait for it ran out
 
     def publish(self, error: SymmemError) -> None:
         """Let every rank raise this error with its next call."""
@@ -375,32 +383,72 @@ class ActSequence:
 
     def note_raised(self) -> None:
         """Let every rank raise the error with its next act too, because this rank has raised it."""
-        self._ledger.note_raised(self.index)
+        self._ledger.flag(self.index, _IS_RAISED, range(self._ledger.size))
+
+    @property
+    def is_found(self) -> bool:
+        """Whether a rank has found a difference."""
+        return self.mark[0] & _LOW != 0
 
     @property
     def is_raised(self) -> bool:
         """Whether a rank has raised the error."""
-        return self.mark[0] > _LOW
+        return self.mark[0] >> 8 * _IS_RAISED & 1 != 0
 
-    def await_neighbours(self, number: int, seconds: float) -> None:
-        """Wait until the neighbours have made an act too, or a rank has found a difference.
+    @property
+    def is_relied_on(self) -> bool:
+        """Whether a rank relies on an act that comes after all acts that this rank has compared."""
+        compared = max(self._compared.values(), default=0)
+        return any(word[0] > compared for word in self._relied_on.values())
 
-        A wait that runs out raises nothing. A neighbour that has made no act since then is not waited for again.
+    def uncompared(self, number: int, ranks: Iterable[int]) -> list[int]:
+        """The other ranks among these that this rank has not compared an act with."""
+        return [rank for rank in ranks if self._compared.get(rank, number) < number]
+
+    def await_ranks(self, number: int, ranks: Iterable[int], seconds: float) -> None:
+        """Wait until other ranks have made an act too, or a rank has found a difference.
+
+        A wait that runs out raises nothing. A rank that has made no act since then is not waited for again.
 
         Args:
             number: The act.
+            ranks: The ranks.
             seconds: How long to wait at most.
         """
         deadline = time.monotonic() + seconds
-        for neighbour in self._compared:
-            head = self._heads[neighbour]
-            while 0 < (number - (head[0] >> 32)) & _LOW < 0x80000000 and not self.mark[0]:
-                if self._awaited[neighbour] == head[0]:
+        for rank in ranks:
+            head = self._heads[rank]
+            while self._is_behind(rank, number) and not self.is_found:
+                if self._awaited[rank] == head[0]:
                     break
                 if time.monotonic() > deadline:
-                    self._awaited[neighbour] = head[0]
+                    self._awaited[rank] = head[0]
                     break
                 time.sleep(1e-4)
+
+    def rely_on(self, number: int, ranks: Iterable[int], latest: int) -> None:
+        """Compare an act with other ranks, before this rank uses their memory. Those that are behind compare later.
+
+        Args:
+            number: The act that made the memory.
+            ranks: The ranks.
+            latest: This rank's latest act.
+
+        Raises:
+            DivergenceError: See :meth:`look`.
+        """
+        self._remember(latest)
+        for rank in ranks:
+            if self._is_behind(rank, number):
+                self._own_relied_on[0] = max(self._own_relied_on[0], number)
+                full_fence()
+                self._ledger.flag(self.index, _IS_RELIED_ON, [rank])
+                full_fence()
+            if not self._is_behind(rank, number):
+                self._compare(rank, latest)
+
+    def _is_behind(self, rank: int, number: int) -> bool:
+        return 0 < (number - (self._heads[rank][0] >> 32)) & _LOW < 0x80000000
 
     def look(self, number: int) -> None:
         """Look closer: at the mark of this rank, and at the latest acts of the neighbours.
@@ -411,19 +459,33 @@ class ActSequence:
         Raises:
             DivergenceError: The ranks differ. All ranks raise it, with their next act or call at the latest.
         """
-        if self.mark[0]:
+        if self.is_found:
             error = self._ledger.published((self.mark[0] & _LOW) - 1, self.index)
             assert error is not None  # it was written before the mark
             raise error
         self._remember(number)
-        for neighbour in self._compared:
+        for neighbour in self._neighbours:
             self._compare(neighbour, number)
-        last = min(self._compared.values(), default=number)
-        self.is_ahead = number - last >= RING // 2
-        settled = last - RING
+        if self.mark[0] >> 8 * _IS_RELIED_ON & 1:
+            self._compare_with_relying(number)
+        self.is_ahead = number - min(map(self._compared.__getitem__, self._neighbours), default=number) >= RING // 2
+        behind = [(number - (self._heads[rank][0] >> 32)) & _LOW for rank in self._compared]
+        settled = number - max((each for each in behind if each < 0x80000000), default=0) - RING
         if settled > self._before:
             del self._history[: settled - self._before]
             self._before = settled
+
+    def _compare_with_relying(self, number: int) -> None:
+        """Compare with the ranks that rely on acts of this rank. Forget the flag when it has made these acts."""
+        for rank, relied_on in self._relied_on.items():
+            if relied_on[0] > self._compared[rank]:
+                self._compare(rank, number)
+        if all(relied_on[0] <= number for relied_on in self._relied_on.values()):
+            own = self._ledger.rank
+            self._ledger.flag(self.index, _IS_RELIED_ON, [own], 0)
+            full_fence()
+            if any(relied_on[0] > number for relied_on in self._relied_on.values()):  # a rank has just set it
+                self._ledger.flag(self.index, _IS_RELIED_ON, [own])
 
     def compare_counts(self, number: int, late: Sequence[int]) -> None:
         """Compare the number of acts, after ranks have not come to a barrier in time.

@@ -104,11 +104,18 @@ class Block:
         """Whether :meth:`check_acts` must look: a rank has found a difference, or this rank is far ahead of another."""
         return False
 
-    def await_acts(self) -> None:
-        """Wait a moment for the ranks before and after this one, if they have not allocated the block yet.
+    def before_access(self, group: RankGroup, rank: int | None = None) -> None:
+        """Compare the allocations with a rank, before this rank uses its memory. Local.
 
-        Kernels are about to get addresses, and symmem does not see their accesses. So both ranks of a difference are
-        told.
+        If that rank has not allocated the block yet, wait for it a moment. Afterwards it compares itself, and raises a
+        difference in its allocation.
+
+        Args:
+            group: A group of the block.
+            rank: The rank; None for all ranks.
+
+        Raises:
+            DivergenceError: They differ.
         """
 
     def check_acts(self, late: Sequence[int] = (), group: RankGroup | None = None) -> None:

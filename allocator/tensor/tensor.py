@@ -221,6 +221,9 @@ class SymmetricTensor(BlockHandle):
     def remote_tensor(self, rank: int, *, group: GroupLike = None) -> torch.Tensor:
         """Return a rank's tensor as a plain tensor of the same shape, strides and dtype. Local.
 
+        On one host, it waits a second at most if the rank has not allocated the tensor yet, and not again for a rank
+        that stands still.
+
         The tensor and its views keep the memory mapped. Loads and stores go to the peer's memory directly; order them
         with :meth:`barrier` or signals.
 
@@ -235,6 +238,7 @@ class SymmetricTensor(BlockHandle):
     def _remote(self, mapping: Mapping, rank: int) -> torch.Tensor:
         if rank == mapping.group.rank:
             return self.tensor
+        self._block.before_access(mapping.group, rank)
         return self._layout.view(self._block.part(mapping.tensor(rank, self._block.end, self._block)))
 
     @property
@@ -247,15 +251,16 @@ class SymmetricTensor(BlockHandle):
         """Address of every rank's first element as seen from this rank: int64 tensor of shape [world] on the device.
 
         For the group of the first rendezvous; 0 if a rank's memory is not load/store reachable. Waits like
-        :meth:`device_view`.
+        :meth:`remote_tensor`.
         """
         return self.pointers_of(None)
 
     @neutral
     def pointers_of(self, group: GroupLike) -> torch.Tensor:
         """:attr:`remote_pointers` for a given group."""
-        self._block.await_acts()
-        pointers = self._pointers(self._mapping("remote_pointers", group))
+        mapping = self._mapping("remote_pointers", group)
+        self._block.before_access(mapping.group)
+        pointers = self._pointers(mapping)
         with named:
             return torch.tensor(pointers, dtype=torch.int64, device=self.device)
 
@@ -268,9 +273,7 @@ class SymmetricTensor(BlockHandle):
     ) -> DeviceView:
         """Return what kernels need to reach peers with :mod:`symmem.triton` or symmem.cuh. Local.
 
-        Before kernels get addresses, it waits for the ranks before and after this one on the host, if they have not
-        allocated the tensor yet: a second at most, and not again for a rank that stands still. So all ranks are told
-        if they have allocated differently.
+        Waits for the other ranks like :meth:`remote_tensor`.
 
         A capture of a CUDA graph may include kernels that use a view, but cannot make one.
 
@@ -287,8 +290,8 @@ class SymmetricTensor(BlockHandle):
         """
         from symmem.tensor.device_view import CustomSignals, DeviceView
 
-        self._block.await_acts()
         mapping = self._mapping("device_view", group)
+        self._block.before_access(mapping.group)
         custom = None
         if signals is not None:
             own = signals._mapping("device_view", mapping.group)  # type: ignore[arg-type]
@@ -308,6 +311,7 @@ class SymmetricTensor(BlockHandle):
             BackendUnavailableError: It is memory of torch or NVSHMEM, and ``cuda-python`` is not installed.
         """
         mapping = self._mapping("contiguous_view", group)
+        self._block.before_access(mapping.group)
         address, stride = mapping.contiguous()
         world = mapping.group.size
         memory = tensor_at(address, world * stride, self.device, (self._block, mapping))
@@ -329,6 +333,7 @@ class SymmetricTensor(BlockHandle):
         """Return a rank's signal pad: uint32 tensor of shape [channels, world]; source rank s sets element [c, s]."""
         mapping = self._mapping("signal_pad", group)
         rank = check_rank(rank, mapping, "signal_pad")
+        self._block.before_access(mapping.group, rank)
         words = SIGNAL_CHANNELS * mapping.group.size
         address, _nbytes = self._block.signals(mapping).signal_pad(rank)
         pad = tensor_at(address, 4 * words, self.device, (self._block, mapping))
@@ -372,6 +377,7 @@ class SymmetricTensor(BlockHandle):
         """
         mapping, channel, seconds = self._signals("put_signal", channel, timeout, group)
         rank = check_rank(rank, mapping, "put_signal")
+        self._block.before_access(mapping.group, rank)
         self._wait(mapping, self._block.signals(mapping).put_signal, rank, channel, seconds)
 
     def wait_signal(

@@ -62,7 +62,7 @@ def rendezvous(tensor: torch.Tensor, group: GroupLike = None) -> TorchHandle:
         layout = Layout((block.nbytes - offset,), (1,), torch.uint8, offset)
     if block.first is None or block.key(resolved, layout) not in block.compared:
         SymmetricTensor(block, layout).rendezvous(resolved)
-        block.await_acts()
+        block.before_access(resolved)
     return TorchHandle(block, resolved, mapping_of(block, "rendezvous", resolved), offset)
 
 

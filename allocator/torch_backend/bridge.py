@@ -168,7 +168,7 @@ def _rendezvous(library: ctypes.CDLL, result: int, address: int, owner: int | No
     tensor = SymmetricTensor(block, layout)
     group = resolve_group(name.decode() or None)
     tensor.rendezvous(group)
-    block.await_acts()
+    block.before_access(group)
     mapping = tensor._mapping("rendezvous", group)
     allocation = block.allocation
     pads: Sequence[int] = [0] * group.size

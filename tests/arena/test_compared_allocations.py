@@ -211,6 +211,49 @@ def test_a_rank_that_waits_is_released(step: str, pool: RankPool) -> None:
         assert result.took < LONG / 2
 
 
+VIEWS: dict[str, Callable[[symmem.SymmetricTensor], object]] = {
+    "remote_tensor": lambda st: st.remote_tensor(0),
+    "contiguous_view": lambda st: st.contiguous_view(),
+    "remote_pointers": lambda st: st.remote_pointers,
+    "signal_pad": lambda st: st.signal_pad(0),
+}
+
+
+def view_before_the_other_rank_allocates(view: str, is_equal: bool) -> list[Told]:
+    group = group_of(f"{view} {is_equal}")
+    if group is None:
+        return []
+    allocate(group, 8).barrier()
+    found = []
+    if group.rank == 1:
+        st = allocate(group, name="the same on both ranks")
+        VIEWS[view](st)
+    meet(group, "viewed")
+    if group.rank == 0:
+        kept: list[symmem.SymmetricTensor] = []
+
+        def allocate_it() -> None:
+            kept.append(allocate(group, 1000 if is_equal else 3000, name="the same on both ranks"))
+
+        found.append(told(allocate_it))
+    meet(group, "allocated")
+    if group.rank == 1:
+        found.append(told(lambda: st.remote_tensor(0)))
+    found.append(told(lambda: check_a_new_one(group)))
+    group.close()
+    return found
+
+
+@pytest.mark.parametrize("is_equal", [True, False])
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_rank_does_not_go_on_if_another_has_a_view_of_the_wrong_memory(
+    view: str, is_equal: bool, pool: RankPool
+) -> None:
+    """The allocation raises. If it returned, a program could let the other rank read."""
+    for first, after in pool.run(view_before_the_other_rank_allocates, view, is_equal)[:2]:
+        assert (first.kind, after.kind) == ("" if is_equal else "DivergenceError", ""), (first, after)
+
+
 def differ_far_apart() -> Told:
     """Rank 0 has overwritten the differing act before the others come to it, and then they stop."""
     with pytest.MonkeyPatch.context() as patch:

@@ -233,7 +233,7 @@ def test_a_neighbour_that_has_made_the_act_is_not_waited_for(ahead: int, monkeyp
     for number in range(1, 2 + ahead):
         enter(second, number)
     monkeypatch.setattr(time, "sleep", sleep)
-    first.await_neighbours(1, 60)
+    first.await_ranks(1, [1], 60)
 
 
 def test_a_neighbour_that_is_behind_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,19 +248,67 @@ def test_a_neighbour_that_is_behind_is_waited_for(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(time, "sleep", sleep)
     enter(first, 1)
-    first.await_neighbours(1, 60)
+    first.await_ranks(1, [1], 60)
     assert len(calls) == 3
     enter(first, 2)
-    first.await_neighbours(2, 0)
+    first.await_ranks(2, [1], 0)
     count = len(calls)
-    first.await_neighbours(2, 60)
+    first.await_ranks(2, [1], 60)
     assert len(calls) == count
     enter(second, 2)
     enter(first, 3)
     with pytest.raises(DivergenceError):
         enter(second, 3, 6)
-    first.await_neighbours(4, 60)
+    first.await_ranks(4, [1], 60)
     assert len(calls) == count
+
+
+@pytest.mark.parametrize("size", [2, 4, 5])
+def test_a_rank_that_is_relied_on_compares_with_the_one_that_relies(size: int) -> None:
+    """Also if they are not neighbours, and their neighbours have not come."""
+    for digest in (5, 6):
+        ranks = sequences(size)
+        first, second = ranks[size // 2], ranks[0]
+        rank = first._ledger.rank
+        enter(first, 1, 5)
+        first.rely_on(1, [0], 1)
+        if digest == 6:
+            with pytest.raises(DivergenceError):
+                enter(second, 1, digest)
+            assert second.is_relied_on
+            with pytest.raises(DivergenceError):
+                first.look(1)
+            continue
+        enter(second, 1, digest)
+        assert second.mark[0] == 0  # it does not look again
+        assert not second.is_relied_on
+        assert second.uncompared(1, [rank]) == []
+        assert first.uncompared(1, [0]) == [0]
+        first.rely_on(1, [0], 1)
+        assert first.uncompared(1, [0]) == []
+
+
+def test_a_rank_compares_before_it_relies_on_one_that_has_come() -> None:
+    ranks = sequences(4)
+    enter(ranks[0], 1, 5)
+    enter(ranks[2], 1, 6)
+    with pytest.raises(DivergenceError):
+        ranks[2].rely_on(1, [0], 1)
+    assert ranks[0].is_found
+
+
+def test_the_history_reaches_back_to_the_rank_that_is_farthest_behind() -> None:
+    """Wherever that is in the circle."""
+    ranks = sequences(4)
+    for number in range(1, 4 * RING):
+        enter(ranks[1], number, 5 * number)
+        enter(ranks[2], number, 5 * number)
+        enter(ranks[3], number, 5 * number)
+    enter(ranks[0], 1, 5)
+    enter(ranks[0], 2, 11)  # it differs
+    ranks[2].look(4 * RING - 1)
+    with pytest.raises(DivergenceError, match="allocation 2"):
+        ranks[2].rely_on(2, [0], 4 * RING - 1)
 
 
 def test_nothing_is_left_open() -> None:
