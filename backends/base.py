@@ -266,6 +266,10 @@ class Mapping:
         """Address of a range that holds the memory of all ranks side by side, and the stride between ranks in bytes."""
         self.unsupported("contiguous_view")
 
+    def home_of(self, address: int) -> int:
+        """Where :attr:`pointers` have the byte at an address of :meth:`contiguous`; any other address is returned."""
+        return address
+
     def multicast(self) -> int:
         """The multicast address of the memory; never 0. May be collective the first time.
 

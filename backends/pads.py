@@ -111,6 +111,14 @@ class PaddedMapping(SignalledMapping):
         region, offset, stride = self._second
         return region.address + offset, stride
 
+    def home_of(self, address: int) -> int:
+        """See :meth:`Mapping.home_of`."""
+        if self._second is None:
+            return address
+        region, offset, stride = self._second
+        rank, within = divmod(address - region.address - offset, stride)
+        return self.pointers[rank] + within if 0 <= rank < self.group.size else address
+
     def signals_at(self, pads: Sequence[int]) -> CudaSignals:
         from symmem.backends.cuda_signals import CudaSignals
 

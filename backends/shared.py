@@ -63,6 +63,11 @@ class SharedMapping(SignalledMapping):
     def contiguous(self) -> tuple[int, int]:
         return self._region.address, self._stride
 
+    def home_of(self, address: int) -> int:
+        rank = self.group.rank
+        offset = address - self._region.address - rank * self._stride
+        return self.pointers[rank] + offset if 0 <= offset < self._stride else address
+
 
 def pass_and_map(descriptor: int, nbytes: int, reserve: Callable[[int], Range], memory: torch.Tensor) -> bool:
     """Pass memory through a socket, map it a second time, and return whether a store is visible there. For probes.

@@ -440,9 +440,10 @@ class SharedSignals:
         try:
             while not ready(word := words[at]):
                 if leaves and wait is not None and pending_waits.told is not None:
-                    self.told = pending_waits.told(wait)
-                    if self.told is not None:
-                        raise self.told
+                    told = pending_waits.told(wait)
+                    if told is not None and not ready(words[at]):  # a rank may come and then leave
+                        self.told = told
+                        raise told
                 if leaves and channel is not None and (error := self._given_up(channel)):
                     return error
                 # In a barrier, any rank that has not come may be dead.

@@ -249,6 +249,18 @@ def used_arenas(group: Group) -> list[Arena]:
     return sorted(used, key=lambda arena: (arena.backend.name, str(arena.device)))
 
 
+def is_missed_elsewhere(group: Group) -> bool:
+    """Whether another rank has raised a divergence, and now waits for all ranks to begin an arena again. Local.
+
+    Then it does not come to the operator in which this rank waits for it.
+    """
+    ledger = group.ledger
+    if ledger is None or not any(arena.log.acts and arena.log.acts.is_raised for arena in used_arenas(group)):
+        return False
+    others = [rank for rank in range(group.size) if rank != group.rank]
+    return ledger.waits_of(others).keys() != ledger.waits_of(others, rounds=False).keys()
+
+
 def compare_arenas(group: object) -> None:
     """Compare the allocations of the ranks from all arenas of a group, as far as this is possible locally.
 

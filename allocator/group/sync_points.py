@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Protocol
 from symmem.backends import pending_waits
 from symmem.backends.libc import fence, futex_wait, futex_wake
 from symmem.backends.pending_waits import Wait
-from symmem.errors import DivergenceError, PeerTimeoutError
+from symmem.errors import DivergenceError, PeerLostError, PeerTimeoutError, SymmemError
 from symmem.group.call_site import program_line
 from symmem.group.ledger import RING, Ledger
 
@@ -291,6 +291,10 @@ class SyncPoints:
                 if self._slots[rank][_FAILED] > self._serial:
                     self._told(rank)
 
+    def left(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """The ranks among these that have left the group."""
+        return tuple(rank for rank in ranks if self._slots[rank][_LEFT])
+
     def leave(self) -> None:
         """Let no rank wait for this one any more."""
         if os.getpid() == self._process:
@@ -353,9 +357,18 @@ def _words(values: Sequence[int]) -> memoryview:
     return memoryview(b"".join(value.to_bytes(8, sys.byteorder) for value in values)).cast("Q")
 
 
-def _told(wait: Wait) -> DivergenceError | None:
+def _told(wait: Wait) -> SymmemError | None:
     """The error with which a wait must end, because a rank that it waits for does not come."""
     points = getattr(wait.group, "sync_points", None)
+    if points is not None and (left := points.left(wait.missing())):
+        return PeerLostError(
+            f"ranks {list(left)} closed the group",
+            hint="look at their logs for the first error",
+            rank=wait.group.rank,
+            group=wait.group.name,
+            step=wait.step,
+            peers=left,
+        )
     if points is not None and points.mark[0]:
         try:
             points.look(wait.missing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,15 +20,20 @@ __all__ = ["copy_elements", "get_bytes", "put_bytes"]
 _RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-def copy_elements(target: torch.Tensor, source: torch.Tensor) -> None:
+def copy_elements(target: torch.Tensor, source: torch.Tensor, mapping: Mapping | None = None) -> None:
     """Copy all elements between tensors of the same shape and dtype, on the current stream.
+
+    Args:
+        target: Is written.
+        source: Is read.
+        mapping: Of the symmetric memory; the other tensor may be in a contiguous view of it.
 
     Raises:
         InvalidArgumentError: A copy would overwrite elements that it has not read yet, or has just written.
         SymmemError: A barrier or signal in earlier work on the GPU failed.
     """
     try:
-        _check_apart(target, source)
+        _check_apart(target, source, (lambda address: address) if mapping is None else mapping.home_of)
         if _is_lazy(target):
             target.copy_(source)
         else:
@@ -56,11 +62,11 @@ def get_bytes(mapping: Mapping, rank: int, offset: int, tensor: torch.Tensor, ou
         copy_elements(out, dense)
 
 
-def _check_apart(target: torch.Tensor, source: torch.Tensor) -> None:
+def _check_apart(target: torch.Tensor, source: torch.Tensor, home_of: Callable[[int], int]) -> None:
     """Raise InvalidArgumentError if elements of the target share memory with each other, or with others of source."""
     check_memory(source, "the source")
     check_memory(target, "the target")
-    distance = source.data_ptr() - target.data_ptr()
+    distance = home_of(source.data_ptr()) - home_of(target.data_ptr())
     if target.is_contiguous() and source.is_contiguous():
         overlap = distance and abs(distance) < target.nbytes
     else:

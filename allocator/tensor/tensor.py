@@ -445,7 +445,7 @@ class SymmetricTensor(BlockHandle):
         rank = check_rank(rank, mapping, "put")
         check_like(source, self.tensor, "put")
         if mapping.pointers[rank]:
-            copy_elements(self._remote(mapping, rank), source)
+            copy_elements(self._remote(mapping, rank), source, mapping)
         else:
             put_bytes(mapping, rank, self._offset, self.tensor, source)
 
@@ -464,7 +464,7 @@ class SymmetricTensor(BlockHandle):
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device) if out is None else out
         check_like(out, self.tensor, "get")
         if mapping.pointers[rank]:
-            copy_elements(out, self._remote(mapping, rank))
+            copy_elements(out, self._remote(mapping, rank), mapping)
         else:
             get_bytes(mapping, rank, self._offset, self.tensor, out)
         return out

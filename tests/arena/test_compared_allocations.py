@@ -254,6 +254,39 @@ def test_a_rank_does_not_go_on_if_another_has_a_view_of_the_wrong_memory(
         assert (first.kind, after.kind) == ("" if is_equal else "DivergenceError", ""), (first, after)
 
 
+def operator_while_another_begins_its_arena_again() -> list[Told]:
+    group = group_of("released operator")
+    if group is None:
+        return []
+    x = torch.ones(4)
+    for _ in range(2):
+        symmem.ops.all_reduce(x, group)
+    allocate(group, 8).barrier()
+    st = allocate(group, 8 if group.rank else 700)
+    meet(group, "allocated")
+
+    def go() -> None:
+        if group.rank == 0:
+            with contextlib.suppress(DivergenceError):
+                st.remote_tensor(1)
+            allocate(group, 9)  # waits for the other rank
+        else:
+            symmem.ops.all_reduce(x, group)
+
+    found = [told(go)]
+    for step in range(3):
+        meet(group, f"step {step}")
+        found.append(told(lambda: symmem.ops.all_reduce(allocate(group, 4).tensor.fill_(1), group)))
+    group.close()
+    return found
+
+
+def test_an_operator_does_not_wait_for_a_rank_that_begins_its_arena_again(pool: RankPool) -> None:
+    for rank, (first, *_, last) in enumerate(pool.run(operator_while_another_begins_its_arena_again)[:2]):
+        assert first.took < LONG / 2
+        assert (first.kind, last.kind) == ("DivergenceError" if rank else first.kind, ""), (first, last)
+
+
 def differ_far_apart() -> Told:
     """Rank 0 has overwritten the differing act before the others come to it, and then they stop."""
     with pytest.MonkeyPatch.context() as patch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import hashlib
 import os
@@ -246,6 +247,29 @@ def gone() -> None:
 
 def test_an_engine_goes_with_its_group(pools: Any) -> None:
     pools.get(2).run(gone)
+
+
+def closed_by_another_rank() -> str:
+    rank, size = world()
+    group = symmem.Group.from_store(rank, size, rank_store(), "closed by another rank")
+    group.settings = dataclasses.replace(group.settings, signal_timeout=4 * LONG)
+    ops.all_reduce(torch.ones(3), group)
+    if rank == 0:
+        rank_store().wait([f"rank {peer} is about to wait" for peer in range(1, size)])
+        group.close()
+        rank_store().wait([f"rank {peer} is told" for peer in range(1, size)])
+        return ""
+    rank_store().set(f"rank {rank} is about to wait", "")
+    with pytest.raises(symmem.PeerLostError) as caught:
+        ops.all_reduce(torch.ones(3), group)
+    rank_store().set(f"rank {rank} is told", "")
+    group.close()
+    return str(caught.value)
+
+
+def test_a_rank_that_closes_the_group_is_not_waited_for(pools: Any) -> None:
+    for text in pools.get(3).run(closed_by_another_rank)[1:]:
+        assert "ranks [0] closed the group" in text
 
 
 def gradients() -> None:

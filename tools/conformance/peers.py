@@ -131,6 +131,25 @@ def contiguous_view_of_a_part(ctx: Context) -> None:
     ctx.meet()
 
 
+@case(requires=Capability.CONTIGUOUS_VIEW | Capability.REMOTE_TENSOR, both=True)
+def copies_within_a_rank_are_refused_if_they_overlap(ctx: Context) -> None:
+    """Also if the source is in a contiguous view, which may be a second mapping of the same memory."""
+    st = ctx.shared(65, torch.int32)
+    st.tensor.copy_(torch.arange(65))
+    ctx.meet()
+    part = symmem.SymmetricTensor.wrap(st.tensor[1:33])
+    view = st.contiguous_view()
+    for rank in (ctx.rank, ctx.next):
+        with expect(InvalidArgumentError, "share memory"):
+            part.put(view[rank, :32], rank)
+        with expect(InvalidArgumentError, "share memory"):
+            part.get(rank, view[rank, 2:34])
+    ctx.meet()
+    part.put(view[ctx.rank, 33:], ctx.rank)  # other elements
+    assert st.tensor[1:33].tolist() == list(range(33, 65))
+    ctx.meet()
+
+
 @case(requires=Capability.ONE_SIDED, both=True)
 def put_and_get_copy(ctx: Context) -> None:
     st = ctx.shared((5, 3), torch.bfloat16)

@@ -37,7 +37,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from symmem import native
-from symmem.arena.arena import compare_arenas
+from symmem.arena.arena import compare_arenas, is_missed_elsewhere
 from symmem.backends import get_backend
 from symmem.backends.base import tensor_at
 from symmem.backends.libc import PAGE, round_up
@@ -168,7 +168,7 @@ class HostEngine:
         own = [lines_of_turn[group.rank] for lines_of_turn in self._lines]
         self._describe = functools.partial(_describe_latest, own)
         self._signals = SharedSignals(group, pointers, mapping, self._describe, self._refusal)
-        self._signals.stopped = lambda: group.closed  # by another thread
+        self._signals.stopped = lambda: group.closed or is_missed_elsewhere(group)  # closed by another thread
         if module := native.module():
             self._signals.quicken(_CHANNEL, module)
         self._region_offsets = [begin, begin + REGION]
