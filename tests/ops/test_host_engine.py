@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 import symmem
-from symmem.errors import SymmemError
+from symmem.errors import PeerLostError, SymmemError
 from symmem.ops import functions as ops
 from symmem.ops.engines import host
 from symmem.ops.engines.base import Engines
@@ -260,7 +260,7 @@ def closed_by_another_rank() -> str:
         rank_store().wait([f"rank {peer} is told" for peer in range(1, size)])
         return ""
     rank_store().set(f"rank {rank} is about to wait", "")
-    with pytest.raises(symmem.PeerLostError) as caught:
+    with pytest.raises(PeerLostError) as caught:
         ops.all_reduce(torch.ones(3), group)
     rank_store().set(f"rank {rank} is told", "")
     group.close()
