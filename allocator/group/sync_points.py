@@ -292,8 +292,9 @@ class SyncPoints:
                     self._told(rank)
 
     def left(self, ranks: Sequence[int]) -> tuple[int, ...]:
-        """The ranks among these that have left the group."""
-        return tuple(rank for rank in ranks if self._slots[rank][_LEFT])
+        """The ranks among these that have left the group, and show no wait that explains why."""
+        left = [rank for rank in ranks if self._slots[rank][_LEFT]]
+        return () if left and self._ledger.waits_of(left) else tuple(left)
 
     def leave(self) -> None:
         """Let no rank wait for this one any more."""
