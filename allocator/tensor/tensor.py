@@ -14,7 +14,7 @@ from symmem.backends.base import SIGNAL_CHANNELS, tensor_at
 from symmem.backends.kernel_status import named, raise_failure
 from symmem.backends.neutral import is_in_mode, neutral, neutral_mode
 from symmem.backends.untraced import untraced, untraced_methods
-from symmem.errors import GroupError, NotSymmetricError, PeerTimeoutError
+from symmem.errors import GroupError, InvalidArgumentError, NotSymmetricError, PeerTimeoutError
 from symmem.group.call_site import caller
 from symmem.group.group import check_timeout
 from symmem.group.ledger import explained
@@ -294,6 +294,12 @@ class SymmetricTensor(BlockHandle):
         self._block.before_access(mapping.group)
         custom = None
         if signals is not None:
+            if not isinstance(signals, SymmetricTensor):
+                raise InvalidArgumentError(
+                    f"signals must be a SymmetricTensor, not a {type(signals).__name__}",
+                    hint="leave it out to use this tensor's own signal pads",
+                    step="device_view",
+                )
             own = signals._mapping("device_view", mapping.group)  # type: ignore[arg-type]
             custom = CustomSignals(own, signals._pointers(own), signals.tensor)
         return DeviceView(mapping, self._pointers(mapping), self.nbytes, self._block, custom, timeout)

@@ -230,3 +230,9 @@ def test_the_tensor_of_a_handle_that_was_found() -> None:
     handle.close()
     with pytest.raises(SymmemError, match="was closed"):
         _ = handle.tensor
+
+
+@pytest.mark.parametrize("signals", [torch.zeros(64, 1, dtype=torch.int32), 5, "signals"])
+def test_signals_of_a_kernel_that_are_no_handle(signals: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="signals must be a SymmetricTensor, not a"):
+        alone(8).device_view(signals=signals)
