@@ -295,7 +295,12 @@ class AllocationLog:
         return self.acts is not None and self.acts.is_found
 
     def compare_acts(
-        self, number: int, late: Sequence[int] = (), is_use: bool = True, access: Sequence[int] = ()
+        self,
+        number: int,
+        late: Sequence[int] = (),
+        is_use: bool = True,
+        access: Sequence[int] = (),
+        in_operator: bool = False,
     ) -> None:
         """Compare the allocations with the neighbours' in the ledger. Local.
 
@@ -309,6 +314,8 @@ class AllocationLog:
                 for a library's kernels that reach peers by this rank's own address: with ``COLLECTIVE_ALLOCATION``, the
                 allocation raises.
             access: The ranks with memory that this rank is about to use.
+            in_operator: Whether an operator raises. Then the others' allocations need not raise: the operator fails on
+                all ranks, and all must call it to stay in step.
 
         Raises:
             DivergenceError: They differ, or have differed before.
@@ -333,7 +340,8 @@ class AllocationLog:
                         logger.warning("%s\n  This is raised where peers' memory is used next.", error)
                         return
                     self.in_transaction = False
-                    self.acts.note_raised()
+                    if not in_operator:
+                        self.acts.note_raised()
                     self.invalidate(error)
                     error.propagated_to = self.group.name
                     raise error from None

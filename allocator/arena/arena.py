@@ -264,9 +264,11 @@ def is_missed_elsewhere(group: Group) -> bool:
 def compare_arenas(group: object) -> None:
     """Compare the allocations of the ranks from all arenas of a group, as far as this is possible locally.
 
+    For calls of all ranks that have timed out.
+
     Raises:
         DivergenceError: They differ, and this rank has not been told before.
     """
     if isinstance(group, Group):
         for arena in used_arenas(group):
-            arena.log.compare_acts(0)
+            arena.log.compare_acts(0, in_operator=True)

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import symmem
 from symmem.arena.allocation_log import AllocationLog
-from symmem.arena.arena import arenas_of
+from symmem.arena.arena import arenas_of, compare_arenas
 from symmem.errors import DivergenceError, ForkedError, PeerTimeoutError
 from symmem.group import join
 from symmem.group.ledger import RING
@@ -356,6 +356,32 @@ def test_an_allocation_raises_if_another_rank_has_raised(pool: RankPool) -> None
     """That rank's next allocation waits for the other, which would wait for it elsewhere."""
     for logged, raised, after in pool.run(allocate_after_another_rank_has_raised)[:2]:
         assert (logged.kind, raised.kind, after.kind) == ("", "DivergenceError", ""), (logged, raised, after)
+
+
+def allocate_after_an_operator_has_raised() -> list[Told]:
+    group = group_of("raised by an operator")
+    if group is None:
+        return []
+    allocate(group, 8).barrier()
+    st = allocate(group, 8 if group.rank else 700)
+    meet(group, "allocated")
+    found = []
+    if group.rank:
+        found.append(told(lambda: compare_arenas(group)))  # as an operator does after its timeout
+    meet(group, "rank 1 has raised")
+    if not group.rank:
+        found.append(told(lambda: allocate(group, 10)))
+        found.append(told(lambda: st.remote_tensor(1)))
+    found.append(told(lambda: check_a_new_one(group)))
+    group.close()
+    return found
+
+
+def test_an_allocation_does_not_raise_if_an_operator_has_raised_elsewhere(pool: RankPool) -> None:
+    """The operator fails on all ranks. A rank that left it out would not be in step."""
+    first, second, _ = pool.run(allocate_after_an_operator_has_raised)
+    assert [each.kind for each in first] == ["", "DivergenceError", ""], first
+    assert [each.kind for each in second] == ["DivergenceError", ""], second
 
 
 def diverge_often(meetings: bool) -> list[Told]:
