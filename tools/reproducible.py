@@ -23,7 +23,7 @@ from symmem.ops.engines.host import REGION, TWO_SHOT
 from symmem.ops.engines.select import engine_for
 from symmem.tools.ranks import RankPool
 
-__all__ = ["CONTRACTS", "Case", "examine", "row_bits", "tree_bits"]
+__all__ = ["CONTRACTS", "Comparison", "examine", "row_bits", "tree_bits"]
 
 CONTRACTS = ("batch", "algorithms", "ranks", "runs", "tree")
 """What the bits must not depend on: the rows around a row, the algorithm, the rank, the run; and for the order
@@ -42,7 +42,7 @@ Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Case:
+class Comparison:
     """The result of one case.
 
     Attributes:
@@ -146,7 +146,7 @@ def examine(
     device_type: str,
     rows: Callable[[str], Any] = row_bits,
     trees: Callable[[str], Any] = tree_bits,
-) -> list[Case]:
+) -> list[Comparison]:
     """Start ranks, run all cases, and compare the bits.
 
     Args:
@@ -170,7 +170,7 @@ def examine(
                     differs = _tree_differs(operation, {size: [each[key] for each in grown[size]] for size in grown})
                 else:
                     differs = _row_differs(contract, *([rank[key] for rank in run] for run in runs))
-                found.append(Case(contract, operation, name, tuple(differs)))
+                found.append(Comparison(contract, operation, name, tuple(differs)))
     return found
 
 

@@ -74,8 +74,8 @@ class ArenaBlock(Block):
         """See :meth:`Block.before_access`."""
         log, number = self.log, self._record[0]
         acts = log.acts
-        if acts is None or log.process != os.getpid():
-            return
+        if acts is None or log.divergence is not None or log.process != os.getpid():
+            return  # after a divergence, the ledger has the acts of the next log
         ranks = range(log.group.size) if rank is None or group is not log.group else (rank,)
         if uncompared := acts.uncompared(number, ranks):
             acts.await_ranks(number, uncompared, _MOMENT)

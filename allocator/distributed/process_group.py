@@ -265,7 +265,7 @@ def meet(group: Group) -> str:
 
 
 def _remember(name: str, method: Method, group: Group, arguments: Sequence[Any]) -> None:
-    """Let C repeat a call on CUDA that was just made. The first time, replace the method by one that does."""
+    """Let C repeat a call on CUDA that was just made. The first time, replace the method by a callable in C."""
     options = arguments[-1]
     option = options.rootRank if method.operator == "broadcast" else None
     if method.operator in REDUCING:

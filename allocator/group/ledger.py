@@ -327,7 +327,8 @@ pending_waits.publish = _publish
 
 
 class ActSequence:
-    """One sequence of acts; made by :meth:`Ledger.claim`. The owner's lock must be held during every call.
+    """One sequence of acts; made by :meth:`Ledger.claim`. The owner's lock must be held during every call that enters,
+    compares or publishes.
 
     Args:
         ledger: The ledger.

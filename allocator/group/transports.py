@@ -277,9 +277,7 @@ class StoreTransport:
                 time.sleep(min(nap, remaining))
                 nap = min(1.5 * nap, longest)
                 continue
-            absent = tuple(
-                rank for rank in ranks if rank != self._rank and not self._store.check([self._key(sequence, rank)])
-            )
+            absent = tuple(rank for rank in ranks if rank != self._rank and not self._has(self._key(sequence, rank)))
             raise PeerTimeoutError(
                 f"ranks {list(absent)} did not come in time" if absent else "rank 0 did not answer in time",
                 peers=absent or (0,),

@@ -937,7 +937,7 @@ def test_another_device_of_the_group(group: Any, gpu: Gpu, monkeypatch: pytest.M
 
 @pytest.fixture
 def served(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A process group of the backend symmem, whose tensors seem to be on a GPU."""
+    """A process group of the backend symmem, with tensors that seem to be on a GPU."""
     names = [name for name, method in METHODS.items() if method.layout is not None]
     for name in names:  # restored after the test
         monkeypatch.setattr(SymmemProcessGroup, name, vars(SymmemProcessGroup)[name])
@@ -977,7 +977,7 @@ def method_calls() -> dict[str, tuple[Callable[[], list[Any]], Any]]:
 
 @pytest.mark.parametrize("name", method_calls())
 def test_a_method_is_repeated(name: str, served: Any, gpu: Gpu) -> None:
-    """The launch is the one that Python makes, and the call is counted as before."""
+    """It makes the same launch as Python, and counts the call."""
     make, options = method_calls()[name]
     addresses, works = [], []
     for turn in range(4):

@@ -13,7 +13,7 @@ from symmem.errors import UnsupportedError
 from symmem.tools.commands.subcommands import SubParsers, add_group, positive
 
 if TYPE_CHECKING:
-    from symmem.tools.reproducible import Case
+    from symmem.tools.reproducible import Comparison
 
 __all__ = ["add_parser", "report"]
 
@@ -53,7 +53,7 @@ def _run(args: argparse.Namespace) -> int:
     return report(examine(ranks, device), ranks, device, as_json=args.json)
 
 
-def report(cases: Sequence[Case], ranks: int, device: str, *, as_json: bool) -> int:
+def report(cases: Sequence[Comparison], ranks: int, device: str, *, as_json: bool) -> int:
     """Print a line per case and the outcome. Returns the exit code: 1 if bits differ in a case."""
     different = [case for case in cases if case.differs]
     if as_json:

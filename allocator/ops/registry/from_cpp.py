@@ -35,9 +35,8 @@ class Record(NamedTuple):
 
 def read(number: int) -> Record | None:
     """The record with a number, if a library that is loaded has made so many. Quick if not."""
-    if not torch._C._dispatch_has_kernel(
-        f"{_OPERATOR}.n{number}"
-    ):  # despite its name: whether there is such an operator
+    exists = torch._C._dispatch_has_kernel(f"{_OPERATOR}.n{number}")  # despite its name, it needs no kernel
+    if not exists:
         return None
     schema = torch._C._get_schema(_OPERATOR, f"n{number}")
     given: dict[str, Any] = {argument.name: argument.default_value for argument in schema.arguments}

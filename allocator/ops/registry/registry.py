@@ -1,8 +1,8 @@
 """The registry of operator arguments that must be in symmetric memory.
 
-It combines four sources: registrations made here, those of C++ libraries (see :mod:`.from_cpp`), PyTorch's own registry
-(see :mod:`.upstream`), and the built-in registrations for torch.ops.symm_mem and torch.ops.symmem (see
-:mod:`.built_in`). Those of C++ libraries and the built-in ones are entered when they are first looked up.
+It combines four sources: registrations made here, registrations by C++ libraries (see :mod:`.from_cpp`), PyTorch's own
+registry (see :mod:`.upstream`), and the built-in registrations for torch.ops.symm_mem and torch.ops.symmem (see
+:mod:`.built_in`). Registrations by C++ libraries and the built-in ones are entered when they are first looked up.
 Registrations made here are copied to PyTorch's registry. Built-in ones are not, because upstream has its own lowerings
 for torch.ops.symm_mem. If both registries know an op, the later registration is used. For built-in ops, this registry
 is used.
