@@ -441,7 +441,8 @@ class SharedSignals:
             while not ready(word := words[at]):
                 if leaves and wait is not None and pending_waits.told is not None:
                     told = pending_waits.told(wait)
-                    if told is not None and not ready(words[at]):  # a rank may come and then leave
+                    has_come = isinstance(told, PeerLostError) and ready(words[at])  # before it left the group
+                    if told is not None and not has_come:
                         self.told = told
                         raise told
                 if leaves and channel is not None and (error := self._given_up(channel)):

@@ -323,3 +323,17 @@ def test_a_barrier_in_c_of_a_rank_without_a_pad() -> None:
         pytest.skip("there is no module in C")
     with pytest.raises(ValueError, match="rank 3 of 3 pads"):
         native.module().Barrier(pads=one._pads, rank=3, arrived=0, marks=(1, 2), unfinished={}, channel=5, awake=1e-4)
+
+
+@pytest.mark.parametrize("kind", [PeerLostError, RendezvousError])
+def test_a_rank_that_comes_while_this_one_is_told(kind: type[RendezvousError], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came before it left the group, so the wait is over. After any other error, its signal is for a later call."""
+    ones, _ = make()
+
+    def told(wait: object) -> RendezvousError:
+        ones[1].put_signal(0, 0, LONG)
+        return kind("told")
+
+    monkeypatch.setattr("symmem.backends.pending_waits.told", told)
+    with contextlib.nullcontext() if kind is PeerLostError else pytest.raises(kind, match="told"):
+        ones[0].wait_signal(1, 0, LONG)
