@@ -61,14 +61,14 @@ def what_one_rank_keeps_is_not_reused(ctx: Context) -> None:
 
 @case(arena=True)
 def what_all_have_dropped_is_reused(ctx: Context) -> None:
-    nbytes = 1 << 16
+    nbytes = 1 << 18
     stats = ctx.allocate(1)._block.log  # type: ignore[attr-defined]
     symmem.collect()
     segments, live = len(stats.segments), stats.live_bytes
-    for turn in range(5000):  # many more than fit into a segment
+    for turn in range(1250):  # many more than fit into a segment
         st = ctx.allocate(nbytes, torch.uint8)
         assert st.groups
-        if turn % 1000 == ctx.rank:
+        if turn % 250 == ctx.rank:
             gc.collect()
     del st
     gc.collect()
