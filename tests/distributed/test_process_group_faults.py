@@ -225,7 +225,7 @@ def again(times: int) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def test_destroying_and_making_groups_leaves_nothing(pool_of: Any) -> None:
-    for before, after in pool_of(2).run(again, 200):
+    for before, after in pool_of(2).run(again, 40):
         assert before == after
 
 
